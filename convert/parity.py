@@ -1,0 +1,147 @@
+"""Computes our loss, logits and gradients of a batch, to hold against PyTorch's."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from olmoe_jax.errors import UserError, run_command
+from olmoe_jax.hf import directory, names, safetensors_file
+from olmoe_jax.hf.source import open_source
+from olmoe_jax.model.config import ModelSettings
+from olmoe_jax.model.loading import graph_of, load_parameters
+from olmoe_jax.model.parameters import Parameters, merge
+from olmoe_jax.sharding import make_mesh
+from olmoe_jax.training.methods import split_trained
+from olmoe_jax.training.optimizer import adamw, schedule
+from olmoe_jax.training.step import DeviceBatch, Trainer, initial_state
+
+IGNORED = -100  # the label of a position without loss, as in PyTorch
+
+EXAMPLE = """example:
+  python -m convert.parity --model DIR --batch batch.safetensors --method densemixer \\
+      --output ours.safetensors
+
+The batch file holds input_ids, attention_mask and labels, int64 [rows, positions], padded on the
+right; with --optimizer_steps [update, micro-batch, row, position]. Everything is float32. Written:
+loss, logits, router_logits.LAYER, grad.NAME (Hugging Face names); with --optimizer_steps loss,
+grad_norm, lr [updates] and param.NAME after the last update.
+"""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m convert.parity",
+        description=__doc__,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID")
+    parser.add_argument("--batch", required=True, type=Path, metavar="FILE")
+    parser.add_argument("--method", required=True, choices=["conventional", "frozen", "densemixer"])
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE")
+    parser.add_argument("--optimizer_steps", type=int, metavar="N", help="train N updates instead")
+    parser.add_argument("--learning_rate", type=float, default=1e-6)
+    parser.add_argument("--weight_decay", type=float, default=0.0)
+    parser.add_argument("--warmup_steps", type=int, default=0)
+    args = parser.parse_args(arguments)
+    with jax.default_matmul_precision("highest"):
+        tensors = compute(args)
+    directory.write_file_atomically(args.output, lambda f: safetensors_file.save(f, tensors))
+
+
+def compute(args: argparse.Namespace) -> dict[str, np.ndarray]:
+    """Everything that the command writes, by name."""
+    source = open_source(args.model)
+    config = source.config
+    arrays = _read_batch(args.batch, 2 if args.optimizer_steps is None else 4)
+    parameters = load_parameters(source, make_mesh(devices=jax.devices()[:1]))
+    total = args.optimizer_steps or 1
+    trainer = Trainer(
+        graph=graph_of(config, ModelSettings(router_method=args.method)),
+        config=config,
+        optimizer=adamw(0.9, 0.999, 1e-8, args.weight_decay),
+        schedule=schedule("linear", args.learning_rate, args.warmup_steps, total),
+        max_grad_norm=1.0,
+    )
+    trained, frozen = split_trained(args.method, parameters)
+    if args.optimizer_steps is None:
+        return _gradients(trainer, trained, frozen, arrays)
+    if args.optimizer_steps > len(arrays["input_ids"]):
+        raise UserError(
+            f"--optimizer_steps {args.optimizer_steps}: {args.batch} holds only "
+            f"{len(arrays['input_ids'])} updates"
+        )
+    return _trajectory(trainer, trained, frozen, arrays, args.optimizer_steps)
+
+
+def _read_batch(file: Path, dimensions: int) -> dict[str, np.ndarray]:
+    arrays = safetensors_file.load(file)
+    for name in ("input_ids", "attention_mask", "labels"):
+        if name not in arrays or arrays[name].ndim != dimensions:
+            raise UserError(f"{file}: needs {name} with {dimensions} dimensions; see --help")
+    return arrays
+
+
+def padded_batch(input_ids, attention_mask, labels, micro_batches: int = 1) -> DeviceBatch:
+    """A right-padded micro-batch [R, S] as ours: the loss is the mean of micro-batches' means."""
+    targets = np.concatenate([labels[:, 1:], np.full_like(labels[:, :1], IGNORED)], axis=1)
+    counted = targets != IGNORED
+    weights = counted / (max(1, counted.sum()) * micro_batches)
+    positions = np.broadcast_to(np.arange(input_ids.shape[1]), input_ids.shape)
+    arrays = (input_ids, np.where(counted, targets, 0), attention_mask, positions)
+    return DeviceBatch(
+        *(jnp.asarray(a, jnp.int32) for a in arrays), jnp.asarray(weights, jnp.float32)
+    )
+
+
+def _to_hf(prefix: str, parameters: Parameters, config) -> dict[str, np.ndarray]:
+    host = jax.device_get(parameters)
+    return {prefix + name: value for name, value in names.all_to_hf(host, config)}
+
+
+def _gradients(trainer: Trainer, trained, frozen, arrays) -> dict[str, np.ndarray]:
+    batch = padded_batch(arrays["input_ids"], arrays["attention_mask"], arrays["labels"])
+    result = jax.jit(trainer.accumulate)(trained, frozen, None, batch)
+
+    @jax.jit
+    def forward(parameters):
+        model = merge(trainer.graph, parameters)
+        hidden, statistics = model.hidden(
+            batch.tokens, batch.segment_ids, batch.positions, with_router_logits=True
+        )
+        return model.logits(hidden), statistics.logits
+
+    logits, router_logits = jax.device_get(forward(trained | frozen))
+    out = {"loss": np.asarray(result.loss), "logits": logits}
+    for layer, value in enumerate(router_logits):
+        out[f"router_logits.{layer}"] = value.reshape(-1, value.shape[-1])
+    return out | _to_hf("grad.", result.gradients, trainer.config)
+
+
+def _trajectory(trainer: Trainer, trained, frozen, arrays, updates: int) -> dict[str, np.ndarray]:
+    accumulate, update = jax.jit(trainer.accumulate), jax.jit(trainer.update)
+    state, history = initial_state(trained, trainer.optimizer), []
+    for index in range(updates):
+        step = [arrays[name][index] for name in ("input_ids", "attention_mask", "labels")]
+        accumulated = None
+        for micro in zip(*step, strict=True):
+            batch = padded_batch(*micro, micro_batches=len(step[0]))
+            accumulated = accumulate(state.parameters, frozen, accumulated, batch)
+        state, metrics = update(state, accumulated)
+        history.append(metrics)
+    out = {
+        "loss": np.stack([jax.device_get(m.loss) for m in history]),
+        "grad_norm": np.stack([jax.device_get(m.grad_norm) for m in history]),
+        "lr": np.stack([jax.device_get(m.learning_rate) for m in history]),
+    }
+    return out | _to_hf("param.", state.parameters | frozen, trainer.config)
+
+
+if __name__ == "__main__":
+    run_command(main)

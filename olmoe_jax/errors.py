@@ -1,0 +1,21 @@
+"""One way to report a user's mistake: one line that says what to write instead, exit code 2."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+
+class UserError(Exception):
+    """Bad usage or bad input. The message is one line and says what to do about it."""
+
+
+def run_command(main: Callable[[Sequence[str]], None]) -> None:
+    """Runs a command line program: exit 0 on success, 2 with one line on a `UserError`."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        message = " ".join(str(error).split())
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

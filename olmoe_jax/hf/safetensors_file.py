@@ -1,0 +1,136 @@
+"""Reading and writing safetensors files tensor by tensor, in bounded memory.
+
+The format (https://github.com/huggingface/safetensors): 8 bytes little-endian header length, a
+JSON header {name: {dtype, shape, data_offsets}}, then the tensors' bytes. Files are read with
+plain reads, not a memory map, so that what was read does not count as resident.
+"""
+
+import dataclasses
+import json
+import math
+import struct
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from olmoe_jax.errors import UserError
+
+_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: file, position of its first byte, dtype and shape."""
+
+    file: Path
+    offset: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows start…stop of the first dimension (all of a scalar)."""
+        if not self.shape:
+            return np.fromfile(self.file, self.dtype, 1, offset=self.offset).reshape(())
+        stop = self.shape[0] if stop is None else stop
+        row = math.prod(self.shape[1:])
+        offset = self.offset + start * row * self.dtype.itemsize
+        data = np.fromfile(self.file, self.dtype, (stop - start) * row, offset=offset)
+        return data.reshape(stop - start, *self.shape[1:])
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file.
+
+    Raises:
+      UserError: the file is missing, shorter than its header says, or not safetensors.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length)) if length <= size - 8 else None
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; copy the missing shard there") from None
+    except (struct.error, ValueError):
+        header = None
+    if header is None:
+        raise UserError(f"{file}: truncated or not a safetensors file; copy or download it again")
+    tensors, end = {}, 8 + length
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in _DTYPES:
+            raise UserError(f"{file}: tensor {name} has unsupported dtype {entry['dtype']}")
+        first, last = entry["data_offsets"]
+        tensors[name] = StoredTensor(
+            file, 8 + length + first, _DTYPES[entry["dtype"]], tuple(entry["shape"])
+        )
+        end = max(end, 8 + length + last)
+    if size < end:
+        raise UserError(
+            f"{file}: truncated: {size} bytes of {end}; copy or download this shard again"
+        )
+    return tensors
+
+
+class FileWriter:
+    """Writes one safetensors file, the tensors in the order in which they were announced.
+
+    Args:
+      file: path to write.
+      tensors: name -> (dtype, shape) of every tensor that will come.
+    """
+
+    def __init__(self, file: Path, tensors: dict[str, tuple[np.dtype, tuple[int, ...]]]):
+        header, offset = {"__metadata__": {"format": "pt"}}, 0
+        for name, (dtype, shape) in tensors.items():
+            last = offset + math.prod(shape) * dtype.itemsize
+            header[name] = {
+                "dtype": _NAMES[dtype],
+                "shape": list(shape),
+                "data_offsets": [offset, last],
+            }
+            offset = last
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._pending = list(tensors.items())[::-1]
+        self._stream = file.open("wb")
+        self._stream.write(struct.pack("<Q", len(text)) + text)
+
+    def write(self, name: str, value: np.ndarray) -> None:
+        """Appends a tensor; it must be the next of those announced, of that dtype and shape."""
+        expected, (dtype, shape) = self._pending.pop()
+        if (name, value.dtype, value.shape) != (expected, dtype, shape):
+            raise ValueError(f"{name} {value.dtype} {value.shape}: expected {expected}")
+        self._stream.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+
+    def close(self) -> None:
+        self._stream.close()
+        if self._pending:
+            raise ValueError(f"{self._pending[-1][0]} was never written")
+
+
+def save(file: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes a dict of arrays as one file."""
+    writer = FileWriter(file, {name: (t.dtype, t.shape) for name, t in tensors.items()})
+    for name, value in tensors.items():
+        writer.write(name, value)
+    writer.close()
+
+
+def load(file: Path) -> dict[str, np.ndarray]:
+    """Reads a whole file as a dict of arrays."""
+    return {name: tensor.read() for name, tensor in read_header(file).items()}

@@ -1,0 +1,92 @@
+"""OLMoE's attention: projections, whole-width q/k norms, clip, rotary embedding, softmax.
+
+Shapes: B rows, S positions, D model width, H heads, G key/value heads, d head size.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from olmoe_jax.model.config import ModelConfig, ModelSettings
+from olmoe_jax.model.parameters import matrix, scale
+from olmoe_jax.ops.attention import attention
+from olmoe_jax.sharding import gathered
+
+
+class Context(NamedTuple):
+    """What every layer's attention shares."""
+
+    positions: jax.Array  # [B, S] int32, for the rotary embedding
+    segments: jax.Array  # [B, S] int32, 0 is padding
+    key_segments: jax.Array  # [B, T] int32: `segments`, or those of the cache
+    first_query: jax.Array | int  # index of query 0 among the keys
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer (stacked [L, …] for a model), both [B, T, G, d]."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
+    """x / rms(x) * weight over the last dimension, computed in float32, in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
+    return weight.astype(x.dtype) * x32.astype(x.dtype)
+
+
+def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+    """Rotates pairs (i, i + d/2) of x [B, S, H, d] by position * theta^(-2i/d), in float32."""
+    half = x.shape[-1] // 2
+    frequencies = 1.0 / theta ** (jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention; q and k are normalised over their whole width before the split."""
+
+    def __init__(self, config: ModelConfig, settings: ModelSettings, *, rngs: nnx.Rngs):
+        self.config = config
+        self.settings = settings
+        layers, std = {"layer": config.num_layers}, config.initializer_range
+        width = {"embed": config.hidden_size}
+        heads = config.num_heads * config.head_dim
+        kv_heads = config.num_kv_heads * config.head_dim
+        self.q = matrix(rngs, {**layers, **width, "heads": heads}, std)
+        self.k = matrix(rngs, {**layers, **width, "kv_heads": kv_heads}, std)
+        self.v = matrix(rngs, {**layers, **width, "kv_heads": kv_heads}, std)
+        self.o = matrix(rngs, {**layers, "heads": heads, **width}, std)
+        self.q_norm = scale({**layers, "norm": heads})
+        self.k_norm = scale({**layers, "norm": kv_heads})
+
+    def __call__(
+        self, x: jax.Array, context: Context, cache: LayerCache | None = None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """x [B, S, D] -> [B, S, D]; with a cache, also the cache with this call's keys added."""
+        config = self.config
+        epsilon = config.rms_norm_eps
+        q = rms_norm(self._project(x, self.q), self.q_norm[...], epsilon)
+        k = rms_norm(self._project(x, self.k), self.k_norm[...], epsilon)
+        v = self._project(x, self.v)
+        if config.clip_qkv is not None:
+            q, k, v = (jnp.clip(part, -config.clip_qkv, config.clip_qkv) for part in (q, k, v))
+        q, k, v = (part.reshape(*x.shape[:2], -1, config.head_dim) for part in (q, k, v))
+        q = rotary(q, context.positions, config.rope_theta)
+        k = rotary(k, context.positions, config.rope_theta)
+        if cache is not None:
+            start = (0, context.first_query, 0, 0)
+            k = jax.lax.dynamic_update_slice(cache.keys, k.astype(cache.keys.dtype), start)
+            v = jax.lax.dynamic_update_slice(cache.values, v.astype(cache.values.dtype), start)
+            cache = LayerCache(k, v)
+        y = attention(q, k, v, context.segments, context.key_segments, context.first_query)
+        return self._project(y.reshape(*x.shape[:2], -1), self.o), cache
+
+    def _project(self, x: jax.Array, weight: nnx.Param) -> jax.Array:
+        return x @ gathered(weight[...], self.settings.compute_dtype)

@@ -1,0 +1,131 @@
+"""The architecture of an OLMoE model, read from a Hugging Face `config.json`."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from olmoe_jax.errors import UserError
+
+RouterMethod = Literal["conventional", "frozen", "densemixer"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """What fixes the parameters' shapes and the forward function; nothing about training."""
+
+    vocab_size: int
+    hidden_size: int  # D
+    intermediate_size: int  # F, of one expert
+    num_layers: int  # L
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_experts: int  # E
+    num_experts_per_token: int  # K
+    rope_theta: float
+    rms_norm_eps: float
+    norm_topk_prob: bool = False
+    clip_qkv: float | None = None
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    initializer_range: float = 0.02
+    max_position_embeddings: int = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    """How the model computes: changes gradients and speed, never the parameters' shapes.
+
+    Attributes:
+      compute_dtype: dtype of activations and matmuls; router, norms and softmaxes are float32.
+      router_method: how gradient reaches the router (see `olmoe_jax.ops.router_gradient`).
+      router_gradient_experts: DenseMixer's m; None means all experts (exact).
+      remat: "full" recomputes each layer in the backward, "none" keeps its activations.
+      grouped_matmul: backend name of `olmoe_jax.ops.grouped_matmul`; None: the platform's.
+    """
+
+    compute_dtype: Any = jnp.float32
+    router_method: RouterMethod = "conventional"
+    router_gradient_experts: int | None = None
+    remat: Literal["full", "none"] = "none"
+    grouped_matmul: str | None = None
+
+
+_REQUIRED = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_experts": "num_experts",
+    "num_experts_per_token": "num_experts_per_tok",
+}
+
+
+def model_config_from_hf(config: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
+    """Reads a transformers 4 or 5 OLMoE configuration.
+
+    Sizes are never defaulted: the defaults of transformers' class are not OLMoE-1B-7B's.
+
+    Raises:
+      UserError: another architecture, a missing field, or a feature that OLMoE does not have.
+    """
+    if config.get("model_type") != "olmoe":
+        raise UserError(
+            f"{source}: model_type is {config.get('model_type')!r}; this project trains OLMoE "
+            "checkpoints (model_type 'olmoe')"
+        )
+    missing = [name for name in _REQUIRED.values() if not isinstance(config.get(name), int)]
+    if missing:
+        raise UserError(f"{source}: no integer field {missing[0]!r}; write the model's value there")
+    values = {ours: config[theirs] for ours, theirs in _REQUIRED.items()}
+    heads, hidden = values["num_heads"], values["hidden_size"]
+    rope = config.get("rope_parameters") or {}
+    rope_scaling = config.get("rope_scaling")
+    rope_type = rope.get("rope_type", "default") if not rope_scaling else "scaled"
+    unsupported = {
+        "hidden_act": config.get("hidden_act", "silu") != "silu",
+        "attention_bias": bool(config.get("attention_bias")),
+        "attention_dropout": bool(config.get("attention_dropout")),
+        "rope_scaling (rope_type)": rope_type != "default",
+    }
+    for field, is_set in unsupported.items():
+        if is_set:
+            raise UserError(f"{source}: {field} is not a feature of the OLMoE models; remove it")
+    result = ModelConfig(
+        **values,
+        num_kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or hidden // heads,
+        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+        rms_norm_eps=float(config.get("rms_norm_eps", 1e-5)),
+        norm_topk_prob=bool(config.get("norm_topk_prob", False)),
+        clip_qkv=config.get("clip_qkv"),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        pad_token_id=config.get("pad_token_id"),
+        initializer_range=float(config.get("initializer_range", 0.02)),
+        max_position_embeddings=config.get("max_position_embeddings", 4096),
+    )
+    _check_sizes(result, source)
+    return result
+
+
+def _check_sizes(config: ModelConfig, source: str) -> None:
+    def require(condition: bool, message: str) -> None:
+        if not condition:
+            raise UserError(f"{source}: {message}")
+
+    sizes = [getattr(config, name) for name in _REQUIRED]
+    require(min(sizes) > 0, "sizes must be positive")
+    require(
+        config.num_heads % config.num_kv_heads == 0,
+        f"num_attention_heads={config.num_heads} must be a multiple of "
+        f"num_key_value_heads={config.num_kv_heads}",
+    )
+    require(
+        config.num_experts_per_token <= config.num_experts,
+        f"num_experts_per_tok={config.num_experts_per_token} must be at most "
+        f"num_experts={config.num_experts}",
+    )
+    require(config.head_dim % 2 == 0, f"head size {config.head_dim} must be even (rotary halves)")

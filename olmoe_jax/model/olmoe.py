@@ -1,0 +1,161 @@
+"""OLMoE (https://arxiv.org/abs/2409.02060): embedding, scanned decoder layers, norm, head.
+
+Shapes: B rows, S positions, D model width, V vocabulary, L layers.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from olmoe_jax.model.attention import Attention, Context, LayerCache, rms_norm
+from olmoe_jax.model.config import ModelConfig, ModelSettings
+from olmoe_jax.model.moe import MoE, RouterStatistics
+from olmoe_jax.model.parameters import matrix, scale
+from olmoe_jax.sharding import gathered, shard_batch
+
+
+class KVCache(NamedTuple):
+    """What decoding carries: keys and values of every layer and what lies where."""
+
+    layers: LayerCache  # [L, B, T, G, d] each
+    segments: jax.Array  # [B, T] int32, 0: empty or padding
+    length: jax.Array  # [] int32: columns filled
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm attention and mixture of experts, each with a residual connection.
+
+    Its parameters are those of all L layers, stacked; `Olmoe` scans over them.
+    """
+
+    def __init__(self, config: ModelConfig, settings: ModelSettings, *, rngs: nnx.Rngs):
+        self.epsilon = config.rms_norm_eps
+        norm = {"layer": config.num_layers, "norm": config.hidden_size}
+        self.attention_norm = scale(norm)
+        self.attention = Attention(config, settings, rngs=rngs)
+        self.moe_norm = scale(norm)
+        self.moe = MoE(config, settings, rngs=rngs)
+
+    def __call__(self, x, context: Context, cache, with_router_logits: bool):
+        with jax.named_scope("attention"):
+            normed = rms_norm(x, self.attention_norm[...], self.epsilon)
+            y, cache = self.attention(normed, context, cache)
+            x = shard_batch(x + y)
+        with jax.named_scope("moe"):
+            normed = rms_norm(x, self.moe_norm[...], self.epsilon)
+            y, statistics = self.moe(normed, context.segments > 0, with_router_logits)
+        return shard_batch(x + y), (statistics, cache)
+
+
+class Olmoe(nnx.Module):
+    """The language model. `model(tokens)` gives logits.
+
+    Args:
+      config: the architecture.
+      settings: how to compute (dtype, router gradient, remat).
+      rngs: its "params" stream draws the weights.
+    """
+
+    def __init__(
+        self, config: ModelConfig, settings: ModelSettings | None = None, *, rngs: nnx.Rngs
+    ):
+        self.config = config
+        self.settings = settings = settings or ModelSettings()
+        std = config.initializer_range
+        vocabulary = {"vocab": config.vocab_size, "embed": config.hidden_size}
+        self.embed = matrix(rngs, vocabulary, std)
+        self.layers = DecoderLayer(config, settings, rngs=rngs)
+        self.norm = scale({"norm": config.hidden_size})
+        if not config.tie_word_embeddings:
+            self.lm_head = matrix(rngs, vocabulary, std)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        segments: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits [B, S, V] float32.
+
+        Args:
+          tokens: [B, S] int.
+          segments: [B, S] int, which example each token belongs to, 0 for padding; None: one
+            example a row, no padding.
+          positions: [B, S] int, restarting with each example; None: 0…S-1.
+        """
+        return self.logits(self.hidden(tokens, segments, positions)[0])
+
+    def hidden(
+        self, tokens, segments=None, positions=None, *, with_router_logits: bool = False
+    ) -> tuple[jax.Array, RouterStatistics]:
+        """Final normalised hidden states [B, S, D] and each layer's router statistics."""
+        if segments is None:
+            segments = jnp.ones_like(tokens)
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        context = Context(positions, segments, segments, 0)
+        x, (statistics, _) = self._run_layers(tokens, context, None, with_router_logits)
+        return x, statistics
+
+    def decode(
+        self, tokens: jax.Array, segments: jax.Array, positions: jax.Array, cache: KVCache
+    ) -> tuple[jax.Array, KVCache]:
+        """Logits [B, V] after the last of these tokens [B, S], which are added to the cache."""
+        start = (0, cache.length)
+        key_segments = jax.lax.dynamic_update_slice(cache.segments, segments, start)
+        context = Context(positions, segments, key_segments, cache.length)
+        x, (_, layers) = self._run_layers(tokens, context, cache.layers, False)
+        cache = KVCache(layers, key_segments, cache.length + tokens.shape[1])
+        return self.logits(x[:, -1:])[:, 0], cache
+
+    def empty_cache(self, batch: int, length: int) -> KVCache:
+        """A cache with room for `length` tokens in each of `batch` rows."""
+        config = self.config
+        shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
+        empty = jnp.zeros(shape, self.settings.compute_dtype)
+        return KVCache(
+            LayerCache(empty, empty), jnp.zeros((batch, length), jnp.int32), jnp.int32(0)
+        )
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[B, S, D] -> [B, S, V] float32."""
+        return jnp.einsum("bsd,vd->bsv", hidden, self.head(), preferred_element_type=jnp.float32)
+
+    def head(self) -> jax.Array:
+        """The output projection [V, D] in the compute dtype."""
+        weight = self.embed if self.config.tie_word_embeddings else self.lm_head
+        return gathered(weight[...], self.settings.compute_dtype)
+
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        x = gathered(self.embed[...], self.settings.compute_dtype)[tokens]
+        if self.config.pad_token_id is not None:
+            # torch's padding_idx: that row learns nothing from being looked up.
+            is_pad = (tokens == self.config.pad_token_id)[..., None]
+            x = jnp.where(is_pad, jax.lax.stop_gradient(x), x)
+        return shard_batch(x)
+
+    def _run_layers(self, tokens, context: Context, cache, with_router_logits: bool):
+        graph, stacked = nnx.split(self.layers)
+
+        def layer(x, inputs):
+            weights, cache = inputs
+            return nnx.merge(graph, weights)(x, context, cache, with_router_logits)
+
+        if self.settings.remat == "full":
+            layer = jax.checkpoint(layer, prevent_cse=False)
+        x, outputs = jax.lax.scan(layer, self._embed(tokens), (stacked, cache))
+        return rms_norm(x, self.norm[...], self.config.rms_norm_eps), outputs
+
+
+def load_balancing_loss(statistics: RouterStatistics, config: ModelConfig) -> jax.Array:
+    """E * sum_e f_e P_e over the tokens of all layers (Switch Transformers, eq. 4-6).
+
+    f_e: share of the (token, layer) pairs that selected e (these sum to K); P_e: mean probability.
+    Padding is in neither. A batch without tokens gives 0.
+    """
+    pairs = jnp.maximum(jnp.sum(statistics.load) / config.num_experts_per_token, 1.0)
+    share = jnp.sum(statistics.load, axis=0) / pairs
+    probability = jnp.sum(statistics.probability, axis=0) / pairs
+    return config.num_experts * jnp.sum(jax.lax.stop_gradient(share) * probability)

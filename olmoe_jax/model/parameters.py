@@ -1,0 +1,57 @@
+"""Parameters: declared once, with shape, logical axes and initialiser.
+
+The trainer, the checkpoints, the sharding and the conversion all see a model's parameters as a
+flat dict {"layers.experts.gate": array [L, E, D, F], …}; `split` and `merge` go back and forth.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Parameters = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterSpec:
+    """Shape and logical axis names (see `olmoe_jax.sharding.RULES`) of one parameter."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+
+
+def matrix(rngs: nnx.Rngs, axes: dict[str, int], std: float) -> nnx.Param:
+    """A weight drawn from N(0, std^2), float32. `axes` maps logical axis names to sizes."""
+    shape = tuple(axes.values())
+    value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
+    return nnx.Param(value, axes=tuple(axes))
+
+
+def scale(axes: dict[str, int]) -> nnx.Param:
+    """The weight of an RMSNorm: ones, float32."""
+    return nnx.Param(jnp.ones(tuple(axes.values()), jnp.float32), axes=tuple(axes))
+
+
+def split(model: nnx.Module) -> tuple[nnx.GraphDef, Parameters]:
+    """Takes a model apart into its structure and a flat dict of arrays."""
+    graph, state = nnx.split(model, nnx.Param)
+    return graph, {".".join(path): variable[...] for path, variable in nnx.to_flat_state(state)}
+
+
+def merge(graph: nnx.GraphDef, parameters: Parameters) -> nnx.Module:
+    """The model that `split` took apart, with these arrays (any dtype) as its parameters."""
+    flat = [(tuple(name.split(".")), nnx.Param(value)) for name, value in parameters.items()]
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def specs(model_function) -> dict[str, ParameterSpec]:
+    """Shapes and axes of the parameters of the model that `model_function()` makes.
+
+    Nothing is computed or allocated.
+    """
+    state = nnx.state(nnx.eval_shape(model_function), nnx.Param)
+    return {
+        ".".join(path): ParameterSpec(tuple(variable.shape), variable.get_metadata("axes"))
+        for path, variable in nnx.to_flat_state(state)
+    }

@@ -1,0 +1,101 @@
+"""DenseMixer's router gradient: every expert's probability learns, at no cost in the forward.
+
+Shapes: T tokens, D model width, F expert width, E experts. The straight-through estimator of
+DenseMixer (https://fengyao.notion.site/moe-posttraining, github.com/yaof20/DenseMixer) gives each
+router probability, selected or not, the gradient dL/dp_e = <g, E_e(x)> with g the gradient of the
+MoE block's output. A zero-valued term (the form of Levanter's `dense_router_delta`) carries it;
+here the experts that the forward did not run are run only in the backward.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from olmoe_jax.ops.grouped_matmul import grouped_matmul
+from olmoe_jax.ops.routing import sort_by_expert
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def router_gradient(
+    experts_per_token: int | None,
+    backend: str | None,
+    probabilities: jax.Array,
+    x: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    candidates: jax.Array,
+) -> jax.Array:
+    """Zeros [T, D] whose gradient for `probabilities` is <g_t, E_e(x_t)>, and zero for the rest.
+
+    Args:
+      experts_per_token: m, how many of a token's candidates get the exact term; None: all E.
+      backend: of the grouped matmul (used when m is given).
+      probabilities: [T, E] float32: the weights of the experts that were not selected. Entries
+        whose gradient must not count are masked by the caller.
+      x: [T, D] the block's input.
+      gate, up: [E, D, F]; down: [E, F, D]; dtype of x.
+      candidates: [T, m] int32: with m given, the experts to compute; E means "none". Unused else.
+    """
+    return jnp.zeros_like(x)
+
+
+def _forward(experts_per_token, backend, probabilities, x, gate, up, down, candidates):
+    out = jnp.zeros_like(x)
+    return out, (x, gate, up, down, candidates)
+
+
+def _backward(experts_per_token, backend, residuals, g):
+    x, gate, up, down, candidates = residuals
+    if experts_per_token is None:
+        scores = all_expert_scores(x, g, gate, up, down)
+    else:
+        scores = candidate_scores(x, g, gate, up, down, candidates, backend)
+    return scores, None, None, None, None, None
+
+
+router_gradient.defvjp(_forward, _backward)
+
+
+def _scores(x, g, multiply: Callable[[jax.Array, str], jax.Array]) -> jax.Array:
+    """<g, W_down h> as <W_down^T g, h>, h = silu(W_gate x) * W_up x: three matmuls, no output."""
+    hidden = jax.nn.silu(multiply(x, "gate")) * multiply(x, "up")
+    return jnp.sum(hidden * multiply(g, "down"), axis=-1)
+
+
+def all_expert_scores(x, g, gate, up, down) -> jax.Array:
+    """s[t, e] = <g_t, E_e(x_t)>, [T, E] float32; one expert at a time, never [T, E, F]."""
+
+    def one_expert(_, weights):
+        w = dict(zip(("gate", "up", "down"), weights, strict=True))
+
+        def multiply(rows, name):
+            # down is [F, D]: contracting its D applies the transpose without making it.
+            contract = 1 if name == "down" else 0
+            return jax.lax.dot_general(
+                rows, w[name], (((1,), (contract,)), ((), ())), preferred_element_type=jnp.float32
+            )
+
+        return None, _scores(x, g, multiply)
+
+    return jax.lax.scan(one_expert, None, (gate, up, down))[1].T
+
+
+def candidate_scores(x, g, gate, up, down, candidates, backend) -> jax.Array:
+    """As `all_expert_scores`, but only for each token's `candidates` [T, m]; 0 elsewhere."""
+    num_tokens, per_token = candidates.shape
+    num_experts = gate.shape[0]
+    order, _, group_sizes = sort_by_expert(candidates, num_experts)
+    token = order // per_token
+    weights = {"gate": gate, "up": up, "down": jnp.swapaxes(down, 1, 2)}
+
+    def multiply(rows, name):
+        return grouped_matmul(rows, weights[name], group_sizes, backend).astype(jnp.float32)
+
+    scores = _scores(x[token], g[token], multiply)
+    expert = candidates.reshape(-1)[order]
+    return (
+        jnp.zeros((num_tokens, num_experts), jnp.float32).at[token, expert].add(scores, mode="drop")
+    )

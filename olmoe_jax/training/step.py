@@ -1,0 +1,145 @@
+"""One training step: gradients summed over micro-batches, then one update.
+
+A step's loss is a SUM over its tokens; the weights made by the data pipeline hold the division,
+so micro-batches and devices only ever add. R rows, S positions, L layers, E experts.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from olmoe_jax.model.config import ModelConfig
+from olmoe_jax.model.moe import RouterStatistics
+from olmoe_jax.model.olmoe import load_balancing_loss
+from olmoe_jax.model.parameters import Parameters, merge
+from olmoe_jax.ops.cross_entropy import weighted_cross_entropy
+from olmoe_jax.training.optimizer import Schedule, clip_scale, global_norm
+
+
+class DeviceBatch(NamedTuple):
+    """A micro-batch on the devices; every array is [R, S]."""
+
+    tokens: jax.Array  # int32
+    targets: jax.Array  # int32: what each position predicts
+    segment_ids: jax.Array  # int32: 1… per row, 0 for padding
+    positions: jax.Array  # int32: restarting with each example
+    loss_weights: jax.Array  # float32: sum to 1 over a step
+
+
+class TrainState(NamedTuple):
+    """What an update changes, and a checkpoint holds."""
+
+    step: jax.Array  # int32: updates attempted
+    parameters: Parameters  # the trained ones, float32
+    optimizer: optax.OptState
+    skipped: jax.Array  # int32: updates skipped so far because something was not finite
+    skipped_in_a_row: jax.Array  # int32
+
+
+class Accumulated(NamedTuple):
+    """Sums over the micro-batches seen so far in a step."""
+
+    gradients: Parameters
+    loss: jax.Array  # float32, without the auxiliary loss
+    statistics: RouterStatistics  # [L, …]
+
+
+class StepMetrics(NamedTuple):
+    """What a step reports; scalars are float32 or int32 on the devices."""
+
+    loss: jax.Array
+    grad_norm: jax.Array
+    learning_rate: jax.Array
+    skipped: jax.Array
+    skipped_in_a_row: jax.Array
+    statistics: RouterStatistics
+
+
+def initial_state(parameters: Parameters, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first update."""
+    zero = jnp.int32(0)
+    return TrainState(zero, parameters, optimizer.init(parameters), zero, zero)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """The functions to compile for one run; everything static is here.
+
+    Attributes:
+      graph: the model's structure.
+      config: its architecture.
+      optimizer: gives the update's direction.
+      schedule: gives the learning rate of an update.
+      max_grad_norm: clip the gradients to this global norm.
+      aux_loss_coefficient: weight of the load-balancing loss in the objective.
+    """
+
+    graph: nnx.GraphDef
+    config: ModelConfig
+    optimizer: optax.GradientTransformation
+    schedule: Schedule
+    max_grad_norm: float
+    aux_loss_coefficient: float = 0.0
+
+    def loss(
+        self, trained: Parameters, frozen: Parameters, batch: DeviceBatch
+    ) -> tuple[jax.Array, tuple[jax.Array, RouterStatistics]]:
+        """The objective of a micro-batch, and its (loss, router statistics)."""
+        model = merge(self.graph, trained | frozen)
+        hidden, statistics = model.hidden(batch.tokens, batch.segment_ids, batch.positions)
+        with jax.named_scope("loss"):
+            loss = weighted_cross_entropy(hidden, model.head(), batch.targets, batch.loss_weights)
+        objective = loss
+        if self.aux_loss_coefficient:
+            share = jnp.sum(batch.loss_weights)
+            balance = load_balancing_loss(statistics, self.config)
+            objective += self.aux_loss_coefficient * share * balance
+        return objective, (loss, statistics)
+
+    def accumulate(
+        self,
+        trained: Parameters,
+        frozen: Parameters,
+        accumulated: Accumulated | None,
+        batch: DeviceBatch,
+    ) -> Accumulated:
+        """Adds a micro-batch's gradients, loss and statistics to the step's (None: the first)."""
+        gradients, (loss, statistics) = jax.grad(self.loss, has_aux=True)(trained, frozen, batch)
+        new = Accumulated(gradients, loss, statistics)
+        return new if accumulated is None else jax.tree.map(jnp.add, accumulated, new)
+
+    def update(self, state: TrainState, accumulated: Accumulated) -> tuple[TrainState, StepMetrics]:
+        """One AdamW update; when the loss or the gradients are not finite, none."""
+        gradients = accumulated.gradients
+        norm = global_norm(gradients)
+        finite = jnp.isfinite(norm) & jnp.isfinite(accumulated.loss)
+        scale = clip_scale(norm, self.max_grad_norm)
+        gradients = jax.tree.map(lambda g: g * scale, gradients)
+        learning_rate = self.schedule(state.step)
+        direction, optimizer = self.optimizer.update(gradients, state.optimizer, state.parameters)
+        parameters = jax.tree.map(lambda p, d: p - learning_rate * d, state.parameters, direction)
+
+        def keep_if_skipped(new, old):
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+        skipped = jnp.where(finite, 0, 1)
+        new = TrainState(
+            state.step + 1,
+            keep_if_skipped(parameters, state.parameters),
+            keep_if_skipped(optimizer, state.optimizer),
+            state.skipped + skipped,
+            jnp.where(finite, 0, state.skipped_in_a_row + 1),
+        )
+        metrics = StepMetrics(
+            accumulated.loss,
+            norm,
+            learning_rate,
+            new.skipped,
+            new.skipped_in_a_row,
+            accumulated.statistics,
+        )
+        return new, metrics
