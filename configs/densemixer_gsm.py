@@ -1,0 +1,8 @@
+"""Full fine-tuning with DenseMixer's router gradient on grade school math (GSM8K)."""
+
+from configs.table import experiment
+from olmoe_jax.config import Config
+
+
+def get_config() -> Config:
+    return experiment("densemixer", "gsm")

@@ -1,0 +1,8 @@
+"""Full fine-tuning with DenseMixer's router gradient on ESFT's intent recognition."""
+
+from configs.table import experiment
+from olmoe_jax.config import Config
+
+
+def get_config() -> Config:
+    return experiment("densemixer", "intent")

@@ -1,0 +1,56 @@
+"""The experiments: every method on every data set, with the hyperparameters of the reference.
+
+What does not depend on method or data set (4 epochs, 256 examples per step, 4096 tokens, the
+schedule) is the default of `olmoe_jax.config`.
+"""
+
+from dataclasses import dataclass
+
+from olmoe_jax.config import Config, DataOptions, MethodOptions, OptimizerOptions, TrainOptions
+from olmoe_jax.errors import UserError
+
+METHODS = ("frozen", "conventional", "densemixer")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A row of the table."""
+
+    hub_id: str
+    eval_file: str | None  # None: a tenth of the training examples is held out
+    full_learning_rate: float  # of full fine-tuning
+    microbatch_examples: int  # per device in the reference
+
+
+# fmt: off
+DATASETS = {
+    "gsm":         Dataset("RoxanneWsyw/gsm",              "test.jsonl", 1e-6, 4),
+    "codealpaca":  Dataset("RoxanneWsyw/CodeAlpaca",       None,         1e-6, 4),
+    "intent":      Dataset("RoxanneWsyw/ESFT-intent",      "test.jsonl", 2e-5, 4),
+    "law":         Dataset("RoxanneWsyw/ESFT-law",         "test.jsonl", 2e-5, 4),
+    "summary":     Dataset("RoxanneWsyw/ESFT-summary",     "test.jsonl", 2e-5, 2),
+    "translation": Dataset("RoxanneWsyw/ESFT-translation", "test.jsonl", 2e-5, 2),
+}
+# fmt: on
+
+
+def experiment(method: str, dataset: str) -> Config:
+    """The config of one cell of the table."""
+    if method not in METHODS:
+        raise UserError(f"unknown method {method}: write one of {', '.join(METHODS)}")
+    if dataset not in DATASETS:
+        raise UserError(f"unknown data set {dataset}: write one of {', '.join(DATASETS)}")
+    row = DATASETS[dataset]
+    return Config(
+        method=MethodOptions(name=method),
+        data=DataOptions(
+            train_path=f"{row.hub_id}:train.jsonl",
+            eval_path=f"{row.hub_id}:{row.eval_file}" if row.eval_file else None,
+            eval_fraction=0.1,
+        ),
+        optimizer=OptimizerOptions(learning_rate=row.full_learning_rate),
+        train=TrainOptions(
+            output_dir=f"runs/{method}_{dataset}",
+            microbatch_examples=row.microbatch_examples,
+        ),
+    )
