@@ -1,0 +1,121 @@
+"""`python -m olmoe_jax.data preview`: what a data file becomes for the model."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+import numpy as np
+
+from olmoe_jax.data.formats import encode_batch
+from olmoe_jax.data.reading import read_rows
+from olmoe_jax.data.tokenized import format_row_of
+from olmoe_jax.data.tokenizer import load_tokenizer
+from olmoe_jax.errors import UserError, run_command
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_UNTRAINED_LABEL = -100
+_COLOUR = ("\033[32m", "\033[0m")
+_PLAIN_MARKS = ("⟦", "⟧")
+_EXAMPLE = """example:
+  python -m olmoe_jax.data preview --data train.jsonl --tokenizer allenai/OLMoE-1B-7B-0125 \\
+      --max_seq_length 4096 --rows 3
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints the rows that the arguments ask for. Raises `UserError` for bad usage or bad data."""
+    args = _parser().parse_args(argv)
+    tokenizer = load_tokenizer(args.tokenizer)
+    rows = read_rows(args.data)[: args.rows]
+    texts = [
+        format_row_of(args.data, index, row, tokenizer.eos_token) for index, row in enumerate(rows)
+    ]
+    examples = list(encode_batch(texts, tokenizer, args.max_seq_length))
+    if args.json:
+        for tokens, trained in examples:
+            print(_as_json(tokens, trained))
+    else:
+        _print_text(examples, tokenizer)
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="python -m olmoe_jax.data", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    preview = commands.add_parser(
+        "preview",
+        allow_abbrev=False,
+        help="show rows as the model sees them, with the part that trains marked",
+        description="Shows rows of a data set as the model sees them. The part that trains is "
+        "coloured on a terminal and put between ⟦ and ⟧ elsewhere.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    preview.add_argument(
+        "--data",
+        required=True,
+        metavar="FILE_OR_HUB_ID",
+        help=".jsonl, .json or .parquet file, or owner/name, or owner/name:file.jsonl",
+    )
+    preview.add_argument("--tokenizer", required=True, metavar="DIR_OR_HUB_ID")
+    preview.add_argument("--max_seq_length", required=True, type=_positive, metavar="N")
+    preview.add_argument("--rows", type=_positive, default=5, metavar="N", help="default: 5")
+    preview.add_argument(
+        "--json", action="store_true", help="one JSON line a row: kept, input_ids, labels"
+    )
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def _as_json(tokens: np.ndarray, trained: np.ndarray) -> str:
+    labels = np.where(trained, tokens, _UNTRAINED_LABEL)
+    return json.dumps(
+        {"kept": bool(trained.any()), "input_ids": tokens.tolist(), "labels": labels.tolist()}
+    )
+
+
+def _print_text(
+    examples: Sequence[tuple[np.ndarray, np.ndarray]], tokenizer: "PreTrainedTokenizerBase"
+) -> None:
+    marks = _COLOUR if sys.stdout.isatty() else _PLAIN_MARKS
+    for number, (tokens, trained) in enumerate(examples, 1):
+        count = int(trained.sum())
+        fate = f"{count} to train on" if count else "dropped: none to train on"
+        print(f"--- row {number}: {len(tokens)} tokens, {fate}")
+        print(_marked_text(tokens, trained, tokenizer, marks))
+    kept = [len(tokens) for tokens, trained in examples if trained.any()]
+    print(
+        f"rows {len(examples)}, kept {len(kept)}, dropped {len(examples) - len(kept)}, "
+        f"tokens {sum(kept)}, longest {max(kept, default=0)}"
+    )
+
+
+def _marked_text(
+    tokens: np.ndarray,
+    trained: np.ndarray,
+    tokenizer: "PreTrainedTokenizerBase",
+    marks: tuple[str, str],
+) -> str:
+    changes = np.flatnonzero(np.diff(trained)) + 1
+    pieces = []
+    for span in np.split(np.arange(len(tokens)), changes):
+        text = tokenizer.decode(tokens[span].tolist())
+        pieces.append(f"{marks[0]}{text}{marks[1]}" if trained[span].any() else text)
+    return "".join(pieces)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,222 @@
+"""Rows of every accepted format -> text -> token ids, with a mark on the tokens that train.
+
+The texts and the masking are those of the PyTorch reference, down to its spaces.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from olmoe_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Row = Mapping[str, Any]
+
+ACCEPTED_FIELDS = (
+    "prompt + completion; prompt + answer or answers; question + answer or answers; "
+    "question + choices + answer (the index of a choice); instruction + output (input optional); "
+    "messages (an optional system turn, then user and assistant turns)"
+)
+
+_CHOICE_NAMES = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+# The reference builds its prompts from indented triple-quoted strings: the indentation, the first
+# newline and the last four spaces are part of what the model is trained on.
+_INSTRUCTION_PROMPT = """
+        Below is an instruction that describes a task. Write a response that appropriately \
+completes the request.
+
+        ### Instruction:
+        {instruction}
+
+        ### Response:
+    """
+_INSTRUCTION_WITH_INPUT_PROMPT = """
+        Below is an instruction that describes a task, paired with an input that provides further \
+context. Write a response that appropriately completes the request.
+
+        ### Instruction:
+        {instruction}
+
+        ### Input:
+        {input}
+
+        ### Response:
+    """
+
+
+@dataclass(frozen=True)
+class FormattedRow:
+    """The text of a row and where training on it starts and stops.
+
+    Each boundary is a prefix of `text`. The tokens after the first boundary train, those after
+    the second do not, those after the third do, and so on. A boundary is measured in tokens of
+    the prefix tokenised alone, as in the reference: where its last token would merge with what
+    follows, it is off by that much.
+    """
+
+    text: str
+    boundaries: tuple[str, ...]
+
+
+def format_row(row: Row, eos: str) -> FormattedRow:
+    """Returns the text of `row`, `eos` included.
+
+    Fields that are null count as absent (the hub fills missing columns with null). Raises
+    `UserError` when the fields are of no accepted format, or a field has the wrong type.
+    """
+    fields = {name: value for name, value in row.items() if value is not None}
+    for required, formatter in _FORMATS:
+        if all(name in fields for name in required):
+            return formatter(fields, eos)
+    found = ", ".join(fields) or "none"
+    raise UserError(f"unknown fields (found: {found}); accepted: {ACCEPTED_FIELDS}")
+
+
+def encode(
+    row: Row, tokenizer: "PreTrainedTokenizerBase", max_seq_length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (tokens int32 [n], trained bool [n]) of one row, n <= max_seq_length.
+
+    Raises `UserError` as `format_row` does.
+    """
+    return next(encode_batch([format_row(row, tokenizer.eos_token)], tokenizer, max_seq_length))
+
+
+def encode_batch(
+    rows: Sequence[FormattedRow], tokenizer: "PreTrainedTokenizerBase", max_seq_length: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields (tokens int32 [n], trained bool [n]) for each row, from one call of the tokenizer.
+
+    A text longer than `max_seq_length` loses its end. No token is put before a text.
+    """
+    strings = [string for row in rows for string in (row.text, *row.boundaries)]
+    encoding = tokenizer(
+        strings, add_special_tokens=False, padding=False, truncation=False, verbose=False
+    )
+    ids = iter(encoding["input_ids"])
+    for row in rows:
+        tokens = np.asarray(next(ids)[:max_seq_length], np.int32)
+        trained = np.zeros(len(tokens), bool)
+        for _ in row.boundaries:
+            trained[len(next(ids)) :] ^= True
+        yield tokens, trained
+
+
+def _join(before: str, after: str) -> str:
+    # Exactly these three characters, as in the reference: other whitespace gets a space too.
+    whitespace = (" ", "\n", "\t")
+    separated = before.endswith(whitespace) or after.startswith(whitespace)
+    return before + after if separated else f"{before} {after}"
+
+
+def _prompt_completion(row: Row, eos: str) -> FormattedRow:
+    prompt = _text(row, "prompt")
+    return FormattedRow(_join(prompt, _text(row, "completion")) + eos, (prompt,))
+
+
+def _prompt_answer(row: Row, eos: str) -> FormattedRow:
+    prompt = _text(row, "prompt")
+    return FormattedRow(_join(prompt, _answer(row)) + eos, (prompt,))
+
+
+def _question_answer(row: Row, eos: str) -> FormattedRow:
+    prompt = f"Question: {_text(row, 'question')}\nAnswer:"
+    return FormattedRow(prompt + _answer(row) + eos, (prompt,))
+
+
+def _choices(row: Row, eos: str) -> FormattedRow:
+    choices = row["choices"]
+    if not isinstance(choices, list) or not 1 <= len(choices) <= len(_CHOICE_NAMES):
+        raise UserError(f"field choices must be a list of 1 to {len(_CHOICE_NAMES)} texts")
+    texts = [_checked_text(choice, "choices") for choice in choices]
+    named = [f"{name}. {text}" for name, text in zip(_CHOICE_NAMES, texts, strict=False)]
+    lines = "\n".join(named)
+    # The space after the last choice is the reference's.
+    prompt = f"Question: {_text(row, 'question').strip()}\n{lines} \nAnswer:"
+    return FormattedRow(prompt + named[_choice_index(row["answer"], len(named))] + eos, (prompt,))
+
+
+def _choice_index(value: Any, count: int) -> int:
+    number = str(value)
+    if isinstance(value, bool) or not number.isdecimal() or int(number) >= count:
+        raise UserError(f"field answer must be the index of a choice, 0 to {count - 1}")
+    return int(number)
+
+
+def _instruction(row: Row, eos: str) -> FormattedRow:
+    template = _INSTRUCTION_WITH_INPUT_PROMPT if row.get("input") else _INSTRUCTION_PROMPT
+    fields = {"instruction": _text(row, "instruction")}
+    if row.get("input"):
+        fields["input"] = _text(row, "input")
+    prompt = template.format(**fields)
+    return FormattedRow(prompt + _text(row, "output") + eos, (prompt,))
+
+
+def _messages(row: Row, eos: str) -> FormattedRow:
+    """One user and one assistant turn are exactly prompt and completion. With more, turns are
+    joined by the same rule, every assistant turn ends in eos, and every assistant turn trains.
+    A system turn goes in front of the first user turn, with a newline between."""
+    text, ends = "", []
+    for index, content in enumerate(_turns(row["messages"])):
+        text = _join(text, content) if index else content
+        if index % 2:
+            text += eos
+        ends.append(text)
+    return FormattedRow(text, tuple(ends[:-1]))
+
+
+def _turns(messages: Any) -> list[str]:
+    """Returns the contents, user and assistant in turn."""
+    if not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
+        raise UserError("field messages must be a list of objects with role and content")
+    roles = [message.get("role") for message in messages]
+    contents = [_checked_text(message.get("content"), "content") for message in messages]
+    if roles[:1] == ["system"]:
+        system, roles, contents = contents[0], roles[1:], contents[1:]
+        contents[:1] = [f"{system}\n{content}" for content in contents[:1]]
+    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+        raise UserError(
+            "field messages must hold an optional system turn, then user and assistant turns "
+            "that alternate and end with the assistant's"
+        )
+    return contents
+
+
+def _answer(row: Row) -> str:
+    if "answer" in row:
+        return _text(row, "answer")
+    answers = row["answers"]
+    if not isinstance(answers, list) or not answers:
+        raise UserError("field answers must be a list with at least one text")
+    return _checked_text(answers[0], "answers")
+
+
+def _text(row: Row, field: str) -> str:
+    return _checked_text(row[field], field)
+
+
+def _checked_text(value: Any, field: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"field {field} must be text, not {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+        raise UserError(f"field {field} is not valid Unicode: {error.reason}") from error
+    return value
+
+
+_FORMATS: tuple[tuple[tuple[str, ...], Callable[[Row, str], FormattedRow]], ...] = (
+    (("prompt", "completion"), _prompt_completion),
+    (("messages",), _messages),
+    (("question", "choices", "answer"), _choices),
+    (("question", "answer"), _question_answer),
+    (("question", "answers"), _question_answer),
+    (("instruction", "output"), _instruction),
+    (("prompt", "answer"), _prompt_answer),
+    (("prompt", "answers"), _prompt_answer),
+)

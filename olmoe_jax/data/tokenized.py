@@ -1,0 +1,174 @@
+"""A data set as flat arrays of tokens, made once and cached on disk."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from olmoe_jax.data.cache import load_arrays, save_arrays
+from olmoe_jax.data.formats import FormattedRow, encode_batch, format_row
+from olmoe_jax.data.reading import content_digest, read_rows, row_location
+from olmoe_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Part of the cache key: raise it whenever the same rows would give other tokens or another mask.
+_FORMAT_VERSION = 1
+_ROWS_PER_TOKENIZER_CALL = 1000
+
+
+@dataclass(frozen=True)
+class TokenizedDataset:
+    """The examples that train, in the order of the data file.
+
+    tokens: int32 [all tokens]; trained: bool [all tokens], the tokens that the loss covers;
+    offsets: int64 [stored examples + 1]; rows: int64 [N], which stored examples this set holds.
+    dropped_rows and total_rows count the rows of the data file, also in a subset of it.
+    """
+
+    tokens: np.ndarray
+    trained: np.ndarray
+    offsets: np.ndarray
+    rows: np.ndarray
+    dropped_rows: int
+    total_rows: int
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """int64 [N]: the number of tokens of each example."""
+        return np.diff(self.offsets)[self.rows]
+
+    @cached_property
+    def target_counts(self) -> np.ndarray:
+        """int64 [N]: the trained tokens of each example that are a target.
+
+        The first token of an example never is: nothing comes before it that could predict it.
+        """
+        starts = self.offsets[:-1]
+        trained = np.add.reduceat(self.trained, starts, dtype=np.int64)
+        return (trained - self.trained[starts])[self.rows]
+
+    def example(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (tokens int32 [n], trained bool [n]) of one example."""
+        row = self.rows[index]
+        span = slice(self.offsets[row], self.offsets[row + 1])
+        return self.tokens[span], self.trained[span]
+
+    def subset(self, indices: Sequence[int] | np.ndarray) -> "TokenizedDataset":
+        """Returns a data set of the examples at `indices`, in that order, on the same arrays."""
+        rows = self.rows[np.asarray(indices, np.int64)]
+        fingerprint = hashlib.sha256(self.fingerprint.encode() + rows.tobytes()).hexdigest()
+        return replace(self, rows=rows, fingerprint=fingerprint)
+
+
+def tokenize_dataset(
+    path: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_seq_length: int,
+    cache_dir: str | None,
+    split: str = "train",
+) -> TokenizedDataset:
+    """Returns the tokenised rows of `path` (see `read_rows`), from the cache if they are in it.
+
+    The cache is `cache_dir`, or $OLMOE_JAX_CACHE, or ~/.cache/olmoe_jax. Raises `UserError` for
+    rows that cannot be read or formatted (naming file and line), when no row is left to train on,
+    and when the cache cannot be written.
+    """
+    if max_seq_length < 1:
+        raise ValueError(f"max_seq_length must be positive, not {max_seq_length}")
+    key = _cache_key(content_digest(path, split), tokenizer, max_seq_length)
+    root = cache_dir or os.environ.get("OLMOE_JAX_CACHE") or "~/.cache/olmoe_jax"
+    directory = Path(root).expanduser() / "tokenized" / key
+    cached = load_arrays(directory)
+    if cached is None:
+        arrays, info = _tokenize(path, read_rows(path, split), tokenizer, max_seq_length)
+        try:
+            save_arrays(directory, arrays, info)
+        except OSError as error:
+            raise UserError(
+                f"cannot write the token cache {directory} ({error.strerror}): "
+                "set OLMOE_JAX_CACHE to a directory with space that you may write to"
+            ) from error
+        cached = load_arrays(directory) or (arrays, info)
+    arrays, info = cached
+    rows = np.arange(len(arrays["offsets"]) - 1)
+    return TokenizedDataset(**arrays, rows=rows, **info, fingerprint=key)
+
+
+def held_out_split(
+    dataset: TokenizedDataset, fraction: float, seed: int
+) -> tuple[TokenizedDataset, TokenizedDataset]:
+    """Returns (train, evaluation): a share of the examples, drawn by `seed`, is held out.
+
+    Both keep the order of the data set and have at least one example. Raises `UserError` when
+    the data set has fewer than two, ValueError when `fraction` is not between 0 and 1.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"the held-out fraction must be between 0 and 1, not {fraction}")
+    count = len(dataset)
+    if count < 2:
+        raise UserError(
+            "cannot hold out evaluation examples from a data set with one example: "
+            "set data.eval_path"
+        )
+    held_out = min(max(round(count * fraction), 1), count - 1)
+    # RandomState, because numpy promises that its stream never changes: a resumed run must not
+    # train on what it evaluated on.
+    order = np.random.RandomState(seed).permutation(count)
+    return dataset.subset(np.sort(order[held_out:])), dataset.subset(np.sort(order[:held_out]))
+
+
+def _cache_key(data_digest: str, tokenizer: "PreTrainedTokenizerBase", max_seq_length: int) -> str:
+    # Truncation and padding are not used here, and other callers change them.
+    serialised = json.loads(tokenizer.backend_tokenizer.to_str())
+    serialised.pop("truncation", None)
+    serialised.pop("padding", None)
+    parts = [_FORMAT_VERSION, data_digest, serialised, tokenizer.eos_token, max_seq_length]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _tokenize(
+    path: str,
+    rows: list[dict[str, Any]],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_seq_length: int,
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    kept = []
+    for start in range(0, len(rows), _ROWS_PER_TOKENIZER_CALL):
+        chunk = rows[start : start + _ROWS_PER_TOKENIZER_CALL]
+        texts = [
+            format_row_of(path, start + index, row, tokenizer.eos_token)
+            for index, row in enumerate(chunk)
+        ]
+        examples = encode_batch(texts, tokenizer, max_seq_length)
+        kept += [(tokens, trained) for tokens, trained in examples if trained.any()]
+    if not kept:
+        raise UserError(
+            f"{path}: no row has a token to train on within max_seq_length={max_seq_length}; "
+            "raise data.max_seq_length"
+        )
+    arrays = {
+        "tokens": np.concatenate([tokens for tokens, _ in kept]),
+        "trained": np.concatenate([trained for _, trained in kept]),
+        "offsets": np.cumsum([0, *(len(tokens) for tokens, _ in kept)], dtype=np.int64),
+    }
+    return arrays, {"dropped_rows": len(rows) - len(kept), "total_rows": len(rows)}
+
+
+def format_row_of(path: str, index: int, row: dict[str, Any], eos: str) -> FormattedRow:
+    """`format_row` for row `index` of a data file: its errors name the file and the line."""
+    try:
+        return format_row(row, eos)
+    except UserError as error:
+        raise UserError(f"{path}, {row_location(path, index)}: {error}") from error

@@ -1,0 +1,68 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from olmoe_jax.data.__main__ import main
+from olmoe_jax.errors import UserError
+
+
+@pytest.fixture
+def arguments(tmp_path, tokenizer_dir):
+    path = tmp_path / "data.jsonl"
+    rows = [{"prompt": "abc", "completion": "de"}, {"prompt": "p" * 30, "completion": "x"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["preview", f"--data={path}", f"--tokenizer={tokenizer_dir}", "--max_seq_length=10"]
+
+
+def test_json(arguments, tokenizer, capsys):
+    main([*arguments, "--json"])
+    kept, dropped = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    ids = tokenizer("abc de<|endoftext|>")["input_ids"]
+    assert kept == {"kept": True, "input_ids": ids, "labels": [-100] * 3 + ids[3:]}
+    assert not dropped["kept"]
+    assert dropped["labels"] == [-100] * 10
+
+
+def test_text(arguments, capsys):
+    main(arguments)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "--- row 1: 7 tokens, 4 to train on",
+        "abc⟦ de<|endoftext|>⟧",
+        "--- row 2: 10 tokens, dropped: none to train on",
+        "p" * 10,
+        "rows 2, kept 1, dropped 1, tokens 7, longest 7",
+    ]
+
+
+def test_text_is_coloured_on_a_terminal(arguments, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    main([*arguments, "--rows", "1"])
+    assert "abc\033[32m de<|endoftext|>\033[0m" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change", [["--max_seq_length=0"], ["--rows=x"], ["--js"], ["--data=none.jsonl"]]
+)
+def test_bad_usage(arguments, change):
+    with pytest.raises(UserError):
+        main([*arguments, *change])
+
+
+def test_bad_usage_exits_2_with_one_line():
+    command = [sys.executable, "-m", "olmoe_jax.data", "preview", "--rows=1"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: the following arguments are required")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_importing_the_package_is_cheap():
+    code = (
+        "import sys, olmoe_jax.data; "
+        "sys.exit(any(m in sys.modules for m in ('jax', 'grain', 'transformers', 'datasets')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
