@@ -1,0 +1,24 @@
+"""Post-training of the OLMoE mixture-of-experts model in JAX.
+
+model = olmoe_jax.from_pretrained("allenai/OLMoE-1B-7B-0125")
+logits = model(tokens)
+texts = olmoe_jax.generate(model, tokenizer, ["Question: 2 + 3?\\nAnswer:"])
+olmoe_jax.train(config)
+"""
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "from_pretrained": "olmoe_jax.model.loading",
+    "generate": "olmoe_jax.generation",
+    "train": "olmoe_jax.training.loop",
+}
+__all__ = ["from_pretrained", "generate", "train"]  # noqa: F822 (made by __getattr__)
+
+
+def __getattr__(name: str) -> Any:
+    """Imports on first use: a command's --help and its checks should not wait for jax."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'olmoe_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -58,6 +58,10 @@ class HFCheckpoint:
             out[position] = self._matrix(row, layer, expert).read().T
         return out
 
+    def export_dtype(self) -> str | None:
+        """None: exports keep each weight's dtype."""
+        return None
+
     def _matrix(self, row: names.Row, layer: int | None, expert: int) -> StoredTensor:
         """Where one matrix lies: a tensor of its own, or a part of a fused one."""
         name = row.theirs.format(layer=layer, expert=expert)

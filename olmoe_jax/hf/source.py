@@ -1,5 +1,6 @@
 """Where weights come from: a Hugging Face checkpoint or one of ours, read through one interface."""
 
+import functools
 from pathlib import Path
 from typing import Protocol
 
@@ -31,6 +32,9 @@ class Source(Protocol):
     def read(self, row: names.Row, layer: int | None, experts: slice = slice(None)) -> np.ndarray:
         """One layer's weight in our layout (or, of its experts, a slice), in the stored dtype."""
 
+    def export_dtype(self) -> str | None:
+        """The dtype to export in when the user names none; None: each weight's own."""
+
 
 class OrbaxArrays:
     """Named arrays of an Orbax checkpoint, read slice by slice without restoring the rest.
@@ -38,16 +42,16 @@ class OrbaxArrays:
     Orbax keeps each array as a zarr array in one OCDBT store, under its dotted path.
     """
 
-    def __init__(self, path: Path, prefix: str = ""):
-        self._base, self._prefix, self._open = path, prefix, {}
+    def __init__(self, path: Path):
+        self._base, self._open = path, {}
 
     def __getitem__(self, name: str):
         """The array as a lazy tensorstore: index it, then read."""
         import tensorstore
 
         if name not in self._open:
-            key = f"{self._prefix}{name}/"
-            store = {"driver": "ocdbt", "base": f"file://{self._base.absolute()}/", "path": key}
+            base = f"file://{self._base.absolute()}/"
+            store = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
             try:
                 self._open[name] = tensorstore.open({"driver": "zarr", "kvstore": store}).result()
             except Exception as error:
@@ -74,6 +78,9 @@ class ConvertedCheckpoint:
         array = self._array(row, layer)
         return (array[experts] if row.per_expert else array).read().result()
 
+    def export_dtype(self) -> str | None:
+        return None
+
     def _array(self, row: names.Row, layer: int | None):
         item = item_name(layer)
         if item not in self._items:
@@ -82,30 +89,45 @@ class ConvertedCheckpoint:
 
 
 class RunCheckpoint:
-    """The parameters of a training run's checkpoint (stacked over layers)."""
+    """The weights of a training run's checkpoint: what it trained, the rest from its base."""
 
     def __init__(self, path: Path, step: int | None = None):
-        self.files = path / MODEL_DIRECTORY
+        self._path, self.files = path, path / MODEL_DIRECTORY
         self.config = read_model_config(self.files)
         self.step = latest_step(path) if step is None else step
         item = path / CHECKPOINTS / str(self.step) / "state"
         if not item.is_dir():
-            raise UserError(f"{path}: no checkpoint of step {self.step}; steps: {steps(path)}")
-        self._arrays = OrbaxArrays(item, "parameters.")
+            raise UserError(f"{path}: no checkpoint of step {self.step}; there are {steps(path)}")
+        saved = directory.read_json(item / "_METADATA")["tree_metadata"].values()
+        keys = [tuple(entry["key"] for entry in leaf["key_metadata"]) for leaf in saved]
+        self._group = {key[-1]: key[0] for key in keys if key[0] in ("parameters", "frozen")}
+        self._arrays = OrbaxArrays(item)
+
+    @functools.cached_property
+    def _base(self) -> Source:
+        return open_source(directory.read_json(self._path / "config.json")["model"]["path"])
 
     def dtype(self, row: names.Row) -> np.dtype:
+        if row.ours not in self._group:
+            return self._base.dtype(row)
         return self._array(row).dtype.numpy_dtype
 
     def read(self, row: names.Row, layer: int | None, experts: slice = slice(None)) -> np.ndarray:
+        if row.ours not in self._group:
+            return self._base.read(row, layer, *([experts] if row.per_expert else []))
         array = self._array(row)
         if layer is not None:
             array = array[layer]
         return (array[experts] if row.per_expert else array).read().result()
 
+    def export_dtype(self) -> str | None:
+        config = directory.read_json(self.files / "config.json")
+        return config.get("dtype") or config.get("torch_dtype") or "float32"
+
     def _array(self, row: names.Row):
         shape = names.layer_shape(row, self.config)
         shape = (self.config.num_layers, *shape) if row.per_layer else shape
-        return _checked(self._arrays[row.ours], shape, row)
+        return _checked(self._arrays[f"{self._group[row.ours]}.{row.ours}"], shape, row)
 
 
 def _checked(array, shape: tuple[int, ...], row: names.Row):

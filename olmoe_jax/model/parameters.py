@@ -41,7 +41,8 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, Parameters]:
 
 def merge(graph: nnx.GraphDef, parameters: Parameters) -> nnx.Module:
     """The model that `split` took apart, with these arrays (any dtype) as its parameters."""
-    flat = [(tuple(name.split(".")), nnx.Param(value)) for name, value in parameters.items()]
+    # Bare arrays: the structure keeps what was declared of each parameter (its axes).
+    flat = [(tuple(name.split(".")), value) for name, value in parameters.items()]
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 

@@ -1,0 +1,60 @@
+"""Writes a Hugging Face checkpoint from a training run or a converted checkpoint."""
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from olmoe_jax.errors import UserError, run_command
+from olmoe_jax.hf.checkpoint import serving_warnings
+from olmoe_jax.hf.export import export_hf
+from olmoe_jax.hf.source import open_source
+
+EXAMPLE = """example:
+  python -m convert.to_hf --checkpoint runs/densemixer_gsm --output olmoe_gsm
+
+The output loads with transformers' AutoModelForCausalLM and serves with vLLM: per-expert tensors,
+config.json, generation config and tokenizer, an index when the weights need several files.
+"""
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m convert.to_hf",
+        description=__doc__,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="DIR", help="a run's output_dir or from_hf's output"
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--step", type=int, help="of a run: which checkpoint (default: the latest)")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], help="default: the base checkpoint's"
+    )
+    parser.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="e.g. 500MB")
+    args = parser.parse_args(arguments)
+    max_shard_bytes = parse_size(args.max_shard_size)
+    source = open_source(args.checkpoint, args.step)
+    for warning in serving_warnings(source.config):
+        print(f"warning: {warning}")
+    export_hf(source, args.output, args.dtype, max_shard_bytes)
+    print(f"wrote {args.output}")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 5GB, 500MB or 1000000."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?B?)", text.strip().upper())
+    if not match or float(match[1]) <= 0:
+        raise UserError(f"--max_shard_size={text}: write a size such as 5GB or 500MB")
+    unit = match[2] if match[2] in _UNITS else match[2].rstrip("B") + "B"
+    return int(float(match[1]) * _UNITS.get(unit, 1))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,168 @@
+"""Checkpoints of a run: what trains, the optimizer, the step, the data position. Orbax, atomic."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy
+from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
+
+from olmoe_jax.errors import UserError
+from olmoe_jax.hf.source import CHECKPOINTS
+from olmoe_jax.model.parameters import Parameters
+from olmoe_jax.training.step import TrainState
+
+CHUNK_BYTES = 64 * 2**20
+"""Stored chunk: bounds what must be read to get a slice of a stacked weight."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A checkpoint brought back: the state, and where the data stood."""
+
+    state: TrainState
+    data: dict[str, Any]  # the Grain iterator's state
+    best_eval_loss: float | None
+
+
+class Checkpointer:
+    """Saves in the background, keeps the latest few and the best by eval loss.
+
+    Args:
+      output: the run's directory.
+      keep: latest checkpoints to keep.
+      identity: what a checkpoint must agree on to be continued (JSON: architecture, data).
+    """
+
+    def __init__(self, output: Path, keep: int, identity: dict[str, Any]):
+        self._identity = identity
+        self._output = output
+        best = preservation.BestN(
+            get_metric_fn=lambda metrics: -metrics["eval_loss"],
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
+        self._manager = ocp.CheckpointManager(
+            (output / CHECKPOINTS).absolute(),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=AnyPreservationPolicy([preservation.LatestN(keep), best]),
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def best_step(self) -> int | None:
+        """The checkpoint with the lowest eval loss, or None when none was evaluated."""
+        losses = self._eval_losses()
+        return min(losses, key=losses.get) if losses else None
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        kept_with_it: Parameters,
+        data: dict[str, Any],
+        eval_loss: float | None,
+    ) -> None:
+        """Starts saving; the arrays are copied before it returns.
+
+        Args:
+          kept_with_it: frozen parameters that could not be found again elsewhere.
+        """
+        tree = {**state._asdict(), "frozen": kept_with_it}
+        save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(tree, save_args=save_args),
+                    data=ocp.args.JsonSave(data),
+                    identity=ocp.args.JsonSave(self._identity),
+                ),
+                metrics=None if eval_loss is None else {"eval_loss": eval_loss},
+                force=True,
+            )
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def check(self) -> None:
+        """Raises if a save in the background has failed."""
+        try:
+            self._manager.check_for_errors()
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def wait(self) -> None:
+        """Returns when everything is on disk."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def close(self) -> None:
+        """Waits and releases the manager's threads."""
+        self.wait()
+        self._manager.close()
+
+    def restore(self, step: int, like: TrainState) -> Restored:
+        """Reads a checkpoint onto the shardings of `like`.
+
+        Raises:
+          UserError: it is of another model or other data, or cannot be read.
+        """
+        self._check_identity(step)
+        tree = like._asdict()
+        restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeRestore(
+                        tree, restore_args=restore_args, partial_restore=True
+                    ),
+                    data=ocp.args.JsonRestore(),
+                ),
+            )
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"{self._output}: the checkpoint of step {step} cannot be read ({reason}); remove "
+                f"{CHECKPOINTS}/{step} to continue from the one before"
+            ) from error
+        best = min(self._eval_losses().values(), default=None)
+        return Restored(TrainState(**restored.state), restored.data, best)
+
+    def _check_identity(self, step: int) -> None:
+        saved = self._manager.restore(
+            step, args=ocp.args.Composite(identity=ocp.args.JsonRestore())
+        ).identity
+        for key, value in self._identity.items():
+            if saved.get(key) != value:
+                raise UserError(
+                    f"{self._output}: the checkpoint of step {step} has {key}="
+                    f"{saved.get(key)!r}, this command's is {value!r}; write another "
+                    "train.output_dir, or train.resume=restart"
+                )
+
+    def _eval_losses(self) -> dict[int, float]:
+        losses = {}
+        for step in self._manager.all_steps():
+            metrics = self._manager.metrics(step)
+            if metrics:
+                losses[step] = metrics["eval_loss"]
+        return losses
+
+    def _failed(self, error: Exception) -> UserError:
+        reason = " ".join(str(error).split())
+        reason = "no space left on the disk" if "No space left" in reason else reason[:300]
+        complete = self._manager.all_steps(read=True)
+        kept = f"the checkpoint of step {complete[-1]} is intact" if complete else "there is none"
+        return UserError(
+            f"{self._output}: a checkpoint could not be saved ({reason}); {kept}; free space and "
+            "run the same command again"
+        )

@@ -1,0 +1,301 @@
+"""The run: steps, evaluations, checkpoints, reports, and at the end the export."""
+
+import dataclasses
+import json
+import math
+import signal
+import time
+from pathlib import Path
+
+import jax
+
+from olmoe_jax import data, sharding
+from olmoe_jax.config import Config, to_dict, validate
+from olmoe_jax.errors import UserError
+from olmoe_jax.hf.export import export_hf
+from olmoe_jax.hf.source import RunCheckpoint
+from olmoe_jax.model.flops import train_flops_per_token
+from olmoe_jax.model.parameters import Parameters
+from olmoe_jax.ops.grouped_matmul import default_backend
+from olmoe_jax.training import run_directory
+from olmoe_jax.training.checkpoint import Checkpointer
+from olmoe_jax.training.reporting import Reporter, plot_losses, router_scalars
+from olmoe_jax.training.setup import (
+    Datasets,
+    Model,
+    Program,
+    build_program,
+    load_datasets,
+    open_model,
+    row_layout,
+    training_data,
+)
+from olmoe_jax.training.step import StepMetrics
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What a run leaves behind."""
+
+    output_dir: Path
+    step: int
+    finished: bool  # False: stopped by SIGTERM, to be continued by the same command
+
+
+def train(config: Config) -> TrainResult:
+    """Fine-tunes as the configuration says; continues when the output directory holds the run.
+
+    Raises:
+      UserError: bad configuration or input (nothing was written), no space left, or a loss that
+        stays non-finite.
+    """
+    config = validate(config)
+    run_directory.check(config)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    model = open_model(config)
+    datasets = load_datasets(config, model)
+    steps = training_data(config, datasets, mesh)
+    try:
+        output = run_directory.create(config, model.files, model.tokenizer_files)
+        with jax.set_mesh(mesh):
+            program = build_program(config, model, mesh, steps.total_steps)
+            result = _Run(config, model, datasets, steps, program, output).execute()
+        if result.finished:
+            _finish(config, output, result.step)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or config.train.output_dir}: {error.strerror or error}; the run "
+            "continues from its last checkpoint with the same command"
+        ) from error
+    return result
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    """A step whose numbers are still being computed on the devices."""
+
+    step: data.Step
+    metrics: StepMetrics
+
+
+class _Run:
+    """The state of a run in progress."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: Model,
+        datasets: Datasets,
+        steps: data.TrainingData,
+        program: Program,
+        output: Path,
+    ):
+        self.config, self.model, self.datasets, self.program = config, model, datasets, program
+        self.steps, self.iterator = steps, steps.iterator()
+        self.state, self.best_eval_loss = program.state, math.inf
+        identity = {"model": dataclasses.asdict(model.config), **datasets.identity()}
+        self.checkpoints = Checkpointer(output, config.train.keep_checkpoints, identity)
+        # Weights drawn at random are nowhere else: a checkpoint keeps the frozen ones too.
+        self.kept_frozen = {} if model.source else program.frozen
+        self.done = self.saved = self._restore()
+        run_directory.rewind_metrics(output, self.done)
+        self.reporter = Reporter(
+            output, self.done, steps.total_steps, json.dumps(to_dict(config), indent=2)
+        )
+        self.pending: _Pending | None = None
+        self.last_report = time.monotonic()
+        self.stop_requested = False
+
+    def execute(self) -> TrainResult:
+        """Runs the remaining steps."""
+        self._introduce()
+        previous = signal.signal(signal.SIGTERM, self._request_stop)
+        try:
+            while self.done < self.steps.total_steps and not self.stop_requested:
+                self._one_step()
+            self._report_pending()
+            if self.saved < self.done:
+                self._save(None)
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+            self.checkpoints.close()
+            self.reporter.close()
+        finished = self.done == self.steps.total_steps
+        if not finished:
+            print(f"SIGTERM: saved step {self.done}; the same command continues the run")
+        return TrainResult(self.reporter.output, self.done, finished)
+
+    def _restore(self) -> int:
+        """Continues from the newest checkpoint; returns the updates done."""
+        latest = self.checkpoints.latest_step()
+        if latest is None:
+            return 0
+        restored = self.checkpoints.restore(latest, self.state)
+        self.state = restored.state
+        self.iterator.set_state(restored.data)
+        if restored.best_eval_loss is not None:
+            self.best_eval_loss = restored.best_eval_loss
+        return latest
+
+    def _one_step(self) -> None:
+        step, program = next(self.iterator), self.program
+        accumulated = None
+        for batch in step.batches:
+            accumulated = program.accumulate(
+                self.state.parameters, program.frozen, accumulated, program.to_devices(batch)
+            )
+        self.state, metrics = program.update(self.state, accumulated)
+        self.done += 1
+        # The devices work on this step while the host reports the one before.
+        self._report_pending()
+        self.pending = _Pending(step, metrics)
+        self.checkpoints.check()
+        self._evaluate_and_save(step)
+
+    def _evaluate_and_save(self, step: data.Step) -> None:
+        options, done = self.config.train, self.done
+        last = done == self.steps.total_steps
+        epoch_ends = last or done % self.steps.steps_per_epoch == 0
+        evaluate = epoch_ends or (options.eval_every and done % options.eval_every == 0)
+        eval_loss, improved = None, False
+        if self.datasets.evaluation is not None and evaluate:
+            self._report_pending()
+            eval_loss = self._evaluate()
+            improved = eval_loss < self.best_eval_loss
+            self.best_eval_loss = min(self.best_eval_loss, eval_loss)
+        if last or improved or done % options.checkpoint_every == 0:
+            self._report_pending()
+            self._save(eval_loss)
+
+    def _evaluate(self) -> float:
+        """Mean loss per target of the evaluation examples."""
+        dataset, program = self.datasets.evaluation, self.program
+        total = 0.0
+        for batch in data.evaluation_batches(
+            dataset, **row_layout(self.config, self.datasets, program.mesh)
+        ):
+            total += float(
+                program.evaluate(self.state.parameters, program.frozen, program.to_devices(batch))
+            )
+        loss = total / max(1, int(dataset.target_counts.sum()))
+        self.reporter.evaluation(self.done, loss)
+        self.last_report = time.monotonic()
+        return loss
+
+    def _save(self, eval_loss: float | None) -> None:
+        """Saves; what was reported up to here is on disk first, since a continued run skips it."""
+        self.reporter.flush()
+        self.checkpoints.save(
+            self.done, self.state, self.kept_frozen, self.iterator.get_state(), eval_loss
+        )
+        self.saved = self.done
+
+    def _report_pending(self) -> None:
+        if self.pending is None:
+            return
+        step, metrics = self.pending.step, jax.device_get(self.pending.metrics)
+        self.pending = None
+        now = time.monotonic()
+        seconds, self.last_report = now - self.last_report, now
+        line = {
+            "step": step.index + 1,
+            "loss": float(metrics.loss),
+            "learning_rate": float(metrics.learning_rate),
+            "grad_norm": float(metrics.grad_norm),
+            "tokens": step.tokens,
+            "seconds": round(seconds, 4),
+        }
+        self.reporter.step(line, self._scalars(step, metrics, seconds))
+        self._check_finite(step, metrics)
+
+    def _scalars(self, step: data.Step, metrics: StepMetrics, seconds: float) -> dict[str, float]:
+        method, speed = self.config.method, step.tokens / seconds
+        # Positions attend to half of their example on average.
+        flops = train_flops_per_token(
+            self.model.config,
+            method.name,
+            method.router_gradient_experts,
+            step.tokens / step.examples / 2,
+        )
+        statistics = metrics.statistics
+        return {
+            "train/loss": float(metrics.loss),
+            "train/learning_rate": float(metrics.learning_rate),
+            "train/grad_norm": float(metrics.grad_norm),
+            "train/skipped_updates": float(metrics.skipped),
+            "train/epoch": step.epoch
+            + (step.index % self.steps.steps_per_epoch + 1) / self.steps.steps_per_epoch,
+            "data/padding_share": step.padding / (step.padding + step.tokens),
+            "data/tokens": step.tokens,
+            "speed/seconds_per_step": seconds,
+            "speed/tokens_per_second": speed,
+            "speed/model_teraflops_per_second": flops * speed / 1e12,
+            **router_scalars(statistics.load, statistics.entropy, step.tokens),
+        }
+
+    def _check_finite(self, step: data.Step, metrics: StepMetrics) -> None:
+        in_a_row, limit = int(metrics.skipped_in_a_row), self.config.train.max_nonfinite_steps
+        if in_a_row:
+            self.reporter.say(
+                f"step {step.index + 1}: loss or gradient is not finite; update skipped "
+                f"({int(metrics.skipped)} in this run)"
+            )
+        if in_a_row >= limit:
+            raise UserError(
+                f"the loss or the gradient was not finite in {in_a_row} updates in a row, up to "
+                f"step {step.index + 1}; lower optimizer.learning_rate or look at the data; the "
+                f"last checkpoint is of step {self.saved}"
+            )
+
+    def _request_stop(self, *_) -> None:
+        self.stop_requested = True
+
+    def _introduce(self) -> None:
+        say, report, mesh = self.reporter.say, data.describe(self.steps), self.program.mesh
+        platform = jax.default_backend()
+        say(
+            f"devices: {mesh.size} x {platform} (mesh data={mesh.shape['data']} "
+            f"fsdp={mesh.shape['fsdp']}), grouped matmul: {default_backend(platform)}, "
+            f"compute {self.config.model.compute_dtype}"
+        )
+        say(
+            f"method: {self.config.method.name}; parameters: "
+            f"{_count(self.state.parameters):,} trained, {_count(self.program.frozen):,} frozen"
+        )
+        evaluation = self.datasets.evaluation
+        say(
+            f"data: {report.examples:,} examples ({report.dropped_rows} rows dropped), "
+            f"{report.tokens:,} tokens, padding {report.padding_share:.1%}, "
+            f"{len(evaluation) if evaluation else 0:,} evaluation examples"
+        )
+        say(
+            f"steps: {report.total_steps:,} ({report.steps_per_epoch:,} per epoch of "
+            f"{self.config.train.batch_size} examples each); output: {self.reporter.output}"
+        )
+        if self.done:
+            say(f"continuing after step {self.done} of {report.total_steps}")
+
+
+def _count(parameters: Parameters) -> int:
+    return sum(math.prod(value.shape) for value in parameters.values())
+
+
+def _finish(config: Config, output: Path, step: int) -> None:
+    """The loss curve and the exports of a finished run, from its checkpoints."""
+    if jax.process_index() != 0:
+        return
+    plot_losses(output)
+    options = config.train
+    wanted = {"hf": RunCheckpoint(output, step)} if options.export_hf else {}
+    if options.export_best:
+        wanted["hf_best"] = RunCheckpoint(output, _best_step(output))
+    for name, source in wanted.items():
+        # A directory under its final name is complete: see hf.directory.new_directory.
+        if not (output / name).exists():
+            export_hf(source, output / name, options.export_dtype)
+            print(f"exported step {source.step} to {output / name}")
+
+
+def _best_step(output: Path) -> int:
+    lines = [line for line in run_directory.read_metrics(output) if "eval_loss" in line]
+    return min(lines, key=lambda line: line["eval_loss"])["step"]

@@ -1,0 +1,102 @@
+"""The output directory of a run: who may write into it, and what lies where.
+
+OUTPUT_DIR/config.json      the resolved configuration
+OUTPUT_DIR/model/           config.json, generation config and tokenizer files, for the export
+OUTPUT_DIR/checkpoints/N/   Orbax checkpoint after N updates
+OUTPUT_DIR/metrics.jsonl    a line per step and per evaluation
+OUTPUT_DIR/tensorboard/     event files
+OUTPUT_DIR/loss.png         the loss curve
+OUTPUT_DIR/hf/, hf_best/    exported Hugging Face checkpoints
+"""
+
+import json
+from pathlib import Path
+
+from olmoe_jax.config import Config, first_difference, to_dict
+from olmoe_jax.errors import UserError
+from olmoe_jax.hf import directory
+from olmoe_jax.hf.source import MODEL_DIRECTORY
+
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+
+FREE_FIELDS = {
+    "train.resume",
+    "train.output_dir",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.export_hf",
+    "train.export_best",
+    "train.export_dtype",
+    "data.cache_dir",
+    "mesh.data",
+    "mesh.fsdp",
+}
+"""What may change between a run and its continuation: no field that changes the mathematics."""
+
+
+def check(config: Config) -> None:
+    """Refuses an output directory that this run must not write into. Writes nothing.
+
+    Raises:
+      UserError: it holds another run (names the first field that differs), or something else.
+    """
+    output = Path(config.train.output_dir)
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise UserError(f"train.output_dir={output}: is a file; write a directory")
+    if not any(output.iterdir()):
+        return
+    stored = output / CONFIG
+    if not stored.exists():
+        raise UserError(
+            f"train.output_dir={output}: holds files but no run; write an empty or new directory"
+        )
+    if config.train.resume == "restart":
+        return
+    difference = first_difference(directory.read_json(stored), to_dict(config), ignore=FREE_FIELDS)
+    if difference:
+        raise UserError(
+            f"train.output_dir={output} holds another run: {difference}; write another "
+            "train.output_dir, or train.resume=restart to set the old run aside and start afresh"
+        )
+
+
+def create(config: Config, model_files: Path, tokenizer_files: Path) -> Path:
+    """Makes the directory (or takes the existing run's) and its small files; returns its path."""
+    output = Path(config.train.output_dir)
+    if config.train.resume == "restart" and output.exists() and any(output.iterdir()):
+        _set_aside(output)
+    if not (output / CONFIG).exists():
+        model = output / MODEL_DIRECTORY
+        model.mkdir(parents=True, exist_ok=True)
+        directory.copy_files(model_files, model, directory.MODEL_FILES)
+        directory.copy_files(tokenizer_files, model, directory.TOKENIZER_FILES)
+        directory.write_json(output / CONFIG, to_dict(config))
+    return output
+
+
+def _set_aside(output: Path) -> None:
+    number = 1
+    while (old := output.with_name(f"{output.name}.old-{number}")).exists():
+        number += 1
+    output.rename(old)
+    print(f"train.resume=restart: the old run is now {old}")
+
+
+def read_metrics(output: Path) -> list[dict]:
+    """The lines of metrics.jsonl; a last line cut off by a crash is left out."""
+    file = output / METRICS
+    if not file.exists():
+        return []
+    text = file.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def rewind_metrics(output: Path, step: int) -> None:
+    """Drops lines after `step`: the steps that a continued run does again."""
+    kept = [line for line in read_metrics(output) if line["step"] <= step]
+    partial = output / f".{METRICS}.partial"
+    partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    partial.replace(output / METRICS)

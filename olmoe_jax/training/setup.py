@@ -1,0 +1,199 @@
+"""Everything a run needs before its first step, checked before anything is written."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from olmoe_jax import data, sharding
+from olmoe_jax.config import Config
+from olmoe_jax.errors import UserError
+from olmoe_jax.hf import directory
+from olmoe_jax.hf.source import Source, open_source, read_model_config
+from olmoe_jax.model.config import ModelConfig, ModelSettings
+from olmoe_jax.model.loading import (
+    graph_of,
+    load_parameters,
+    parameter_specs,
+    random_parameters,
+)
+from olmoe_jax.model.parameters import Parameters
+from olmoe_jax.training.methods import split_trained
+from olmoe_jax.training.optimizer import adamw, schedule
+from olmoe_jax.training.step import Accumulated, DeviceBatch, Trainer, TrainState, initial_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The base model of a run: where it comes from and how it is laid out."""
+
+    config: ModelConfig
+    source: Source | None  # None: random weights
+    files: Path  # directory with config.json and generation config
+    tokenizer_files: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Datasets:
+    """Tokenised examples."""
+
+    train: data.TokenizedDataset
+    evaluation: data.TokenizedDataset | None
+    pad_id: int
+
+    def identity(self) -> dict[str, str | None]:
+        """What a continued run must find unchanged."""
+        evaluation = self.evaluation and self.evaluation.fingerprint
+        return {"training data": self.train.fingerprint, "evaluation data": evaluation}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The compiled functions of a run and the arrays that they start from."""
+
+    mesh: Mesh
+    state: TrainState
+    frozen: Parameters
+    accumulate: Callable[..., Accumulated]
+    update: Callable[..., Any]
+    evaluate: Callable[..., jax.Array]
+
+    def to_devices(self, batch: data.Batch) -> DeviceBatch:
+        """This process's rows as part of the global batch, rows split over all devices."""
+        place = functools.partial(
+            jax.make_array_from_process_local_data, NamedSharding(self.mesh, sharding.BATCH)
+        )
+        return DeviceBatch(*(place(getattr(batch, name)) for name in DeviceBatch._fields))
+
+
+def open_model(config: Config) -> Model:
+    """Opens and checks the base model; no weight is read yet."""
+    options = config.model
+    if options.init == "pretrained":
+        source = open_source(options.path)
+        model_config, files = source.config, source.files
+    else:
+        path = Path(options.config_path)
+        source, files = None, path if path.is_dir() else path.parent
+        model_config = read_model_config(files)
+    tokenizer = config.data.tokenizer_path or options.path
+    return Model(model_config, source, files, directory.resolve(tokenizer))
+
+
+def load_datasets(config: Config, model: Model) -> Datasets:
+    """Tokenises (or finds in the cache) the training and evaluation examples."""
+    options = config.data
+    tokenizer = data.load_tokenizer(str(model.tokenizer_files))
+    tokenize = functools.partial(
+        data.tokenize_dataset,
+        tokenizer=tokenizer,
+        max_seq_length=options.max_seq_length,
+        cache_dir=options.cache_dir,
+    )
+    train, evaluation = tokenize(options.train_path), None
+    if options.eval_path:
+        evaluation = tokenize(options.eval_path, split="test")
+    elif options.eval_fraction:
+        train, evaluation = data.held_out_split(train, options.eval_fraction, config.train.seed)
+    for dataset in filter(None, (train, evaluation)):
+        largest = int(dataset.tokens.max())
+        if largest >= model.config.vocab_size:
+            raise UserError(
+                f"the tokenizer of {model.tokenizer_files} gives token {largest}, but the model's "
+                f"vocabulary has {model.config.vocab_size}; set data.tokenizer_path to the model's"
+            )
+    pad_id = tokenizer.pad_token_id
+    return Datasets(train, evaluation, pad_id if pad_id is not None else tokenizer.eos_token_id)
+
+
+def training_data(config: Config, datasets: Datasets, mesh: Mesh) -> data.TrainingData:
+    """The run's steps, this process's share of them."""
+    return data.TrainingData(
+        datasets.train,
+        batch_size=config.train.batch_size,
+        epochs=config.train.epochs,
+        max_steps=config.train.max_steps,
+        seed=config.train.seed,
+        loss_normalization=config.train.loss_normalization,
+        microbatch_examples=config.train.microbatch_examples,
+        **row_layout(config, datasets, mesh),
+    )
+
+
+def row_layout(config: Config, datasets: Datasets, mesh: Mesh) -> dict[str, Any]:
+    """How examples become rows and rows become micro-batches, for training and evaluation."""
+    return {
+        "max_seq_length": config.data.max_seq_length,
+        "pack": config.data.pack,
+        "rows_per_batch": config.train.rows_per_device * mesh.size,
+        "pad_id": datasets.pad_id,
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+    }
+
+
+def build_program(config: Config, model: Model, mesh: Mesh, total_steps: int) -> Program:
+    """Loads or draws the parameters and prepares the functions of a step (compiled when called)."""
+    options, method = config.optimizer, config.method
+    settings = ModelSettings(
+        compute_dtype=jnp.dtype(config.model.compute_dtype),
+        router_method=method.name,
+        router_gradient_experts=method.router_gradient_experts,
+        remat=config.model.remat,
+    )
+    trainer = Trainer(
+        graph=graph_of(model.config, settings),
+        config=model.config,
+        optimizer=adamw(options.beta1, options.beta2, options.epsilon, options.weight_decay),
+        schedule=schedule(
+            options.schedule,
+            options.learning_rate,
+            int(total_steps * options.warmup_ratio),
+            total_steps,
+        ),
+        max_grad_norm=options.max_grad_norm,
+        aux_loss_coefficient=method.router_aux_loss_coefficient,
+    )
+    if model.source:
+        parameters = load_parameters(model.source, mesh)
+    else:
+        parameters = random_parameters(model.config, config.train.seed, mesh)
+    trained, frozen = split_trained(method.name, parameters)
+    replicated = NamedSharding(mesh, P())
+    by_name = sharding.parameter_shardings(parameter_specs(model.config), mesh)
+    gradients = {name: by_name[name] for name in trained}
+    state = _sharded_state(trainer, trained, by_name, mesh)
+    state_shardings = jax.tree.map(lambda array: array.sharding, state)
+    return Program(
+        mesh,
+        state,
+        frozen,
+        accumulate=jax.jit(
+            trainer.accumulate,
+            donate_argnums=2,
+            out_shardings=Accumulated(gradients, replicated, replicated),
+        ),
+        update=jax.jit(
+            trainer.update, donate_argnums=0, out_shardings=(state_shardings, replicated)
+        ),
+        evaluate=jax.jit(lambda *arguments: trainer.loss(*arguments)[1][0]),
+    )
+
+
+def _sharded_state(trainer: Trainer, trained: Parameters, by_name, mesh: Mesh) -> TrainState:
+    """The initial state; moments lie where their parameters lie, scalars everywhere."""
+    make = functools.partial(initial_state, optimizer=trainer.optimizer)
+    replicated = NamedSharding(mesh, P())
+
+    def place(path, _):
+        names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+        return by_name[names[-1]] if names else replicated
+
+    shardings = jax.tree_util.tree_map_with_path(place, jax.eval_shape(make, trained))
+    return jax.jit(make, out_shardings=shardings, donate_argnums=0)(trained)
