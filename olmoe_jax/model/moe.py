@@ -134,7 +134,8 @@ class MoE(nnx.Module):
         config, limit = self.config, self.settings.router_gradient_experts
         per_token = config.num_experts_per_token
         is_selected = jax.nn.one_hot(chosen, config.num_experts, dtype=bool).any(axis=1)
-        unselected = jnp.where(is_selected, 0.0, probabilities)
+        # Padding learns nothing, whatever gradient reaches its output.
+        unselected = jnp.where(is_selected | ~is_token[:, None], 0.0, probabilities)
         if config.norm_topk_prob:
             selected_sum = jnp.sum(jnp.where(is_selected, probabilities, 0.0), -1, keepdims=True)
             # Padding selects nothing; its sum must not divide by zero.

@@ -165,7 +165,8 @@ class _Run:
             self.best_eval_loss = min(self.best_eval_loss, eval_loss)
         if last or improved or done % options.checkpoint_every == 0:
             self._report_pending()
-            self._save(eval_loss)
+            # Only an improvement counts as a candidate: of equal losses the first is the best.
+            self._save(eval_loss if improved else None)
 
     def _evaluate(self) -> float:
         """Mean loss per target of the evaluation examples."""
@@ -265,7 +266,8 @@ class _Run:
         evaluation = self.datasets.evaluation
         say(
             f"data: {report.examples:,} examples ({report.dropped_rows} rows dropped), "
-            f"{report.tokens:,} tokens, padding {report.padding_share:.1%}, "
+            f"{report.tokens:,} tokens, rows of {report.row_length:,}, "
+            f"padding {report.padding_share:.1%}, "
             f"{len(evaluation) if evaluation else 0:,} evaluation examples"
         )
         say(
@@ -291,9 +293,11 @@ def _finish(config: Config, output: Path, step: int) -> None:
         wanted["hf_best"] = RunCheckpoint(output, _best_step(output))
     for name, source in wanted.items():
         # A directory under its final name is complete: see hf.directory.new_directory.
-        if not (output / name).exists():
-            export_hf(source, output / name, options.export_dtype)
-            print(f"exported step {source.step} to {output / name}")
+        if (output / name).exists():
+            print(f"{output / name} is there already; remove it to export again")
+            continue
+        export_hf(source, output / name, options.export_dtype)
+        print(f"exported step {source.step} to {output / name}")
 
 
 def _best_step(output: Path) -> int:

@@ -179,3 +179,26 @@ def test_padding_of_packed_gsm8k_is_below_five_percent(shared, olmoe_tokenizer, 
     for seed in range(3):
         data = training(dataset, batch_size=256, max_seq_length=4096, rows_per_batch=1, seed=seed)
         assert describe(data).padding_share < 0.05
+
+
+def test_rows_are_as_short_as_the_number_of_micro_batches_allows(make_dataset):
+    dataset = make_dataset(np.random.default_rng(2).integers(20, 200, 400).tolist())
+
+    def packed(rows_per_batch, max_seq_length=2048):
+        data = training(
+            dataset,
+            batch_size=100,
+            epochs=1,
+            rows_per_batch=rows_per_batch,
+            max_seq_length=max_seq_length,
+        )
+        return data.row_length, list(data.iterator())
+
+    length, steps = packed(8)
+    # 100 examples of ~110 tokens: 8 rows of 1408 hold them, where rows of 2048 stay half empty.
+    assert length % 128 == 0
+    assert length < 2048
+    assert [len(step.batches) for step in steps] == [1, 1, 1, 1]
+    assert {batch.tokens.shape for step in steps for batch in step.batches} == {(8, length)}
+    assert sum(step.padding for step in steps) < 0.15 * sum(step.tokens for step in steps)
+    assert packed(8, max_seq_length=200)[0] == 200  # no multiple of 128 holds the longest
