@@ -14,7 +14,7 @@ _HOMES = {
     "generate": "olmoe_jax.generation",
     "train": "olmoe_jax.training.loop",
 }
-__all__ = ["from_pretrained", "generate", "train"]  # noqa: F822 (made by __getattr__)
+__all__ = ["from_pretrained", "generate", "train"]
 
 
 def __getattr__(name: str) -> Any:

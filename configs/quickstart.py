@@ -1,0 +1,36 @@
+"""DenseMixer on generated word problems with a small random OLMoE: minutes on a CPU."""
+
+from pathlib import Path
+
+from olmoe_jax.config import (
+    Config,
+    DataOptions,
+    MethodOptions,
+    ModelOptions,
+    OptimizerOptions,
+    TrainOptions,
+)
+from olmoe_jax.quickstart import write_inputs
+
+
+def get_config() -> Config:
+    inputs = str(write_inputs(Path("runs/quickstart_inputs")))
+    return Config(
+        model=ModelOptions(
+            path=inputs,
+            init="random",
+            config_path=inputs,
+            compute_dtype="float32",
+            remat="none",
+        ),
+        data=DataOptions(
+            train_path=f"{inputs}/train.jsonl",
+            eval_path=f"{inputs}/test.jsonl",
+            max_seq_length=128,
+        ),
+        method=MethodOptions(name="densemixer"),
+        optimizer=OptimizerOptions(learning_rate=3e-3),
+        train=TrainOptions(
+            output_dir="runs/quickstart", batch_size=64, epochs=4, rows_per_device=32
+        ),
+    )

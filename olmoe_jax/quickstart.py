@@ -1,0 +1,174 @@
+"""The first five minutes: makes a small data set, trains a small OLMoE on it, and asks it.
+
+Word problems in GSM8K's format whose answers a model of a million parameters can learn: a name, a
+thing, two numbers, added or subtracted. No question of the test file is in the training file.
+"""
+
+import json
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from flax import nnx
+
+import olmoe_jax
+from olmoe_jax.config import apply_overrides, load_config
+from olmoe_jax.errors import run_command
+from olmoe_jax.hf import directory
+from olmoe_jax.hf.source import read_model_config
+from olmoe_jax.model.loading import ModelSettings
+from olmoe_jax.model.olmoe import Olmoe
+
+CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.py"
+EOS, PAD = "<|endoftext|>", "<|padding|>"
+
+NAMES = [
+    "Ada",
+    "Ben",
+    "Chen",
+    "Dana",
+    "Eli",
+    "Fay",
+    "Gus",
+    "Hana",
+    "Ivan",
+    "Jo",
+    "Kim",
+    "Leo",
+    "Mia",
+    "Noor",
+    "Otto",
+    "Pia",
+]
+THINGS = ["apples", "books", "coins", "eggs", "flags", "keys", "maps", "pens", "shells", "stamps"]
+TEMPLATES = (
+    ("{name} has {a} {things} and gets {b} more. How many {things} does {name} have now?", "+"),
+    ("{name} had {a} {things} and lost {b} of them. How many {things} are left?", "-"),
+)
+
+MODEL = {
+    "architectures": ["OlmoeForCausalLM"],
+    "model_type": "olmoe",
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.02,
+    "norm_topk_prob": False,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+}
+
+
+def examples(count: int, seed: int) -> list[dict[str, str]]:
+    """Distinct word problems, as prompt and completion."""
+    draw, found = random.Random(seed), {}
+    while len(found) < count:
+        (text, sign), name, things = (draw.choice(o) for o in (TEMPLATES, NAMES, THINGS))
+        a, b = draw.randint(1, 12), draw.randint(1, 12)
+        if sign == "-":
+            a = a + b
+        result = a + b if sign == "+" else a - b
+        question = text.format(name=name, things=things, a=a, b=b)
+        working = f"{a} {sign} {b} = <<{a}{sign}{b}={result}>>{result} {things}."
+        found[question] = {
+            "prompt": f"Question: {question}\nAnswer:",
+            "completion": f"{working}\n#### {result}",
+        }
+    return list(found.values())
+
+
+def write_inputs(path: Path, train: int = 6000, test: int = 256, seed: int = 0) -> Path:
+    """Makes train.jsonl, test.jsonl, a tokenizer and config.json under `path` unless they exist."""
+    if path.exists():
+        return path
+    rows = examples(train + test, seed)
+    with directory.new_directory(path) as partial:
+        for name, part in (("train", rows[test:]), ("test", rows[:test])):
+            text = "".join(json.dumps(row) + "\n" for row in part)
+            (partial / f"{name}.jsonl").write_text(text)
+        vocabulary = _train_tokenizer(rows[test:], partial)
+        directory.write_json(partial / "config.json", MODEL | vocabulary)
+    return path
+
+
+def _train_tokenizer(rows: list[dict[str, str]], path: Path) -> dict[str, int]:
+    """A byte-level BPE with numbers as single digits; returns the model's vocabulary fields."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=[EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = (row["prompt"] + " " + row["completion"] for row in rows)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.save(str(path / "tokenizer.json"))
+    directory.write_json(
+        path / "tokenizer_config.json",
+        {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "pad_token": PAD},
+    )
+    ids = {"eos_token_id": tokenizer.token_to_id(EOS), "pad_token_id": tokenizer.token_to_id(PAD)}
+    return {"vocab_size": tokenizer.get_vocab_size(), **ids}
+
+
+def exact_match(model: Olmoe, inputs: Path) -> tuple[float, list[tuple[str, str]]]:
+    """Share of the test questions whose number after #### is right, and (prompt, answer) pairs."""
+    from olmoe_jax.data import load_tokenizer
+
+    rows = [json.loads(line) for line in (inputs / "test.jsonl").read_text().splitlines()]
+    prompts = [row["prompt"] for row in rows]
+    answers = olmoe_jax.generate(
+        model, load_tokenizer(str(inputs)), prompts, max_new_tokens=48, batch_size=128
+    )
+    right = [
+        _final_number(answer) == _final_number(row["completion"])
+        for answer, row in zip(answers, rows, strict=True)
+    ]
+    return sum(right) / len(rows), list(zip(prompts, answers, strict=True))
+
+
+def _final_number(text: str) -> str | None:
+    found = re.search(r"####\s*(-?\d+)", text)
+    return found and found[1]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Trains, exports, reloads the export, and compares it with the untrained model."""
+    config = apply_overrides(load_config(str(CONFIG)), {})
+    inputs = Path(config.model.config_path)
+    result = olmoe_jax.train(config)
+    model_config = read_model_config(inputs)
+    untrained = Olmoe(model_config, ModelSettings(), rngs=nnx.Rngs(params=jax.random.key(0)))
+    before, _ = exact_match(untrained, inputs)
+    after, samples = exact_match(olmoe_jax.from_pretrained(result.output_dir / "hf"), inputs)
+    print("\nanswers of the exported model to questions that it has not seen:")
+    for prompt, answer in samples[:3]:
+        print(f"\n{prompt}{answer}".replace("\n", "\n  "))
+    print(f"\nexact match on {len(samples)} held-out questions: {before:.1%} untrained,", end=" ")
+    print(f"{after:.1%} trained")
+    output = result.output_dir
+    print(f"""
+model for transformers: {output}/hf
+losses, plot:           {output}/metrics.jsonl, {output}/loss.png
+everything else:        tensorboard --logdir {output}/tensorboard
+the same with OLMoE:    python train.py --config configs/densemixer_gsm.py""")
+
+
+if __name__ == "__main__":
+    run_command(main)
