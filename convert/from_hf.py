@@ -6,7 +6,7 @@ from pathlib import Path
 
 import orbax.checkpoint as ocp
 
-from olmoe_jax.errors import run_command
+from olmoe_jax.errors import ArgumentParser, run_command
 from olmoe_jax.hf import directory, names
 from olmoe_jax.hf.checkpoint import HFCheckpoint, write_config
 from olmoe_jax.hf.source import MODEL_DIRECTORY, PARAMETERS, item_name
@@ -22,7 +22,7 @@ Face checkpoints as they are.)
 
 def main(arguments: Sequence[str]) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m convert.from_hf",
         description=__doc__,
         epilog=EXAMPLE,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from olmoe_jax.errors import UserError, run_command
+from olmoe_jax.errors import ArgumentParser, UserError, run_command
 from olmoe_jax.hf import directory, names, safetensors_file
 from olmoe_jax.hf.source import open_source
 from olmoe_jax.model.config import ModelSettings
@@ -34,7 +34,7 @@ grad_norm, lr [updates] and param.NAME after the last update.
 
 def main(arguments: Sequence[str]) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m convert.parity",
         description=__doc__,
         epilog=EXAMPLE,
@@ -59,7 +59,10 @@ def compute(args: argparse.Namespace) -> dict[str, np.ndarray]:
     """Everything that the command writes, by name."""
     source = open_source(args.model)
     config = source.config
-    arrays = _read_batch(args.batch, 2 if args.optimizer_steps is None else 4)
+    if args.optimizer_steps is not None and args.optimizer_steps < 1:
+        raise UserError(f"--optimizer_steps {args.optimizer_steps}: write 1 or more")
+    dimensions = 2 if args.optimizer_steps is None else 4
+    arrays = _read_batch(args.batch, dimensions, config.vocab_size)
     parameters = load_parameters(source, make_mesh(devices=jax.devices()[:1]))
     total = args.optimizer_steps or 1
     trainer = Trainer(
@@ -80,11 +83,21 @@ def compute(args: argparse.Namespace) -> dict[str, np.ndarray]:
     return _trajectory(trainer, trained, frozen, arrays, args.optimizer_steps)
 
 
-def _read_batch(file: Path, dimensions: int) -> dict[str, np.ndarray]:
+def _read_batch(file: Path, dimensions: int, vocab_size: int) -> dict[str, np.ndarray]:
     arrays = safetensors_file.load(file)
     for name in ("input_ids", "attention_mask", "labels"):
         if name not in arrays or arrays[name].ndim != dimensions:
             raise UserError(f"{file}: needs {name} with {dimensions} dimensions; see --help")
+        if arrays[name].shape != arrays["input_ids"].shape:
+            raise UserError(
+                f"{file}: {name} has shape {list(arrays[name].shape)}, but input_ids "
+                f"{list(arrays['input_ids'].shape)}; they must be equal"
+            )
+    for name in ("input_ids", "labels"):
+        ids = arrays[name][arrays[name] != IGNORED] if name == "labels" else arrays[name]
+        wrong = ids[(ids < 0) | (ids >= vocab_size)]
+        if wrong.size:
+            raise UserError(f"{file}: {name} holds {wrong[0]}, but the model has {vocab_size} ids")
     return arrays
 
 

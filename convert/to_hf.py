@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from olmoe_jax.errors import UserError, run_command
+from olmoe_jax.errors import ArgumentParser, UserError, run_command
 from olmoe_jax.hf.checkpoint import serving_warnings
 from olmoe_jax.hf.export import export_hf
 from olmoe_jax.hf.source import open_source
@@ -22,7 +22,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 def main(arguments: Sequence[str]) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m convert.to_hf",
         description=__doc__,
         epilog=EXAMPLE,

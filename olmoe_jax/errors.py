@@ -1,11 +1,20 @@
 """One way to report a user's mistake: one line that says what to write instead, exit code 2."""
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 
 class UserError(Exception):
     """Bad usage or bad input. The message is one line and says what to do about it."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, with bad usage reported like every other mistake: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def run_command(main: Callable[[Sequence[str]], None]) -> None:

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from olmoe_jax.data.formats import encode_batch
 from olmoe_jax.data.reading import read_rows
 from olmoe_jax.data.tokenized import format_row_of
 from olmoe_jax.data.tokenizer import load_tokenizer
-from olmoe_jax.errors import UserError, run_command
+from olmoe_jax.errors import ArgumentParser, run_command
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,11 +24,6 @@ _EXAMPLE = """example:
   python -m olmoe_jax.data preview --data train.jsonl --tokenizer allenai/OLMoE-1B-7B-0125 \\
       --max_seq_length 4096 --rows 3
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -47,8 +42,8 @@ def main(argv: Sequence[str]) -> None:
         _print_text(examples, tokenizer)
 
 
-def _parser() -> _Parser:
-    parser = _Parser(prog="python -m olmoe_jax.data", allow_abbrev=False)
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="python -m olmoe_jax.data", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     preview = commands.add_parser(
         "preview",

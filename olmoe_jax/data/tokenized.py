@@ -120,7 +120,7 @@ def held_out_split(
     if count < 2:
         raise UserError(
             "cannot hold out evaluation examples from a data set with one example: "
-            "set data.eval_path"
+            "set data.eval_path or data.eval_fraction=0"
         )
     held_out = min(max(round(count * fraction), 1), count - 1)
     # RandomState, because numpy promises that its stream never changes: a resumed run must not

@@ -134,7 +134,9 @@ def _and_more(names_: set[str]) -> str:
 
 def _locate_tensors(path: Path) -> dict[str, StoredTensor]:
     if (path / _INDEX).exists():
-        weight_map = directory.read_json(path / _INDEX).get("weight_map", {})
+        weight_map = directory.read_json(path / _INDEX).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{path / _INDEX}: has no object weight_map; copy or download it again")
         files = sorted(set(weight_map.values()))
     elif (path / _SINGLE).exists():
         weight_map, files = {}, [_SINGLE]

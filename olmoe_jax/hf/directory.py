@@ -49,18 +49,21 @@ def resolve(path_or_hub_id: str) -> Path:
         ) from None
 
 
-def read_json(file: Path) -> Any:
-    """Parses a JSON file.
+def read_json(file: Path) -> dict[str, Any]:
+    """Parses a file that holds one JSON object.
 
     Raises:
-      UserError: it is missing or not JSON.
+      UserError: it is missing, not JSON or not an object.
     """
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{file}: no such file") from None
+        raise UserError(f"{file}: no such file; write a directory that holds one") from None
     except ValueError as error:
         raise UserError(f"{file}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: holds a {type(value).__name__}, not a JSON object")
+    return value
 
 
 def write_json(file: Path, value: Any) -> None:

@@ -61,29 +61,37 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         size = file.stat().st_size
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length)) if length <= size - 8 else None
+            if length > size - 8:
+                raise ValueError("the header does not fit")
+            tensors, end = _parse(file, json.loads(stream.read(length)), 8 + length)
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; copy the missing shard there") from None
-    except (struct.error, ValueError):
-        header = None
-    if header is None:
-        raise UserError(f"{file}: truncated or not a safetensors file; copy or download it again")
-    tensors, end = {}, 8 + length
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in _DTYPES:
-            raise UserError(f"{file}: tensor {name} has unsupported dtype {entry['dtype']}")
-        first, last = entry["data_offsets"]
-        tensors[name] = StoredTensor(
-            file, 8 + length + first, _DTYPES[entry["dtype"]], tuple(entry["shape"])
-        )
-        end = max(end, 8 + length + last)
+    except (struct.error, ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(
+            f"{file}: truncated or not a safetensors file; copy or download it again"
+        ) from None
     if size < end:
         raise UserError(
             f"{file}: truncated: {size} bytes of {end}; copy or download this shard again"
         )
     return tensors
+
+
+def _parse(file: Path, header: dict, start: int) -> tuple[dict[str, StoredTensor], int]:
+    """The tensors of a header whose data begin at `start`, and where the last one ends."""
+    tensors, end = {}, start
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in _DTYPES:
+            raise UserError(f"{file}: tensor {name} has unsupported dtype {entry['dtype']}")
+        dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+        first, last = entry["data_offsets"]
+        if last - first != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{name}: its bytes are not those of its shape")
+        tensors[name] = StoredTensor(file, start + first, dtype, shape)
+        end = max(end, start + last)
+    return tensors, end
 
 
 class FileWriter:

@@ -1,0 +1,294 @@
+"""What several test folders share: tiny models, an oracle of the MoE block, running commands.
+
+The oracle is the mathematics written the slow way (every expert on every token, plain autodiff),
+so that it shares nothing with the code under test but the formula.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+
+from olmoe_jax.hf import names
+from olmoe_jax.model.config import ModelConfig, ModelSettings
+from olmoe_jax.model.loading import graph_of
+from olmoe_jax.model.olmoe import Olmoe
+from olmoe_jax.model.parameters import merge
+
+ROOT = Path(__file__).parents[1]
+
+
+def tiny_config(**changes) -> ModelConfig:
+    """An OLMoE of 2 layers that compiles in a second; `changes` are fields of ModelConfig."""
+    fields = {
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 16,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 4,
+        "head_dim": 8,
+        "num_experts": 8,
+        "num_experts_per_token": 2,
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-5,
+    }
+    return ModelConfig(**(fields | changes))
+
+
+def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    """Float32 parameters under our names, large enough that every part of the model matters."""
+    random = np.random.default_rng(seed)
+    weights = {}
+    for row in names.rows(config):
+        shape = names.layer_shape(row, config)
+        shape = (config.num_layers, *shape) if row.per_layer else shape
+        value = random.normal(size=shape)
+        is_scale = row.ours.endswith("norm")
+        fan_in = config.hidden_size if row.ours in ("embed", "lm_head") else shape[-2:][0]
+        value = 1 + 0.2 * value if is_scale else value / np.sqrt(fan_in)
+        # Embeddings of size 1, and a router that prefers some experts clearly.
+        value = value * {"embed": 5.0, "layers.moe.router": 2.0}.get(row.ours, 1.0)
+        weights[row.ours] = value.astype(np.float32)
+    return weights
+
+
+def make_model(config: ModelConfig, weights=None, **settings) -> Olmoe:
+    """The model of these weights (default: `random_weights`); settings as in ModelSettings."""
+    weights = random_weights(config) if weights is None else weights
+    return merge(graph_of(config, ModelSettings(**settings)), jax.tree.map(jnp.asarray, weights))
+
+
+def hf_config(config: ModelConfig, **changes) -> dict:
+    """The config.json of this architecture as transformers 4 wrote it."""
+    return {
+        "architectures": ["OlmoeForCausalLM"],
+        "model_type": "olmoe",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "clip_qkv": config.clip_qkv,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": config.hidden_size,
+        "initializer_range": config.initializer_range,
+        "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": 64,
+        "norm_topk_prob": config.norm_topk_prob,
+        "num_attention_heads": config.num_heads,
+        "num_experts": config.num_experts,
+        "num_experts_per_tok": config.num_experts_per_token,
+        "num_hidden_layers": config.num_layers,
+        "num_key_value_heads": config.num_kv_heads,
+        "pad_token_id": config.pad_token_id,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_scaling": None,
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "torch_dtype": "float32",
+        "vocab_size": config.vocab_size,
+        **changes,
+    }
+
+
+def hf_tensors(config: ModelConfig, weights=None, dtype=np.float32) -> dict[str, np.ndarray]:
+    """The same parameters as Hugging Face's tensors, one per expert."""
+    weights = random_weights(config) if weights is None else weights
+    return {
+        name: np.ascontiguousarray(value).astype(dtype)
+        for name, value in names.all_to_hf(weights, config)
+    }
+
+
+def write_hf_checkpoint(
+    path: Path, config: ModelConfig, weights=None, dtype: str = "float32", shards: int = 1
+) -> dict[str, np.ndarray]:
+    """Makes a random Hugging Face checkpoint with the safetensors library; returns its tensors."""
+    numpy_dtype = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[dtype]
+    tensors = hf_tensors(config, weights, numpy_dtype)
+    write_tensors(path, tensors, shards)
+    write_json(path / "config.json", hf_config(config, torch_dtype=dtype))
+    return tensors
+
+
+def write_tensors(path: Path, tensors: dict[str, np.ndarray], shards: int = 1) -> None:
+    """Writes the weights of a checkpoint directory: one file, or shards and an index."""
+    path.mkdir(parents=True, exist_ok=True)
+    if shards == 1:
+        safetensors.numpy.save_file(tensors, path / "model.safetensors", {"format": "pt"})
+        return
+    weight_map = {}
+    names_ = sorted(tensors)
+    for shard in range(shards):
+        part = names_[shard::shards]
+        file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        in_file = {name: tensors[name] for name in part}
+        safetensors.numpy.save_file(in_file, path / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_json(path / "model.safetensors.index.json", index)
+
+
+def load_safetensors(file: Path) -> dict[str, np.ndarray]:
+    """By the safetensors library, whose numpy front end reads no bfloat16 but whose core does."""
+    dtypes = {
+        "F32": np.float32,
+        "BF16": ml_dtypes.bfloat16,
+        "I32": np.int32,
+        "I64": np.int64,
+    }
+    return {
+        name: np.frombuffer(entry["data"], dtypes[entry["dtype"]]).reshape(entry["shape"])
+        for name, entry in safetensors.deserialize(file.read_bytes())
+    }
+
+
+def load_checkpoint_tensors(path: Path) -> dict[str, np.ndarray]:
+    """All tensors of a checkpoint directory, whatever files they are in."""
+    tensors = {}
+    for file in sorted(path.glob("*.safetensors")):
+        part = load_safetensors(file)
+        assert not part.keys() & tensors.keys(), "a tensor lies in two files"
+        tensors |= part
+    return tensors
+
+
+def assert_same_bits(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    """The same names, dtypes, shapes and bytes."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert actual[name].dtype == value.dtype, name
+        assert actual[name].shape == value.shape, name
+        assert actual[name].tobytes() == value.tobytes(), name
+
+
+def write_json(file: Path, value) -> None:
+    file.write_text(json.dumps(value, indent=1))
+
+
+def relative_error(actual, expected) -> float:
+    """max|a - e| / max|e|, the measure of all our tolerances; absolute where e is all zero."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape
+    size = np.abs(expected).max(initial=0.0)
+    return float(np.abs(actual - expected).max(initial=0.0) / (size or 1.0))
+
+
+def assert_close(actual, expected, tolerance: float = 1e-5) -> None:
+    """`relative_error` below the tolerance, for an array or every leaf of a pytree of arrays."""
+    actual, expected = jax.device_get((actual, expected))
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for (path, a), e in zip(
+        jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+    ):
+        error = relative_error(a, e)
+        assert error <= tolerance, f"{jax.tree_util.keystr(path)}: relative error {error:.3g}"
+
+
+def moe_oracle(x, is_token, router, experts, config: ModelConfig, method="conventional"):
+    """The MoE block of DESIGN section 3 on x [T, D]: every expert on every token, plain autodiff.
+
+    Straight-through DenseMixer: the value of the sparse mixture with the gradient of the dense
+    one, in which unselected experts' outputs and the sum that norm_topk_prob divides by (for
+    unselected probabilities) are constants.
+    """
+    gate, up, down = experts
+    stop = jax.lax.stop_gradient
+    if method == "frozen":
+        router = stop(router)
+    probabilities = jax.nn.softmax(x @ router, axis=-1)
+    chosen = jnp.argsort(-probabilities, axis=-1)[:, : config.num_experts_per_token]
+    selected = (
+        jnp.zeros(probabilities.shape, bool).at[jnp.arange(len(x))[:, None], chosen].set(True)
+    )
+    total = jnp.where(selected, probabilities, 0).sum(-1, keepdims=True)
+    if not config.norm_topk_prob:
+        total = jnp.ones_like(total)
+    outputs = jnp.stack(
+        [
+            (jax.nn.silu(x @ gate[e]) * (x @ up[e])) @ down[e] * is_token[:, None]
+            for e in range(config.num_experts)
+        ],
+        axis=1,
+    )  # [T, E, D]
+
+    def mix(weights, outputs):
+        return jnp.einsum("te,ted->td", weights, outputs)
+
+    sparse = mix(jnp.where(selected, probabilities / total, 0), outputs)
+    if method != "densemixer":
+        return sparse
+    dense = mix(
+        jnp.where(selected, probabilities / total, probabilities / stop(total)),
+        jnp.where(selected[..., None], outputs, stop(outputs)),
+    )
+    return stop(sparse) + dense - stop(dense)
+
+
+def equations(jaxpr):
+    """All equations of a jaxpr and of the jaxprs inside it (scans, loops, custom gradients)."""
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                    yield from equations(inner)
+
+
+def count_matmuls(function, *arguments) -> int:
+    """Matmuls in a function's program; one in a loop's body counts once."""
+    jaxpr = jax.make_jaxpr(function)(*arguments)
+    kinds = ("dot_general", "ragged_dot", "ragged_dot_general")
+    return sum(equation.primitive.name in kinds for equation in equations(jaxpr))
+
+
+def array_sizes(function, *arguments) -> set[int]:
+    """Element counts of every array that a function's program makes."""
+    jaxpr = jax.make_jaxpr(function)(*arguments)
+    return {
+        variable.aval.size
+        for equation in equations(jaxpr)
+        for variable in equation.outvars
+        if hasattr(variable.aval, "size")
+    }
+
+
+def run_command_line(*arguments, timeout: float = 300) -> tuple[int, str, str]:
+    """Runs `python ARGUMENTS` from the repository's root: (exit code, stdout, stderr).
+
+    On the CPU, and without network, so that a wrong directory name is not looked up on the hub.
+    """
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    return result.returncode, result.stdout, result.stderr
+
+
+def run_module(*arguments, timeout: float = 300) -> tuple[int, str, str]:
+    """Runs `python -m ARGUMENTS`: (exit code, stdout, stderr)."""
+    return run_command_line("-m", *arguments, timeout=timeout)
+
+
+def assert_user_error(result: tuple[int, str, str], *culprits: str) -> None:
+    """Of a command's result: exit code 2 and one line on stderr that names each culprit."""
+    code, _, stderr = result
+    assert code == 2, stderr
+    assert len(stderr.splitlines()) == 1, stderr
+    assert stderr.startswith("error: ")
+    for culprit in culprits:
+        assert str(culprit) in stderr

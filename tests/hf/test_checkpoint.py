@@ -1,0 +1,251 @@
+"""Opening Hugging Face checkpoints: both layouts read alike, everything wrong is named."""
+
+import json
+import shutil
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from helpers import (
+    hf_config,
+    hf_tensors,
+    random_weights,
+    tiny_config,
+    write_hf_checkpoint,
+    write_json,
+    write_tensors,
+)
+
+from olmoe_jax.errors import UserError
+from olmoe_jax.hf import directory, names
+from olmoe_jax.hf.checkpoint import HFCheckpoint, serving_warnings
+from olmoe_jax.hf.source import open_source
+
+CONFIG = tiny_config(num_kv_heads=2, intermediate_size=32)  # square experts
+INDEX = "model.safetensors.index.json"
+Q = "model.layers.1.self_attn.q_proj.weight"
+EXPERT = "model.layers.0.mlp.experts.3.up_proj.weight"
+
+
+def fused(tensors):
+    """As transformers 5 keeps experts in memory: gate and up of all experts in one tensor."""
+    out = {name: value for name, value in tensors.items() if ".experts." not in name}
+    for layer in range(CONFIG.num_layers):
+        prefix = f"model.layers.{layer}.mlp.experts."
+        gate, up, down = (
+            np.stack([tensors[f"{prefix}{e}.{part}_proj.weight"] for e in range(8)])
+            for part in ("gate", "up", "down")
+        )
+        out[prefix + "gate_up_proj"] = np.concatenate([gate, up], axis=1)
+        out[prefix + "down_proj"] = down
+    return out
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("layout", ["per_expert", "fused"])
+def test_reading(tmp_path, layout, shards):
+    weights = random_weights(CONFIG)
+    tensors = hf_tensors(CONFIG, weights)
+    write_tensors(tmp_path, fused(tensors) if layout == "fused" else tensors, shards)
+    write_json(tmp_path / "config.json", hf_config(CONFIG))
+    source = open_source(str(tmp_path))
+    assert isinstance(source, HFCheckpoint)
+    assert source.config.num_kv_heads == 2
+    for row in names.rows(CONFIG):
+        assert source.dtype(row) == np.float32
+        for layer in names.layer_indices(row, CONFIG):
+            expected = weights[row.ours] if layer is None else weights[row.ours][layer]
+            np.testing.assert_array_equal(source.read(row, layer), expected)
+            if row.per_expert:
+                part = source.read(row, layer, slice(2, 5))
+                np.testing.assert_array_equal(part, expected[2:5])
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A sound checkpoint in three shards, for a test to break."""
+    write_hf_checkpoint(tmp_path / "model", CONFIG, shards=3)
+    return tmp_path / "model"
+
+
+def edit_config(path, **changes):
+    write_json(path / "config.json", json.loads((path / "config.json").read_text()) | changes)
+
+
+def edit_tensors(path, change):
+    """Rewrites the weights as one file after `change(tensors)`."""
+    tensors = hf_tensors(CONFIG)
+    change(tensors)
+    for file in [*path.glob("*.safetensors"), path / INDEX]:
+        file.unlink()
+    write_tensors(path, tensors)
+
+
+def truncate(file, size):
+    file.write_bytes(file.read_bytes()[:size])
+
+
+def rename_in_index(path, old, new):
+    index = json.loads((path / INDEX).read_text())
+    index["weight_map"][new] = index["weight_map"].pop(old)
+    write_json(path / INDEX, index)
+
+
+def put(name, value):
+    return lambda tensors: tensors.__setitem__(name, value(tensors))
+
+
+SHARD = "model-00002-of-00003.safetensors"
+# What is done to a sound checkpoint, and what the message must name.
+BREAKS = {
+    "no_directory": (shutil.rmtree, ["no such directory"]),
+    "no_config": (lambda p: (p / "config.json").unlink(), ["config.json: no such file"]),
+    "config_not_json": (
+        lambda p: (p / "config.json").write_text('{"model_type": '),
+        ["config.json: not JSON"],
+    ),
+    "config_not_an_object": (
+        lambda p: (p / "config.json").write_text("[1, 2]"),
+        ["config.json", "object"],
+    ),
+    "other_architecture": (lambda p: edit_config(p, model_type="mixtral"), ["'mixtral'"]),
+    "no_weights": (
+        lambda p: [f.unlink() for f in p.glob("model*")],
+        ["model.safetensors", INDEX],
+    ),
+    "missing_shard": (lambda p: (p / SHARD).unlink(), [SHARD, "no such file"]),
+    "truncated_shard": (lambda p: truncate(p / SHARD, -5), [SHARD, "truncated"]),
+    "truncated_header": (lambda p: truncate(p / SHARD, 50), [SHARD, "truncated"]),
+    "empty_shard": (lambda p: truncate(p / SHARD, 0), [SHARD, "truncated"]),
+    "index_not_json": (lambda p: (p / INDEX).write_text("{"), [INDEX, "not JSON"]),
+    "index_without_map": (lambda p: write_json(p / INDEX, {}), [INDEX, "weight_map"]),
+    "index_names_an_absent_tensor": (
+        lambda p: rename_in_index(p, Q, "model.layers.7.self_attn.q_proj.weight"),
+        [INDEX, "model.layers.7.self_attn.q_proj.weight"],
+    ),
+    "tensor_in_two_files": (
+        lambda p: safetensors.numpy.save_file({Q: hf_tensors(CONFIG)[Q]}, p / SHARD),
+        [Q],
+    ),
+    "unexpected_tensor": (
+        lambda p: edit_tensors(p, put("model.layers.0.extra", lambda t: t[Q])),
+        ["unexpected tensor model.layers.0.extra"],
+    ),
+    "one_layer_too_many": (
+        lambda p: edit_config(p, num_hidden_layers=1),
+        ["unexpected tensor model.layers.1."],
+    ),
+    "missing_tensor": (lambda p: edit_tensors(p, lambda t: t.pop(EXPERT)), [EXPERT, "missing"]),
+    "experts_missing": (lambda p: edit_config(p, num_experts=9), ["experts.8.", "5 more"]),
+    "wrong_shape": (
+        lambda p: edit_tensors(p, put(Q, lambda t: t[Q][:, :-1].copy())),
+        [Q, "[32, 31]", "[32, 32]"],
+    ),
+    "wrong_shape_of_an_expert": (
+        lambda p: edit_tensors(p, put(EXPERT, lambda t: t[EXPERT][:4].copy())),
+        [EXPERT, "[4, 32]"],
+    ),
+    "mixed_dtypes": (
+        lambda p: edit_tensors(p, put(EXPERT, lambda t: t[EXPERT].astype(ml_dtypes.bfloat16))),
+        ["up_proj", "bfloat16", "float32"],
+    ),
+    "untied_head": (
+        lambda p: edit_config(p, tie_word_embeddings=True),
+        ["lm_head.weight", "tie_word_embeddings"],
+    ),
+    "no_head": (lambda p: edit_tensors(p, lambda t: t.pop("lm_head.weight")), ["lm_head.weight"]),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_what_is_wrong_is_named(model, name):
+    break_it, culprits = BREAKS[name]
+    break_it(model)
+    with pytest.raises(UserError) as caught:
+        open_source(str(model))
+    message = str(caught.value)
+    assert str(model) in message
+    assert "\n" not in message
+    for culprit in culprits:
+        assert culprit in message
+
+
+def test_a_hub_id_without_network(monkeypatch):
+    import huggingface_hub
+
+    def offline(*_, **__):
+        raise ConnectionError
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(UserError, match="allenai/nothing: no such directory here, and the hub"):
+        directory.resolve("allenai/nothing")
+    with pytest.raises(UserError, match=r"\./nothing: no such directory"):
+        directory.resolve("./nothing")
+
+
+def test_tied_checkpoint_may_repeat_its_head(tmp_path):
+    tied = tiny_config(tie_word_embeddings=True)
+    tensors = hf_tensors(tied)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    write_tensors(tmp_path, tensors)
+    write_json(tmp_path / "config.json", hf_config(tied))
+    checkpoint = HFCheckpoint(tmp_path)
+    assert "lm_head" not in {row.ours for row in names.rows(checkpoint.config)}
+
+
+def test_serving_warnings():
+    assert serving_warnings(tiny_config()) == []
+    odd = tiny_config(rms_norm_eps=1e-6, norm_topk_prob=True, clip_qkv=8.0)
+    warnings = serving_warnings(odd)
+    assert len(warnings) == 3
+    for field in ("rms_norm_eps", "norm_topk_prob", "clip_qkv"):
+        assert any(field in warning for warning in warnings)
+
+
+def test_new_directory(tmp_path):
+    output = tmp_path / "parent" / "output"
+    with directory.new_directory(output) as partial:
+        (partial / "file").write_text("x")
+        assert not output.exists()
+    assert (output / "file").read_text() == "x"
+    with pytest.raises(UserError, match="exists already"), directory.new_directory(output):
+        pytest.fail("an output that exists must not be written over")
+    assert (output / "file").read_text() == "x"
+    (tmp_path / "empty").mkdir()
+    with directory.new_directory(tmp_path / "empty") as partial:
+        (partial / "file").touch()
+    assert (tmp_path / "empty" / "file").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (OSError(28, "No space left on device"), UserError),
+        (ValueError("a bug"), ValueError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+)
+def test_new_directory_leaves_nothing_after_an_error(tmp_path, error, raised):
+    def write():
+        with directory.new_directory(tmp_path / "output") as partial:
+            (partial / "file").write_text("x")
+            raise error
+
+    with pytest.raises(raised, match="No space left" if raised is UserError else None):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_write_file_atomically(tmp_path):
+    file = tmp_path / "out.safetensors"
+    directory.write_file_atomically(file, lambda path: path.write_text("old"))
+
+    def fail(path):
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match=r"out\.safetensors: cannot write \(No space left"):
+        directory.write_file_atomically(file, fail)
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]
