@@ -1,6 +1,9 @@
 """Checkpoints of a run: what trains, the optimizer, the step, the data position. Orbax, atomic."""
 
 import dataclasses
+import functools
+import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,7 @@ class Checkpointer:
     """
 
     def __init__(self, output: Path, keep: int, identity: dict[str, Any]):
+        _silence_failed_saves()
         self._identity = identity
         self._output = output
         best = preservation.BestN(
@@ -118,35 +122,32 @@ class Checkpointer:
         self._check_identity(step)
         tree = like._asdict()
         restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
+        restored = self._read(
+            step,
+            state=ocp.args.PyTreeRestore(tree, restore_args=restore_args, partial_restore=True),
+            data=ocp.args.JsonRestore(),
+        )
+        best = min(self._eval_losses().values(), default=None)
+        return Restored(TrainState(**restored.state), restored.data, best)
+
+    def _read(self, step: int, **items):
         try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.PyTreeRestore(
-                        tree, restore_args=restore_args, partial_restore=True
-                    ),
-                    data=ocp.args.JsonRestore(),
-                ),
-            )
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"{self._output}: the checkpoint of step {step} cannot be read ({reason}); remove "
                 f"{CHECKPOINTS}/{step} to continue from the one before"
             ) from error
-        best = min(self._eval_losses().values(), default=None)
-        return Restored(TrainState(**restored.state), restored.data, best)
 
     def _check_identity(self, step: int) -> None:
-        saved = self._manager.restore(
-            step, args=ocp.args.Composite(identity=ocp.args.JsonRestore())
-        ).identity
+        saved = self._read(step, identity=ocp.args.JsonRestore()).identity
         for key, value in self._identity.items():
             if saved.get(key) != value:
                 raise UserError(
-                    f"{self._output}: the checkpoint of step {step} has {key}="
-                    f"{saved.get(key)!r}, this command's is {value!r}; write another "
-                    "train.output_dir, or train.resume=restart"
+                    f"{self._output}: the checkpoint of step {step} "
+                    f"{_other(key, saved[key], value)}; "
+                    "bring it back, write another train.output_dir, or train.resume=restart"
                 )
 
     def _eval_losses(self) -> dict[int, float]:
@@ -166,3 +167,29 @@ class Checkpointer:
             f"{self._output}: a checkpoint could not be saved ({reason}); {kept}; free space and "
             "run the same command again"
         )
+
+
+def _other(key: str, saved: Any, value: Any) -> str:
+    """How a checkpoint's identity differs, in words."""
+    if key != "model":
+        return f"is of other {key} (another file content, tokenizer, data.max_seq_length or split)"
+    field = next(name for name in saved | value if saved.get(name) != value.get(name))
+    return (
+        f"is of a different model: it has {field}={saved.get(field)}, config.json now says "
+        f"{field}={value.get(field)}"
+    )
+
+
+@functools.cache
+def _silence_failed_saves() -> None:
+    """A failed save raises, see `_failed`; the threads below it would print hundreds of lines."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    show = sys.unraisablehook
+
+    def show_others(unraisable):
+        # From writes of tensorstore that were still under way.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            show(unraisable)
+
+    sys.unraisablehook = show_others

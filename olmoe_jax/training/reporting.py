@@ -21,7 +21,16 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class EventFiles(DirectoryOutput):
-    """TensorBoard event files, with the two events that `tensorboard.summary.Writer` lacks."""
+    """TensorBoard event files, with the events that `tensorboard.summary.Writer` lacks."""
+
+    def emit_scalar(self, *, tag: str, data, step, wall_time: float, **_) -> None:
+        """Overrides the way in which `Writer.add_scalar` stores a value.
+
+        As a plain value: of tensors, TensorBoard's EventAccumulator keeps the repeated steps.
+        """
+        event = event_pb2.Event(wall_time=wall_time, step=step)
+        event.summary.value.add(tag=tag, simple_value=data)
+        self._ev_writer.add_event(event)
 
     def text(self, tag: str, text: str) -> None:
         """Adds Markdown text at step 0."""

@@ -10,15 +10,19 @@ OUTPUT_DIR/hf/, hf_best/    exported Hugging Face checkpoints
 """
 
 import json
+import shutil
 from pathlib import Path
 
 from olmoe_jax.config import Config, first_difference, to_dict
 from olmoe_jax.errors import UserError
 from olmoe_jax.hf import directory
-from olmoe_jax.hf.source import MODEL_DIRECTORY
+from olmoe_jax.hf.source import MODEL_DIRECTORY, steps
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
+PARTIAL_MODEL = ".model.partial"
+UNFINISHED_START = {PARTIAL_MODEL, f".{CONFIG}.partial"}
+"""What a run that was killed while its directory was being made can leave."""
 
 FREE_FIELDS = {
     "train.resume",
@@ -46,7 +50,7 @@ def check(config: Config) -> None:
         return
     if not output.is_dir():
         raise UserError(f"train.output_dir={output}: is a file; write a directory")
-    if not any(output.iterdir()):
+    if all(entry.name in UNFINISHED_START for entry in output.iterdir()):
         return
     stored = output / CONFIG
     if not stored.exists():
@@ -68,13 +72,28 @@ def create(config: Config, model_files: Path, tokenizer_files: Path) -> Path:
     output = Path(config.train.output_dir)
     if config.train.resume == "restart" and output.exists() and any(output.iterdir()):
         _set_aside(output)
-    if not (output / CONFIG).exists():
-        model = output / MODEL_DIRECTORY
-        model.mkdir(parents=True, exist_ok=True)
-        directory.copy_files(model_files, model, directory.MODEL_FILES)
-        directory.copy_files(tokenizer_files, model, directory.TOKENIZER_FILES)
-        directory.write_json(output / CONFIG, to_dict(config))
+    # Until there is a checkpoint, nothing depends on the files of an earlier attempt.
+    if not steps(output):
+        try:
+            _write_small_files(output, config, model_files, tokenizer_files)
+        except OSError as error:
+            raise UserError(
+                f"train.output_dir={output}: cannot write there ({error.strerror}); write a "
+                "directory with space, one that you may write to"
+            ) from error
     return output
+
+
+def _write_small_files(
+    output: Path, config: Config, model_files: Path, tokenizer_files: Path
+) -> None:
+    model, partial = output / MODEL_DIRECTORY, output / PARTIAL_MODEL
+    partial.mkdir(parents=True, exist_ok=True)
+    directory.copy_files(model_files, partial, directory.MODEL_FILES)
+    directory.copy_files(tokenizer_files, partial, directory.TOKENIZER_FILES)
+    directory.write_json(output / CONFIG, to_dict(config))
+    shutil.rmtree(model, ignore_errors=True)
+    partial.rename(model)
 
 
 def _set_aside(output: Path) -> None:

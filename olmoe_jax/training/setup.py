@@ -80,6 +80,11 @@ def open_model(config: Config) -> Model:
         model_config, files = source.config, source.files
     else:
         path = Path(options.config_path)
+        if not path.is_dir() and (path.name != "config.json" or not path.exists()):
+            raise UserError(
+                f"model.config_path={path}: no such directory or config.json; write a directory "
+                "that holds a config.json"
+            )
         source, files = None, path if path.is_dir() else path.parent
         model_config = read_model_config(files)
     tokenizer = config.data.tokenizer_path or options.path

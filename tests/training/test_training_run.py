@@ -1,0 +1,274 @@
+"""What a run leaves behind: metrics, TensorBoard, checkpoints, exports; what a method trains."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from training.tiny_run import MODEL, exported_bytes, losses, metrics
+
+import olmoe_jax
+from olmoe_jax import sharding
+from olmoe_jax.config import to_dict
+from olmoe_jax.hf.source import RunCheckpoint, read_model_config
+from olmoe_jax.model.loading import random_parameters
+
+STEPS = 12
+OPTIONS = {
+    "optimizer__learning_rate": 0.02,
+    "train__eval_every": 1,
+    "train__export_best": True,
+    "train__checkpoint_every": 5,
+}
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    """With answers that training makes ever less likely: the best model is not the last."""
+    evaluation = tmp_path_factory.mktemp("evaluation") / "eval.jsonl"
+    rows = [{"prompt": f"{n}+{n}=", "completion": "#@~^{}" * (n + 3)} for n in range(5)]
+    evaluation.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {**OPTIONS, "data__eval_path": str(evaluation)}
+
+
+@pytest.fixture(scope="module")
+def config(files, options, tmp_path_factory):
+    return files.config(tmp_path_factory.mktemp("runs") / "short", **options)
+
+
+@pytest.fixture(scope="module")
+def output(config):
+    result = olmoe_jax.train(config)
+    assert (result.step, result.finished) == (STEPS, True)
+    return result.output_dir
+
+
+@pytest.fixture(scope="module")
+def eval_losses(output):
+    return {line["step"]: line["eval_loss"] for line in metrics(output) if "eval_loss" in line}
+
+
+def test_metrics_lines(output):
+    steps = [line for line in metrics(output) if "loss" in line]
+    fields = ["step", "loss", "learning_rate", "grad_norm", "tokens", "seconds"]
+    assert all(list(line) == fields for line in steps)
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
+    assert all(line["seconds"] > 0 and line["grad_norm"] > 0 for line in steps)
+    evaluations = [line for line in metrics(output) if "loss" not in line]
+    assert [list(line) for line in evaluations] == [["step", "eval_loss"]] * STEPS
+    assert [line["step"] for line in evaluations] == list(range(1, STEPS + 1))
+
+
+def test_each_epoch_trains_on_every_example_once(output, files, eval_losses):
+    """22 examples in steps of 4: the last step of an epoch has 2, and is trained on too."""
+    rows = [json.loads(line) for line in files.train.read_text().splitlines()]
+    # Bytes, the space between prompt and completion, and end of text.
+    total = sum(len(row["prompt"]) + len(row["completion"]) + 2 for row in rows)
+    tokens = [line["tokens"] for line in metrics(output) if "loss" in line]
+    assert sum(tokens[:6]) == sum(tokens[6:]) == total
+    assert tokens[:6] != tokens[6:]
+    assert eval_losses[5] != eval_losses[6]
+
+
+def test_config_is_resolved(output, config):
+    stored = json.loads((output / "config.json").read_text())
+    assert stored == to_dict(config)
+    assert stored["optimizer"]["beta2"] == 0.999
+
+
+def test_loss_curve(output):
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def board(output):
+    """{tag: {step: value}} of a run's TensorBoard files, and the texts of "config"."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util import tensor_util
+
+    events = EventAccumulator(str(output / "tensorboard"), {"scalars": 0, "tensors": 0})
+    events.Reload()
+    scalars = {}
+    for tag in events.Tags()["scalars"]:
+        values = {event.step: event.value for event in events.Scalars(tag)}
+        assert len(values) == len(events.Scalars(tag)), tag
+        scalars[tag] = values
+    texts = [tensor_util.make_ndarray(event.tensor_proto) for event in events.Tensors("config")]
+    return scalars, [text.item().decode() for text in texts]
+
+
+def test_tensorboard(output, config):
+    scalars, texts = board(output)
+    assert set(scalars) == {
+        "train/loss",
+        "train/learning_rate",
+        "train/grad_norm",
+        "train/skipped_updates",
+        "train/epoch",
+        "data/padding_share",
+        "data/tokens",
+        "speed/seconds_per_step",
+        "speed/tokens_per_second",
+        "speed/model_teraflops_per_second",
+        "router/entropy_mean",
+        "router/unused_experts",
+        "router_load_max/layer_00",
+        "router_load_max/layer_01",
+        "router_load_min/layer_00",
+        "router_load_min/layer_01",
+        "router_entropy/layer_00",
+        "router_entropy/layer_01",
+        "eval/loss",
+        "eval/perplexity",
+    }
+    for tag, values in scalars.items():
+        assert list(values) == list(range(1, STEPS + 1)), tag
+        assert np.isfinite(list(values.values())).all(), tag
+    for line in metrics(output):
+        if "loss" in line:
+            assert scalars["train/loss"][line["step"]] == pytest.approx(line["loss"])
+            assert scalars["train/grad_norm"][line["step"]] == pytest.approx(line["grad_norm"])
+        else:
+            assert scalars["eval/loss"][line["step"]] == pytest.approx(line["eval_loss"])
+    assert scalars["train/epoch"][6] == 1
+    assert scalars["train/epoch"][STEPS] == 2
+    # Between one expert and all, in nats.
+    assert all(0 < entropy <= np.log(8) for entropy in scalars["router/entropy_mean"].values())
+    assert all(1 <= load <= 8 for load in scalars["router_load_max/layer_00"].values())
+    assert len(texts) == 1
+    assert json.loads(texts[0].removeprefix("```json").removesuffix("```")) == to_dict(config)
+
+
+def test_checkpoints_kept_are_the_last_two_and_the_best(output, eval_losses):
+    best = min(eval_losses, key=eval_losses.get)
+    saved = {5, 10, STEPS}
+    lowest = np.inf
+    for step, loss in eval_losses.items():
+        if loss < lowest:
+            lowest = loss
+            saved.add(step)
+    expected = {*sorted(saved)[-2:], best}
+    assert len(expected) == 3, "the best must not be among the last two for this to test anything"
+    kept = {int(path.name) for path in (output / "checkpoints").iterdir()}
+    assert kept == expected
+
+
+def parameters(source) -> dict[str, np.ndarray]:
+    """All weights of a checkpoint, stacked."""
+    from olmoe_jax.hf import names
+
+    return {
+        row.ours: np.stack(
+            [np.asarray(source.read(row, i)) for i in names.layer_indices(row, source.config)]
+        )
+        for row in names.rows(source.config)
+    }
+
+
+def eval_loss_in_torch(directory, config) -> float:
+    """The mean loss per completion token, as transformers computes the model."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info.values())
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    total, count = 0.0, 0
+    for line in Path(config.data.eval_path).read_text().splitlines():
+        row = json.loads(line)
+        tokens = torch.tensor(
+            tokenizer(f"{row['prompt']} {row['completion']}{tokenizer.eos_token}")["input_ids"]
+        )
+        start = len(row["prompt"])
+        with torch.no_grad():
+            logits = model(tokens[None]).logits[0]
+        total += torch.nn.functional.cross_entropy(
+            logits[start - 1 : -1], tokens[start:], reduction="sum"
+        ).item()
+        count += len(tokens) - start
+    return total / count
+
+
+def test_export_has_our_loss_in_transformers(output, config, eval_losses):
+    assert eval_loss_in_torch(output / "hf", config) == pytest.approx(eval_losses[STEPS], rel=1e-4)
+
+
+def test_best_export_has_the_lowest_loss(output, config, eval_losses):
+    best = min(eval_losses.values())
+    assert best < 0.99 * eval_losses[STEPS]
+    assert eval_loss_in_torch(output / "hf_best", config) == pytest.approx(best, rel=1e-4)
+
+
+def test_exports_alone_can_be_made_anew(output, files, options, tmp_path, capsys):
+    """Rerunning a finished run trains nothing; export_dtype is the exports' alone."""
+    copy = tmp_path / "copy"
+    shutil.copytree(output, copy)
+    shutil.rmtree(copy / "hf")
+    shutil.rmtree(copy / "hf_best")
+    config = files.config(copy, **options, train__export_dtype="bfloat16")
+    result = olmoe_jax.train(config)
+    assert (result.step, result.finished) == (STEPS, True)
+    assert metrics(copy) == metrics(output)
+    assert json.loads((copy / "hf" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    old, new = (olmoe_jax.hf.checkpoint.HFCheckpoint(path / "hf") for path in (output, copy))
+    for name, value in parameters(new).items():
+        assert value.dtype == "bfloat16"
+        expected = parameters(old)[name].astype(value.dtype)
+        np.testing.assert_array_equal(value.view(np.uint16), expected.view(np.uint16))
+    # What is there already is not overwritten, and the user is told.
+    capsys.readouterr()
+    before = exported_bytes(copy)
+    olmoe_jax.train(files.config(copy, **options))
+    assert exported_bytes(copy) == before
+    assert f"{copy / 'hf'} is there already" in capsys.readouterr().out
+
+
+def test_an_equal_eval_loss_later_is_not_better(files, tmp_path):
+    """The best step exported must be one whose checkpoint is kept."""
+    changes = {
+        "optimizer__learning_rate": 1e-30,
+        "train__export_best": True,
+        "train__keep_checkpoints": 1,
+    }
+    output = olmoe_jax.train(files.config(tmp_path / "run", **changes)).output_dir
+    first, second = (line["eval_loss"] for line in metrics(output) if "eval_loss" in line)
+    assert first == second
+    assert (output / "hf_best" / "model.safetensors").exists()
+
+
+ROUTER = "layers.moe.router"
+
+
+@pytest.fixture(scope="module")
+def routers(files, tmp_path_factory):
+    """The router before training and after, by method."""
+    model = read_model_config(files.model)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    routers = {"untrained": np.asarray(random_parameters(model, 0, mesh)[ROUTER])}
+    for method in ("frozen", "conventional", "densemixer"):
+        output = tmp_path_factory.mktemp("runs") / method
+        changes = {"method__name": method, "train__epochs": 1, "train__export_hf": False}
+        # Decay must not reach the frozen router either.
+        changes["optimizer__weight_decay"] = 0.1
+        result = olmoe_jax.train(files.config(output, **changes))
+        assert not (output / "hf").exists()
+        assert min(losses(output).values()) < losses(output)[1]
+        routers[method] = parameters(RunCheckpoint(output, result.step))[ROUTER]
+    return routers
+
+
+def test_frozen_leaves_the_router_bit_identical(routers):
+    assert routers["untrained"].shape == (2, 32, MODEL["num_experts"])
+    np.testing.assert_array_equal(routers["frozen"], routers["untrained"])
+
+
+def test_conventional_and_densemixer_train_the_router_differently(routers):
+    for one, other in (
+        ("conventional", "untrained"),
+        ("densemixer", "untrained"),
+        ("densemixer", "conventional"),
+    ):
+        assert np.abs(routers[one] - routers[other]).max() > 1e-4, (one, other)

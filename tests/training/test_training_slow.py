@@ -1,0 +1,263 @@
+"""Runs in processes of their own: other meshes, kills, a full disk, real data."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from training.test_training_resume import snapshot, without_seconds
+from training.test_training_run import board
+from training.tiny_run import (
+    MODEL,
+    ROOT,
+    exported_bytes,
+    losses,
+    make_files,
+    metrics,
+    run_train,
+    train_command,
+)
+
+pytestmark = pytest.mark.slow
+
+
+def test_meshes_give_the_same_losses(tmp_path, tokenizer_dir, environment):
+    files = make_files(tmp_path, tokenizer_dir, examples=80)
+    options = {
+        "data__pack": False,
+        "train__batch_size": 16,
+        "train__max_steps": 20,
+        "train__epochs": 10,
+        "train__export_hf": False,
+    }
+    devices = "--xla_force_host_platform_device_count=8"
+    # Cached programs of several CPU devices are not to be relied on.
+    fresh = {k: v for k, v in environment.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    runs = {
+        "one device": ({"train__rows_per_device": 8}, fresh),
+        "data=2 fsdp=4": ({"mesh__data": 2, "mesh__fsdp": 4}, {**fresh, "XLA_FLAGS": devices}),
+        "fsdp=8": ({"mesh__fsdp": 8}, {**fresh, "XLA_FLAGS": devices}),
+    }
+    curves = {}
+    for name, (mesh, where) in runs.items():
+        output = tmp_path / name.replace(" ", "_")
+        changes = {**options, "train__rows_per_device": 1, **mesh}
+        result = run_train(train_command(files, output, **changes), where)
+        assert result.returncode == 0, result.stderr
+        count = 1 if name == "one device" else 8
+        assert f"devices: {count} x cpu" in result.stdout
+        curves[name] = np.array(list(losses(output).values()))
+    expected = curves.pop("one device")
+    assert len(expected) == 20
+    assert expected[-1] < 0.9 * expected[0]
+    for name, curve in curves.items():
+        relative = np.abs(curve - expected) / expected
+        print(f"{name}: largest relative difference of a loss {relative.max():.2e}")
+        assert relative.max() < 1e-5, name
+
+
+def test_ten_kills_at_random_instants(tmp_path, tokenizer_dir, environment):
+    """The same command is killed and run again until it finishes: as if nothing had happened."""
+    files = make_files(tmp_path, tokenizer_dir, examples=40)
+    options = {
+        "train__epochs": 3,
+        "train__checkpoint_every": 2,
+        "train__eval_every": 7,
+        "train__rows_per_device": 1,
+        "data__max_seq_length": 48,
+    }
+    whole, output = tmp_path / "whole", tmp_path / "run"
+    result = run_train(train_command(files, whole, **options), environment)
+    assert result.returncode == 0, result.stderr
+    assert len(losses(whole)) == 30
+    generator, log = random.Random(1), tmp_path / "log"
+    command = train_command(files, output, **options)
+    kills, in_a_save, processes = 0, 0, 0
+    while True:
+        processes += 1
+        assert processes < 40
+        with log.open("a") as out:
+            process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
+        if kills < 10:
+            kills += _kill_at_random(process, output, generator)
+        if process.wait() == -signal.SIGKILL:
+            in_a_save += bool(_saving(output))
+            continue
+        assert process.returncode == 0, log.read_text()
+        if kills == 10:
+            break
+        # It was faster than the kill: take the end away, so that there is something to do.
+        shutil.rmtree(output)
+    print(f"{kills} kills, {in_a_save} of them during a save; {processes} processes")
+    assert in_a_save > 0
+    assert without_seconds(metrics(output)) == without_seconds(metrics(whole))
+    assert exported_bytes(output) == exported_bytes(whole)
+    assert board(output)[0]["train/loss"] == board(whole)[0]["train/loss"]
+
+
+def _kill_at_random(process, output: Path, generator: random.Random) -> bool:
+    """Kills before training, between two steps, or in a save; False: the run had ended."""
+    kind, before = generator.choice(["start", "step", "save", "save"]), _size(output)
+    leftovers = _saving(output)
+    if kind == "start":
+        time.sleep(generator.uniform(0.5, 5.0))
+    while kind == "step" and process.poll() is None and _size(output) == before:
+        time.sleep(0.002)
+    while kind == "save" and process.poll() is None and _saving(output) in ([], leftovers):
+        time.sleep(0.0005)
+    time.sleep(generator.uniform(0.0, {"start": 0.0, "step": 0.4, "save": 0.03}[kind]))
+    if process.poll() is not None:
+        return False
+    process.kill()
+    return process.wait() == -signal.SIGKILL
+
+
+def _saving(output: Path) -> list[Path]:
+    """Checkpoints that are being written (or were, when an earlier process was killed)."""
+    found = (output / "checkpoints").glob("*tmp*")
+    return [path for path in found if path.is_dir()]
+
+
+def _size(output: Path) -> tuple[int, int]:
+    """Changes with every line of metrics.jsonl."""
+    try:
+        status = (output / "metrics.jsonl").stat()
+    except OSError:
+        return 0, 0
+    return status.st_ino, status.st_size
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 8 MB; None where it takes more rights than we have."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
+    try:
+        mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    except OSError:
+        mounted = False
+    yield disk if mounted else None
+    if mounted:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def check_failed_save(result, output: Path) -> None:
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.startswith(f"error: {output}: a checkpoint could not be saved")
+    assert "the checkpoint of step 4 is intact" in result.stderr
+    assert "free space and run the same command again" in result.stderr
+
+
+def test_disk_full_during_a_save(tmp_path, tokenizer_dir, environment, small_disk):
+    if small_disk is None:
+        pytest.skip("no right to mount a small file system; the test below goes without")
+    files = make_files(tmp_path / "files", tokenizer_dir)
+    options = {"train__checkpoint_every": 4, "data__eval_path": None, "data__eval_fraction": 0.0}
+    output, whole = small_disk / "run", tmp_path / "whole"
+    assert run_train(train_command(files, whole, **options), environment).returncode == 0
+    first = _stopped_at_4(files, output, options, environment)
+    assert first == [4]
+    filler = small_disk / "filler"
+    free = shutil.disk_usage(small_disk).free
+    filler.write_bytes(b"x" * (free - 256 * 1024))
+    result = run_train(train_command(files, output, **options), environment)
+    check_failed_save(result, output)
+    assert "no space left on the disk" in result.stderr
+    filler.unlink()
+    result = run_train(train_command(files, output, **options), environment)
+    assert result.returncode == 0, result.stderr
+    assert f"continuing after step 4 of {len(losses(whole))}" in result.stdout
+    assert losses(output) == losses(whole)
+    assert exported_bytes(output) == exported_bytes(whole)
+
+
+def _stopped_at_4(files, output, options, environment) -> list[int]:
+    """Makes the checkpoint of step 4 and no other: a run whose fifth step is its death."""
+    code = f"""
+import os, signal, sys
+from olmoe_jax.training.reporting import Reporter
+original = Reporter.step
+def step(self, line, scalars):
+    original(self, line, scalars)
+    if line["step"] == 5:
+        while not os.path.isdir({str(output / "checkpoints" / "4")!r}):
+            pass
+        os.kill(os.getpid(), signal.SIGKILL)
+Reporter.step = step
+import train
+train.main(sys.argv[1:])
+"""
+    command = [sys.executable, "-c", code, *files.arguments(output, **options)]
+    result = run_train(command, {**environment, "PYTHONPATH": str(ROOT)})
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    return [int(p.name) for p in (output / "checkpoints").iterdir() if p.name.isdigit()]
+
+
+def test_a_save_that_fails_leaves_the_previous_checkpoint(tmp_path, tokenizer_dir, environment):
+    """As above, with a limit on the size of files, which needs no rights."""
+    files = make_files(tmp_path / "files", tokenizer_dir)
+    options = {"train__checkpoint_every": 4, "data__eval_path": None, "data__eval_fraction": 0.0}
+    output = tmp_path / "run"
+    assert _stopped_at_4(files, output, options, environment) == [4]
+    before = snapshot(output / "checkpoints" / "4")
+    # In blocks of 512 bytes.
+    limited = ["sh", "-c", 'ulimit -f 200; exec "$@"', "sh"]
+    result = run_train([*limited, *train_command(files, output, **options)], environment)
+    check_failed_save(result, output)
+    assert snapshot(output / "checkpoints" / "4") == before
+    result = run_train(train_command(files, output, **options), environment)
+    assert result.returncode == 0, result.stderr
+    assert len(losses(output)) == 12
+
+
+def test_real_data_with_the_real_tokenizer(tmp_path, shared, environment):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    model = {**MODEL, "vocab_size": 50304, "hidden_size": 64, "intermediate_size": 32}
+    (tmp_path / "config.json").write_text(json.dumps({**model, "initializer_range": 0.02}))
+    output = tmp_path / "run"
+    fields = {
+        "model.init": "random",
+        "model.config_path": tmp_path / "config.json",
+        "model.compute_dtype": "float32",
+        "data.train_path": shared / "data" / "gsm" / "train.jsonl",
+        "data.eval_path": shared / "data" / "gsm8k" / "test.jsonl",
+        "data.tokenizer_path": shared / "data" / "tokenizer",
+        "data.max_seq_length": 512,
+        "data.cache_dir": tmp_path / "cache",
+        "optimizer.learning_rate": 1e-3,
+        "train.batch_size": 8,
+        "train.max_steps": 20,
+        "train.output_dir": output,
+    }
+    flags = [f"--config.{field}={value}" for field, value in fields.items()]
+    config = ROOT / "configs" / "densemixer_gsm.py"
+    command = [sys.executable, str(ROOT / "train.py"), "--config", str(config), *flags]
+    result = run_train(command, {**environment, "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"})
+    assert result.returncode == 0, result.stderr
+    curve = list(losses(output).values())
+    assert len(curve) == 20
+    assert np.isfinite(curve).all()
+    assert curve[0] == pytest.approx(np.log(50304), rel=0.02)
+    assert np.mean(curve[-3:]) < 0.95 * curve[0]
+    (evaluation,) = [line for line in metrics(output) if "eval_loss" in line]
+    assert evaluation["step"] == 20
+    assert evaluation["eval_loss"] < curve[0]
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
+        output / "hf", output_loading_info=True
+    )
+    assert not any(info.values())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(output / "hf")
+    tokens = torch.tensor([tokenizer("Question: 2 + 3?\nAnswer:")["input_ids"]])
+    with torch.no_grad():
+        assert torch.isfinite(loaded(tokens).logits).all()
+    assert os.path.getsize(output / "hf" / "model.safetensors") > 50304 * 64 * 2 * 4
