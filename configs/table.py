@@ -4,12 +4,15 @@ What does not depend on method or data set (4 epochs, 256 examples per step, 409
 schedule) is the default of `olmoe_jax.config`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from olmoe_jax.config import Config, DataOptions, MethodOptions, OptimizerOptions, TrainOptions
 from olmoe_jax.errors import UserError
 
-METHODS = ("frozen", "conventional", "densemixer")
+FULL = ("frozen", "conventional", "densemixer")
+LORA = tuple(f"{method}_lora" for method in FULL)
+ESFT = ("esft_gate", "esft_token")
+METHODS = (*FULL, *LORA, *ESFT)
 
 
 @dataclass(frozen=True)
@@ -18,18 +21,21 @@ class Dataset:
 
     hub_id: str
     eval_file: str | None  # None: a tenth of the training examples is held out
-    full_learning_rate: float  # of full fine-tuning
+    full_learning_rate: float
+    lora_learning_rate: float
+    esft_learning_rate: float
     microbatch_examples: int  # per device in the reference
 
 
 # fmt: off
 DATASETS = {
-    "gsm":         Dataset("RoxanneWsyw/gsm",              "test.jsonl", 1e-6, 4),
-    "codealpaca":  Dataset("RoxanneWsyw/CodeAlpaca",       None,         1e-6, 4),
-    "intent":      Dataset("RoxanneWsyw/ESFT-intent",      "test.jsonl", 2e-5, 4),
-    "law":         Dataset("RoxanneWsyw/ESFT-law",         "test.jsonl", 2e-5, 4),
-    "summary":     Dataset("RoxanneWsyw/ESFT-summary",     "test.jsonl", 2e-5, 2),
-    "translation": Dataset("RoxanneWsyw/ESFT-translation", "test.jsonl", 2e-5, 2),
+    #                                                                    full  LoRA  ESFT
+    "gsm":         Dataset("RoxanneWsyw/gsm",              "test.jsonl", 1e-6, 1e-4, 2e-5, 4),
+    "codealpaca":  Dataset("RoxanneWsyw/CodeAlpaca",       None,         1e-6, 1e-4, 2e-5, 4),
+    "intent":      Dataset("RoxanneWsyw/ESFT-intent",      "test.jsonl", 2e-5, 4e-4, 1e-3, 4),
+    "law":         Dataset("RoxanneWsyw/ESFT-law",         "test.jsonl", 2e-5, 4e-4, 1e-3, 4),
+    "summary":     Dataset("RoxanneWsyw/ESFT-summary",     "test.jsonl", 2e-5, 1e-4, 5e-3, 2),
+    "translation": Dataset("RoxanneWsyw/ESFT-translation", "test.jsonl", 2e-5, 4e-4, 5e-3, 2),
 }
 # fmt: on
 
@@ -41,14 +47,21 @@ def experiment(method: str, dataset: str) -> Config:
     if dataset not in DATASETS:
         raise UserError(f"unknown data set {dataset}: write one of {', '.join(DATASETS)}")
     row = DATASETS[dataset]
+    learning_rate = row.full_learning_rate
+    options = MethodOptions(name=method.removesuffix("_lora"))
+    if method in LORA:
+        learning_rate = row.lora_learning_rate
+        options = replace(options, lora_rank=64, lora_alpha=16.0, lora_dropout=0.1)
+    elif method in ESFT:
+        learning_rate = row.esft_learning_rate
     return Config(
-        method=MethodOptions(name=method),
+        method=options,
         data=DataOptions(
             train_path=f"{row.hub_id}:train.jsonl",
             eval_path=f"{row.hub_id}:{row.eval_file}" if row.eval_file else None,
             eval_fraction=0.1,
         ),
-        optimizer=OptimizerOptions(learning_rate=row.full_learning_rate),
+        optimizer=OptimizerOptions(learning_rate=learning_rate),
         train=TrainOptions(
             output_dir=f"runs/{method}_{dataset}",
             microbatch_examples=row.microbatch_examples,

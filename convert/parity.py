@@ -1,6 +1,7 @@
 """Computes our loss, logits and gradients of a batch, to hold against PyTorch's."""
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,16 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
+from olmoe_jax.esft.selection import read_expert_config
 from olmoe_jax.hf import directory, names, safetensors_file
-from olmoe_jax.hf.source import open_source
+from olmoe_jax.hf.adapter import read_adapter, to_peft
+from olmoe_jax.hf.opening import open_source
 from olmoe_jax.model.config import ModelSettings
-from olmoe_jax.model.loading import graph_of, load_parameters
+from olmoe_jax.model.loading import load_parameters, pack_selected
 from olmoe_jax.model.parameters import Parameters, merge
 from olmoe_jax.sharding import make_mesh
-from olmoe_jax.training.methods import split_trained
+from olmoe_jax.training.methods import ROUTER, esft_names, split_trained, trained_names
 from olmoe_jax.training.optimizer import adamw, schedule
 from olmoe_jax.training.step import DeviceBatch, Trainer, initial_state
 
+NO_DROPOUT = np.zeros(2, np.uint32)
 IGNORED = -100  # the label of a position without loss, as in PyTorch
 
 EXAMPLE = """example:
@@ -45,6 +49,11 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--batch", required=True, type=Path, metavar="FILE")
     parser.add_argument("--method", required=True, choices=["conventional", "frozen", "densemixer"])
     parser.add_argument("--output", required=True, type=Path, metavar="FILE")
+    parser.add_argument("--adapter", type=Path, metavar="PEFT_DIR", help="train this LoRA adapter")
+    parser.add_argument("--router", choices=["frozen", "trained"], help="with --adapter")
+    parser.add_argument(
+        "--experts", type=Path, metavar="JSON", help="ESFT: train what this expert config names"
+    )
     parser.add_argument("--optimizer_steps", type=int, metavar="N", help="train N updates instead")
     parser.add_argument("--learning_rate", type=float, default=1e-6)
     parser.add_argument("--weight_decay", type=float, default=0.0)
@@ -64,15 +73,29 @@ def compute(args: argparse.Namespace) -> dict[str, np.ndarray]:
     dimensions = 2 if args.optimizer_steps is None else 4
     arrays = _read_batch(args.batch, dimensions, config.vocab_size)
     parameters = load_parameters(source, make_mesh(devices=jax.devices()[:1]))
+    settings = ModelSettings(router_method=args.method)
+    if args.adapter:
+        lora, adapters, router = read_adapter(args.adapter, config)
+        settings = dataclasses.replace(settings, lora=lora)
+        parameters |= adapters if router is None else {**adapters, ROUTER: router}
+        trains = trained_names(lora=True, router=args.router == "trained")
+    elif args.experts:
+        chosen = read_expert_config(args.experts, config)
+        settings = dataclasses.replace(settings, selected_experts=chosen.experts)
+        parameters |= pack_selected(parameters, chosen.experts)
+        head = "embed" if config.tie_word_embeddings else "lm_head"
+        trains = esft_names(head=head, non_expert_modules=chosen.non_expert_modules)
+    else:
+        trains = trained_names(lora=False, router=args.method != "frozen")
+    trained, frozen = split_trained(trains, parameters)
     total = args.optimizer_steps or 1
     trainer = Trainer(
-        graph=graph_of(config, ModelSettings(router_method=args.method)),
         config=config,
+        settings=settings,
         optimizer=adamw(0.9, 0.999, 1e-8, args.weight_decay),
         schedule=schedule("linear", args.learning_rate, args.warmup_steps, total),
         max_grad_norm=1.0,
     )
-    trained, frozen = split_trained(args.method, parameters)
     if args.optimizer_steps is None:
         return _gradients(trainer, trained, frozen, arrays)
     if args.optimizer_steps > len(arrays["input_ids"]):
@@ -113,14 +136,19 @@ def padded_batch(input_ids, attention_mask, labels, micro_batches: int = 1) -> D
     )
 
 
-def _to_hf(prefix: str, parameters: Parameters, config) -> dict[str, np.ndarray]:
-    host = jax.device_get(parameters)
-    return {prefix + name: value for name, value in names.all_to_hf(host, config)}
+def _to_hf(prefix: str, parameters: Parameters, trainer: Trainer) -> dict[str, np.ndarray]:
+    host, settings = jax.device_get(parameters), trainer.settings
+    tensors = dict(names.all_to_hf(host, trainer.config))
+    if settings.lora:
+        tensors |= dict(to_peft(host, settings.lora))
+    if settings.selected_experts:
+        tensors |= dict(names.selected_to_hf(host, settings.selected_experts))
+    return {prefix + name: value for name, value in tensors.items()}
 
 
 def _gradients(trainer: Trainer, trained, frozen, arrays) -> dict[str, np.ndarray]:
     batch = padded_batch(arrays["input_ids"], arrays["attention_mask"], arrays["labels"])
-    result = jax.jit(trainer.accumulate)(trained, frozen, None, batch)
+    result = jax.jit(trainer.accumulate)(trained, frozen, None, batch, NO_DROPOUT)
 
     @jax.jit
     def forward(parameters):
@@ -134,7 +162,7 @@ def _gradients(trainer: Trainer, trained, frozen, arrays) -> dict[str, np.ndarra
     out = {"loss": np.asarray(result.loss), "logits": logits}
     for layer, value in enumerate(router_logits):
         out[f"router_logits.{layer}"] = value.reshape(-1, value.shape[-1])
-    return out | _to_hf("grad.", result.gradients, trainer.config)
+    return out | _to_hf("grad.", result.gradients, trainer)
 
 
 def _trajectory(trainer: Trainer, trained, frozen, arrays, updates: int) -> dict[str, np.ndarray]:
@@ -145,7 +173,7 @@ def _trajectory(trainer: Trainer, trained, frozen, arrays, updates: int) -> dict
         accumulated = None
         for micro in zip(*step, strict=True):
             batch = padded_batch(*micro, micro_batches=len(step[0]))
-            accumulated = accumulate(state.parameters, frozen, accumulated, batch)
+            accumulated = accumulate(state.parameters, frozen, accumulated, batch, NO_DROPOUT)
         state, metrics = update(state, accumulated)
         history.append(metrics)
     out = {
@@ -153,7 +181,7 @@ def _trajectory(trainer: Trainer, trained, frozen, arrays, updates: int) -> dict
         "grad_norm": np.stack([jax.device_get(m.grad_norm) for m in history]),
         "lr": np.stack([jax.device_get(m.learning_rate) for m in history]),
     }
-    return out | _to_hf("param.", state.parameters | frozen, trainer.config)
+    return out | _to_hf("param.", state.parameters | frozen, trainer)
 
 
 if __name__ == "__main__":

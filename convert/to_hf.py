@@ -7,8 +7,8 @@ from pathlib import Path
 
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
 from olmoe_jax.hf.checkpoint import serving_warnings
-from olmoe_jax.hf.export import export_hf
-from olmoe_jax.hf.source import open_source
+from olmoe_jax.hf.export import export_adapter, export_hf
+from olmoe_jax.hf.opening import RunCheckpoint, open_source
 
 EXAMPLE = """example:
   python -m convert.to_hf --checkpoint runs/densemixer_gsm --output olmoe_gsm
@@ -33,6 +33,9 @@ def main(arguments: Sequence[str]) -> None:
         "--checkpoint", required=True, metavar="DIR", help="a run's output_dir or from_hf's output"
     )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    parser.add_argument(
+        "--adapter", action="store_true", help="of a LoRA or ESFT run: what it trained, not merged"
+    )
     parser.add_argument("--step", type=int, help="of a run: which checkpoint (default: the latest)")
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float32"], help="default: the base checkpoint's"
@@ -43,7 +46,12 @@ def main(arguments: Sequence[str]) -> None:
     source = open_source(args.checkpoint, args.step)
     for warning in serving_warnings(source.config):
         print(f"warning: {warning}")
-    export_hf(source, args.output, args.dtype, max_shard_bytes)
+    if not args.adapter:
+        export_hf(source, args.output, args.dtype, max_shard_bytes)
+    elif isinstance(source, RunCheckpoint):
+        export_adapter(source, args.output)
+    else:
+        raise UserError(f"{args.checkpoint}: --adapter needs the directory of a LoRA or ESFT run")
     print(f"wrote {args.output}")
 
 

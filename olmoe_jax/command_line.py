@@ -4,7 +4,9 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from olmoe_jax.config import FIELDS, SECTIONS, Config, apply_overrides, load_config, nearest, show
+from olmoe_jax.config import FIELDS, SECTIONS, Config, apply_overrides
+from olmoe_jax.config_file import load_config
+from olmoe_jax.config_schema import nearest, show
 from olmoe_jax.errors import UserError
 
 USAGE = """\

@@ -5,48 +5,27 @@ A config file is Python that defines `get_config() -> Config`; a variant of one 
 anything is read or written. This module needs no jax, so that mistakes surface at once.
 """
 
-import dataclasses
-import difflib
-import math
-import re
-import runpy
-import traceback
-import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
+from olmoe_jax.config_schema import (
+    LORA_TARGETS,
+    POSITIVE,
+    SHARE,
+    SHARE_BELOW_ONE,
+    UINT32,
+    Field,
+    Rule,
+    at_least,
+    nearest,
+    not_empty,
+    option,
+    read_schema,
+    show,
+)
 from olmoe_jax.errors import UserError
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What a value must satisfy, in words and as a test, with a value that does."""
-
-    requirement: str
-    test: Callable[[Any], bool]
-    example: str
-
-
-def at_least(minimum: float) -> Rule:
-    return Rule(f"must be {minimum} or more", lambda value: value >= minimum, str(minimum))
-
-
-def not_empty(example: str = "PATH") -> Rule:
-    return Rule("must not be empty", bool, example)
-
-
-POSITIVE = Rule("must be positive", lambda value: value > 0, "1")
-SHARE = Rule("must be from 0 to 1", lambda value: 0 <= value <= 1, "0")
-UINT32 = Rule("must be from 0 to 4294967295", lambda value: 0 <= value < 2**32, "0")
-SHARE_BELOW_ONE = Rule("must be 0 or more and below 1", lambda value: 0 <= value < 1, "0")
-
-
-def option(default: Any, help: str, rule: Rule | None = None) -> Any:
-    """A dataclass field with its description (unit and default rule) and range."""
-    return field(default=default, metadata={"help": help, "rule": rule})
 
 
 @dataclass(frozen=True)
@@ -115,9 +94,10 @@ class DataOptions:
 class MethodOptions:
     """How the router learns."""
 
-    name: Literal["frozen", "conventional", "densemixer"] = option(
+    name: Literal["frozen", "conventional", "densemixer", "esft_gate", "esft_token"] = option(
         "densemixer",
-        "router gradient: none, through the selected experts, or through all experts",
+        "router gradient: none, through the selected experts, or through all experts; esft_*: "
+        "train only the experts that score high on the task, by gate or by token score",
     )
     router_gradient_experts: int | None = option(
         None,
@@ -125,6 +105,47 @@ class MethodOptions:
         "default: all experts, which is exact DenseMixer",
         at_least(1),
     )
+    lora_rank: int | None = option(
+        None,
+        "train adapters of this rank instead of the weights (and, unless name=frozen, the router "
+        "itself); default: full fine-tuning",
+        at_least(1),
+    )
+    lora_alpha: float = option(16.0, "the adapters' product counts alpha / rank times", POSITIVE)
+    lora_dropout: float = option(
+        0.1, "share of the adapters' inputs set to zero in training", SHARE_BELOW_ONE
+    )
+    lora_targets: str = option(
+        "q,k,v,o,gate,up,down",
+        "matrices with an adapter: some of q, k, v, o (attention), gate, up, down (every expert)",
+        LORA_TARGETS,
+    )
+    lora_rslora: bool = option(False, "scale by alpha / sqrt(rank) instead of alpha / rank")
+    adapter_path: str | None = option(
+        None,
+        "PEFT adapter directory to start from (and a router.safetensors in it), of this config's "
+        "rank, alpha and targets; default: new adapters",
+        not_empty(),
+    )
+    experts_path: str | None = option(
+        None,
+        "esft_*: expert config JSON; default: score the base on the training data and select, into "
+        "OUTPUT_DIR/experts.json",
+        not_empty(),
+    )
+    esft_top_p: float | None = option(
+        None,
+        "esft_*: select experts until they hold this share of a layer's score; default: 0.1 for "
+        "esft_gate, 0.2 for esft_token (the ESFT paper's)",
+        Rule("must be above 0 and at most 1", lambda value: 0 < value <= 1, "0.2"),
+    )
+    esft_score_tokens: int = option(
+        300_000, "esft_*: tokens of the training data to score the experts on", at_least(1)
+    )
+    esft_train_head: bool = option(
+        True, "esft_*: lm_head trains too (with tied weights, the embedding), as in the reference"
+    )
+    esft_densemixer: bool = option(False, "esft_*: DenseMixer's router gradient besides")
     router_aux_loss_coefficient: float = option(
         0.0, "weight of the load-balancing loss; 0: none", at_least(0.0)
     )
@@ -227,111 +248,8 @@ class Config:
     mesh: MeshOptions = field(default_factory=MeshOptions)
 
 
-@dataclass(frozen=True)
-class Field:
-    """One entry of the schema that is read off the dataclasses above."""
-
-    path: str
-    kind: type  # bool, int, float or str
-    choices: tuple[str, ...]
-    optional: bool
-    default: Any
-    help: str
-    rule: Rule | None
-
-    @property
-    def type_name(self) -> str:
-        name = f"one of {', '.join(self.choices)}" if self.choices else self.kind.__name__
-        return f"{name} or none" if self.optional else name
-
-    @property
-    def example(self) -> str:
-        """A valid value: the default, where there is one."""
-        if self.rule and self.default in (None, ""):
-            return f"{self.rule.example} or none" if self.optional else self.rule.example
-        return show(self.default)
-
-    def parse(self, text: str) -> Any:
-        """The value that `text` means on a command line."""
-        if self.optional and text.lower() == "none":
-            return None
-        value: Any = text
-        if self.kind is bool:
-            value = {"true": True, "false": False}.get(text.lower(), text)
-        elif self.kind is not str:
-            try:
-                value = self.kind(text)
-            except ValueError:
-                raise self._wrong_type(text) from None
-        return self.check_type(value, shown=text)
-
-    def check_type(self, value: Any, shown: str | None = None) -> Any:
-        """`value`, if its type is the declared one; an int is good for a float."""
-        if value is None and self.optional:
-            return None
-        if self.kind is float and type(value) is int:
-            value = float(value)
-        if type(value) is not self.kind or (self.choices and value not in self.choices):
-            raise self._wrong_type(repr(value) if shown is None else shown)
-        return value
-
-    def check_range(self, value: Any) -> None:
-        finite = not isinstance(value, float) or math.isfinite(value)
-        if finite and (value is None or self.rule is None or self.rule.test(value)):
-            return
-        requirement = self.rule.requirement if finite and self.rule else "must be finite"
-        raise UserError(f"{self.path}={show(value)}: {requirement}; write e.g. {self.example}")
-
-    def _wrong_type(self, shown: str) -> UserError:
-        instead = "" if self.choices else f"; write e.g. {self.example}"
-        return UserError(f"{self.path}={shown}: expected {self.type_name}{instead}")
-
-
-def _read_schema() -> dict[str, Field]:
-    schema = {}
-    for section, cls in SECTIONS.items():
-        annotations = typing.get_type_hints(cls)
-        for declared in dataclasses.fields(cls):
-            path = f"{section}.{declared.name}"
-            kind, choices, optional = _read_annotation(annotations[declared.name])
-            schema[path] = Field(
-                path, kind, choices, optional, declared.default, **declared.metadata
-            )
-    return schema
-
-
-def _read_annotation(annotation: Any) -> tuple[type, tuple[str, ...], bool]:
-    """kind, choices, optional of `T`, `Literal[...]`, and either `| None`."""
-    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
-        inner, _ = typing.get_args(annotation)
-        kind, choices, _ = _read_annotation(inner)
-        return kind, choices, True
-    if typing.get_origin(annotation) is Literal:
-        return str, typing.get_args(annotation), False
-    return annotation, (), False
-
-
 SECTIONS: dict[str, type] = typing.get_type_hints(Config)
-FIELDS: dict[str, Field] = _read_schema()
-
-
-def show(value: Any) -> str:
-    """`value` as it is written on the command line."""
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
-
-
-def nearest(given: str, candidates: Iterable[str]) -> str:
-    """The candidate most like `given`, as a whole or in its part after the last dot."""
-
-    def likeness(candidate: str) -> tuple[float, float]:
-        whole = _ratio(given, candidate)
-        return max(whole, _ratio(given.rpartition(".")[2], candidate.rpartition(".")[2])), whole
-
-    return max(candidates, key=likeness)
-
-
-def _ratio(a: str, b: str) -> float:
-    return difflib.SequenceMatcher(None, a, b).ratio()
+FIELDS: dict[str, Field] = read_schema(SECTIONS)
 
 
 def get_field(path: str) -> Field:
@@ -365,6 +283,11 @@ def validate(config: Config) -> Config:
     return config
 
 
+_ESFT_SCORING = ("esft_top_p", "esft_score_tokens")
+_ESFT_ONLY = (*_ESFT_SCORING, "experts_path", "esft_train_head", "esft_densemixer")
+_LORA_DETAILS = ("lora_alpha", "lora_dropout", "lora_targets", "lora_rslora")
+
+
 def _conflicts(config: Config) -> Iterator[str]:
     """Combinations of fields in which one would be missing or silently ignored."""
     model, data, method, train = config.model, config.data, config.method, config.train
@@ -375,10 +298,43 @@ def _conflicts(config: Config) -> Iterator[str]:
             f"model.config_path={model.config_path}: only read with model.init=random; "
             "write none, since the pretrained model.path has its own config.json"
         )
-    if method.router_gradient_experts is not None and method.name != "densemixer":
+    esft = method.name.startswith("esft_")
+    if method.router_gradient_experts is not None and not (
+        method.name == "densemixer" or (esft and method.esft_densemixer)
+    ):
         yield (
             f"method.router_gradient_experts={method.router_gradient_experts}: only for "
             f"method.name=densemixer, not {method.name}; write none"
+        )
+    if method.lora_rank is not None and esft:
+        yield (
+            f"method.lora_rank={method.lora_rank}: {method.name} trains whole experts; write none, "
+            "or method.name=frozen, conventional or densemixer"
+        )
+    defaults = MethodOptions()
+    for name, value in vars(method).items():
+        default = getattr(defaults, name)
+        if value == default:
+            continue
+        if not esft and name in _ESFT_ONLY:
+            yield (
+                f"method.{name}={show(value)}: only for esft_gate and esft_token, "
+                f"not {method.name}; write {show(default)}"
+            )
+        if method.experts_path is not None and name in _ESFT_SCORING:
+            yield (
+                f"method.{name}={show(value)}: not read with method.experts_path, which says "
+                f"what trains; write {show(default)}"
+            )
+        if method.lora_rank is None and name in _LORA_DETAILS:
+            yield (
+                f"method.{name}={show(value)}: only read with method.lora_rank; set that, or "
+                f"write {show(default)}"
+            )
+    if method.adapter_path is not None and method.lora_rank is None:
+        yield (
+            f"method.adapter_path={method.adapter_path}: only read with method.lora_rank; set "
+            "that to the adapter's rank"
         )
     if data.eval_path is None and data.eval_fraction == 0:
         if train.eval_every is not None:
@@ -444,53 +400,3 @@ def _build(values: Mapping[str, Any]) -> Config:
         section, name = path.split(".")
         sections[section][name] = value
     return Config(**{name: cls(**sections[name]) for name, cls in SECTIONS.items()})
-
-
-def load_config(path: str | Path) -> Config:
-    """The Config that the Python file `path` defines, with its types checked.
-
-    Ranges are checked by `validate` or `apply_overrides`: what a file leaves open may still
-    come from the command line.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(_missing_file(path))
-    try:
-        get_config = runpy.run_path(str(path)).get("get_config")
-        config = get_config() if callable(get_config) else None
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(_failure(path, error)) from error
-    if not callable(get_config):
-        raise UserError(f"{path}: define get_config() in it, a function that returns a Config")
-    if not isinstance(config, Config):
-        raise UserError(
-            f"{path}: get_config() returned a {type(config).__name__}; it must return a "
-            "olmoe_jax.config.Config"
-        )
-    return check_types(config)
-
-
-def _missing_file(path: Path) -> str:
-    if path.is_dir():
-        return f"{path} is a directory: name one of the config files in it"
-    if not path.parent.is_dir():
-        return f"{path}: there is no directory {path.parent}"
-    present = sorted(file.name for file in path.parent.glob("*.py"))
-    close = difflib.get_close_matches(path.name, present, n=3, cutoff=0.3)
-    hint = f"nearest there: {', '.join(close)}" if close else "no name there is like it"
-    return f"{path}: no such file; {hint}"
-
-
-def _failure(path: Path, error: Exception) -> str:
-    """What went wrong in a config file, and on which of its lines."""
-    frames = [
-        f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)
-    ]
-    line = error.lineno if isinstance(error, SyntaxError) else (frames or [None])[-1]
-    message = error.msg if isinstance(error, SyntaxError) else str(error)
-    unknown = re.search(r"unexpected keyword argument '(\w+)'", message)
-    hint = f"; did you mean {nearest(unknown[1], FIELDS)}?" if unknown else ""
-    where = f"{path}:{line}" if line else str(path)
-    return f"{where}: {type(error).__name__}: {message}{hint}"

@@ -14,7 +14,8 @@ import jax
 from flax import nnx
 
 import olmoe_jax
-from olmoe_jax.config import apply_overrides, load_config
+from olmoe_jax.config import apply_overrides
+from olmoe_jax.config_file import load_config
 from olmoe_jax.errors import run_command
 from olmoe_jax.hf import directory
 from olmoe_jax.hf.source import read_model_config

@@ -23,6 +23,8 @@ RULES: dict[str, str | None] = {
     "heads": "fsdp",
     "kv_heads": "fsdp",
     "mlp": "fsdp",
+    "rank": None,
+    "selected": None,
     "router": None,
     "norm": None,
 }
@@ -89,7 +91,6 @@ def shard_batch(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, BATCH)
 
 
-def gathered(weight: jax.Array, dtype) -> jax.Array:
-    """The whole weight on every device in `dtype`: cast first, so that fewer bytes travel."""
-    weight = weight.astype(dtype)
+def gathered(weight: jax.Array) -> jax.Array:
+    """The whole weight on every device. Cast it first, so that fewer bytes travel."""
     return weight if active_mesh() is None else jax.lax.with_sharding_constraint(weight, P())

@@ -11,6 +11,7 @@ from typing import Any
 from olmoe_jax.errors import UserError
 
 MODEL_FILES = ("config.json", "generation_config.json")
+ADAPTER_FILES = ("adapter_config.json", "expert_config.json")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -39,6 +40,7 @@ def resolve(path_or_hub_id: str) -> Path:
     import huggingface_hub
 
     patterns = ["*.safetensors", "*.safetensors.index.json", *MODEL_FILES, *TOKENIZER_FILES]
+    patterns += ADAPTER_FILES
     try:
         return Path(huggingface_hub.snapshot_download(path_or_hub_id, allow_patterns=patterns))
     except Exception as error:

@@ -1,9 +1,12 @@
-"""From weights on disk to a Hugging Face checkpoint, in bounded memory."""
+"""From weights on disk to a Hugging Face checkpoint or adapter."""
 
 from pathlib import Path
 
-from olmoe_jax.hf import directory, names
+from olmoe_jax.errors import UserError
+from olmoe_jax.hf import adapter, directory, names
 from olmoe_jax.hf.checkpoint import DTYPES, write_checkpoint, write_config
+from olmoe_jax.hf.opening import RunCheckpoint
+from olmoe_jax.hf.overrides import write_overrides
 from olmoe_jax.hf.source import Source
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -27,3 +30,28 @@ def export_hf(
     with directory.new_directory(output) as partial:
         write_config(partial, source.files, dtype)
         write_checkpoint(partial, source.config, source.read, stored, max_shard_bytes)
+
+
+def export_adapter(run: RunCheckpoint, output: Path) -> None:
+    """Writes what a LoRA or ESFT run trained, without the base.
+
+    LoRA: a PEFT directory, the trained router beside it. ESFT: the trained tensors and their
+    expert config (see `olmoe_jax.hf.overrides`).
+
+    Raises:
+      UserError: the run trained everything.
+    """
+    if not run.lora and not run.experts:
+        raise UserError(f"{run.path}: this run trained all weights; leave --adapter out")
+    trained = run.trained()
+    with directory.new_directory(output) as partial:
+        if run.lora:
+            router = trained.pop("layers.moe.router", None)
+            adapter.write_adapter(partial, trained, run.lora, run.base, router)
+        else:
+            tensors = [
+                *names.selected_to_hf(trained, run.experts.experts),
+                *names.all_to_hf(trained, run.config),
+            ]
+            write_overrides(partial, tensors, run.experts)
+        directory.copy_files(run.files, partial, directory.TOKENIZER_FILES)

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from olmoe_jax.model.config import ModelConfig
+from olmoe_jax.model.olmoe import parameter_specs
+from olmoe_jax.model.selected import places
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,26 +82,8 @@ def layer_indices(row: Row, config: ModelConfig) -> list[int | None]:
 
 def layer_shape(row: Row, config: ModelConfig) -> tuple[int, ...]:
     """Our shape of one layer's weight (of the whole weight, outside the layers)."""
-    hidden, width = config.hidden_size, config.intermediate_size
-    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    experts = config.num_experts
-    return {
-        "embed": (config.vocab_size, hidden),
-        "lm_head": (config.vocab_size, hidden),
-        "norm": (hidden,),
-        "layers.attention_norm": (hidden,),
-        "layers.moe_norm": (hidden,),
-        "layers.attention.q": (hidden, heads),
-        "layers.attention.k": (hidden, kv),
-        "layers.attention.v": (hidden, kv),
-        "layers.attention.o": (heads, hidden),
-        "layers.attention.q_norm": (heads,),
-        "layers.attention.k_norm": (kv,),
-        "layers.moe.router": (hidden, experts),
-        "layers.moe.experts.gate": (experts, hidden, width),
-        "layers.moe.experts.up": (experts, hidden, width),
-        "layers.moe.experts.down": (experts, width, hidden),
-    }[row.ours]
+    shape = parameter_specs(config)[row.ours].shape
+    return shape[1:] if row.per_layer else shape
 
 
 def hf_shape(row: Row, config: ModelConfig) -> tuple[int, ...]:
@@ -128,3 +112,20 @@ def all_to_hf(
             value = parameters[row.ours]
             for layer in layer_indices(row, config):
                 yield from to_hf(row, layer, value if layer is None else value[layer])
+
+
+def selected_to_hf(
+    parameters: dict[str, np.ndarray], selected_experts: tuple[tuple[int, ...], ...]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Hugging Face names and tensors (views) of ESFT's pack (`selected.gate` [N, D, F], …)."""
+    for row in TABLE:
+        if row.per_expert and (name := selected_name(row)) in parameters:
+            for (layer, expert), matrix in zip(
+                places(selected_experts), parameters[name], strict=True
+            ):
+                yield row.theirs.format(layer=layer, expert=expert), matrix.T
+
+
+def selected_name(row: Row) -> str:
+    """The pack's parameter that holds a row's selected experts."""
+    return f"selected.{row.ours.rsplit('.', 1)[-1]}"

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from olmoe_jax.model.config import ModelConfig, ModelSettings
+from olmoe_jax.model.lora import TARGETS, Adapters, dropout, projection
 from olmoe_jax.model.parameters import matrix, scale
 from olmoe_jax.ops.attention import attention
+from olmoe_jax.ops.projection import project
 from olmoe_jax.sharding import gathered
 
 
@@ -22,6 +24,7 @@ class Context(NamedTuple):
     segments: jax.Array  # [B, S] int32, 0 is padding
     key_segments: jax.Array  # [B, T] int32: `segments`, or those of the cache
     first_query: jax.Array | int  # index of query 0 among the keys
+    dropout_keys: jax.Array | None = None  # [B] random keys; None: no dropout
 
 
 class LayerCache(NamedTuple):
@@ -59,10 +62,15 @@ class Attention(nnx.Module):
         width = {"embed": config.hidden_size}
         heads = config.num_heads * config.head_dim
         kv_heads = config.num_kv_heads * config.head_dim
-        self.q = matrix(rngs, {**layers, **width, "heads": heads}, std)
-        self.k = matrix(rngs, {**layers, **width, "kv_heads": kv_heads}, std)
-        self.v = matrix(rngs, {**layers, **width, "kv_heads": kv_heads}, std)
-        self.o = matrix(rngs, {**layers, "heads": heads, **width}, std)
+        matrices = {
+            "q": {**layers, **width, "heads": heads},
+            "k": {**layers, **width, "kv_heads": kv_heads},
+            "v": {**layers, **width, "kv_heads": kv_heads},
+            "o": {**layers, "heads": heads, **width},
+        }
+        for name, axes in matrices.items():
+            setattr(self, name, matrix(rngs, axes, std))
+        self.lora = Adapters(settings.lora, matrices, rngs) if settings.lora else None
         self.q_norm = scale({**layers, "norm": heads})
         self.k_norm = scale({**layers, "norm": kv_heads})
 
@@ -72,9 +80,9 @@ class Attention(nnx.Module):
         """x [B, S, D] -> [B, S, D]; with a cache, also the cache with this call's keys added."""
         config = self.config
         epsilon = config.rms_norm_eps
-        q = rms_norm(self._project(x, self.q), self.q_norm[...], epsilon)
-        k = rms_norm(self._project(x, self.k), self.k_norm[...], epsilon)
-        v = self._project(x, self.v)
+        q = rms_norm(self._project(x, "q", context), self.q_norm[...], epsilon)
+        k = rms_norm(self._project(x, "k", context), self.k_norm[...], epsilon)
+        v = self._project(x, "v", context)
         if config.clip_qkv is not None:
             q, k, v = (jnp.clip(part, -config.clip_qkv, config.clip_qkv) for part in (q, k, v))
         q, k, v = (part.reshape(*x.shape[:2], -1, config.head_dim) for part in (q, k, v))
@@ -86,7 +94,15 @@ class Attention(nnx.Module):
             v = jax.lax.dynamic_update_slice(cache.values, v.astype(cache.values.dtype), start)
             cache = LayerCache(k, v)
         y = attention(q, k, v, context.segments, context.key_segments, context.first_query)
-        return self._project(y.reshape(*x.shape[:2], -1), self.o), cache
+        return self._project(y.reshape(*x.shape[:2], -1), "o", context), cache
 
-    def _project(self, x: jax.Array, weight: nnx.Param) -> jax.Array:
-        return x @ gathered(weight[...], self.settings.compute_dtype)
+    def _project(self, x: jax.Array, name: str, context: Context) -> jax.Array:
+        settings = self.settings
+        whole = projection(
+            getattr(self, name)[...], self.lora, name, settings.lora, settings.compute_dtype
+        )
+        whole = jax.tree.map(gathered, whole)
+        if whole.a is None:
+            return project(x, whole, x)
+        keys, rate = context.dropout_keys, settings.lora.dropout
+        return project(x, whole, dropout(x, keys, rate, TARGETS.index(name)))

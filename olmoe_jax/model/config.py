@@ -7,6 +7,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from olmoe_jax.errors import UserError
+from olmoe_jax.model.lora import LoraSettings
 
 RouterMethod = Literal["conventional", "frozen", "densemixer"]
 
@@ -43,6 +44,9 @@ class ModelSettings:
       router_method: how gradient reaches the router (see `olmoe_jax.ops.router_gradient`).
       router_gradient_experts: DenseMixer's m; None means all experts (exact).
       remat: "full" recomputes each layer in the backward, "none" keeps its activations.
+      lora: adapters beside the weights; None: no adapters.
+      selected_experts: ESFT: per layer, the experts whose weights are parameters of their own
+        (`selected.*`) and replace the base's; None: no such parameters.
       grouped_matmul: backend name of `olmoe_jax.ops.grouped_matmul`; None: the platform's.
     """
 
@@ -50,6 +54,8 @@ class ModelSettings:
     router_method: RouterMethod = "conventional"
     router_gradient_experts: int | None = None
     remat: Literal["full", "none"] = "none"
+    lora: LoraSettings | None = None
+    selected_experts: tuple[tuple[int, ...], ...] | None = None
     grouped_matmul: str | None = None
 
 

@@ -1,45 +1,52 @@
 """Building models: parameters from a checkpoint or from a seed, straight into their shards."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from olmoe_jax import sharding
 from olmoe_jax.hf import names
-from olmoe_jax.hf.source import Source, open_source
+from olmoe_jax.hf.opening import open_source
+from olmoe_jax.hf.source import Source
 from olmoe_jax.model.config import ModelConfig, ModelSettings
-from olmoe_jax.model.olmoe import Olmoe
-from olmoe_jax.model.parameters import Parameters, ParameterSpec, merge, split
-from olmoe_jax.model.parameters import specs as specs_of
+from olmoe_jax.model.olmoe import Olmoe, graph_of, parameter_specs
+from olmoe_jax.model.parameters import Parameters, merge, split
+from olmoe_jax.model.selected import NAMES, places
 
 
-def parameter_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
-    """Name -> shape and logical axes of every parameter of this architecture."""
-    return specs_of(lambda: Olmoe(config, rngs=nnx.Rngs(0)))
+def random_parameters(
+    config: ModelConfig, settings: ModelSettings, seed: int, mesh, wanted: Callable[[str], bool]
+) -> Parameters:
+    """The `wanted` parameters (by name), float32, drawn from `seed` and made in their shards.
 
-
-def graph_of(config: ModelConfig, settings: ModelSettings) -> nnx.GraphDef:
-    """The model's structure, to `merge` with parameters; allocates nothing."""
-    return nnx.split(nnx.eval_shape(lambda: Olmoe(config, settings, rngs=nnx.Rngs(0))))[0]
-
-
-def random_parameters(config: ModelConfig, seed: int, mesh) -> Parameters:
-    """Float32 parameters drawn from `seed`, made in their shards; the mesh changes no value."""
-    shardings = sharding.parameter_shardings(parameter_specs(config), mesh)
+    The mesh changes no value, and neither does what else is wanted.
+    """
+    specs = parameter_specs(config, settings)
+    shardings = sharding.parameter_shardings(
+        {name: spec for name, spec in specs.items() if wanted(name)}, mesh
+    )
 
     @functools.partial(jax.jit, out_shardings=shardings)
     def init(key):
-        return split(Olmoe(config, rngs=nnx.Rngs(params=key)))[1]
+        drawn = split(Olmoe(config, settings, rngs=nnx.Rngs(params=key)))[1]
+        return {name: drawn[name] for name in shardings}
 
     return init(jax.random.key(seed))
 
 
-def load_parameters(source: Source, mesh, dtype=jnp.float32) -> Parameters:
-    """A checkpoint's parameters in `dtype`, sharded; each process reads only its own experts."""
+def load_parameters(
+    source: Source, mesh, dtype: Callable[[str], DTypeLike] = lambda name: jnp.float32
+) -> Parameters:
+    """A checkpoint's parameters, sharded; each process reads only its own experts.
+
+    `dtype` gives the dtype in which to keep a parameter, by name.
+    """
     config = source.config
     specs = parameter_specs(config)
     shardings = sharding.parameter_shardings(specs, mesh)
@@ -47,9 +54,38 @@ def load_parameters(source: Source, mesh, dtype=jnp.float32) -> Parameters:
         row.ours: jax.make_array_from_callback(
             specs[row.ours].shape,
             shardings[row.ours],
-            functools.partial(_read_shard, source, row, np.dtype(dtype)),
+            functools.partial(_read_shard, source, row, np.dtype(dtype(row.ours))),
         )
         for row in names.rows(config)
+    }
+
+
+def pack_selected(
+    parameters: Parameters, selected_experts: tuple[tuple[int, ...], ...]
+) -> Parameters:
+    """ESFT's pack (`selected.gate`, …) with the base's weights as its first values."""
+    if not any(selected_experts):
+        return {}
+    layers, experts = np.array(places(selected_experts)).T
+    return {
+        f"selected.{name}": parameters[f"layers.moe.experts.{name}"][layers, experts]
+        for name in NAMES
+    }
+
+
+def load_selected(
+    source: Source, selected_experts: tuple[tuple[int, ...], ...]
+) -> dict[str, np.ndarray]:
+    """As `pack_selected`, float32 on the host, straight from a checkpoint."""
+    rows = {names.selected_name(row): row for row in names.TABLE if row.per_expert}
+    return {
+        name: np.stack(
+            [
+                source.read(row, layer, slice(expert, expert + 1))[0].astype(np.float32)
+                for layer, expert in places(selected_experts)
+            ]
+        )
+        for name, row in rows.items()
     }
 
 

@@ -4,6 +4,7 @@ Shapes: B rows, S positions, T = B*S tokens, D model width, F expert width, E ex
 per token.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -13,10 +14,12 @@ from jax.sharding import PartitionSpec as P
 
 from olmoe_jax import sharding
 from olmoe_jax.model.config import ModelConfig, ModelSettings
+from olmoe_jax.model.lora import TARGETS, Adapters, dropout, projection
 from olmoe_jax.model.parameters import matrix
-from olmoe_jax.ops.grouped_matmul import grouped_matmul
-from olmoe_jax.ops.router_gradient import router_gradient
-from olmoe_jax.ops.routing import from_experts, sort_by_expert, to_experts
+from olmoe_jax.model.selected import LayerSelection
+from olmoe_jax.ops.projection import grouped_project
+from olmoe_jax.ops.router_gradient import ExpertProjections, router_gradient
+from olmoe_jax.ops.routing import from_experts, permute, sort_by_expert, to_experts
 
 
 class RouterStatistics(NamedTuple):
@@ -29,12 +32,12 @@ class RouterStatistics(NamedTuple):
 
 
 class Experts(nnx.Module):
-    """E SwiGLU networks: W_down (silu(W_gate x) * W_up x)."""
+    """E SwiGLU networks: W_down (silu(W_gate x) * W_up x), each matrix perhaps with an adapter."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        layers, std = config.num_layers, config.initializer_range
+    def __init__(self, config: ModelConfig, settings: ModelSettings, *, rngs: nnx.Rngs):
+        std = config.initializer_range
         inward = {
-            "layer": layers,
+            "layer": config.num_layers,
             "expert": config.num_experts,
             "embed": config.hidden_size,
             "mlp": config.intermediate_size,
@@ -43,6 +46,55 @@ class Experts(nnx.Module):
         self.gate = matrix(rngs, inward, std)
         self.up = matrix(rngs, inward, std)
         self.down = matrix(rngs, outward, std)
+        matrices = {"gate": inward, "up": inward, "down": outward}
+        self.lora = Adapters(settings.lora, matrices, rngs) if settings.lora else None
+
+    def projections(self, settings: ModelSettings) -> ExpertProjections:
+        """One layer's matrices in the compute dtype, as they are sharded."""
+        return ExpertProjections(
+            *(
+                projection(
+                    getattr(self, name)[...], self.lora, name, settings.lora, settings.compute_dtype
+                )
+                for name in ExpertProjections._fields
+            )
+        )
+
+    def specs(self, settings: ModelSettings, mesh, selection: LayerSelection | None):
+        """The partition specs of `projections` with the selection, leaf by leaf."""
+        shapes = jax.eval_shape(lambda: with_selection(self.projections(settings), selection))
+
+        def spec(path, shape):
+            name, part = path[0].name, path[1].name
+            if part == "indices":
+                return P()
+            parameter = getattr(self, name)
+            axes = parameter.get_metadata("axes")[1:]
+            if part == "selected":
+                axes = ("selected", *axes[1:])
+            elif part != "weight":
+                axes = getattr(self.lora, f"{name}_{part}").get_metadata("axes")[1:]
+            return sharding.partition_spec(shape.shape, axes, mesh)
+
+        return jax.tree_util.tree_map_with_path(spec, shapes)
+
+
+def with_selection(
+    experts: ExpertProjections, selection: LayerSelection | None
+) -> ExpertProjections:
+    """The experts' projections with the selected experts in the place of theirs."""
+    if selection is None:
+        return experts
+    return ExpertProjections(
+        *(
+            dataclasses.replace(
+                getattr(experts, name),
+                selected=getattr(selection, name),
+                indices=selection.indices,
+            )
+            for name in ExpertProjections._fields
+        )
+    )
 
 
 class MoE(nnx.Module):
@@ -56,46 +108,57 @@ class MoE(nnx.Module):
             {"layer": config.num_layers, "embed": config.hidden_size, "router": config.num_experts},
             config.initializer_range,
         )
-        self.experts = Experts(config, rngs=rngs)
+        self.experts = Experts(config, settings, rngs=rngs)
 
     def __call__(
-        self, x: jax.Array, is_token: jax.Array, with_logits: bool = False
+        self,
+        x: jax.Array,
+        is_token: jax.Array,
+        dropout_keys: jax.Array | None = None,
+        selection: LayerSelection | None = None,
+        with_logits: bool = False,
     ) -> tuple[jax.Array, RouterStatistics]:
-        """x [B, S, D], is_token [B, S] bool (False: padding, routed nowhere) -> y [B, S, D]."""
-        dtype = self.settings.compute_dtype
-        names = ("gate", "up", "down")
-        parameters = [getattr(self.experts, name) for name in names]
-        experts = tuple(parameter[...].astype(dtype) for parameter in parameters)
-        router = self.router[...]
+        """One layer's block.
+
+        Args:
+          x: [B, S, D].
+          is_token: [B, S] bool; False: padding, routed nowhere.
+          dropout_keys: [B] random keys of the adapters' dropout; None: no dropout.
+          selection: experts that replace some of this module's.
+          with_logits: whether the statistics hold the router's logits.
+
+        Returns:
+          [B, S, D] and the router's statistics.
+        """
+        router = self.router[...].astype(jnp.float32)
+        experts = with_selection(self.experts.projections(self.settings), selection)
         mesh = sharding.active_mesh()
         if mesh is None:
-            return self._local(x, is_token, router, experts, with_logits)
+            return self._local(x, is_token, dropout_keys, router, experts, with_logits)
+        specs = self.experts.specs(self.settings, mesh, selection)
 
-        specs = tuple(
-            sharding.partition_spec(weight.shape, parameter.get_metadata("axes")[1:], mesh)
-            for weight, parameter in zip(experts, parameters, strict=True)
-        )
-
-        def on_device(x, is_token, router, experts):
-            whole = tuple(_all_gather(w, spec) for w, spec in zip(experts, specs, strict=True))
-            y, statistics = self._local(x, is_token, router, whole, with_logits)
+        def on_device(x, is_token, dropout_keys, router, experts):
+            whole = jax.tree.map(_all_gather, experts, specs)
+            y, statistics = self._local(x, is_token, dropout_keys, router, whole, with_logits)
             summed = jax.tree.map(
                 lambda value: jax.lax.psum(value, sharding.AXES), statistics._replace(logits=None)
             )
             return y, summed._replace(logits=statistics.logits)
 
-        out = RouterStatistics(P(), P(), P(), sharding.BATCH if with_logits else None)
+        batch = sharding.BATCH
+        out = RouterStatistics(P(), P(), P(), batch if with_logits else None)
         return jax.shard_map(
             on_device,
             mesh=mesh,
-            in_specs=(sharding.BATCH, sharding.BATCH, P(), specs),
-            out_specs=(sharding.BATCH, out),
+            in_specs=(batch, batch, None if dropout_keys is None else batch, P(), specs),
+            out_specs=(batch, out),
             check_vma=False,
-        )(x, is_token, router, experts)
+        )(x, is_token, dropout_keys, router, experts)
 
-    def _local(self, x, is_token, router, experts, with_logits):
+    def _local(self, x, is_token, dropout_keys, router, experts, with_logits):
         """The block on the tokens of one device, with all experts at hand."""
         config, shape = self.config, x.shape
+        dropped = self._dropped(x, dropout_keys, "gate").reshape(-1, shape[-1])
         x, is_token = x.reshape(-1, shape[-1]), is_token.reshape(-1)
         with jax.named_scope("router"):
             if self.settings.router_method == "frozen":
@@ -107,7 +170,7 @@ class MoE(nnx.Module):
                 weights = weights / weights.sum(axis=-1, keepdims=True)
             chosen = jnp.where(is_token[:, None], chosen, config.num_experts)
         with jax.named_scope("experts"):
-            y, load = self._run_experts(x, weights, chosen, experts)
+            y, load = self._run_experts(x, dropped, weights, chosen, experts, dropout_keys)
         if self.settings.router_method == "densemixer":
             y = y + self._dense_router_term(x, probabilities, chosen, is_token, experts)
         statistics = RouterStatistics(
@@ -118,14 +181,26 @@ class MoE(nnx.Module):
         )
         return y.reshape(shape), statistics
 
-    def _run_experts(self, x, weights, chosen, experts):
-        gate, up, down = experts
-        backend = self.settings.grouped_matmul
+    def _dropped(self, x: jax.Array, keys: jax.Array | None, target: str) -> jax.Array:
+        """x [B, ...] as the adapters of `target` see it."""
+        rate = self.settings.lora.dropout if self.settings.lora else 0.0
+        return dropout(x, keys, rate, TARGETS.index(target))
+
+    def _run_experts(self, x, dropped, weights, chosen, experts, dropout_keys):
+        per_token, backend = chosen.shape[1], self.settings.grouped_matmul
         order, inverse, group_sizes = sort_by_expert(chosen, self.config.num_experts)
-        rows = to_experts(x, order, inverse, chosen.shape[1])
-        hidden = jax.nn.silu(grouped_matmul(rows, gate, group_sizes, backend))
-        hidden = hidden * grouped_matmul(rows, up, group_sizes, backend)
-        rows = grouped_matmul(hidden, down, group_sizes, backend)
+        rows = to_experts(x, order, inverse, per_token)
+        # One draw per token serves gate and up and all its experts; PEFT draws for each.
+        low_rows = to_experts(dropped, order, inverse, per_token)
+        hidden = jax.nn.silu(grouped_project(rows, experts.gate, low_rows, group_sizes, backend))
+        hidden = hidden * grouped_project(rows, experts.up, low_rows, group_sizes, backend)
+        low_hidden = hidden
+        if dropout_keys is not None:
+            # Drawn in the order of the tokens, which sorting does not change.
+            by_row = permute(hidden, inverse, order).reshape(len(dropout_keys), -1, hidden.shape[1])
+            low_hidden = self._dropped(by_row, dropout_keys, "down").reshape(hidden.shape)
+            low_hidden = permute(low_hidden, order, inverse)
+        rows = grouped_project(hidden, experts.down, low_hidden, group_sizes, backend)
         y = from_experts(rows, weights, order, inverse).astype(x.dtype)
         return y, group_sizes.astype(jnp.float32)
 
@@ -148,7 +223,7 @@ class MoE(nnx.Module):
             candidates = jax.lax.top_k(probabilities, limit)[1][:, per_token:]
             candidates = jnp.where(is_token[:, None], candidates, config.num_experts)
         return router_gradient(
-            limit, self.settings.grouped_matmul, unselected, x, *experts, candidates
+            limit, self.settings.grouped_matmul, unselected, x, experts, candidates
         )
 
 

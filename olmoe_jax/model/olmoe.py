@@ -3,6 +3,7 @@
 Shapes: B rows, S positions, D model width, V vocabulary, L layers.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -12,7 +13,8 @@ from flax import nnx
 from olmoe_jax.model.attention import Attention, Context, LayerCache, rms_norm
 from olmoe_jax.model.config import ModelConfig, ModelSettings
 from olmoe_jax.model.moe import MoE, RouterStatistics
-from olmoe_jax.model.parameters import matrix, scale
+from olmoe_jax.model.parameters import ParameterSpec, matrix, scale, specs
+from olmoe_jax.model.selected import LayerSelection, SelectedExperts
 from olmoe_jax.sharding import gathered, shard_batch
 
 
@@ -38,14 +40,27 @@ class DecoderLayer(nnx.Module):
         self.moe_norm = scale(norm)
         self.moe = MoE(config, settings, rngs=rngs)
 
-    def __call__(self, x, context: Context, cache, with_router_logits: bool):
+    def __call__(
+        self,
+        x: jax.Array,
+        context: Context,
+        cache: LayerCache | None,
+        selection: LayerSelection | None,
+        with_router_logits: bool,
+    ):
         with jax.named_scope("attention"):
             normed = rms_norm(x, self.attention_norm[...], self.epsilon)
             y, cache = self.attention(normed, context, cache)
             x = shard_batch(x + y)
         with jax.named_scope("moe"):
             normed = rms_norm(x, self.moe_norm[...], self.epsilon)
-            y, statistics = self.moe(normed, context.segments > 0, with_router_logits)
+            y, statistics = self.moe(
+                normed,
+                context.segments > 0,
+                context.dropout_keys,
+                selection,
+                with_router_logits,
+            )
         return shard_batch(x + y), (statistics, cache)
 
 
@@ -68,6 +83,8 @@ class Olmoe(nnx.Module):
         self.embed = matrix(rngs, vocabulary, std)
         self.layers = DecoderLayer(config, settings, rngs=rngs)
         self.norm = scale({"norm": config.hidden_size})
+        chosen = settings.selected_experts
+        self.selected = SelectedExperts(config, chosen, rngs=rngs) if any(chosen or ()) else None
         if not config.tie_word_embeddings:
             self.lm_head = matrix(rngs, vocabulary, std)
 
@@ -88,14 +105,26 @@ class Olmoe(nnx.Module):
         return self.logits(self.hidden(tokens, segments, positions)[0])
 
     def hidden(
-        self, tokens, segments=None, positions=None, *, with_router_logits: bool = False
+        self,
+        tokens: jax.Array,
+        segments: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        *,
+        with_router_logits: bool = False,
+        dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterStatistics]:
-        """Final normalised hidden states [B, S, D] and each layer's router statistics."""
+        """Final normalised hidden states [B, S, D] and each layer's router statistics.
+
+        With `dropout_key` (a scalar random key) the adapters' dropout is on.
+        """
         if segments is None:
             segments = jnp.ones_like(tokens)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        context = Context(positions, segments, segments, 0)
+        keys = None
+        if dropout_key is not None:
+            keys = shard_batch(jax.random.split(dropout_key, tokens.shape[0]))
+        context = Context(positions, segments, segments, 0, keys)
         x, (statistics, _) = self._run_layers(tokens, context, None, with_router_logits)
         return x, statistics
 
@@ -126,10 +155,10 @@ class Olmoe(nnx.Module):
     def head(self) -> jax.Array:
         """The output projection [V, D] in the compute dtype."""
         weight = self.embed if self.config.tie_word_embeddings else self.lm_head
-        return gathered(weight[...], self.settings.compute_dtype)
+        return gathered(weight[...].astype(self.settings.compute_dtype))
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
-        x = gathered(self.embed[...], self.settings.compute_dtype)[tokens]
+        x = gathered(self.embed[...].astype(self.settings.compute_dtype))[tokens]
         if self.config.pad_token_id is not None:
             # torch's padding_idx: that row learns nothing from being looked up.
             is_pad = (tokens == self.config.pad_token_id)[..., None]
@@ -140,12 +169,22 @@ class Olmoe(nnx.Module):
         graph, stacked = nnx.split(self.layers)
 
         def layer(x, inputs):
-            weights, cache = inputs
-            return nnx.merge(graph, weights)(x, context, cache, with_router_logits)
+            index, weights, cache, selection = inputs
+            inside = context
+            if (keys := context.dropout_keys) is not None:
+                inside = context._replace(
+                    dropout_keys=jax.vmap(jax.random.fold_in, (0, None))(keys, index)
+                )
+            return nnx.merge(graph, weights)(x, inside, cache, selection, with_router_logits)
 
         if self.settings.remat == "full":
             layer = jax.checkpoint(layer, prevent_cse=False)
-        x, outputs = jax.lax.scan(layer, self._embed(tokens), (stacked, cache))
+        selection = None
+        if self.selected:
+            dtype = self.settings.compute_dtype
+            selection = self.selected.by_layer(self.config.num_experts, dtype)
+        inputs = (jnp.arange(self.config.num_layers), stacked, cache, selection)
+        x, outputs = jax.lax.scan(layer, self._embed(tokens), inputs)
         return rms_norm(x, self.norm[...], self.config.rms_norm_eps), outputs
 
 
@@ -159,3 +198,16 @@ def load_balancing_loss(statistics: RouterStatistics, config: ModelConfig) -> ja
     share = jnp.sum(statistics.load, axis=0) / pairs
     probability = jnp.sum(statistics.probability, axis=0) / pairs
     return config.num_experts * jnp.sum(jax.lax.stop_gradient(share) * probability)
+
+
+@functools.cache
+def parameter_specs(
+    config: ModelConfig, settings: ModelSettings | None = None
+) -> dict[str, ParameterSpec]:
+    """Name -> shape and logical axes of every parameter, adapters included; allocates nothing."""
+    return specs(lambda: Olmoe(config, settings, rngs=nnx.Rngs(0)))
+
+
+def graph_of(config: ModelConfig, settings: ModelSettings) -> nnx.GraphDef:
+    """The model's structure, to `merge` with parameters; allocates nothing."""
+    return nnx.split(nnx.eval_shape(lambda: Olmoe(config, settings, rngs=nnx.Rngs(0))))[0]

@@ -56,11 +56,56 @@ def _blocked_forward(x, w, group_sizes):
 def _blocked_backward(residuals, g):
     x, w, group_sizes = residuals
     dx = _rows_by_weights(g, w, group_sizes, contract_last=True)
-    dw = _rows_by_rows(x, g, group_sizes).astype(w.dtype)
+    dw = _rows_by_rows(x, g, group_sizes, jnp.cumsum(group_sizes)).astype(w.dtype)
     return dx, dw, None
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def grouped_matmul_selected(
+    x: jax.Array,
+    w: jax.Array,
+    selected: jax.Array,
+    indices: jax.Array,
+    group_sizes: jax.Array,
+    backend: str | None = None,
+) -> jax.Array:
+    """`grouped_matmul` with some of the matrices replaced; only these get a gradient.
+
+    The weight gradients of the other groups are not computed.
+
+    Args:
+      x, w, group_sizes, backend: as there.
+      selected: [n, D, F], the replacements.
+      indices: [n] int32, the groups that they replace; E or more: none (padding).
+    """
+    return grouped_matmul(x, replace(w, selected, indices), group_sizes, backend)
+
+
+def replace(w: jax.Array, selected: jax.Array, indices: jax.Array) -> jax.Array:
+    """w [E, D, F] with w[indices[i]] = selected[i]; indices of E or more are ignored."""
+    return w.at[indices].set(selected, mode="drop")
+
+
+def _selected_forward(x, w, selected, indices, group_sizes, backend):
+    y = grouped_matmul_selected(x, w, selected, indices, group_sizes, backend)
+    return y, (x, w, selected, indices, group_sizes)
+
+
+def _selected_backward(backend, residuals, g):
+    x, w, selected, indices, group_sizes = residuals
+    whole = replace(w, selected, indices)
+    (dx,) = jax.vjp(lambda x: grouped_matmul(x, whole, group_sizes, backend), x)[1](g)
+    sizes = jnp.append(group_sizes, 0)
+    ends = jnp.append(jnp.cumsum(group_sizes), 0)
+    indices = jnp.minimum(indices, group_sizes.shape[0])
+    dselected = _rows_by_rows(x, g, sizes[indices], ends[indices]).astype(selected.dtype)
+    return dx, None, dselected, None, None
+
+
+grouped_matmul_selected.defvjp(_selected_forward, _selected_backward)
 
 
 def _block_rows(rows: int, groups: int) -> int:
@@ -69,38 +114,36 @@ def _block_rows(rows: int, groups: int) -> int:
     return min(256, max(16, 1 << math.ceil(math.log2(mean))))
 
 
-def _for_each_block(group_sizes, weights, rows, carry, body, finish=lambda carry: (carry, None)):
+def _for_each_block(sizes, ends, weights, block, carry, body, finish=lambda carry: (carry, None)):
     """Scans over groups and, inside, over blocks of a group's rows, in row order.
 
-    `body(carry, weight, first_row, valid)` sees a block that starts at `first_row`; `valid` [B]
-    marks the rows of this group (its last block also covers rows of later groups).
+    A group's rows are ends - sizes … ends. `body(carry, weight, first_row, valid)` sees a block
+    that starts at `first_row`; `valid` [block] marks the rows of this group (its last block also
+    covers rows of later groups).
     """
-    block = _block_rows(rows, group_sizes.shape[0])
-    ends = jnp.cumsum(group_sizes)
 
     def group(carry, inputs):
         weight, size, end = inputs
-        start = end - size
 
         def one_block(index, carry):
-            first = start + index * block
+            first = end - size + index * block
             return body(carry, weight, first, first + jnp.arange(block) < end)
 
         blocks = (size + block - 1) // block
         return finish(jax.lax.fori_loop(0, blocks, one_block, carry))
 
-    return jax.lax.scan(group, carry, (weights, group_sizes, ends))
+    return jax.lax.scan(group, carry, (weights, sizes, ends))
 
 
-def _padded(x, group_sizes):
+def _padded(x, block):
     """Room for the last block, which may start on the last row."""
-    return jnp.pad(x, ((0, _block_rows(x.shape[0], group_sizes.shape[0])), (0, 0)))
+    return jnp.pad(x, ((0, block), (0, 0)))
 
 
 def _rows_by_weights(x, w, group_sizes, contract_last: bool):
     """x [N, D] by w [E, D, F], or with `contract_last` x [N, F] by w transposed."""
     rows, block = x.shape[0], _block_rows(x.shape[0], w.shape[0])
-    padded = _padded(x, group_sizes)
+    padded = _padded(x, block)
     dimensions = (((1,), (1 if contract_last else 0,)), ((), ()))
 
     def body(out, weight, first, valid):
@@ -115,13 +158,14 @@ def _rows_by_weights(x, w, group_sizes, contract_last: bool):
 
     width = w.shape[1] if contract_last else w.shape[2]
     out = jnp.zeros((rows + block, width), x.dtype)
-    return _for_each_block(group_sizes, w, rows, out, body)[0][:rows]
+    ends = jnp.cumsum(group_sizes)
+    return _for_each_block(group_sizes, ends, w, block, out, body)[0][:rows]
 
 
-def _rows_by_rows(x, g, group_sizes):
-    """For each group, x^T g over its rows: [E, D, F] float32."""
-    rows, block = x.shape[0], _block_rows(x.shape[0], group_sizes.shape[0])
-    x_padded, g_padded = _padded(x, group_sizes), _padded(g, group_sizes)
+def _rows_by_rows(x, g, sizes, ends):
+    """For each group, x^T g over its rows: [groups, D, F] float32."""
+    block = _block_rows(x.shape[0], sizes.shape[0])
+    x_padded, g_padded = _padded(x, block), _padded(g, block)
     slice_rows = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=block)
 
     def body(total, _, first, valid):
@@ -134,6 +178,6 @@ def _rows_by_rows(x, g, group_sizes):
         )
 
     zero = jnp.zeros((x.shape[1], g.shape[1]), jnp.float32)
-    return _for_each_block(group_sizes, None, rows, zero, body, finish=lambda total: (zero, total))[
-        1
-    ]
+    return _for_each_block(
+        sizes, ends, None, block, zero, body, finish=lambda total: (zero, total)
+    )[1]

@@ -9,12 +9,27 @@ here the experts that the forward did not run are run only in the backward.
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from olmoe_jax.ops.grouped_matmul import grouped_matmul
+from olmoe_jax.ops.projection import (
+    Projection,
+    adapted_weight,
+    grouped_project,
+    transposed,
+    with_selected,
+)
 from olmoe_jax.ops.routing import sort_by_expert
+
+
+class ExpertProjections(NamedTuple):
+    """The experts' matrices: gate, up [E, D, F] and down [E, F, D], adapted or not."""
+
+    gate: Projection
+    up: Projection
+    down: Projection
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -23,9 +38,7 @@ def router_gradient(
     backend: str | None,
     probabilities: jax.Array,
     x: jax.Array,
-    gate: jax.Array,
-    up: jax.Array,
-    down: jax.Array,
+    experts: ExpertProjections,
     candidates: jax.Array,
 ) -> jax.Array:
     """Zeros [T, D] whose gradient for `probabilities` is <g_t, E_e(x_t)>, and zero for the rest.
@@ -36,24 +49,24 @@ def router_gradient(
       probabilities: [T, E] float32: the weights of the experts that were not selected. Entries
         whose gradient must not count are masked by the caller.
       x: [T, D] the block's input.
-      gate, up: [E, D, F]; down: [E, F, D]; dtype of x.
+      experts: in x's dtype; with adapters, the adapted experts count (without dropout).
       candidates: [T, m] int32: with m given, the experts to compute; E means "none". Unused else.
     """
     return jnp.zeros_like(x)
 
 
-def _forward(experts_per_token, backend, probabilities, x, gate, up, down, candidates):
-    out = jnp.zeros_like(x)
-    return out, (x, gate, up, down, candidates)
+def _forward(experts_per_token, backend, probabilities, x, experts, candidates):
+    return jnp.zeros_like(x), (x, experts, candidates)
 
 
 def _backward(experts_per_token, backend, residuals, g):
-    x, gate, up, down, candidates = residuals
+    x, experts, candidates = residuals
+    experts = ExpertProjections(*map(with_selected, experts))
     if experts_per_token is None:
-        scores = all_expert_scores(x, g, gate, up, down)
+        scores = all_expert_scores(x, g, experts)
     else:
-        scores = candidate_scores(x, g, gate, up, down, candidates, backend)
-    return scores, None, None, None, None, None
+        scores = candidate_scores(x, g, experts, candidates, backend)
+    return scores, None, None, None
 
 
 router_gradient.defvjp(_forward, _backward)
@@ -65,34 +78,34 @@ def _scores(x, g, multiply: Callable[[jax.Array, str], jax.Array]) -> jax.Array:
     return jnp.sum(hidden * multiply(g, "down"), axis=-1)
 
 
-def all_expert_scores(x, g, gate, up, down) -> jax.Array:
+def all_expert_scores(x, g, experts: ExpertProjections) -> jax.Array:
     """s[t, e] = <g_t, E_e(x_t)>, [T, E] float32; one expert at a time, never [T, E, F]."""
 
-    def one_expert(_, weights):
-        w = dict(zip(("gate", "up", "down"), weights, strict=True))
-
+    def one_expert(_, expert: ExpertProjections):
         def multiply(rows, name):
             # down is [F, D]: contracting its D applies the transpose without making it.
             contract = 1 if name == "down" else 0
+            weight = adapted_weight(getattr(expert, name))
             return jax.lax.dot_general(
-                rows, w[name], (((1,), (contract,)), ((), ())), preferred_element_type=jnp.float32
+                rows, weight, (((1,), (contract,)), ((), ())), preferred_element_type=jnp.float32
             )
 
         return None, _scores(x, g, multiply)
 
-    return jax.lax.scan(one_expert, None, (gate, up, down))[1].T
+    return jax.lax.scan(one_expert, None, experts)[1].T
 
 
-def candidate_scores(x, g, gate, up, down, candidates, backend) -> jax.Array:
+def candidate_scores(x, g, experts: ExpertProjections, candidates, backend) -> jax.Array:
     """As `all_expert_scores`, but only for each token's `candidates` [T, m]; 0 elsewhere."""
     num_tokens, per_token = candidates.shape
-    num_experts = gate.shape[0]
+    num_experts = experts.gate.weight.shape[0]
     order, _, group_sizes = sort_by_expert(candidates, num_experts)
     token = order // per_token
-    weights = {"gate": gate, "up": up, "down": jnp.swapaxes(down, 1, 2)}
+    experts = experts._replace(down=transposed(experts.down))
 
     def multiply(rows, name):
-        return grouped_matmul(rows, weights[name], group_sizes, backend).astype(jnp.float32)
+        y = grouped_project(rows, getattr(experts, name), rows, group_sizes, backend)
+        return y.astype(jnp.float32)
 
     scores = _scores(x[token], g[token], multiply)
     expert = candidates.reshape(-1)[order]

@@ -13,7 +13,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
 from olmoe_jax.errors import UserError
-from olmoe_jax.hf.source import CHECKPOINTS
+from olmoe_jax.hf.opening import CHECKPOINTS
 from olmoe_jax.model.parameters import Parameters
 from olmoe_jax.training.step import TrainState
 
@@ -59,11 +59,6 @@ class Checkpointer:
     def latest_step(self) -> int | None:
         """The newest complete checkpoint, or None."""
         return self._manager.latest_step()
-
-    def best_step(self) -> int | None:
-        """The checkpoint with the lowest eval loss, or None when none was evaluated."""
-        losses = self._eval_losses()
-        return min(losses, key=losses.get) if losses else None
 
     def save(
         self,

@@ -8,17 +8,19 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from olmoe_jax import data, sharding
 from olmoe_jax.config import Config, to_dict, validate
 from olmoe_jax.errors import UserError
-from olmoe_jax.hf.export import export_hf
-from olmoe_jax.hf.source import RunCheckpoint
+from olmoe_jax.hf.export import export_adapter, export_hf
+from olmoe_jax.hf.opening import RunCheckpoint
 from olmoe_jax.model.flops import train_flops_per_token
-from olmoe_jax.model.parameters import Parameters
 from olmoe_jax.ops.grouped_matmul import default_backend
 from olmoe_jax.training import run_directory
 from olmoe_jax.training.checkpoint import Checkpointer
+from olmoe_jax.training.experts import given_experts, settle_experts
+from olmoe_jax.training.methods import parameter_table
 from olmoe_jax.training.reporting import Reporter, plot_losses, router_scalars
 from olmoe_jax.training.setup import (
     Datasets,
@@ -55,8 +57,11 @@ def train(config: Config) -> TrainResult:
     model = open_model(config)
     datasets = load_datasets(config, model)
     steps = training_data(config, datasets, mesh)
+    given = given_experts(config, model.config)
     try:
         output = run_directory.create(config, model.files, model.tokenizer_files)
+        if config.method.name.startswith("esft_"):
+            model = settle_experts(config, model, datasets, mesh, output, given)
         with jax.set_mesh(mesh):
             program = build_program(config, model, mesh, steps.total_steps)
             result = _Run(config, model, datasets, steps, program, output).execute()
@@ -140,9 +145,13 @@ class _Run:
     def _one_step(self) -> None:
         step, program = next(self.iterator), self.program
         accumulated = None
-        for batch in step.batches:
+        for index, batch in enumerate(step.batches):
             accumulated = program.accumulate(
-                self.state.parameters, program.frozen, accumulated, program.to_devices(batch)
+                self.state.parameters,
+                program.frozen,
+                accumulated,
+                program.to_devices(batch),
+                np.array([step.index, index], np.uint32),
             )
         self.state, metrics = program.update(self.state, accumulated)
         self.done += 1
@@ -200,9 +209,9 @@ class _Run:
         seconds, self.last_report = now - self.last_report, now
         line = {
             "step": step.index + 1,
-            "loss": float(metrics.loss),
+            "loss": _finite(metrics.loss),
             "learning_rate": float(metrics.learning_rate),
-            "grad_norm": float(metrics.grad_norm),
+            "grad_norm": _finite(metrics.grad_norm),
             "tokens": step.tokens,
             "seconds": round(seconds, 4),
         }
@@ -248,6 +257,12 @@ class _Run:
                 f"last checkpoint is of step {self.saved}"
             )
 
+    def _lora_words(self) -> str:
+        lora = self.model.settings.lora
+        if not lora:
+            return ""
+        return f" with LoRA: rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}"
+
     def _request_stop(self, *_) -> None:
         self.stop_requested = True
 
@@ -259,10 +274,9 @@ class _Run:
             f"fsdp={mesh.shape['fsdp']}), grouped matmul: {default_backend(platform)}, "
             f"compute {self.config.model.compute_dtype}"
         )
-        say(
-            f"method: {self.config.method.name}; parameters: "
-            f"{_count(self.state.parameters):,} trained, {_count(self.program.frozen):,} frozen"
-        )
+        say(f"method: {self.config.method.name}{self._lora_words()}")
+        for line in parameter_table(self.state.parameters, self.program.frozen):
+            say(line)
         evaluation = self.datasets.evaluation
         say(
             f"data: {report.examples:,} examples ({report.dropped_rows} rows dropped), "
@@ -278,8 +292,9 @@ class _Run:
             say(f"continuing after step {self.done} of {report.total_steps}")
 
 
-def _count(parameters: Parameters) -> int:
-    return sum(math.prod(value.shape) for value in parameters.values())
+def _finite(value: np.ndarray) -> float | None:
+    """JSON has no NaN."""
+    return float(value) if np.isfinite(value) else None
 
 
 def _finish(config: Config, output: Path, step: int) -> None:
@@ -288,16 +303,21 @@ def _finish(config: Config, output: Path, step: int) -> None:
         return
     plot_losses(output)
     options = config.train
-    wanted = {"hf": RunCheckpoint(output, step)} if options.export_hf else {}
+    wanted = {"": step} if options.export_hf else {}
     if options.export_best:
-        wanted["hf_best"] = RunCheckpoint(output, _best_step(output))
-    for name, source in wanted.items():
+        wanted["_best"] = _best_step(output)
+    for suffix, wanted_step in wanted.items():
+        run = RunCheckpoint(output, wanted_step)
+        target = output / f"{'adapter' if run.lora else 'hf'}{suffix}"
         # A directory under its final name is complete: see hf.directory.new_directory.
-        if (output / name).exists():
-            print(f"{output / name} is there already; remove it to export again")
+        if target.exists():
+            print(f"{target} is there already; remove it to export again")
             continue
-        export_hf(source, output / name, options.export_dtype)
-        print(f"exported step {source.step} to {output / name}")
+        if run.lora:
+            export_adapter(run, target)
+        else:
+            export_hf(run, target, options.export_dtype)
+        print(f"exported step {wanted_step} to {target}")
 
 
 def _best_step(output: Path) -> int:

@@ -95,9 +95,10 @@ class Reporter:
         for tag, value in scalars.items():
             self._board.add_scalar(tag, value, step)
         speed = scalars["speed/tokens_per_second"]
-        self._bar.set_postfix_str(f"loss {line['loss']:.4f}, {speed:,.0f} tokens/s", refresh=False)
+        loss = scalars["train/loss"]
+        self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
         self._bar.update(1)
-        self._maybe_print(line, speed)
+        self._maybe_print(step, loss, line["learning_rate"], speed)
 
     def evaluation(self, step: int, loss: float) -> None:
         """Reports the mean loss per token on the evaluation data."""
@@ -121,15 +122,15 @@ class Reporter:
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
 
-    def _maybe_print(self, line: dict[str, Any], speed: float) -> None:
-        now, step, total = time.monotonic(), line["step"], self._bar.total
+    def _maybe_print(self, step: int, loss: float, learning_rate: float, speed: float) -> None:
+        now, total = time.monotonic(), self._bar.total
         if self._is_terminal or (now - self._last_line < SECONDS_BETWEEN_LINES and step < total):
             return
         self._last_line = now
         pace = (now - self._started) / (step - self._first_step)
         left = time.strftime("%H:%M:%S", time.gmtime(pace * (total - step)))
         print(
-            f"step {step}/{total}: loss {line['loss']:.4f}, lr {line['learning_rate']:.3g}, "
+            f"step {step}/{total}: loss {loss:.4f}, lr {learning_rate:.3g}, "
             f"{speed:,.0f} tokens/s, {left} left",
             flush=True,
         )
@@ -162,7 +163,7 @@ def plot_losses(output: Path) -> None:
     from matplotlib.figure import Figure
 
     lines = read_metrics(output)
-    train = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    train = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
     evaluation = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()

@@ -16,7 +16,8 @@ from pathlib import Path
 from olmoe_jax.config import Config, first_difference, to_dict
 from olmoe_jax.errors import UserError
 from olmoe_jax.hf import directory
-from olmoe_jax.hf.source import MODEL_DIRECTORY, steps
+from olmoe_jax.hf.opening import steps
+from olmoe_jax.hf.source import MODEL_DIRECTORY
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"

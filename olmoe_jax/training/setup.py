@@ -2,31 +2,51 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from olmoe_jax import data, sharding
 from olmoe_jax.config import Config
 from olmoe_jax.errors import UserError
+from olmoe_jax.esft.selection import ExpertConfig
 from olmoe_jax.hf import directory
-from olmoe_jax.hf.source import Source, open_source, read_model_config
+from olmoe_jax.hf.adapter import read_adapter
+from olmoe_jax.hf.opening import open_source
+from olmoe_jax.hf.source import Source, read_model_config
 from olmoe_jax.model.config import ModelConfig, ModelSettings
 from olmoe_jax.model.loading import (
-    graph_of,
     load_parameters,
-    parameter_specs,
+    load_selected,
+    pack_selected,
     random_parameters,
 )
+from olmoe_jax.model.lora import LoraSettings
+from olmoe_jax.model.olmoe import parameter_specs
 from olmoe_jax.model.parameters import Parameters
-from olmoe_jax.training.methods import split_trained
+from olmoe_jax.training.methods import (
+    ROUTER,
+    is_adapter,
+    method_trains,
+    router_method,
+    split_trained,
+)
 from olmoe_jax.training.optimizer import adamw, schedule
-from olmoe_jax.training.step import Accumulated, DeviceBatch, Trainer, TrainState, initial_state
+from olmoe_jax.training.step import (
+    Accumulated,
+    DeviceBatch,
+    Trainer,
+    TrainState,
+    initial_state,
+    place_batch,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +54,11 @@ class Model:
     """The base model of a run: where it comes from and how it is laid out."""
 
     config: ModelConfig
+    settings: ModelSettings
     source: Source | None  # None: random weights
     files: Path  # directory with config.json and generation config
     tokenizer_files: Path
+    experts: ExpertConfig | None = None  # ESFT: what trains
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +87,8 @@ class Program:
     evaluate: Callable[..., jax.Array]
 
     def to_devices(self, batch: data.Batch) -> DeviceBatch:
-        """This process's rows as part of the global batch, rows split over all devices."""
-        place = functools.partial(
-            jax.make_array_from_process_local_data, NamedSharding(self.mesh, sharding.BATCH)
-        )
-        return DeviceBatch(*(place(getattr(batch, name)) for name in DeviceBatch._fields))
+        """This process's rows as part of the global batch."""
+        return place_batch(batch, self.mesh)
 
 
 def open_model(config: Config) -> Model:
@@ -88,7 +107,17 @@ def open_model(config: Config) -> Model:
         source, files = None, path if path.is_dir() else path.parent
         model_config = read_model_config(files)
     tokenizer = config.data.tokenizer_path or options.path
-    return Model(model_config, source, files, directory.resolve(tokenizer))
+    settings = ModelSettings(
+        compute_dtype=jnp.dtype(options.compute_dtype),
+        router_method=router_method(config.method),
+        router_gradient_experts=config.method.router_gradient_experts,
+        remat=options.remat,
+        lora=LoraSettings.of_method(vars(config.method)),
+    )
+    model = Model(model_config, settings, source, files, directory.resolve(tokenizer))
+    if config.method.adapter_path:
+        _read_adapter(config.method.adapter_path, model)  # complains before anything is written
+    return model
 
 
 def load_datasets(config: Config, model: Model) -> Datasets:
@@ -146,15 +175,9 @@ def row_layout(config: Config, datasets: Datasets, mesh: Mesh) -> dict[str, Any]
 def build_program(config: Config, model: Model, mesh: Mesh, total_steps: int) -> Program:
     """Loads or draws the parameters and prepares the functions of a step (compiled when called)."""
     options, method = config.optimizer, config.method
-    settings = ModelSettings(
-        compute_dtype=jnp.dtype(config.model.compute_dtype),
-        router_method=method.name,
-        router_gradient_experts=method.router_gradient_experts,
-        remat=config.model.remat,
-    )
     trainer = Trainer(
-        graph=graph_of(model.config, settings),
         config=model.config,
+        settings=model.settings,
         optimizer=adamw(options.beta1, options.beta2, options.epsilon, options.weight_decay),
         schedule=schedule(
             options.schedule,
@@ -164,14 +187,11 @@ def build_program(config: Config, model: Model, mesh: Mesh, total_steps: int) ->
         ),
         max_grad_norm=options.max_grad_norm,
         aux_loss_coefficient=method.router_aux_loss_coefficient,
+        seed=config.train.seed,
     )
-    if model.source:
-        parameters = load_parameters(model.source, mesh)
-    else:
-        parameters = random_parameters(model.config, config.train.seed, mesh)
-    trained, frozen = split_trained(method.name, parameters)
+    trained, frozen = initial_parameters(config, model, mesh)
     replicated = NamedSharding(mesh, P())
-    by_name = sharding.parameter_shardings(parameter_specs(model.config), mesh)
+    by_name = sharding.parameter_shardings(parameter_specs(model.config, model.settings), mesh)
     gradients = {name: by_name[name] for name in trained}
     state = _sharded_state(trainer, trained, by_name, mesh)
     state_shardings = jax.tree.map(lambda array: array.sharding, state)
@@ -189,6 +209,55 @@ def build_program(config: Config, model: Model, mesh: Mesh, total_steps: int) ->
         ),
         evaluate=jax.jit(lambda *arguments: trainer.loss(*arguments)[1][0]),
     )
+
+
+def initial_parameters(config: Config, model: Model, mesh: Mesh) -> tuple[Parameters, Parameters]:
+    """What trains, float32, and what does not, in the compute dtype (a router in float32)."""
+    trains = method_trains(config.method, model.config, model.experts)
+    seed, chosen = config.train.seed, model.settings.selected_experts
+    shardings = sharding.parameter_shardings(parameter_specs(model.config, model.settings), mesh)
+
+    def dtype(name: str):
+        return jnp.float32 if trains(name) or name == ROUTER else model.settings.compute_dtype
+
+    def random(wanted):
+        return random_parameters(model.config, model.settings, seed, mesh, wanted)
+
+    if model.source:
+        parameters = load_parameters(model.source, mesh, dtype)
+        pack = load_selected(model.source, chosen) if chosen else {}
+    else:
+        drawn = random(lambda name: not is_adapter(name) and not name.startswith("selected."))
+        pack = pack_selected(drawn, chosen) if chosen else {}
+        parameters = {name: value.astype(dtype(name)) for name, value in drawn.items()}
+    if config.method.adapter_path:
+        pack = _read_adapter(config.method.adapter_path, model)
+    elif model.settings.lora:
+        parameters |= random(is_adapter)
+    parameters |= jax.device_put(pack, {name: shardings[name] for name in pack})
+    return split_trained(trains, parameters)
+
+
+def _read_adapter(path: str, model: Model) -> dict[str, np.ndarray]:
+    """The parameters of a PEFT adapter, and its router where it has one."""
+    lora, adapters, router = read_adapter(directory.resolve(path), model.config)
+    wanted = model.settings.lora
+    same_size = (set(lora.targets), lora.rank) == (set(wanted.targets), wanted.rank)
+    if not same_size or not math.isclose(lora.scale, wanted.scale):
+        raise UserError(
+            f"method.adapter_path={path}: has rank {lora.rank}, alpha {lora.alpha:g}"
+            f"{' with rslora' if lora.rslora else ''}, targets {','.join(lora.targets)}; set "
+            "method.lora_rank, lora_alpha, lora_rslora and lora_targets to these"
+        )
+    if router is not None:
+        if model.settings.router_method == "frozen":
+            raise UserError(
+                f"method.adapter_path={path}: holds a trained router, but method.name=frozen keeps "
+                "the base's; write conventional or densemixer, or start from convert.merge_lora's "
+                "output"
+            )
+        adapters[ROUTER] = router
+    return adapters
 
 
 def _sharded_state(trainer: Trainer, trained: Parameters, by_name, mesh: Mesh) -> TrainState:

@@ -5,18 +5,22 @@ so micro-batches and devices only ever add. R rows, S positions, L layers, E exp
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
-from olmoe_jax.model.config import ModelConfig
+from olmoe_jax.data import Batch
+from olmoe_jax.model.config import ModelConfig, ModelSettings
 from olmoe_jax.model.moe import RouterStatistics
-from olmoe_jax.model.olmoe import load_balancing_loss
+from olmoe_jax.model.olmoe import graph_of, load_balancing_loss
 from olmoe_jax.model.parameters import Parameters, merge
 from olmoe_jax.ops.cross_entropy import weighted_cross_entropy
+from olmoe_jax.sharding import BATCH
 from olmoe_jax.training.optimizer import Schedule, clip_scale, global_norm
 
 
@@ -28,6 +32,12 @@ class DeviceBatch(NamedTuple):
     segment_ids: jax.Array  # int32: 1… per row, 0 for padding
     positions: jax.Array  # int32: restarting with each example
     loss_weights: jax.Array  # float32: sum to 1 over a step
+
+
+def place_batch(batch: Batch, mesh: Mesh) -> DeviceBatch:
+    """This process's rows as part of the global batch, rows split over all devices."""
+    place = functools.partial(jax.make_array_from_process_local_data, NamedSharding(mesh, BATCH))
+    return DeviceBatch(*(place(getattr(batch, name)) for name in DeviceBatch._fields))
 
 
 class TrainState(NamedTuple):
@@ -70,27 +80,40 @@ class Trainer:
     """The functions to compile for one run; everything static is here.
 
     Attributes:
-      graph: the model's structure.
-      config: its architecture.
+      config: the architecture.
+      settings: how the model computes.
       optimizer: gives the update's direction.
       schedule: gives the learning rate of an update.
       max_grad_norm: clip the gradients to this global norm.
       aux_loss_coefficient: weight of the load-balancing loss in the objective.
+      seed: of the adapters' dropout.
     """
 
-    graph: nnx.GraphDef
     config: ModelConfig
+    settings: ModelSettings
     optimizer: optax.GradientTransformation
     schedule: Schedule
     max_grad_norm: float
     aux_loss_coefficient: float = 0.0
+    seed: int = 0
+
+    @functools.cached_property
+    def graph(self) -> nnx.GraphDef:
+        """The model's structure."""
+        return graph_of(self.config, self.settings)
 
     def loss(
-        self, trained: Parameters, frozen: Parameters, batch: DeviceBatch
+        self,
+        trained: Parameters,
+        frozen: Parameters,
+        batch: DeviceBatch,
+        dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, RouterStatistics]]:
         """The objective of a micro-batch, and its (loss, router statistics)."""
         model = merge(self.graph, trained | frozen)
-        hidden, statistics = model.hidden(batch.tokens, batch.segment_ids, batch.positions)
+        hidden, statistics = model.hidden(
+            batch.tokens, batch.segment_ids, batch.positions, dropout_key=dropout_key
+        )
         with jax.named_scope("loss"):
             loss = weighted_cross_entropy(hidden, model.head(), batch.targets, batch.loss_weights)
         objective = loss
@@ -106,9 +129,21 @@ class Trainer:
         frozen: Parameters,
         accumulated: Accumulated | None,
         batch: DeviceBatch,
+        position: jax.Array,
     ) -> Accumulated:
-        """Adds a micro-batch's gradients, loss and statistics to the step's (None: the first)."""
-        gradients, (loss, statistics) = jax.grad(self.loss, has_aux=True)(trained, frozen, batch)
+        """Adds a micro-batch's gradients, loss and statistics to the step's (None: the first).
+
+        `position`: [2] uint32, the step and the micro-batch in it; with the seed, it fixes what
+        dropout drops.
+        """
+        key = None
+        if self.settings.lora and self.settings.lora.dropout:
+            key = jax.random.key(self.seed)
+            for number in position:
+                key = jax.random.fold_in(key, number)
+        gradients, (loss, statistics) = jax.grad(self.loss, has_aux=True)(
+            trained, frozen, batch, key
+        )
         new = Accumulated(gradients, loss, statistics)
         return new if accumulated is None else jax.tree.map(jnp.add, accumulated, new)
 

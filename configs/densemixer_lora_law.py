@@ -1,0 +1,8 @@
+"""LoRA beside a router trained with DenseMixer's gradient, on ESFT's legal judgment."""
+
+from configs.table import experiment
+from olmoe_jax.config import Config
+
+
+def get_config() -> Config:
+    return experiment("densemixer_lora", "law")

@@ -1,0 +1,1 @@
+"""Which experts to train: ESFT, expert-specialised fine-tuning (arxiv.org/abs/2407.01906)."""
