@@ -22,11 +22,11 @@ from olmoe_jax.config import (
     apply_overrides,
     first_difference,
     from_dict,
-    load_config,
     parse_override,
     to_dict,
     validate,
 )
+from olmoe_jax.config_file import load_config
 from olmoe_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -92,7 +92,13 @@ def test_overrides_leave_the_rest_alone():
         ("train.max_steps", "many", "expected int or none; write e.g. 1 or none"),
         ("optimizer.learning_rate", "fast", "expected float; write e.g. 1e-06"),
         ("data.pack", "1", "expected bool; write e.g. true"),
-        ("method.name", "mixer", "expected one of frozen, conventional, densemixer"),
+        (
+            "method.name",
+            "mixer",
+            "expected one of frozen, conventional, densemixer, esft_gate, esft_token",
+        ),
+        ("method.lora_rank", "64.0", "expected int or none; write e.g. 1 or none"),
+        ("method.lora_rslora", "yes", "expected bool; write e.g. false"),
         ("train.export_dtype", "int8", "expected one of bfloat16, float32 or none"),
     ],
 )
@@ -148,6 +154,19 @@ def test_a_section_is_not_a_field():
         ("model.path", "", "must not be empty; write e.g. allenai/OLMoE-1B-7B-0125"),
         ("method.router_gradient_experts", "0", "must be 1 or more; write e.g. 1 or none"),
         ("method.router_aux_loss_coefficient", "-0.1", "must be 0.0 or more; write e.g. 0.0"),
+        ("method.lora_rank", "0", "must be 1 or more; write e.g. 1 or none"),
+        ("method.lora_alpha", "0.0", "must be positive; write e.g. 16.0"),
+        ("method.lora_dropout", "1.0", "must be 0 or more and below 1; write e.g. 0.1"),
+        (
+            "method.lora_targets",
+            "q,experts",
+            "must be some of q,k,v,o,gate,up,down, separated by commas; write e.g. "
+            "q,k,v,o,gate,up,down",
+        ),
+        ("method.esft_top_p", "1.5", "must be above 0 and at most 1; write e.g. 0.2 or none"),
+        ("method.esft_score_tokens", "0", "must be 1 or more; write e.g. 300000"),
+        ("method.experts_path", "", "must not be empty; write e.g. PATH or none"),
+        ("method.adapter_path", "", "must not be empty; write e.g. PATH or none"),
         ("train.output_dir", "", "must not be empty; write e.g. runs/densemixer_gsm"),
         ("train.batch_size", "0", "must be 1 or more; write e.g. 256"),
         ("train.epochs", "0", "must be 1 or more; write e.g. 4"),
@@ -183,6 +202,29 @@ def test_every_number_has_a_range():
             "method.router_gradient_experts=16: only for method.name=densemixer, not frozen",
         ),
         (
+            {"method.name": "esft_gate", "method.router_gradient_experts": "16"},
+            "method.router_gradient_experts=16: only for method.name=densemixer, not esft_gate",
+        ),
+        (
+            {"method.name": "esft_gate", "method.lora_rank": "8"},
+            "method.lora_rank=8: esft_gate trains whole experts; write none",
+        ),
+        (
+            {"method.experts_path": "e.json"},
+            "method.experts_path=e.json: only for esft_gate and esft_token, not densemixer",
+        ),
+        ({"method.esft_top_p": "0.3"}, "method.esft_top_p=0.3: only for esft_gate and esft_token"),
+        (
+            {
+                "method.name": "esft_gate",
+                "method.experts_path": "e.json",
+                "method.esft_score_tokens": "9",
+            },
+            "method.esft_score_tokens=9: not read with method.experts_path",
+        ),
+        ({"method.adapter_path": "a"}, "method.adapter_path=a: only read with method.lora_rank"),
+        ({"method.lora_alpha": "8.0"}, "method.lora_alpha=8.0: only read with method.lora_rank"),
+        (
             {"data.eval_path": "none", "data.eval_fraction": "0", "train.eval_every": "5"},
             "train.eval_every=5: there is nothing to evaluate on",
         ),
@@ -199,6 +241,11 @@ def test_combinations(overrides, expected):
 def test_combinations_that_work():
     apply_overrides(GSM, {"model.init": "random", "model.config_path": "tiny/config.json"})
     apply_overrides(GSM, {"method.router_gradient_experts": "16"})
+    esft = {"method.name": "esft_token", "method.experts_path": "e.json"}
+    apply_overrides(GSM, {**esft, "method.esft_densemixer": "true"})
+    mixed = {"method.esft_densemixer": "true", "method.router_gradient_experts": "16"}
+    apply_overrides(GSM, {**esft, **mixed})
+    apply_overrides(GSM, {"method.lora_rank": "8", "method.adapter_path": "a"})
     apply_overrides(GSM, {"data.eval_path": "none", "data.eval_fraction": "0"})
 
 
@@ -286,11 +333,21 @@ def test_first_difference_across_versions_of_the_fields():
 def test_experiment_file(method, dataset):
     config = validate(load_config(ROOT / "configs" / f"{method}_{dataset}.py"))
     assert config == experiment(method, dataset)
-    assert config.method == MethodOptions(name=method)
+    base = method.removesuffix("_lora")
+    expected = MethodOptions(name=base)
+    if "_lora" in method:
+        expected = MethodOptions(name=base, lora_rank=64, lora_alpha=16.0, lora_dropout=0.1)
+    assert config.method == expected
     assert config.model == ModelOptions("allenai/OLMoE-1B-7B-0125", "pretrained", None, "bfloat16")
     assert config.train.output_dir == f"runs/{method}_{dataset}"
     assert (config.train.batch_size, config.train.epochs) == (256, 4)
     assert config.data.max_seq_length == 4096
+
+
+def test_there_are_48_experiments():
+    files = {file.stem for file in (ROOT / "configs").glob("*_*.py")} - {"__init__"}
+    assert files == {f"{method}_{dataset}" for method in METHODS for dataset in DATASETS}
+    assert len(files) == 48
 
 
 @pytest.mark.parametrize(
@@ -312,6 +369,22 @@ def test_experiment_file(method, dataset):
             2e-5,
             2,
         ),
+        ("frozen_lora_gsm", "RoxanneWsyw/gsm:train.jsonl", "RoxanneWsyw/gsm:test.jsonl", 1e-4, 4),
+        (
+            "densemixer_lora_translation",
+            "RoxanneWsyw/ESFT-translation:train.jsonl",
+            "RoxanneWsyw/ESFT-translation:test.jsonl",
+            4e-4,
+            2,
+        ),
+        (
+            "esft_gate_law",
+            "RoxanneWsyw/ESFT-law:train.jsonl",
+            "RoxanneWsyw/ESFT-law:test.jsonl",
+            1e-3,
+            4,
+        ),
+        ("esft_token_codealpaca", "RoxanneWsyw/CodeAlpaca:train.jsonl", None, 2e-5, 4),
         (
             "frozen_translation",
             "RoxanneWsyw/ESFT-translation:train.jsonl",

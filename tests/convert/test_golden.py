@@ -33,6 +33,8 @@ def check(folder, method):
         model=str(folder / "checkpoint"),
         batch=folder / "batch.safetensors",
         method=method,
+        adapter=None,
+        experts=None,
         optimizer_steps=None,
         learning_rate=0.0,
         weight_decay=0.0,

@@ -20,7 +20,7 @@ from helpers import (
 from olmoe_jax.errors import UserError
 from olmoe_jax.hf import directory, names
 from olmoe_jax.hf.checkpoint import HFCheckpoint, serving_warnings
-from olmoe_jax.hf.source import open_source
+from olmoe_jax.hf.opening import open_source
 
 CONFIG = tiny_config(num_kv_heads=2, intermediate_size=32)  # square experts
 INDEX = "model.safetensors.index.json"

@@ -273,7 +273,9 @@ def test_router_is_float32_under_bfloat16():
         router = jnp.ones((2, 2)).at[0, winner].add(2**-12)
         block = merge(graph, weights | {"router": router})
         x = jnp.ones((1, 1, 2), jnp.bfloat16)
-        y, statistics = jax.jit(lambda x, block=block: block(x, jnp.array([[True]]), True))(x)
+        y, statistics = jax.jit(
+            lambda x, block=block: block(x, jnp.array([[True]]), with_logits=True)
+        )(x)
         assert y.dtype == jnp.bfloat16
         assert statistics.logits.dtype == jnp.float32
         assert statistics.load[winner] == 1

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from helpers import array_sizes, count_matmuls, relative_error
 
-from olmoe_jax.ops.router_gradient import router_gradient
+from olmoe_jax.ops.projection import Projection
+from olmoe_jax.ops.router_gradient import ExpertProjections, router_gradient
 
 # Distinct primes: the size of an array tells which dimensions it has, however it is arranged.
 T, E, D, F, K = 11, 5, 7, 13, 2
@@ -32,7 +33,8 @@ def run(m, probabilities, arrays, backend=None):
     candidates = candidates_of(probabilities, m or K + 1)
 
     def term(probabilities, x, gate, up, down):
-        return router_gradient(m, backend, probabilities, x, gate, up, down, candidates)
+        experts = ExpertProjections(Projection(gate), Projection(up), Projection(down))
+        return router_gradient(m, backend, probabilities, x, experts, candidates)
 
     @jax.jit
     def value_and_gradients(g, *inputs):
@@ -101,7 +103,9 @@ def test_memory_and_work(m):
     inputs = (probabilities, *(arrays[name] for name in ("x", "gate", "up", "down")))
 
     def term(*inputs):
-        return router_gradient(m, "blocked", *inputs, candidates)
+        probabilities, x, *weights = inputs
+        experts = ExpertProjections(*map(Projection, weights))
+        return router_gradient(m, "blocked", probabilities, x, experts, candidates)
 
     def backward(g, *inputs):
         return jax.vjp(term, *inputs)[1](g)

@@ -45,6 +45,7 @@ class Setup:
                     program.frozen,
                     accumulated,
                     program.to_devices(batch),
+                    np.zeros(2, np.uint32),
                 )
         return jax.device_get(accumulated)
 

@@ -1,7 +1,6 @@
 """A loss or gradient that is not finite: the update is skipped; after N of them the run stops."""
 
 import dataclasses
-import math
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ from training.tiny_run import metrics
 
 import olmoe_jax
 from olmoe_jax.errors import UserError
-from olmoe_jax.hf.source import RunCheckpoint
+from olmoe_jax.hf.opening import RunCheckpoint
 from olmoe_jax.training.setup import Program
 
 OPTIONS = {
@@ -51,7 +50,7 @@ def test_update_is_skipped_and_training_goes_on(files, tmp_path, poison, capsys,
     poison(value, {3})
     output = olmoe_jax.train(files.config(tmp_path / "run", **OPTIONS)).output_dir
     lines = metrics(output)
-    assert [math.isfinite(line["loss"]) for line in lines] == [True, True, False, *[True] * 3]
+    assert [line["loss"] is not None for line in lines] == [True, True, False, *[True] * 3]
     before, after, later = (state_after(output, step) for step in (2, 3, 4))
     for name, weight in before.items():
         np.testing.assert_array_equal(after[name], weight)

@@ -12,7 +12,9 @@ from training.tiny_run import MODEL, exported_bytes, losses, metrics
 import olmoe_jax
 from olmoe_jax import sharding
 from olmoe_jax.config import to_dict
-from olmoe_jax.hf.source import RunCheckpoint, read_model_config
+from olmoe_jax.hf.opening import RunCheckpoint
+from olmoe_jax.hf.source import read_model_config
+from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.model.loading import random_parameters
 
 STEPS = 12
@@ -247,7 +249,11 @@ def routers(files, tmp_path_factory):
     """The router before training and after, by method."""
     model = read_model_config(files.model)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    routers = {"untrained": np.asarray(random_parameters(model, 0, mesh)[ROUTER])}
+    routers = {
+        "untrained": np.asarray(
+            random_parameters(model, ModelSettings(), 0, mesh, lambda name: True)[ROUTER]
+        )
+    }
     for method in ("frozen", "conventional", "densemixer"):
         output = tmp_path_factory.mktemp("runs") / method
         changes = {"method__name": method, "train__epochs": 1, "train__export_hf": False}

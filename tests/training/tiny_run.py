@@ -7,7 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from olmoe_jax.config import Config, from_dict, show
+from olmoe_jax.config import Config, from_dict
+from olmoe_jax.config_schema import show
 
 ROOT = Path(__file__).parents[2]
 
