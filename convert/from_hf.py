@@ -1,6 +1,5 @@
 """Converts a Hugging Face OLMoE checkpoint to the layout that this project trains in."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,13 +21,7 @@ Face checkpoints as they are.)
 
 def main(arguments: Sequence[str]) -> None:
     """The command line."""
-    parser = ArgumentParser(
-        prog="python -m convert.from_hf",
-        description=__doc__,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = ArgumentParser(prog="python -m convert.from_hf", description=__doc__, epilog=EXAMPLE)
     parser.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR")
     args = parser.parse_args(arguments)

@@ -1,6 +1,5 @@
 """Merges a PEFT LoRA adapter, or ESFT's trained tensors, into the base: a full checkpoint."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,11 +24,7 @@ One layer is in memory at a time.
 def main(arguments: Sequence[str]) -> None:
     """The command line."""
     parser = ArgumentParser(
-        prog="python -m convert.merge_lora",
-        description=__doc__,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        prog="python -m convert.merge_lora", description=__doc__, epilog=EXAMPLE
     )
     parser.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID")
     parser.add_argument("--adapter", required=True, metavar="DIR")

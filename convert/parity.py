@@ -38,13 +38,7 @@ grad_norm, lr [updates] and param.NAME after the last update.
 
 def main(arguments: Sequence[str]) -> None:
     """The command line."""
-    parser = ArgumentParser(
-        prog="python -m convert.parity",
-        description=__doc__,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = ArgumentParser(prog="python -m convert.parity", description=__doc__, epilog=EXAMPLE)
     parser.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID")
     parser.add_argument("--batch", required=True, type=Path, metavar="FILE")
     parser.add_argument("--method", required=True, choices=["conventional", "frozen", "densemixer"])

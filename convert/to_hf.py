@@ -1,12 +1,10 @@
 """Writes a Hugging Face checkpoint from a training run or a converted checkpoint."""
 
-import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
-from olmoe_jax.hf.checkpoint import serving_warnings
 from olmoe_jax.hf.export import export_adapter, export_hf
 from olmoe_jax.hf.opening import RunCheckpoint, open_source
 
@@ -22,13 +20,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 def main(arguments: Sequence[str]) -> None:
     """The command line."""
-    parser = ArgumentParser(
-        prog="python -m convert.to_hf",
-        description=__doc__,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = ArgumentParser(prog="python -m convert.to_hf", description=__doc__, epilog=EXAMPLE)
     parser.add_argument(
         "--checkpoint", required=True, metavar="DIR", help="a run's output_dir or from_hf's output"
     )
@@ -44,8 +36,6 @@ def main(arguments: Sequence[str]) -> None:
     args = parser.parse_args(arguments)
     max_shard_bytes = parse_size(args.max_shard_size)
     source = open_source(args.checkpoint, args.step)
-    for warning in serving_warnings(source.config):
-        print(f"warning: {warning}")
     if not args.adapter:
         export_hf(source, args.output, args.dtype, max_shard_bytes)
     elif isinstance(source, RunCheckpoint):

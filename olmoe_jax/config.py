@@ -220,7 +220,8 @@ class TrainOptions:
         False, "write the model with the lowest eval loss to OUTPUT_DIR/hf_best"
     )
     export_dtype: Literal["bfloat16", "float32"] | None = option(
-        None, "type of the exported weights; default: the base checkpoint's"
+        None,
+        "type of the exported checkpoint's weights (adapters are float32); default: the base's",
     )
 
 

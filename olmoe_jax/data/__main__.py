@@ -43,16 +43,14 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m olmoe_jax.data", allow_abbrev=False)
+    parser = ArgumentParser(prog="python -m olmoe_jax.data")
     commands = parser.add_subparsers(dest="command", required=True)
     preview = commands.add_parser(
         "preview",
-        allow_abbrev=False,
         help="show rows as the model sees them, with the part that trains marked",
         description="Shows rows of a data set as the model sees them. The part that trains is "
         "coloured on a terminal and put between ⟦ and ⟧ elsewhere.",
         epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     preview.add_argument(
         "--data",

@@ -29,15 +29,9 @@ EXAMPLE = """examples:
 
 def main(arguments: Sequence[str]) -> None:
     """The command line."""
-    parser = ArgumentParser(
-        prog="python -m olmoe_jax.esft",
-        description=__doc__,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = ArgumentParser(prog="python -m olmoe_jax.esft", description=__doc__, epilog=EXAMPLE)
     commands = parser.add_subparsers(dest="command", required=True)
-    score = commands.add_parser("score", help="run the model over data", allow_abbrev=False)
+    score = commands.add_parser("score", help="run the model over data")
     score.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID")
     score.add_argument("--data", required=True, metavar="FILE_OR_HUB_ID")
     score.add_argument("--output", required=True, type=Path, metavar="DIR")
@@ -48,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
     score.add_argument("--no_packing", action="store_true", help="one example per row")
     score.add_argument("--compute_dtype", choices=["float32", "bfloat16"], default="float32")
     score.add_argument("--seed", type=int, default=0, help="of the sample of the rows")
-    choose = commands.add_parser("select", help="scores -> expert config", allow_abbrev=False)
+    choose = commands.add_parser("select", help="scores -> expert config")
     choose.add_argument("--scores", required=True, type=Path, metavar="JSON")
     choose.add_argument("--function", required=True, choices=FUNCTIONS)
     choose.add_argument("--top_p", required=True, type=float, metavar="P")

@@ -47,7 +47,7 @@ def read_expert_config(file: Path, config: ModelConfig) -> ExpertConfig:
         what it asks for (shared experts).
     """
     content = directory.read_json(file)
-    experts = content.get("experts") if isinstance(content, dict) else None
+    experts = content.get("experts")
     layers = [str(layer + 1) for layer in range(config.num_layers)]
     if not isinstance(experts, dict):
         raise UserError(f'{file}: needs "experts" with a list of ids for layers 1 to {layers[-1]}')
@@ -88,7 +88,7 @@ def read_scores(file: Path, function: str) -> np.ndarray:
       UserError: the file has none, or layers or experts are missing.
     """
     content = directory.read_json(file)
-    table = content.get(f"{function}_scores") if isinstance(content, dict) else None
+    table = content.get(f"{function}_scores")
     if not isinstance(table, dict) or not table:
         raise UserError(f'{file}: has no "{function}_scores"; make one with olmoe_jax.esft score')
     layers = [str(layer + 1) for layer in range(len(table))]

@@ -188,9 +188,11 @@ def _shape(row: names.Row, part: str, config: ModelConfig, settings: LoraSetting
 
 
 def _read_settings(config: dict[str, Any], file: Path) -> LoraSettings:
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else config
-        raise UserError(f"{file}: not a LoRA adapter (peft_type {kind!r}); write another directory")
+    if config.get("peft_type") != "LORA":
+        raise UserError(
+            f"{file}: not a LoRA adapter (peft_type {config.get('peft_type')!r}); write another "
+            "directory"
+        )
     for field, kinds in (("r", int), ("lora_alpha", (int, float))):
         value = config.get(field)
         if isinstance(value, bool) or not isinstance(value, kinds) or value <= 0:

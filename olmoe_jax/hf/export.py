@@ -4,7 +4,7 @@ from pathlib import Path
 
 from olmoe_jax.errors import UserError
 from olmoe_jax.hf import adapter, directory, names
-from olmoe_jax.hf.checkpoint import DTYPES, write_checkpoint, write_config
+from olmoe_jax.hf.checkpoint import DTYPES, serving_warnings, write_checkpoint, write_config
 from olmoe_jax.hf.opening import RunCheckpoint
 from olmoe_jax.hf.overrides import write_overrides
 from olmoe_jax.hf.source import Source
@@ -22,6 +22,8 @@ def export_hf(
       dtype: "bfloat16" or "float32"; None: the source's preference (`export_dtype`).
       max_shard_bytes: a file of weights is at most this large; above one file there is an index.
     """
+    for warning in serving_warnings(source.config):
+        print(f"warning: {warning}")
     dtype = dtype or source.export_dtype()
 
     def stored(row: names.Row):

@@ -54,7 +54,7 @@ class EventFiles(DirectoryOutput):
 
 
 class Reporter:
-    """Reports of one process; only the first of several writes.
+    """Everything that a run reports while it runs.
 
     Args:
       output: the run's directory.

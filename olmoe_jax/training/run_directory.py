@@ -6,7 +6,9 @@ OUTPUT_DIR/checkpoints/N/   Orbax checkpoint after N updates
 OUTPUT_DIR/metrics.jsonl    a line per step and per evaluation
 OUTPUT_DIR/tensorboard/     event files
 OUTPUT_DIR/loss.png         the loss curve
+OUTPUT_DIR/experts.json     of an ESFT run: what it trains (and scores.json, scores.png)
 OUTPUT_DIR/hf/, hf_best/    exported Hugging Face checkpoints
+OUTPUT_DIR/adapter/         of a LoRA run, in their place: the PEFT adapter (and adapter_best/)
 """
 
 import json
