@@ -24,6 +24,22 @@ from olmoe_jax.model.parameters import merge
 
 ROOT = Path(__file__).parents[1]
 
+OLMOE_1B_7B = ModelConfig(
+    vocab_size=50304,
+    hidden_size=2048,
+    intermediate_size=1024,
+    num_layers=16,
+    num_heads=16,
+    num_kv_heads=16,
+    head_dim=128,
+    num_experts=64,
+    num_experts_per_token=8,
+    rope_theta=10000.0,
+    rms_norm_eps=1e-5,
+    pad_token_id=1,
+)
+"""The real model's architecture."""
+
 
 def tiny_config(**changes) -> ModelConfig:
     """An OLMoE of 2 layers that compiles in a second; `changes` are fields of ModelConfig."""

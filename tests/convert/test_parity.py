@@ -106,6 +106,7 @@ def test_gradients(tmp_path):
     assert np.any(ours["grad.model.embed_tokens.weight"][1]), "the tied head learns its row"
 
 
+@pytest.mark.slow
 def test_optimizer_steps(tmp_path):
     """AdamW with warmup, linear decay, clipping and weight decay, two micro-batches an update."""
     torch = pytest.importorskip("torch")

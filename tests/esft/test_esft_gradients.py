@@ -31,9 +31,9 @@ def array(*shape):
 @pytest.mark.parametrize(
     ("sizes", "indices"),
     [
-        ((4, 3, 5, 0), (0, 2)),
+        pytest.param((4, 3, 5, 0), (0, 2), marks=pytest.mark.slow),
         ((4, 0, 5, 1), (1, 3, 4)),  # an empty group, and padding (4: none)
-        ((0, 0, 10, 0), (4, 4)),
+        pytest.param((0, 0, 10, 0), (4, 4), marks=pytest.mark.slow),
         ((3, 3, 3, 3), (3, 0, 1, 2)),
     ],
 )
@@ -101,7 +101,7 @@ def gradients_of(names, weights, config=CONFIG, **settings):
 @pytest.mark.parametrize(
     ("experts", "settings", "changes"),
     [
-        (EXPERTS, {"router_method": "densemixer"}, {}),
+        pytest.param(EXPERTS, {"router_method": "densemixer"}, {}, marks=pytest.mark.slow),
         pytest.param(EXPERTS, {}, {}, marks=pytest.mark.slow),
         pytest.param(((), (2, 6)), {"remat": "full"}, {}, marks=pytest.mark.slow),
         pytest.param(

@@ -152,7 +152,7 @@ def test_bad_expert_config(tmp_path, experts, expected):
 
 @pytest.mark.parametrize("content", [[], 3, {}, {"experts": None}])
 def test_not_an_expert_config(tmp_path, content):
-    with pytest.raises(UserError, match='needs "experts" with a list of ids for layers 1 to 2'):
+    with pytest.raises(UserError, match=r'needs "experts" with a list|not a JSON object'):
         read_expert_config(write(tmp_path / "e.json", content), CONFIG)
 
 

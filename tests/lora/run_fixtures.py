@@ -13,7 +13,7 @@ from olmoe_jax.training.reporting import Reporter
 
 _OPTIONS = {
     "jax_compilation_cache_dir": None,
-    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_compile_time_secs": 0.2,
 }
 
 

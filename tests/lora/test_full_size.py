@@ -6,33 +6,19 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import ROOT
+from helpers import OLMOE_1B_7B, ROOT
 
 from configs.table import DATASETS, METHODS
 from olmoe_jax.config import validate
 from olmoe_jax.config_file import load_config
 from olmoe_jax.esft.selection import ExpertConfig
-from olmoe_jax.model.config import ModelConfig, ModelSettings
+from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.model.lora import LoraSettings
 from olmoe_jax.model.olmoe import parameter_specs
 from olmoe_jax.training.methods import method_trains, parameter_table, router_method
 from olmoe_jax.training.optimizer import adamw, schedule
 from olmoe_jax.training.step import DeviceBatch, Trainer, initial_state
 
-OLMOE = ModelConfig(
-    vocab_size=50304,
-    hidden_size=2048,
-    intermediate_size=1024,
-    num_layers=16,
-    num_heads=16,
-    num_kv_heads=16,
-    head_dim=128,
-    num_experts=64,
-    num_experts_per_token=8,
-    rope_theta=10000.0,
-    rms_norm_eps=1e-5,
-    pad_token_id=1,
-)
 EXPERTS = tuple(tuple(range(layer % 5)) for layer in range(16))
 """An expert list of ragged layers, some empty: 3 times 0+1+2+3+4, and layer 15's none."""
 
@@ -79,13 +65,13 @@ def built(method):
         lora=LoraSettings.of_method(vars(method)),
         selected_experts=EXPERTS if esft else None,
     )
-    trains = method_trains(method, OLMOE, ExpertConfig(EXPERTS) if esft else None)
+    trains = method_trains(method, OLMOE_1B_7B, ExpertConfig(EXPERTS) if esft else None)
     trained, frozen = {}, {}
-    for name, spec in parameter_specs(OLMOE, settings).items():
+    for name, spec in parameter_specs(OLMOE_1B_7B, settings).items():
         kept, dtype = (trained, jnp.float32) if trains(name) else (frozen, jnp.bfloat16)
         kept[name] = jax.ShapeDtypeStruct(spec.shape, dtype)
     optimizer = adamw(0.9, 0.999, 1e-8, 0.0)
-    trainer = Trainer(OLMOE, settings, optimizer, schedule("linear", 1.0, 0, 1), 1.0)
+    trainer = Trainer(OLMOE_1B_7B, settings, optimizer, schedule("linear", 1.0, 0, 1), 1.0)
     integers = jax.ShapeDtypeStruct((2, 128), jnp.int32)
     batch = DeviceBatch(*[integers] * 4, jax.ShapeDtypeStruct((2, 128), jnp.float32))
     position = jax.ShapeDtypeStruct((2,), jnp.uint32)

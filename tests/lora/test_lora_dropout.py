@@ -76,23 +76,27 @@ def setting():
     return adapters, random_weights(CONFIG), batch
 
 
+@pytest.mark.slow
 def test_new_at_each_step_and_micro_batch_and_the_same_again(setting):
     adapters, weights, batch = setting
 
+    only = {name: v for name, v in adapters.items() if name.rsplit(".", 1)[1][:-2] == "v"}
+
     def accumulate(seed):
-        function = jax.jit(trainer(0.1, seed=seed).accumulate)
-        return lambda *at: function(adapters, weights, None, batch, np.array(at, np.uint32))
+        function = jax.jit(trainer(0.1, ("v",), seed).accumulate)
+        return lambda *at: function(only, weights, None, batch, np.array(at, np.uint32))
 
     zero, one = accumulate(0), accumulate(1)
     results = [zero(0, 0), zero(0, 1), zero(1, 0), zero(1, 1), one(0, 0)]
     assert len({float(result.loss) for result in results}) == 5
-    gradients = {np.asarray(r.gradients["layers.attention.lora.q_b"]).tobytes() for r in results}
+    gradients = {np.asarray(r.gradients["layers.attention.lora.v_b"]).tobytes() for r in results}
     assert len(gradients) == 5
     again = zero(1, 0)
     for name, gradient in again.gradients.items():
         np.testing.assert_array_equal(gradient, results[2].gradients[name])
 
 
+@pytest.mark.slow
 def test_the_loss_varies_around_that_without_dropout(setting):
     """Small adapters, so that the loss is nearly linear in what is dropped."""
     adapters, weights, batch = setting
@@ -121,9 +125,11 @@ def test_the_loss_varies_around_that_without_dropout(setting):
 @pytest.mark.parametrize(
     "target",
     [
-        "q",
         "down",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("k", "v", "o", "gate", "up")),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("q", "k", "v", "o", "gate", "up")
+        ),
     ],
 )
 def test_every_target_has_dropout(setting, target):

@@ -96,7 +96,15 @@ def objective(graph, parameters, weighting):
     return jnp.sum(weighting * merge(graph, parameters)(TOKENS))
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "target",
+    [
+        "q",
+        "gate",
+        "down",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("k", "v", "o", "up")),
+    ],
+)
 def test_each_target_is_reached(target):
     """Against a plain model with the merged weights; LoRA on one kind of matrix only."""
     lora = LoraSettings(4, 8.0, targets=(target,))
@@ -166,7 +174,7 @@ def fresh_adapters(lora, seed=0):
     return random_parameters(CONFIG, ModelSettings(lora=lora), seed, mesh, lambda n: ".lora." in n)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float32, marks=pytest.mark.slow)])
 def test_at_the_start_the_model_is_the_base_bit_by_bit(dtype):
     lora = LoraSettings(4, 8.0)
     fresh = fresh_adapters(lora)

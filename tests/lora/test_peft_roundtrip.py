@@ -241,7 +241,9 @@ ATTENTION = ("q", "k", "v", "o")
 @pytest.mark.parametrize(
     ("targets", "rank", "options"),
     [
-        (("q", "v"), 4, {"target_modules": ["q_proj", "v_proj"]}),
+        pytest.param(
+            ("q", "v"), 4, {"target_modules": ["q_proj", "v_proj"]}, marks=pytest.mark.slow
+        ),
         pytest.param(
             ATTENTION,
             4,

@@ -6,29 +6,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, make_model, random_weights, relative_error, tiny_config
+from helpers import (
+    OLMOE_1B_7B,
+    assert_close,
+    make_model,
+    random_weights,
+    relative_error,
+    tiny_config,
+)
 
 from olmoe_jax.hf import names
-from olmoe_jax.model.config import ModelConfig, ModelSettings
+from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.model.loading import graph_of, parameter_specs
 from olmoe_jax.model.olmoe import Olmoe, load_balancing_loss
 from olmoe_jax.model.parameters import merge, split
 from olmoe_jax.ops.cross_entropy import weighted_cross_entropy
 
-OLMOE_1B_7B = ModelConfig(
-    vocab_size=50304,
-    hidden_size=2048,
-    intermediate_size=1024,
-    num_layers=16,
-    num_heads=16,
-    num_kv_heads=16,
-    head_dim=128,
-    num_experts=64,
-    num_experts_per_token=8,
-    rope_theta=10000.0,
-    rms_norm_eps=1e-5,
-    pad_token_id=1,
-)
 TOKENS = np.random.default_rng(0).integers(2, 61, (2, 12))
 
 
@@ -201,6 +194,7 @@ def method_results(method):
     return loss_and_gradients(router_method=method)
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing():
     remat = loss_and_gradients(router_method="densemixer", remat="full")
     assert_close(remat, method_results("densemixer"), 1e-6)

@@ -92,6 +92,7 @@ def test_micro_batches_of_ragged_lengths(setup, unpacked, rows):
     assert difference(setup.gradients(step.batches), unpacked) < 1e-5
 
 
+@pytest.mark.slow
 def test_accumulating_on_the_device_is_adding(setup, unpacked):
     total = setup.accumulate(setup.first_step(pack=False, rows=4).batches)
     assert difference(Gradients(float(total.loss), total.gradients), unpacked) < 1e-5
