@@ -15,16 +15,13 @@ def compilation_cache_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def _cheap_compilation(compilation_cache_dir):
-    """Compiling is nearly all that a tiny run costs: do it quickly, and once."""
+    """Compiling is nearly all that a tiny run costs: do it once."""
     directory = jax.config.jax_compilation_cache_dir
     seconds = jax.config.jax_persistent_cache_min_compile_time_secs
-    quick = jax.config.jax_disable_most_optimizations
-    jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_compilation_cache_dir", str(compilation_cache_dir))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     compilation_cache.reset_cache()
     yield
-    jax.config.update("jax_disable_most_optimizations", quick)
     jax.config.update("jax_compilation_cache_dir", directory)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
     compilation_cache.reset_cache()
