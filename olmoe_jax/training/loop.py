@@ -1,6 +1,7 @@
 """The run: steps, evaluations, checkpoints, reports, and at the end the export."""
 
 import dataclasses
+import errno
 import json
 import math
 import signal
@@ -13,6 +14,7 @@ import numpy as np
 from olmoe_jax import data, sharding
 from olmoe_jax.config import Config, to_dict, validate
 from olmoe_jax.errors import UserError
+from olmoe_jax.hf import opening
 from olmoe_jax.hf.export import export_adapter, export_hf
 from olmoe_jax.hf.opening import RunCheckpoint
 from olmoe_jax.model.flops import train_flops_per_token
@@ -68,11 +70,18 @@ def train(config: Config) -> TrainResult:
         if result.finished:
             _finish(config, output, result.step)
     except OSError as error:
-        raise UserError(
-            f"{error.filename or config.train.output_dir}: {error.strerror or error}; the run "
-            "continues from its last checkpoint with the same command"
-        ) from error
+        raise _cannot_write(Path(config.train.output_dir), error) from error
     return result
+
+
+def _cannot_write(output: Path, error: OSError) -> UserError:
+    saved = opening.steps(output)
+    kept = f"the checkpoint of step {saved[-1]} is intact" if saved else "no checkpoint yet"
+    reason = "no space left on the disk" if error.errno == errno.ENOSPC else error.strerror or error
+    return UserError(
+        f"{output}: cannot write {error.filename or 'a file'} ({reason}); {kept}; free space, or "
+        "mend what is wrong, and run the same command again"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """What a run tells: metrics.jsonl, TensorBoard, the terminal, and the loss curve at the end."""
 
+import functools
 import json
 import math
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,7 @@ class Reporter:
     """
 
     def __init__(self, output: Path, first_step: int, total_steps: int, config_json: str):
+        _silence_writer_threads()
         self.output = output
         self._metrics = (output / METRICS).open("a")
         events = EventFiles(str(output / "tensorboard"))
@@ -134,6 +137,18 @@ class Reporter:
             f"{speed:,.0f} tokens/s, {left} left",
             flush=True,
         )
+
+
+@functools.cache
+def _silence_writer_threads() -> None:
+    """TensorBoard's thread raises its error again in ours; its own trace would come besides."""
+    show = threading.excepthook
+
+    def show_others(args):
+        if not type(args.thread).__module__.startswith("tensorboard."):
+            show(args)
+
+    threading.excepthook = show_others
 
 
 def router_scalars(load, entropy, tokens: int) -> dict[str, float]:

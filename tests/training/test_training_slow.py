@@ -152,9 +152,11 @@ def small_disk(tmp_path):
 def check_failed_save(result, output: Path) -> None:
     assert result.returncode == 2, result.stderr
     assert result.stderr.count("\n") == 1, result.stderr
-    assert result.stderr.startswith(f"error: {output}: a checkpoint could not be saved")
+    # What finds the disk full first is a matter of luck: the checkpoint or another file.
+    assert result.stderr.startswith(f"error: {output}: ")
     assert "the checkpoint of step 4 is intact" in result.stderr
-    assert "free space and run the same command again" in result.stderr
+    assert "free space" in result.stderr
+    assert "run the same command again" in result.stderr
 
 
 def test_disk_full_during_a_save(tmp_path, tokenizer_dir, environment, small_disk):
