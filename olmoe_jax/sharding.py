@@ -1,7 +1,9 @@
 """Mesh axes and the one table that says which logical axis of a parameter lies on which.
 
 Axes `data` (replicas) and `fsdp` (parameters, gradients and optimizer state sharded; the batch is
-split over both). Parameters are gathered in the compute dtype where they are used.
+split over both). Parameters are gathered in the compute dtype where they are used; embedding and
+head, which have a row per token of the vocabulary, stay split (`ops/embedding.py`,
+`ops/cross_entropy.py`).
 """
 
 import jax
@@ -68,6 +70,11 @@ def partition_spec(shape: tuple[int, ...], axes: tuple[str, ...], mesh) -> P:
         if mesh_axis and mesh_axis not in spec and size % mesh.shape[mesh_axis] == 0:
             spec[dimension] = mesh_axis
     return P(*spec)
+
+
+def vocabulary_axis(shape: tuple[int, int], mesh) -> str | None:
+    """The mesh axis that splits the rows of a [V, D] parameter; None: V does not divide."""
+    return partition_spec(shape, ("vocab", "embed"), mesh)[0]
 
 
 def parameter_shardings(specs, mesh: Mesh) -> dict[str, NamedSharding]:

@@ -15,6 +15,7 @@ from olmoe_jax.model.config import ModelConfig, ModelSettings
 from olmoe_jax.model.moe import MoE, RouterStatistics
 from olmoe_jax.model.parameters import ParameterSpec, matrix, scale, specs
 from olmoe_jax.model.selected import LayerSelection, SelectedExperts
+from olmoe_jax.ops.embedding import embedding_lookup
 from olmoe_jax.sharding import gathered, shard_batch
 
 
@@ -150,15 +151,15 @@ class Olmoe(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[B, S, D] -> [B, S, V] float32."""
-        return jnp.einsum("bsd,vd->bsv", hidden, self.head(), preferred_element_type=jnp.float32)
+        head = gathered(self.head().astype(hidden.dtype))
+        return jnp.einsum("bsd,vd->bsv", hidden, head, preferred_element_type=jnp.float32)
 
     def head(self) -> jax.Array:
-        """The output projection [V, D] in the compute dtype."""
-        weight = self.embed if self.config.tie_word_embeddings else self.lm_head
-        return gathered(weight[...].astype(self.settings.compute_dtype))
+        """The output projection [V, D], as it is stored and sharded."""
+        return (self.embed if self.config.tie_word_embeddings else self.lm_head)[...]
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
-        x = gathered(self.embed[...].astype(self.settings.compute_dtype))[tokens]
+        x = embedding_lookup(self.embed[...], tokens, self.settings.compute_dtype)
         if self.config.pad_token_id is not None:
             # torch's padding_idx: that row learns nothing from being looked up.
             is_pad = (tokens == self.config.pad_token_id)[..., None]

@@ -1,10 +1,10 @@
-"""The weighted, chunked cross-entropy against log_softmax."""
+"""The weighted, chunked cross-entropy against log_softmax, on one device."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import array_sizes, assert_close
+from helpers import array_sizes, assert_close, count_matmuls
 
 from olmoe_jax.ops import cross_entropy as module
 from olmoe_jax.ops.cross_entropy import weighted_cross_entropy
@@ -32,17 +32,47 @@ def both(function, hidden, head, targets, weights):
     return jax.jit(jax.value_and_grad(loss, (0, 1)))(hidden, head)
 
 
-@pytest.mark.parametrize("chunk", [512, 4, 5])
+def expected():
+    """In float64."""
+    with jax.enable_x64(True):
+        hidden, head, targets, weights = (np.asarray(a) for a in case())
+        hidden, head, weights = (a.astype(np.float64) for a in (hidden, head, weights))
+        return jax.device_get(both(oracle, hidden, head, targets, weights))
+
+
+@pytest.mark.parametrize("chunk", [512, 12, 4, 5, 1])
 def test_value_and_gradients(monkeypatch, chunk):
+    """24 positions in chunks that divide them and that do not."""
     monkeypatch.setattr(module, "CHUNK", chunk)
-    assert_close(both(weighted_cross_entropy, *case()), both(oracle, *case()), 1e-6)
+    assert_close(both(weighted_cross_entropy, *case()), expected(), 1e-6)
+
+
+def test_cotangent_scales_the_gradients():
+    hidden, head, targets, weights = case()
+
+    def loss(hidden, head):
+        return jnp.square(weighted_cross_entropy(hidden, head, targets, weights))
+
+    value, (d_hidden, d_head) = expected()
+    scaled = 2 * value * d_hidden, 2 * value * d_head
+    assert_close(jax.grad(loss, (0, 1))(hidden, head), scaled, 1e-6)
 
 
 def test_chunks_keep_the_logits_small(monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", 4)
-    sizes = array_sizes(jax.value_and_grad(weighted_cross_entropy, (0, 1)), *case())
-    assert max(sizes) < 2 * 12 * 11
-    assert 2 * 4 * 11 in sizes
+    """Not even one row's logits exist, also where the chunks do not divide the positions."""
+    for chunk in (4, 5):
+        monkeypatch.setattr(module, "CHUNK", chunk)
+        sizes = array_sizes(jax.value_and_grad(weighted_cross_entropy, (0, 1)), *case())
+        assert max(sizes) < 12 * 11
+        assert chunk * 11 in sizes
+
+
+def test_only_wanted_matmuls():
+    """The loss alone computes logits; a frozen head gets no gradient."""
+    assert count_matmuls(weighted_cross_entropy, *case()) == 1
+    assert count_matmuls(jax.grad(weighted_cross_entropy, (0, 1)), *case()) == 3
+    assert count_matmuls(jax.grad(weighted_cross_entropy), *case()) == 2
+    assert_close(jax.grad(weighted_cross_entropy)(*case()), expected()[1][0], 1e-6)
 
 
 def test_by_hand():
@@ -57,11 +87,10 @@ def test_by_hand():
 def test_zero_weight_hides_an_infinite_loss(monkeypatch, chunk):
     monkeypatch.setattr(module, "CHUNK", chunk)
     hidden, head, targets, weights = case()
-    expected = weighted_cross_entropy(hidden, head, targets, weights)
+    expected = both(weighted_cross_entropy, hidden, head, targets, weights)
     skipped = np.argwhere(np.asarray(weights) == 0)[0]
     broken = hidden.at[tuple(skipped)].set(jnp.inf)
-    loss = weighted_cross_entropy(broken, head, targets, weights)
-    assert loss == expected
+    assert_close(both(weighted_cross_entropy, broken, head, targets, weights), expected, 0)
     assert not np.isfinite(weighted_cross_entropy(broken, head, targets, weights + 1))
 
 
@@ -71,3 +100,21 @@ def test_bfloat16_logits_are_float32():
     loss = weighted_cross_entropy(hidden, head, jnp.array([[0]]), jnp.ones((1, 1)))
     assert loss.dtype == jnp.float32
     np.testing.assert_allclose(loss, np.log1p(np.exp(2.0)), rtol=1e-5)
+
+
+def test_bfloat16_is_near_float32():
+    """The head's gradient adds up in its own dtype, whatever the compute dtype."""
+    hidden, head, targets, weights = case()
+    loss, (d_hidden, d_head) = both(
+        weighted_cross_entropy, hidden.astype(jnp.bfloat16), head, targets, weights
+    )
+    assert (loss.dtype, d_hidden.dtype, d_head.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
+    assert_close((loss, (d_hidden, d_head)), expected(), 2e-2)
+
+
+def test_the_heads_gradient_adds_up_in_float32(monkeypatch):
+    """4,096 equal contributions, which a bfloat16 sum would stop taking at 256."""
+    monkeypatch.setattr(module, "CHUNK", 1)
+    hidden = jnp.ones((1, 4096, 1), jnp.bfloat16)
+    arguments = hidden, jnp.zeros((2, 1)), jnp.zeros((1, 4096), int), jnp.ones((1, 4096))
+    np.testing.assert_array_equal(both(weighted_cross_entropy, *arguments)[1][1], [[-2048], [2048]])

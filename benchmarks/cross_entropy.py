@@ -1,0 +1,60 @@
+"""Loss and gradients, chunked against all logits at once: python benchmarks/cross_entropy.py
+
+Prints seconds (median of interleaved runs) and temporary memory of value and gradients.
+"""
+
+import argparse
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from olmoe_jax.ops.cross_entropy import weighted_cross_entropy
+
+
+def plain(hidden, head, targets, weights):
+    """All logits at once, plain autodiff."""
+    head = head.astype(hidden.dtype)
+    logits = jnp.einsum("bsd,vd->bsv", hidden, head, preferred_element_type=jnp.float32)
+    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - target_logits))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--vocab", type=int, default=8192)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--runs", type=int, default=5)
+    args = parser.parse_args()
+    keys = jax.random.split(jax.random.key(0), 3)
+    shape = (args.rows, args.length)
+    hidden = jax.random.normal(keys[0], (*shape, args.width), args.dtype)
+    head = jax.random.normal(keys[1], (args.vocab, args.width)) / args.width**0.5
+    targets = jax.random.randint(keys[2], shape, 0, args.vocab)
+    arguments = hidden, head, targets, jnp.full(shape, 1 / targets.size)
+
+    functions = {"chunked": weighted_cross_entropy, "plain": plain}
+    compiled = {
+        name: jax.jit(jax.value_and_grad(function, (0, 1))).lower(*arguments).compile()
+        for name, function in functions.items()
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in compiled}
+    for run in range(args.runs + 1):
+        for name, function in compiled.items():
+            start = time.perf_counter()
+            jax.block_until_ready(function(*arguments))
+            if run:  # The first warms up.
+                seconds[name].append(time.perf_counter() - start)
+    for name, function in compiled.items():
+        temporary = function.memory_analysis().temp_size_in_bytes / 2**20
+        print(f"{name:8} {np.median(seconds[name]):8.3f} s {temporary:8.1f} MiB")
+    ratio = np.median(np.divide(seconds["chunked"], seconds["plain"]))
+    print(f"time, chunked / plain: {ratio:.2f}")
+
+
+if __name__ == "__main__":
+    main()

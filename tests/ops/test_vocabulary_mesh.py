@@ -1,0 +1,56 @@
+"""Cross-entropy and embedding lookup with the vocabulary split over a mesh."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+
+
+@pytest.fixture(scope="module")
+def results():
+    """Of 8 virtual devices: their number is fixed when jax starts, hence another process."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
+        "PYTHONPATH": paths,
+    }
+    result = subprocess.run(
+        [sys.executable, Path(__file__).with_name("vocabulary_worker.py")],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("mesh", ["data=2,fsdp=4", "data=1,fsdp=8"])
+@pytest.mark.parametrize("vocab", [48, 50])
+def test_loss_and_gradients(results, vocab, mesh):
+    """Against float64 by hand; 50 rows divide by no mesh, 27 positions by no chunk."""
+    errors = results[f"{vocab} {mesh}"]
+    assert set(errors) == {"loss", "hidden", "head", "embed"}
+    assert max(errors.values()) < 1e-6, errors
+
+
+def test_bfloat16(results):
+    assert max(results["bfloat16"].values()) < 2e-2, results["bfloat16"]
+    assert max(results["bfloat16"].values()) > 1e-5
+
+
+def test_no_whole_table_and_no_rows_logits(results):
+    """Of V = 16,392 = 8 x 2,049 a device only ever sees its own 2,049 rows."""
+    vocab, width, positions, chunk = 16392, 16, 600, 60
+    shapes = results["shapes"]
+    assert not [shape for shape in shapes if vocab in shape]
+    sizes = {math.prod(shape) for shape in shapes}
+    assert vocab * width not in sizes
+    assert max(sizes) == 8 * chunk * vocab // 8 < positions * vocab
