@@ -34,27 +34,28 @@ def weighted_cross_entropy(
     """Sum over positions of weight * -log softmax(head h)[target], a float32 scalar.
 
     Logits and their sums are float32, from operands in the dtype of `hidden`; the head's gradient
-    adds up in float32. Differentiable once, in `hidden` and `head`.
+    adds up in float32. Differentiable once.
 
     Args:
       hidden: [B, S, D] in the compute dtype.
       head: [V, D] as the parameter is stored and sharded.
-      targets: [B, S] int; weights: [B, S] float32, a constant. Weight 0 hides whatever is there,
-        infinities too.
+      targets: [B, S] int; weights: [B, S] float32. Weight 0 hides whatever is there, infinities
+        too, also from the gradient.
     """
     return _loss_and_gradients(hidden, head, targets, weights)[0]
 
 
 def _forward(hidden, head, targets, weights):
-    loss, d_hidden, d_head = _loss_and_gradients(
+    loss, d_hidden, d_head, d_weights = _loss_and_gradients(
         hidden.value, head.value, targets.value, weights.value, True, head.perturbed
     )
-    return loss, (d_hidden, d_head.astype(head.value.dtype) if head.perturbed else None)
+    if head.perturbed:
+        d_head = d_head.astype(head.value.dtype)
+    return loss, (d_hidden, d_head, None, d_weights)
 
 
 def _backward(gradients, cotangent):
-    scaled = jax.tree.map(lambda gradient: (cotangent * gradient).astype(gradient.dtype), gradients)
-    return *scaled, None, None
+    return jax.tree.map(lambda gradient: (cotangent * gradient).astype(gradient.dtype), gradients)
 
 
 # With symbolic zeros the forward rule knows whether the head trains; a frozen head costs nothing.
@@ -62,30 +63,30 @@ weighted_cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _loss_and_gradients(hidden, head, targets, weights, differentiate=False, train_head=False):
-    """The loss, d_hidden [B, S, D] in hidden's dtype and d_head [V, D] float32 (None: unwanted)."""
+    """The loss and its gradients, None where not asked for; that of the head is float32."""
     head = head.astype(hidden.dtype)  # Before it travels, where it must.
     run = functools.partial(_on_device, differentiate=differentiate, train_head=train_head)
     mesh = sharding.active_mesh()
     if mesh is None:
-        return run(hidden, head, targets, weights, axis=None, sum_axes=())
+        return run(hidden, head, targets, weights, axes=(), axis=None)
     axis = sharding.vocabulary_axis(head.shape, mesh)
-    sum_axes = tuple(name for name in sharding.AXES if name != axis)
     batch = sharding.BATCH
+    in_batch = batch if differentiate else None
     return jax.shard_map(
-        functools.partial(run, axis=axis, sum_axes=sum_axes),
+        functools.partial(run, axes=sharding.AXES, axis=axis),
         mesh=mesh,
         in_specs=(batch, P(axis), batch, batch),
-        out_specs=(P(), batch if differentiate else None, P(axis) if train_head else None),
+        out_specs=(P(), in_batch, P(axis) if train_head else None, in_batch),
         check_vma=False,
     )(hidden, head, targets, weights)
 
 
-def _on_device(hidden, head, targets, weights, *, axis, sum_axes, differentiate, train_head):
-    """As `_loss_and_gradients`, on one device's batch and rows of the head.
+def _on_device(hidden, head, targets, weights, *, axes, axis, differentiate, train_head):
+    """As `_loss_and_gradients`, on one device's positions and rows of the head.
 
-    axis: the mesh axis that splits the vocabulary; sum_axes: those over which to sum up.
+    axes: those of the mesh; axis: the one that splits the vocabulary.
     """
-    shape, positions = hidden.shape, targets.size
+    positions = targets.size
     count = -(-positions // CHUNK)
     size = -(-positions // count)
 
@@ -94,9 +95,11 @@ def _on_device(hidden, head, targets, weights, *, axis, sum_axes, differentiate,
         x = jnp.pad(x, [(0, count * size - positions)] + [(0, 0)] * (x.ndim - 1))
         return x.reshape(count, size, *x.shape[1:])
 
-    def body(carry, inputs):
-        loss, d_head = carry
-        chunk_loss, logit_gradient, hidden = _chunk(*inputs, head, axis)
+    def joined(chunks, like):
+        return chunks.reshape(-1, *like.shape[2:])[:positions].reshape(like.shape)
+
+    def body(d_head, inputs):
+        losses, logit_gradient, hidden = _chunk(*inputs, head, axis)
         d_hidden = None
         if differentiate:
             d_hidden = _matmul("nw,wd->nd", logit_gradient, head)
@@ -105,26 +108,30 @@ def _on_device(hidden, head, targets, weights, *, axis, sum_axes, differentiate,
             d_hidden = d_hidden.astype(hidden.dtype)
         if train_head:
             d_head += _matmul("nw,nd->wd", logit_gradient, hidden)
-        return (loss + chunk_loss, d_head), d_hidden
+        return d_head, (losses, d_hidden)
 
-    start = jnp.float32(0), jnp.zeros(head.shape, jnp.float32) if train_head else None
+    d_head = jnp.zeros(head.shape, jnp.float32) if train_head else None
     inputs = chunks(hidden), chunks(targets), chunks(weights)
-    (loss, d_head), d_hidden = jax.lax.scan(body, start, inputs)
-    if differentiate:
-        d_hidden = d_hidden.reshape(-1, shape[-1])[:positions].reshape(shape)
-    if sum_axes:
-        loss, d_head = jax.lax.psum((loss, d_head), sum_axes)
-    return loss, d_hidden, d_head
+    d_head, (losses, d_hidden) = jax.lax.scan(body, d_head, inputs)
+    losses = joined(losses, weights)
+    loss = jnp.sum(weights * losses)
+    if axes:
+        loss = jax.lax.psum(loss, axes)
+        d_head = jax.lax.psum(d_head, tuple(name for name in axes if name != axis))
+    if not differentiate:
+        return loss, None, None, None
+    return loss, joined(d_hidden, hidden), d_head, losses
 
 
 def _chunk(hidden, targets, weights, head, axis):
-    """A chunk's loss, its gradient in the logits [N, W] and the hidden states [N, D] of it."""
-    first = 0
+    """Losses of a device's positions in a chunk; of all N, the gradient in the logits [N, W] and
+    the hidden states [N, D]."""
+    size, first = len(targets), 0
     if axis:
         gather = functools.partial(jax.lax.all_gather, axis_name=axis, tiled=True)
         hidden, targets, weights = gather(hidden), gather(targets), gather(weights)
         first = jax.lax.axis_index(axis) * len(head)
-    # Here and not in the loss: what weight 0 hides must not meet the gradient's zeros either.
+    # Here and not in the loss alone: 0 * inf in the head's gradient is not a number.
     hidden = jnp.where(weights[:, None] != 0, hidden, 0)
     logits = _matmul("nd,wd->nw", hidden, head)
     is_target = first + jnp.arange(len(head)) == targets[:, None]
@@ -136,9 +143,12 @@ def _chunk(hidden, targets, weights, head, axis):
     if axis:
         sums = jax.lax.psum(sums, axis)
     normalizer, target_logits = sums
-    loss = jnp.sum(weights * (jnp.log(normalizer) + largest - target_logits))
+    losses = jnp.where(weights != 0, jnp.log(normalizer) + largest - target_logits, 0)
     gradient = weights[:, None] * (exponentials / normalizer[:, None] - is_target)
-    return loss, gradient.astype(hidden.dtype), hidden
+    if axis:
+        own = jax.lax.axis_index(axis) * size
+        losses = jax.lax.dynamic_slice_in_dim(losses, own, size)
+    return losses, gradient.astype(hidden.dtype), hidden
 
 
 def _matmul(subscripts, a, b):

@@ -43,4 +43,4 @@ def _on_device(table, tokens, dtype, axis):
 def _rows(table, indices):
     # A negative index would count from the end.
     indices = jnp.where(indices < 0, len(table), indices)
-    return table.at[indices].get(mode="fill", fill_value=0)
+    return jnp.take(table, indices, axis=0, mode="fill", fill_value=0)

@@ -26,10 +26,10 @@ def oracle(hidden, head, targets, weights):
 
 def both(function, hidden, head, targets, weights):
     # A function of its own each time: a cached trace would not see a changed CHUNK.
-    def loss(hidden, head):
+    def loss(hidden, head, weights):
         return function(hidden, head, targets, weights)
 
-    return jax.jit(jax.value_and_grad(loss, (0, 1)))(hidden, head)
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(hidden, head, weights)
 
 
 def expected():
@@ -37,7 +37,9 @@ def expected():
     with jax.enable_x64(True):
         hidden, head, targets, weights = (np.asarray(a) for a in case())
         hidden, head, weights = (a.astype(np.float64) for a in (hidden, head, weights))
-        return jax.device_get(both(oracle, hidden, head, targets, weights))
+        value, (*gradients, d_weights) = both(oracle, hidden, head, targets, weights)
+        # What weight 0 hides is hidden from the gradient in the weight, too.
+        return jax.device_get((value, (*gradients, np.where(weights != 0, d_weights, 0))))
 
 
 @pytest.mark.parametrize("chunk", [512, 12, 4, 5, 1])
@@ -53,7 +55,7 @@ def test_cotangent_scales_the_gradients():
     def loss(hidden, head):
         return jnp.square(weighted_cross_entropy(hidden, head, targets, weights))
 
-    value, (d_hidden, d_head) = expected()
+    value, (d_hidden, d_head, _) = expected()
     scaled = 2 * value * d_hidden, 2 * value * d_head
     assert_close(jax.grad(loss, (0, 1))(hidden, head), scaled, 1e-6)
 
@@ -105,11 +107,12 @@ def test_bfloat16_logits_are_float32():
 def test_bfloat16_is_near_float32():
     """The head's gradient adds up in its own dtype, whatever the compute dtype."""
     hidden, head, targets, weights = case()
-    loss, (d_hidden, d_head) = both(
+    loss, gradients = both(
         weighted_cross_entropy, hidden.astype(jnp.bfloat16), head, targets, weights
     )
-    assert (loss.dtype, d_hidden.dtype, d_head.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
-    assert_close((loss, (d_hidden, d_head)), expected(), 2e-2)
+    assert loss.dtype == jnp.float32
+    assert [g.dtype for g in gradients] == [jnp.bfloat16, jnp.float32, jnp.float32]
+    assert_close((loss, gradients), expected(), 2e-2)
 
 
 def test_the_heads_gradient_adds_up_in_float32(monkeypatch):

@@ -37,7 +37,7 @@ def results():
 def test_loss_and_gradients(results, vocab, mesh):
     """Against float64 by hand; 50 rows divide by no mesh, 27 positions by no chunk."""
     errors = results[f"{vocab} {mesh}"]
-    assert set(errors) == {"loss", "hidden", "head", "embed"}
+    assert set(errors) == {"loss", "hidden", "head", "embed", "weights"}
     assert max(errors.values()) < 1e-6, errors
 
 

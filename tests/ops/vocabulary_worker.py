@@ -44,7 +44,14 @@ def oracle(scales, head, embed, tokens, targets, weights):
     d_embed = np.zeros_like(embed)
     np.add.at(d_embed, tokens, d_hidden * scales)
     d_head = np.einsum("bsv,bsd->vd", d_logits, scales * rows)
-    return {"loss": value, "hidden": d_hidden * rows, "head": d_head, "embed": d_embed}
+    d_weights = -np.log((probabilities * is_target).sum(-1)) * (weights != 0)
+    return {
+        "loss": value,
+        "hidden": d_hidden * rows,
+        "head": d_head,
+        "embed": d_embed,
+        "weights": d_weights,
+    }
 
 
 def compiled(mesh, vocab, dtype, positions=POSITIONS):
@@ -66,8 +73,8 @@ def compiled(mesh, vocab, dtype, positions=POSITIONS):
         jax.ShapeDtypeStruct(shape, jnp.float32, sharding=batch),
     )
     with jax.set_mesh(mesh):
-        gradients = jax.value_and_grad(loss, (0, 1, 2))
-        step = jax.jit(gradients, out_shardings=(None, shardings[:3]))
+        gradients = jax.value_and_grad(loss, (0, 1, 2, 5))
+        step = jax.jit(gradients, out_shardings=(None, (*shardings[:3], batch)))
         return step.lower(*structs).compile(), shardings
 
 
@@ -75,7 +82,8 @@ def errors(mesh, vocab, dtype):
     case = make_case(vocab)
     step, shardings = compiled(mesh, vocab, dtype)
     value, gradients = jax.device_get(step(*jax.device_put(case, shardings)))
-    actual = dict(zip(("hidden", "head", "embed"), gradients, strict=True)) | {"loss": value}
+    names = ("loss", "hidden", "head", "embed", "weights")
+    actual = dict(zip(names, (value, *gradients), strict=True))
     expected = oracle(*case)
     return {name: relative_error(actual[name], expected[name]) for name in expected}
 
