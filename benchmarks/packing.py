@@ -1,4 +1,4 @@
-"""Padding share of packed rows: python benchmarks/packing.py --data FILE --tokenizer DIR
+"""Padding share of packed rows: python -m benchmarks.packing --data FILE --tokenizer DIR
 
 Prints, for micro-batches of 1, 2, 4, 8 and 16 rows, the row length that the pipeline chooses and
 the share of padding over one epoch (empty rows included), beside rows of the full length.

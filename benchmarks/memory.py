@@ -1,0 +1,22 @@
+"""Resident memory of this process. Standard library only, Linux."""
+
+from pathlib import Path
+
+GIB = 2**30
+
+
+def resident_gib() -> float:
+    """What is in memory now."""
+    return _status("VmRSS")
+
+
+def peak_resident_gib() -> float:
+    """The most that ever was. getrusage's ru_maxrss would include the parent's before exec."""
+    return _status("VmHWM")
+
+
+def _status(name: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024 / GIB
+    raise OSError(f"/proc/self/status has no {name}")

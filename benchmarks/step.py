@@ -1,0 +1,219 @@
+"""Times training steps on random tokens: python -m benchmarks.step --shape mid --method densemixer
+
+A step is the trainer's own program: forward and backward of the mean loss of rows of random
+tokens, with the gradients of everything that trains (--what gradients), or with the AdamW update
+besides (--what update). A dense matmul is timed in turn with the steps: the best that this machine
+does now, which the step's share is taken of.
+"""
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from benchmarks.memory import GIB, peak_resident_gib, resident_gib
+from benchmarks.shapes import Shape, add_shape_flags, shape_of
+from olmoe_jax import sharding
+from olmoe_jax.config import Config, MethodOptions, ModelOptions
+from olmoe_jax.data import Batch
+from olmoe_jax.errors import ArgumentParser, UserError, run_command
+from olmoe_jax.esft.selection import ExpertConfig
+from olmoe_jax.model.config import ModelSettings, model_config_from_hf
+from olmoe_jax.model.flops import train_flops_per_token
+from olmoe_jax.model.lora import LoraSettings
+from olmoe_jax.training.methods import router_method
+from olmoe_jax.training.setup import Model, Program, build_program
+
+METHODS = ("frozen", "conventional", "densemixer", "esft")
+BACKENDS = [
+    field.name
+    for field in dataclasses.fields(ModelSettings)
+    if field.name in ("grouped_matmul", "attention")
+]
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
+    add_shape_flags(parser)
+    parser.add_argument("--method", choices=METHODS, default="densemixer")
+    parser.add_argument("--router_gradient_experts", type=int, help="DenseMixer's m; default: all")
+    parser.add_argument("--lora_rank", type=int, help="adapters of this rank; default: none")
+    parser.add_argument(
+        "--selected_experts", type=int, default=8, help="esft: experts that train in each layer"
+    )
+    parser.add_argument("--remat", choices=("none", "full"), default="none")
+    for name in BACKENDS:
+        parser.add_argument(f"--{name}", help="backend; default: the platform's")
+    parser.add_argument("--what", choices=("gradients", "update"), default="gradients")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps")
+    parser.add_argument("--devices", type=int, help="virtual CPU devices; default: what there is")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON")
+    args = parser.parse_args(arguments)
+    shape = shape_of(args)
+    check(args, shape)
+    if args.devices:
+        jax.config.update("jax_num_cpu_devices", args.devices)
+    result = measure(args, shape)
+    print(json.dumps(result) if args.json else report(result))
+
+
+def check(args, shape: Shape) -> None:
+    """Refuses flags that would be without effect or cannot work."""
+    if args.router_gradient_experts is not None and args.method != "densemixer":
+        raise UserError(f"--router_gradient_experts is densemixer's; --method={args.method}")
+    if args.lora_rank is not None and args.method == "esft":
+        raise UserError("--lora_rank does not go with --method=esft; leave one of them out")
+    if args.method == "esft" and not 0 < args.selected_experts <= shape.experts:
+        raise UserError(f"--selected_experts must be 1 to {shape.experts}")
+    if args.steps < 1:
+        raise UserError(f"--steps={args.steps}: must be positive")
+
+
+def measure(args, shape: Shape) -> dict[str, Any]:
+    """Builds the program, runs it once (it compiles), then times it in turn with a matmul."""
+    devices = jax.devices()
+    if shape.rows % len(devices):
+        raise UserError(f"--rows={shape.rows}: must be a multiple of the {len(devices)} devices")
+    imported = resident_gib()
+    matmul, matmul_flops = dense_matmul(jnp.dtype(shape.compute_dtype))
+    mesh = sharding.make_mesh()
+    with jax.set_mesh(mesh):
+        program, flops_per_token = build(args, shape, mesh)
+        jax.block_until_ready((program.state, program.frozen))
+        with_model = resident_gib()
+        step = stepper(program, program.to_devices(random_batch(shape)), args.what)
+        seconds(step)
+        seconds(matmul)
+        step_seconds, matmul_seconds = [], []
+        for _ in range(args.steps):
+            step_seconds.append(seconds(step))
+            matmul_seconds += [seconds(matmul) for _ in range(3)]
+    if on_cpu := jax.default_backend() == "cpu":
+        peak = peak_resident_gib() - imported
+    else:
+        peak = devices[0].memory_stats()["peak_bytes_in_use"] / GIB
+    # Virtual CPU devices share the cores, all of which one matmul uses.
+    matmul_flops *= 1 if on_cpu else len(devices)
+    return {
+        "shape": dataclasses.asdict(shape),
+        "method": args.method,
+        "router_gradient_experts": args.router_gradient_experts,
+        "lora_rank": args.lora_rank,
+        "what": args.what,
+        "remat": args.remat,
+        "device": f"{len(devices)} x {devices[0].device_kind}",
+        "step_seconds": step_seconds,
+        "tokens_per_step": shape.tokens,
+        "flops_per_step": flops_per_token * shape.tokens,
+        "matmul_flops_per_second": matmul_flops / min(matmul_seconds),
+        # Accelerators: what the allocator held at most, on one device. CPU: what the process grew
+        # by after its imports, compilation included.
+        "peak_memory_gib": peak,
+        "peak_resident_gib": peak_resident_gib(),
+        "peak_over_model_gib": peak_resident_gib() - with_model,
+    }
+
+
+def build(args, shape: Shape, mesh: Mesh) -> tuple[Program, float]:
+    """The program of a run with random weights, and its FLOPs per token.
+
+    The FLOPs are those that a run reports: also of LoRA and ESFT, which need fewer, they are those
+    of full fine-tuning.
+    """
+    # How ESFT scores experts does not matter to a step.
+    name = "esft_gate" if args.method == "esft" else args.method
+    method = MethodOptions(
+        name=name,
+        router_gradient_experts=args.router_gradient_experts,
+        lora_rank=args.lora_rank,
+    )
+    experts = None
+    if args.method == "esft":
+        experts = ExpertConfig((tuple(range(args.selected_experts)),) * shape.layers)
+    settings = ModelSettings(
+        compute_dtype=jnp.dtype(shape.compute_dtype),
+        router_method=router_method(method),
+        router_gradient_experts=args.router_gradient_experts,
+        remat=args.remat,
+        lora=LoraSettings.of_method(vars(method)),
+        selected_experts=experts and experts.experts,
+        **{backend: getattr(args, backend) for backend in BACKENDS},
+    )
+    config = model_config_from_hf(shape.hf_config(), f"--shape={args.shape}")
+    model = Model(config, settings, None, None, None, experts)
+    options = Config(model=ModelOptions(init="random"), method=method)
+    program = build_program(options, model, mesh, total_steps=1000)
+    flops = train_flops_per_token(
+        config, args.method, args.router_gradient_experts, shape.length / 2
+    )
+    return program, flops
+
+
+def stepper(program: Program, batch, what: str) -> Callable[[], Any]:
+    """A function that runs the next step and returns its result."""
+    state, position = program.state, np.zeros(2, np.uint32)
+
+    def gradients():
+        return program.accumulate(state.parameters, program.frozen, None, batch, position)
+
+    def update():
+        nonlocal state
+        state, metrics = program.update(state, gradients())
+        return state, metrics
+
+    return {"gradients": gradients, "update": update}[what]
+
+
+def random_batch(shape: Shape) -> Batch:
+    """Rows of random tokens, one example each; the loss is the mean over their targets."""
+    size = (shape.rows, shape.length)
+    tokens = np.random.default_rng(0).integers(0, shape.vocab, size, dtype=np.int32)
+    targets = np.roll(tokens, -1, axis=1)
+    targets[:, -1] = 0
+    weights = np.full(size, 1 / (shape.rows * (shape.length - 1)), np.float32)
+    weights[:, -1] = 0
+    positions = np.broadcast_to(np.arange(shape.length, dtype=np.int32), size)
+    return Batch(tokens, targets, np.ones(size, np.int32), positions, weights)
+
+
+def dense_matmul(dtype) -> tuple[Callable[[], jax.Array], float]:
+    """A large square matmul on one device, to compare with, and its FLOPs."""
+    side = 2048 if jax.default_backend() == "cpu" else 8192
+    x = jnp.full((side, side), 0.5, dtype)
+    multiply = jax.jit(jnp.dot)
+    return lambda: multiply(x, x), 2.0 * side**3
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """The time that a call takes until its result is there."""
+    start = time.perf_counter()
+    jax.block_until_ready(function())
+    return time.perf_counter() - start
+
+
+def report(result: dict[str, Any]) -> str:
+    """The result for a person to read."""
+    times, shape = result["step_seconds"], result["shape"]
+    best, flops = min(times), result["flops_per_step"]
+    peak = result["matmul_flops_per_second"]
+    sizes = ", ".join(f"{name} {value}" for name, value in shape.items())
+    m, rank = result["router_gradient_experts"], result["lora_rank"]
+    method = result["method"] + (f", m={m}" if m else "") + (f", LoRA rank {rank}" if rank else "")
+    return f"""{method}; {result["what"]}, remat {result["remat"]}, {result["device"]}
+{sizes}
+step          {best:.3f} s at best, {statistics.median(times):.3f} s median of {len(times)}
+throughput    {result["tokens_per_step"] / best:,.0f} tokens/s
+model         {flops / best / 1e9:,.1f} GFLOP/s of {flops / 1e9:,.1f} GFLOP a step
+dense matmul  {peak / 1e9:,.1f} GFLOP/s; the step is at {flops / best / peak:.0%} of it
+peak memory   {result["peak_memory_gib"]:.2f} GiB"""
+
+
+if __name__ == "__main__":
+    run_command(main)
