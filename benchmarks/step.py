@@ -89,7 +89,7 @@ def measure(args, shape: Shape) -> dict[str, Any]:
         jax.block_until_ready((program.state, program.frozen))
         with_model = resident_gib()
         step = stepper(program, program.to_devices(random_batch(shape)), args.what)
-        seconds(step)
+        loss = float(step()[1])  # the first call compiles
         seconds(matmul)
         step_seconds, matmul_seconds = [], []
         for _ in range(args.steps):
@@ -109,6 +109,7 @@ def measure(args, shape: Shape) -> dict[str, Any]:
         "what": args.what,
         "remat": args.remat,
         "device": f"{len(devices)} x {devices[0].device_kind}",
+        "loss": loss,
         "step_seconds": step_seconds,
         "tokens_per_step": shape.tokens,
         "flops_per_step": flops_per_token * shape.tokens,
@@ -156,17 +157,18 @@ def build(args, shape: Shape, mesh: Mesh) -> tuple[Program, float]:
     return program, flops
 
 
-def stepper(program: Program, batch, what: str) -> Callable[[], Any]:
-    """A function that runs the next step and returns its result."""
+def stepper(program: Program, batch, what: str) -> Callable[[], tuple[Any, jax.Array]]:
+    """A function that runs the next step and returns everything that it made, and the loss."""
     state, position = program.state, np.zeros(2, np.uint32)
 
     def gradients():
-        return program.accumulate(state.parameters, program.frozen, None, batch, position)
+        sums = program.accumulate(state.parameters, program.frozen, None, batch, position)
+        return sums, sums.loss
 
     def update():
         nonlocal state
-        state, metrics = program.update(state, gradients())
-        return state, metrics
+        state, metrics = program.update(state, gradients()[0])
+        return state, metrics.loss
 
     return {"gradients": gradients, "update": update}[what]
 

@@ -1,0 +1,188 @@
+"""Times our training step against PyTorch's: python -m benchmarks.compare_pytorch
+
+Forward and backward at the same shape, float32, on the same number of CPU cores: DenseMixer against
+the reference (densemixer on transformers 4), conventional training against transformers 4 and 5.
+In each round every side runs once, in a process of its own, one after the other; a side's time is
+the best of all its steps. PyTorch's threads wait for each other by spinning, so that anything else
+that runs on these cores costs it many times its share: measure on an idle machine. The first run
+makes the virtual environments of the PyTorch sides.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from olmoe_jax.errors import ArgumentParser, UserError, run_command
+
+ROOT = Path(__file__).parents[1]
+VENVS = {
+    "reference": ("torch==2.13.0", "numpy", "transformers==4.51.3", "densemixer==1.0.1"),
+    "transformers5": ("torch==2.13.0", "numpy", "transformers==5.23.0"),
+}
+OURS = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One of the programs compared: ours, or PyTorch's in one of VENVS."""
+
+    name: str
+    venv: str | None
+    flags: tuple[str, ...]
+
+
+EXACT = Side("ours", OURS, ("--method=densemixer",))
+APPROXIMATE = Side("ours, m=16", OURS, ("--method=densemixer", "--router_gradient_experts=16"))
+REFERENCE = Side("densemixer 1.0.1", "reference", ("--method=densemixer",))
+CONVENTIONAL = (
+    Side("ours", OURS, ("--method=conventional",)),
+    Side("transformers 4.51.3", "reference", ("--method=conventional",)),
+    Side(
+        "transformers 5.23.0, grouped_mm",
+        "transformers5",
+        ("--method=conventional", "--experts_implementation=grouped_mm"),
+    ),
+    Side(
+        "transformers 5.23.0, eager",
+        "transformers5",
+        ("--method=conventional", "--experts_implementation=eager"),
+    ),
+)
+CASES: dict[str, tuple[int, tuple[Side, ...]]] = {
+    "densemixer": (2048, (EXACT, APPROXIMATE, REFERENCE)),
+    "conventional": (2048, CONVENTIONAL),
+    "conventional_large_vocabulary": (50304, CONVENTIONAL),
+}
+"""Vocabulary and sides of each case; the first side is what the others are compared with."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = ArgumentParser(prog="python -m benchmarks.compare_pytorch", description=__doc__)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--shape", default="mid", help="of benchmarks.step")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3, help="of a side in a round")
+    parser.add_argument("--threads", type=int, default=2, help="CPU cores to use")
+    parser.add_argument("--venvs", type=Path, default=ROOT / "build" / "pytorch")
+    parser.add_argument("--json", action="store_true", help="print all results as JSON")
+    args = parser.parse_args(arguments)
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < args.threads:
+        raise UserError(f"--threads={args.threads}: there are {len(cores)} cores")
+    os.sched_setaffinity(0, cores[: args.threads])
+    venvs = args.venvs.absolute()
+    for name in sorted({side.venv for case in args.cases for side in CASES[case][1]} - {OURS}):
+        make_venv(venvs / name, VENVS[name])
+    results = {case: compare(case, args, venvs) for case in args.cases}
+    print(json.dumps(results, indent=2) if args.json else table(results))
+
+
+def make_venv(path: Path, requirements: Sequence[str]) -> None:
+    """Installs the requirements into a new virtual environment, unless it was done before."""
+    complete = path / "complete"
+    if complete.exists() and complete.read_text().split() == list(requirements):
+        return
+    print(f"installing {' '.join(requirements)} into {path}", file=sys.stderr)
+    shutil.rmtree(path, ignore_errors=True)
+    run_checked([sys.executable, "-m", "venv", path])
+    run_checked([path / "bin" / "python", "-m", "pip", "install", "--quiet", *requirements])
+    complete.write_text("\n".join(requirements))
+
+
+def compare(case: str, args, venvs: Path) -> list[dict[str, Any]]:
+    """All rounds of a case; of each side its best time, its peak memory and the ratio."""
+    vocabulary, sides = CASES[case]
+    runs: dict[str, list[dict[str, Any]]] = {side.name: [] for side in sides}
+    for turn in range(args.rounds):
+        for side in sides:
+            busy = busy_cores()
+            print(
+                f"{case}, round {turn + 1} of {args.rounds}: {side.name}"
+                + f"; {busy:.1f} cores are BUSY with something else" * (busy > 0.2),
+                file=sys.stderr,
+            )
+            runs[side.name].append(run_side(side, vocabulary, args, venvs))
+    results = []
+    for side in sides:
+        of_side = runs[side.name]
+        results.append(
+            {
+                "side": side.name,
+                "seconds": min(min(run["step_seconds"]) for run in of_side),
+                "peak_resident_gib": max(run["peak_resident_gib"] for run in of_side),
+                "peak_over_model_gib": max(run["peak_over_model_gib"] for run in of_side),
+                "loss": of_side[0]["loss"],
+                "step_seconds": [run["step_seconds"] for run in of_side],
+            }
+        )
+    for result in results:
+        result["ratio"] = result["seconds"] / results[0]["seconds"]
+    return results
+
+
+def busy_cores(seconds: float = 0.5) -> float:
+    """Cores that other programs use now (this one sleeps)."""
+
+    def work() -> tuple[int, int]:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+        ticks = list(map(int, fields))
+        return sum(ticks[:8]), ticks[3] + ticks[4]  # all, and of these idle or waiting
+
+    total, idle = work()
+    time.sleep(seconds)
+    total, idle = work()[0] - total, work()[1] - idle
+    return (1 - idle / max(1, total)) * (os.cpu_count() or 1)
+
+
+def run_side(side: Side, vocabulary: int, args, venvs: Path) -> dict[str, Any]:
+    """One process of a side: what its script prints."""
+    flags = [f"--shape={args.shape}", f"--vocab={vocabulary}", f"--steps={args.steps}", *side.flags]
+    if side.venv is OURS:
+        command = [sys.executable, "-m", "benchmarks.step", "--json", *flags]
+    else:
+        python = venvs / side.venv / "bin" / "python"
+        command = [python, "-m", "benchmarks.pytorch_step", f"--threads={args.threads}", *flags]
+    result = json.loads(run_checked(command).splitlines()[-1])
+    if (spread := result.get("router_spread")) is not None:
+        patched = side is REFERENCE
+        if patched != (spread > 1e-3):
+            raise UserError(f"{side.name}: the densemixer patch is {'not ' * patched}in effect")
+    return result
+
+
+def run_checked(command: Sequence[str | Path]) -> str:
+    """A command's standard output."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
+        raise UserError(f"{' '.join(map(str, command))}: {reason}")
+    return result.stdout
+
+
+def table(results: dict[str, list[dict[str, Any]]]) -> str:
+    """The results as a Markdown table."""
+    lines = [
+        "| case | side | seconds | times ours | peak memory, GiB | over the model |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for case, sides in results.items():
+        for result in sides:
+            lines.append(
+                f"| {case} | {result['side']} | {result['seconds']:.3f} | {result['ratio']:.2f} | "
+                f"{result['peak_resident_gib']:.2f} | {result['peak_over_model_gib']:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_command(main)

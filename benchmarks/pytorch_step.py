@@ -1,0 +1,111 @@
+"""Times forward and backward of transformers' OLMoE on random tokens, for compare_pytorch.
+
+Needs torch and transformers only (and densemixer with --method=densemixer): it runs in the virtual
+environments that compare_pytorch makes. Prints one line of JSON, the last one.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import time
+
+import numpy as np
+
+from benchmarks.memory import peak_resident_gib, resident_gib
+from benchmarks.shapes import add_shape_flags, shape_of
+
+# densemixer reads this when it is imported, and patches transformers then.
+ENABLE = "DENSEMIXER_ENABLED"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_shape_flags(parser)
+    parser.add_argument("--method", choices=("conventional", "densemixer"), default="conventional")
+    parser.add_argument("--experts_implementation", help="of transformers 5: eager, grouped_mm")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    os.environ[ENABLE] = str(int(args.method == "densemixer"))
+    print(json.dumps(measure(args)))
+
+
+def measure(args) -> dict:
+    """Makes the model, runs a step to warm up, then times steps."""
+    import torch
+    import transformers
+
+    if args.method == "densemixer":
+        import densemixer  # noqa: F401
+
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    shape = shape_of(args)
+    model = make_model(shape, args.experts_implementation)
+    with_model = resident_gib()
+    tokens = torch.from_numpy(
+        np.random.default_rng(0).integers(0, shape.vocab, (shape.rows, shape.length))
+    )
+    results = [timed_step(model, tokens) for _ in range(args.steps + 1)][1:]
+    peak = peak_resident_gib()
+    return {
+        "versions": {
+            name: importlib.metadata.version(name)
+            for name in ("torch", transformers.__name__, "densemixer")
+            if name != "densemixer" or args.method == name
+        },
+        "loss": results[-1][2],
+        "forward_seconds": [forward for forward, _, _ in results],
+        "step_seconds": [forward + backward for forward, backward, _ in results],
+        "tokens_per_step": shape.tokens,
+        "peak_resident_gib": peak,
+        "peak_over_model_gib": peak - with_model,
+        # transformers 5 has other blocks, and no densemixer.
+        "router_spread": None if args.experts_implementation else router_spread(model),
+    }
+
+
+def make_model(shape, experts_implementation: str | None):
+    """OLMoE with random float32 weights, in training mode, with PyTorch's fused attention."""
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    settings = {"attn_implementation": "sdpa"}
+    if experts_implementation:
+        settings["experts_implementation"] = experts_implementation
+    config = OlmoeConfig(**shape.hf_config(), use_cache=False)
+    return OlmoeForCausalLM._from_config(config, **settings).train()
+
+
+def timed_step(model, tokens) -> tuple[float, float, float]:
+    """Seconds of the forward (all positions' logits, their loss) and of the backward; the loss."""
+    model.zero_grad(set_to_none=True)
+    start = time.perf_counter()
+    loss = model(input_ids=tokens, labels=tokens).loss
+    middle = time.perf_counter()
+    loss.backward()
+    return middle - start, time.perf_counter() - middle, loss.item()
+
+
+def router_spread(model) -> float:
+    """How the gradients of the unselected experts' probabilities differ: 0 unless by DenseMixer.
+
+    For one token, dL/dlogit_j = p_j (dL/dp_j - sum_i p_i dL/dp_i). Where only selected experts
+    have a dL/dp_j, dL/dlogit_j / p_j is the same number for all others. The spread is the standard
+    deviation of these numbers over the largest.
+    """
+    import torch
+
+    block = model.model.layers[0].mlp
+    x = torch.randn(1, 1, model.config.hidden_size)
+    y, logits = block(x)
+    logits.retain_grad()
+    (y * torch.randn_like(y)).sum().backward()
+    probabilities = torch.softmax(logits.detach(), -1)
+    unselected = probabilities.argsort()[0, : -block.top_k]
+    ratios = (logits.grad / probabilities)[0, unselected]
+    return (ratios.std() / ratios.abs().max()).item()
+
+
+if __name__ == "__main__":
+    main()
