@@ -4,8 +4,9 @@ Forward and backward at the same shape, float32, on the same number of CPU cores
 the reference (densemixer on transformers 4), conventional training against transformers 4 and 5.
 In each round every side runs once, in a process of its own, one after the other; a side's time is
 the best of all its steps. PyTorch's threads wait for each other by spinning, so that anything else
-that runs on these cores costs it many times its share: measure on an idle machine. The first run
-makes the virtual environments of the PyTorch sides.
+that runs on these cores costs it many times its share: measure on an idle machine, or with
+--threads 1 and look at the CPU time. The first run makes the virtual environments of the PyTorch
+sides.
 """
 
 import dataclasses
@@ -116,6 +117,7 @@ def compare(case: str, args, venvs: Path) -> list[dict[str, Any]]:
             {
                 "side": side.name,
                 "seconds": min(min(run["step_seconds"]) for run in of_side),
+                "cpu_seconds": min(min(run["step_cpu_seconds"]) for run in of_side),
                 "peak_resident_gib": max(run["peak_resident_gib"] for run in of_side),
                 "peak_over_model_gib": max(run["peak_over_model_gib"] for run in of_side),
                 "loss": of_side[0]["loss"],
@@ -172,13 +174,14 @@ def run_checked(command: Sequence[str | Path]) -> str:
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
     """The results as a Markdown table."""
     lines = [
-        "| case | side | seconds | times ours | peak memory, GiB | over the model |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| case | side | seconds | times ours | CPU seconds | peak memory, GiB | over the model |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for case, sides in results.items():
         for result in sides:
             lines.append(
                 f"| {case} | {result['side']} | {result['seconds']:.3f} | {result['ratio']:.2f} | "
+                f"{result['cpu_seconds']:.3f} | "
                 f"{result['peak_resident_gib']:.2f} | {result['peak_over_model_gib']:.2f} |"
             )
     return "\n".join(lines)

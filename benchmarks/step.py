@@ -40,6 +40,21 @@ BACKENDS = [
 
 
 def main(arguments: Sequence[str]) -> None:
+    parser = make_parser()
+    parser.add_argument("--steps", type=int, default=5, help="timed steps")
+    parser.add_argument("--devices", type=int, help="virtual CPU devices; default: what there is")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON")
+    args = parser.parse_args(arguments)
+    if args.steps < 1:
+        raise UserError(f"--steps={args.steps}: must be positive")
+    if args.devices:
+        jax.config.update("jax_num_cpu_devices", args.devices)
+    result = measure(args)
+    print(json.dumps(result) if args.json else report(result))
+
+
+def make_parser() -> ArgumentParser:
+    """The flags that say what a step is."""
     parser = ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
     add_shape_flags(parser)
     parser.add_argument("--method", choices=METHODS, default="densemixer")
@@ -52,49 +67,23 @@ def main(arguments: Sequence[str]) -> None:
     for name in BACKENDS:
         parser.add_argument(f"--{name}", help="backend; default: the platform's")
     parser.add_argument("--what", choices=("gradients", "update"), default="gradients")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps")
-    parser.add_argument("--devices", type=int, help="virtual CPU devices; default: what there is")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON")
-    args = parser.parse_args(arguments)
-    shape = shape_of(args)
-    check(args, shape)
-    if args.devices:
-        jax.config.update("jax_num_cpu_devices", args.devices)
-    result = measure(args, shape)
-    print(json.dumps(result) if args.json else report(result))
+    return parser
 
 
-def check(args, shape: Shape) -> None:
-    """Refuses flags that would be without effect or cannot work."""
-    if args.router_gradient_experts is not None and args.method != "densemixer":
-        raise UserError(f"--router_gradient_experts is densemixer's; --method={args.method}")
-    if args.lora_rank is not None and args.method == "esft":
-        raise UserError("--lora_rank does not go with --method=esft; leave one of them out")
-    if args.method == "esft" and not 0 < args.selected_experts <= shape.experts:
-        raise UserError(f"--selected_experts must be 1 to {shape.experts}")
-    if args.steps < 1:
-        raise UserError(f"--steps={args.steps}: must be positive")
-
-
-def measure(args, shape: Shape) -> dict[str, Any]:
-    """Builds the program, runs it once (it compiles), then times it in turn with a matmul."""
-    devices = jax.devices()
-    if shape.rows % len(devices):
-        raise UserError(f"--rows={shape.rows}: must be a multiple of the {len(devices)} devices")
+def measure(args) -> dict[str, Any]:
+    """Makes the program, runs it once (it compiles), then times it in turn with a matmul."""
+    devices, shape, mesh = jax.devices(), shape_of(args), sharding.make_mesh()
     imported = resident_gib()
     matmul, matmul_flops = dense_matmul(jnp.dtype(shape.compute_dtype))
-    mesh = sharding.make_mesh()
     with jax.set_mesh(mesh):
-        program, flops_per_token = build(args, shape, mesh)
-        jax.block_until_ready((program.state, program.frozen))
+        step, flops_per_token = make_step(args, mesh)
         with_model = resident_gib()
-        step = stepper(program, program.to_devices(random_batch(shape)), args.what)
         loss = float(step()[1])  # the first call compiles
-        seconds(matmul)
-        step_seconds, matmul_seconds = [], []
+        timed(matmul)
+        steps, matmuls = [], []
         for _ in range(args.steps):
-            step_seconds.append(seconds(step))
-            matmul_seconds += [seconds(matmul) for _ in range(3)]
+            steps.append(timed(step))
+            matmuls += [timed(matmul)[0] for _ in range(3)]
     if on_cpu := jax.default_backend() == "cpu":
         peak = peak_resident_gib() - imported
     else:
@@ -110,16 +99,51 @@ def measure(args, shape: Shape) -> dict[str, Any]:
         "remat": args.remat,
         "device": f"{len(devices)} x {devices[0].device_kind}",
         "loss": loss,
-        "step_seconds": step_seconds,
+        "step_seconds": [wall for wall, _ in steps],
+        "step_cpu_seconds": [cpu for _, cpu in steps],
         "tokens_per_step": shape.tokens,
         "flops_per_step": flops_per_token * shape.tokens,
-        "matmul_flops_per_second": matmul_flops / min(matmul_seconds),
+        "matmul_flops_per_second": matmul_flops / min(matmuls),
         # Accelerators: what the allocator held at most, on one device. CPU: what the process grew
         # by after its imports, compilation included.
         "peak_memory_gib": peak,
         "peak_resident_gib": peak_resident_gib(),
         "peak_over_model_gib": peak_resident_gib() - with_model,
     }
+
+
+def make_step(args, mesh: Mesh) -> tuple[Callable[[], tuple[Any, jax.Array]], float]:
+    """A function that runs a step, returning all that it made and the loss; FLOPs per token.
+
+    To be called under `jax.set_mesh(mesh)`. Its random weights are there when this returns.
+
+    Raises:
+      UserError: flags that would be without effect or cannot work.
+    """
+    shape = shape_of(args)
+    if args.router_gradient_experts is not None and args.method != "densemixer":
+        raise UserError(f"--router_gradient_experts is densemixer's; --method={args.method}")
+    if args.lora_rank is not None and args.method == "esft":
+        raise UserError("--lora_rank does not go with --method=esft; leave one of them out")
+    if args.method == "esft" and not 0 < args.selected_experts <= shape.experts:
+        raise UserError(f"--selected_experts must be 1 to {shape.experts}")
+    if shape.rows % mesh.size:
+        raise UserError(f"--rows={shape.rows}: must be a multiple of the {mesh.size} devices")
+    program, flops_per_token = build(args, shape, mesh)
+    jax.block_until_ready((program.state, program.frozen))
+    batch = program.to_devices(random_batch(shape))
+    state, position = program.state, np.zeros(2, np.uint32)
+
+    def gradients():
+        sums = program.accumulate(state.parameters, program.frozen, None, batch, position)
+        return sums, sums.loss
+
+    def update():
+        nonlocal state
+        state, metrics = program.update(state, gradients()[0])
+        return state, metrics.loss
+
+    return {"gradients": gradients, "update": update}[args.what], flops_per_token
 
 
 def build(args, shape: Shape, mesh: Mesh) -> tuple[Program, float]:
@@ -157,22 +181,6 @@ def build(args, shape: Shape, mesh: Mesh) -> tuple[Program, float]:
     return program, flops
 
 
-def stepper(program: Program, batch, what: str) -> Callable[[], tuple[Any, jax.Array]]:
-    """A function that runs the next step and returns everything that it made, and the loss."""
-    state, position = program.state, np.zeros(2, np.uint32)
-
-    def gradients():
-        sums = program.accumulate(state.parameters, program.frozen, None, batch, position)
-        return sums, sums.loss
-
-    def update():
-        nonlocal state
-        state, metrics = program.update(state, gradients()[0])
-        return state, metrics.loss
-
-    return {"gradients": gradients, "update": update}[what]
-
-
 def random_batch(shape: Shape) -> Batch:
     """Rows of random tokens, one example each; the loss is the mean over their targets."""
     size = (shape.rows, shape.length)
@@ -193,11 +201,11 @@ def dense_matmul(dtype) -> tuple[Callable[[], jax.Array], float]:
     return lambda: multiply(x, x), 2.0 * side**3
 
 
-def seconds(function: Callable[[], Any]) -> float:
-    """The time that a call takes until its result is there."""
-    start = time.perf_counter()
+def timed(function: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds until a call's result is there, and the CPU time of all threads meanwhile."""
+    cpu, start = time.process_time(), time.perf_counter()
     jax.block_until_ready(function())
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - cpu
 
 
 def report(result: dict[str, Any]) -> str:

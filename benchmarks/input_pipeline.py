@@ -1,0 +1,151 @@
+"""What reading real data costs a training step: python -m benchmarks.input_pipeline
+
+Trains on generated rows as the run's loop does, next(iterator), transfer, accumulate, update,
+the numbers of a step fetched while the next one runs; then repeats the same steps with their
+batches already on the devices. In turns; the ratio of the medians should be below 1.02.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from olmoe_jax import sharding
+from olmoe_jax.config import Config, DataOptions, ModelOptions, TrainOptions
+from olmoe_jax.errors import ArgumentParser, run_command
+from olmoe_jax.hf import directory
+from olmoe_jax.quickstart import write_inputs
+from olmoe_jax.training.setup import (
+    Program,
+    build_program,
+    load_datasets,
+    open_model,
+    training_data,
+)
+
+MODEL = {
+    "hidden_size": 256,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_experts": 32,
+    "num_experts_per_tok": 4,
+}
+"""Instead of the quickstart's sizes: a step takes about half a second on two cores."""
+
+AHEAD = 6
+"""More steps than the iterator prepares ahead."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = ArgumentParser(prog="python -m benchmarks.input_pipeline", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=12, help="of a round")
+    parser.add_argument("--batch_size", type=int, default=64, help="examples of a step")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON")
+    args = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as directory_:
+        result = measure(Path(directory_), args)
+    print(json.dumps(result) if args.json else report(result))
+
+
+def measure(path: Path, args) -> dict[str, float]:
+    """Median seconds per step with the pipeline and without."""
+    inputs = write_inputs(path / "inputs")
+    config_json = inputs / "config.json"
+    directory.write_json(config_json, json.loads(config_json.read_text()) | MODEL)
+    config = Config(
+        model=ModelOptions(
+            path=str(inputs),
+            init="random",
+            config_path=str(inputs),
+            compute_dtype="float32",
+            remat="none",
+        ),
+        data=DataOptions(
+            train_path=f"{inputs}/train.jsonl",
+            eval_fraction=0.0,
+            max_seq_length=128,
+            cache_dir=str(path / "cache"),
+        ),
+        train=TrainOptions(batch_size=args.batch_size, epochs=1000, rows_per_device=32),
+    )
+    mesh = sharding.make_mesh()
+    model = open_model(config)
+    data = training_data(config, load_datasets(config, model), mesh)
+    with jax.set_mesh(mesh):
+        program = build_program(config, model, mesh, data.total_steps)
+        return compare(program, data.iterator(), args)
+
+
+def compare(program: Program, iterator, args) -> dict[str, float]:
+    """Takes turns: `args.steps` steps from the iterator, then the same ones from the devices."""
+    run = _Loop(program)
+    run.steps([next(iterator).batches])  # compiles
+    piped, fixed, waited = [], [], []
+    for _ in range(args.rounds):
+        # What the iterator prepared ahead in the meantime would flatter the timed steps.
+        run.steps(next(iterator).batches for _ in range(AHEAD))
+        seen: list = []
+        waits: list[float] = []
+
+        def from_iterator(seen=seen, waits=waits):
+            for _ in range(args.steps):
+                start = time.perf_counter()
+                seen.append(next(iterator).batches)
+                waits.append(time.perf_counter() - start)
+                yield seen[-1]
+
+        piped.append(run.steps(from_iterator()) / args.steps)
+        waited.append(sum(waits) / args.steps)
+        placed = [[program.to_devices(batch) for batch in step] for step in seen]
+        fixed.append(run.steps(jax.block_until_ready(placed), placed=True) / args.steps)
+    return {
+        "ratio": statistics.median(piped) / statistics.median(fixed),
+        "step_seconds": statistics.median(piped),
+        "fixed_step_seconds": statistics.median(fixed),
+        "waited_seconds": statistics.median(waited),
+    }
+
+
+class _Loop:
+    """The run's loop over steps, without evaluation, checkpoints and reports."""
+
+    def __init__(self, program: Program):
+        self.program, self.state = program, program.state
+
+    def steps(self, steps: Iterable[list], placed: bool = False) -> float:
+        """Seconds of these steps until the last one's numbers are there."""
+        program, pending = self.program, None
+        start = time.perf_counter()
+        for index, batches in enumerate(steps):
+            accumulated = None
+            for micro, batch in enumerate(batches):
+                accumulated = program.accumulate(
+                    self.state.parameters,
+                    program.frozen,
+                    accumulated,
+                    batch if placed else program.to_devices(batch),
+                    np.array([index, micro], np.uint32),
+                )
+            self.state, metrics = program.update(self.state, accumulated)
+            jax.device_get(pending)
+            pending = metrics
+        jax.block_until_ready((self.state, pending))
+        return time.perf_counter() - start
+
+
+def report(result: dict[str, float]) -> str:
+    """The result for a person to read."""
+    return f"""with the pipeline   {result["step_seconds"]:.4f} s a step
+batches on device   {result["fixed_step_seconds"]:.4f} s a step
+ratio               {result["ratio"]:.4f}
+waiting for data    {result["waited_seconds"] * 1e3:.2f} ms a step"""
+
+
+if __name__ == "__main__":
+    run_command(main)

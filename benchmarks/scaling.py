@@ -1,0 +1,104 @@
+"""How the time per token grows: python -m benchmarks.scaling --output docs/scaling.png
+
+Forward and backward of a small model as its tokens, experts, layers or (virtual CPU) devices grow,
+for conventional training, DenseMixer, and DenseMixer of 2K experts per token. Draws the four curves
+and prints them as a Markdown table. Minutes on two cores.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from benchmarks.shapes import shape_of
+from benchmarks.step import make_parser, make_step, timed
+from olmoe_jax import sharding
+from olmoe_jax.errors import ArgumentParser, run_command
+
+BASE = ("--shape=mid", "--layers=2", "--hidden=256", "--intermediate=128", "--heads=4")
+BASE += ("--experts=32", "--vocab=512", "--rows=8", "--length=128")
+METHODS = {
+    "conventional": ("--method=conventional",),
+    "densemixer": ("--method=densemixer",),
+    "densemixer, m=2K": ("--method=densemixer", "--router_gradient_experts=16"),
+}
+SERIES = {
+    "tokens": {rows * 128: (1, (f"--rows={rows}",)) for rows in (2, 4, 8, 16)},
+    "experts": {count: (1, (f"--experts={count}",)) for count in (16, 32, 64, 128)},
+    "layers": {count: (1, (f"--layers={count}",)) for count in (1, 2, 4, 8)},
+    "devices": {count: (count, ()) for count in (1, 2, 4, 8)},
+}
+"""What grows: {its value: (devices, flags over BASE)}. The devices share the machine's cores."""
+
+Curves = dict[str, dict[int, dict[str, float]]]
+"""Seconds per token: curves[what grows][value][method]."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
+    parser.add_argument("--output", type=Path, required=True, help="PNG file to write")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each point")
+    parser.add_argument("--series", nargs="+", choices=SERIES, default=list(SERIES))
+    args = parser.parse_args(arguments)
+    jax.config.update("jax_num_cpu_devices", 8)
+    start = time.monotonic()
+    curves: Curves = {}
+    for name in args.series:
+        points = {value: measure(*SERIES[name][value], args.steps) for value in SERIES[name]}
+        curves[name] = points
+        print(f"{name}: done after {time.monotonic() - start:.0f} s", flush=True)
+    print(table(curves))
+    plot(curves, args.output)
+
+
+def measure(devices: int, flags: Sequence[str], steps: int) -> dict[str, float]:
+    """Seconds per token of each method, best of `steps`, in turns."""
+    mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+    parsed = {
+        name: make_parser().parse_args([*BASE, *flags, *method]) for name, method in METHODS.items()
+    }
+    with jax.set_mesh(mesh):
+        functions = {name: make_step(args, mesh)[0] for name, args in parsed.items()}
+        for step in functions.values():
+            timed(step)  # compiles
+        rounds = [{name: timed(step)[0] for name, step in functions.items()} for _ in range(steps)]
+    tokens = shape_of(parsed["conventional"]).tokens
+    return {name: min(turn[name] for turn in rounds) / tokens for name in METHODS}
+
+
+def table(curves: Curves) -> str:
+    """Microseconds per token as a Markdown table."""
+    lines = ["| | | " + " | ".join(METHODS) + " |", "| --- " * (2 + len(METHODS)) + "|"]
+    for what, points in curves.items():
+        for value, seconds in points.items():
+            cells = " | ".join(f"{seconds[method] * 1e6:.0f}" for method in METHODS)
+            lines.append(f"| {what} | {value} | {cells} |")
+    return "\n".join(lines)
+
+
+def plot(curves: Curves, file: Path) -> None:
+    """One panel for each thing that grows; times relative to its first conventional one."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
+    for panel, (what, points) in zip(panels, curves.items(), strict=True):
+        values = list(points)
+        unit = points[values[0]]["conventional"]
+        for method, marker in zip(METHODS, "os^", strict=True):
+            times = [points[value][method] / unit for value in values]
+            panel.plot(values, times, marker=marker, label=method)
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log", base=2)
+        panel.set_xticks(values, map(str, values))
+        panel.set_xlabel(what)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("time per token, relative")
+    panels[0].yaxis.set_major_formatter("{x:g}")
+    panels[0].legend(fontsize="small")
+    figure.savefig(file, dpi=100)
+
+
+if __name__ == "__main__":
+    run_command(main)
