@@ -3,7 +3,13 @@
 A matmul of a token's vector with an [m, n] matrix counts 2 m n.
 """
 
-from olmoe_jax.model.config import ModelConfig
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from olmoe_jax.model.config import ModelConfig, ModelSettings
+from olmoe_jax.model.olmoe import parameter_specs
+from olmoe_jax.model.parameters import ParameterSpec
 
 
 def forward_flops_per_token(config: ModelConfig, context: float) -> float:
@@ -36,3 +42,76 @@ def train_flops_per_token(
         extra = max(0, terms - config.num_experts_per_token)
         flops += 2.0 * config.num_layers * extra * expert_weights(config)
     return flops
+
+
+class StepFlops(NamedTuple):
+    """FLOPs per token of a training step, by what they are for."""
+
+    forward: float
+    backward: float
+    router_gradient: float  # DenseMixer's term, of the experts that were not selected
+    recomputed: float  # what the implementation computes a second time
+
+    @property
+    def model(self) -> float:
+        """What the mathematics needs."""
+        return self.forward + self.backward + self.router_gradient
+
+    @property
+    def executed(self) -> float:
+        """What the devices compute."""
+        return self.model + self.recomputed
+
+
+def step_flops_per_token(
+    config: ModelConfig, settings: ModelSettings, trains: Callable[[str], bool], context: float
+) -> StepFlops:
+    """FLOPs of a training step per token that attends to `context` positions on average.
+
+    With W the weights that a token is multiplied with (of each layer's E experts only K; adapters
+    too; the head, no embedding or norm) and A = 2 * context * heads * L its attention scores and
+    mixtures:
+
+    - forward = 2 (W + A); backward = 2 W for the inputs' gradients + 2 W' for the weights' + 4 A.
+      W' counts only weights that train: without LoRA all of them; of ESFT's selected experts the
+      share K/E of tokens that an average expert sees.
+    - router_gradient = 2 L (m - K) w for DenseMixer, with w the weights of an expert and m = E
+      unless settings.router_gradient_experts is less.
+    - recomputed = the forward of all layers with remat="full", the head's logits (which the
+      cross-entropy never keeps), and 2 L K w when DenseMixer is exact: its loop runs all experts.
+
+    Work that does not grow with the tokens (adapters multiplied out, the optimizer) is left out.
+    """
+    weights = trained = 0.0
+    for name, spec in parameter_specs(config, settings).items():
+        size = _matmul_weights(name, spec, config)
+        trained += size * trains(name)
+        weights += 0.0 if name.startswith("selected.") else size
+    attention = 2.0 * context * config.num_heads * config.head_dim * config.num_layers
+    head = config.hidden_size * config.vocab_size
+    router_gradient, recomputed = 0.0, 2.0 * head
+    if settings.remat == "full":
+        recomputed += 2.0 * (weights + attention - head)
+    if settings.router_method == "densemixer":
+        expert = 2.0 * config.num_layers * expert_weights(config)
+        selected, terms = config.num_experts_per_token, settings.router_gradient_experts
+        if terms is None or terms >= config.num_experts:
+            terms = config.num_experts
+            recomputed += selected * expert
+        router_gradient = max(0, terms - selected) * expert
+    return StepFlops(
+        forward=2.0 * (weights + attention),
+        backward=2.0 * (weights + trained) + 4.0 * attention,
+        router_gradient=router_gradient,
+        recomputed=recomputed,
+    )
+
+
+def _matmul_weights(name: str, spec: ParameterSpec, config: ModelConfig) -> float:
+    """How many of a parameter's numbers a token is multiplied with."""
+    if "norm" in name or (name == "embed" and not config.tie_word_embeddings):
+        return 0.0
+    size = float(math.prod(spec.shape))
+    if ".experts." in name or name.startswith("selected."):
+        return size * config.num_experts_per_token / config.num_experts
+    return size

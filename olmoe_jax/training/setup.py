@@ -91,6 +91,21 @@ class Program:
         return place_batch(batch, self.mesh)
 
 
+@dataclasses.dataclass(frozen=True)
+class StepFunctions:
+    """The jitted functions of a step and where their results lie; compiled when called.
+
+    Training calls them with arrays, `olmoe_jax.plan` compiles them for shapes.
+    """
+
+    trainer: Trainer
+    state_shardings: TrainState  # of NamedSharding
+    accumulated_shardings: Accumulated  # of NamedSharding; one for all router statistics
+    accumulate: Callable[..., Accumulated]
+    update: Callable[..., Any]
+    evaluate: Callable[..., jax.Array]
+
+
 def open_model(config: Config) -> Model:
     """Opens and checks the base model; no weight is read yet."""
     options = config.model
@@ -107,17 +122,22 @@ def open_model(config: Config) -> Model:
         source, files = None, path if path.is_dir() else path.parent
         model_config = read_model_config(files)
     tokenizer = config.data.tokenizer_path or options.path
-    settings = ModelSettings(
-        compute_dtype=jnp.dtype(options.compute_dtype),
-        router_method=router_method(config.method),
-        router_gradient_experts=config.method.router_gradient_experts,
-        remat=options.remat,
-        lora=LoraSettings.of_method(vars(config.method)),
-    )
+    settings = model_settings(config)
     model = Model(model_config, settings, source, files, directory.resolve(tokenizer))
     if config.method.adapter_path:
         _read_adapter(config.method.adapter_path, model)  # complains before anything is written
     return model
+
+
+def model_settings(config: Config) -> ModelSettings:
+    """How the configuration asks the model to compute."""
+    return ModelSettings(
+        compute_dtype=jnp.dtype(config.model.compute_dtype),
+        router_method=router_method(config.method),
+        router_gradient_experts=config.method.router_gradient_experts,
+        remat=config.model.remat,
+        lora=LoraSettings.of_method(vars(config.method)),
+    )
 
 
 def load_datasets(config: Config, model: Model) -> Datasets:
@@ -174,10 +194,26 @@ def row_layout(config: Config, datasets: Datasets, mesh: Mesh) -> dict[str, Any]
 
 def build_program(config: Config, model: Model, mesh: Mesh, total_steps: int) -> Program:
     """Loads or draws the parameters and prepares the functions of a step (compiled when called)."""
-    options, method = config.optimizer, config.method
+    trained, frozen = initial_parameters(config, model, mesh)
+    functions = step_functions(config, model.config, model.settings, trained, mesh, total_steps)
+    make = functools.partial(initial_state, optimizer=functions.trainer.optimizer)
+    state = jax.jit(make, out_shardings=functions.state_shardings, donate_argnums=0)(trained)
+    return Program(mesh, state, frozen, functions.accumulate, functions.update, functions.evaluate)
+
+
+def step_functions(
+    config: Config,
+    model_config: ModelConfig,
+    settings: ModelSettings,
+    trained: Parameters,
+    mesh: Mesh,
+    total_steps: int,
+) -> StepFunctions:
+    """The functions of a step for these parameters (arrays, or their shapes and dtypes)."""
+    options = config.optimizer
     trainer = Trainer(
-        config=model.config,
-        settings=model.settings,
+        config=model_config,
+        settings=settings,
         optimizer=adamw(options.beta1, options.beta2, options.epsilon, options.weight_decay),
         schedule=schedule(
             options.schedule,
@@ -186,23 +222,20 @@ def build_program(config: Config, model: Model, mesh: Mesh, total_steps: int) ->
             total_steps,
         ),
         max_grad_norm=options.max_grad_norm,
-        aux_loss_coefficient=method.router_aux_loss_coefficient,
+        aux_loss_coefficient=config.method.router_aux_loss_coefficient,
         seed=config.train.seed,
     )
-    trained, frozen = initial_parameters(config, model, mesh)
     replicated = NamedSharding(mesh, P())
-    by_name = sharding.parameter_shardings(parameter_specs(model.config, model.settings), mesh)
+    by_name = sharding.parameter_shardings(parameter_specs(model_config, settings), mesh)
     gradients = {name: by_name[name] for name in trained}
-    state = _sharded_state(trainer, trained, by_name, mesh)
-    state_shardings = jax.tree.map(lambda array: array.sharding, state)
-    return Program(
-        mesh,
-        state,
-        frozen,
+    accumulated_shardings = Accumulated(gradients, replicated, replicated)
+    state_shardings = _state_shardings(trainer, trained, by_name, mesh)
+    return StepFunctions(
+        trainer,
+        state_shardings,
+        accumulated_shardings,
         accumulate=jax.jit(
-            trainer.accumulate,
-            donate_argnums=2,
-            out_shardings=Accumulated(gradients, replicated, replicated),
+            trainer.accumulate, donate_argnums=2, out_shardings=accumulated_shardings
         ),
         update=jax.jit(
             trainer.update, donate_argnums=0, out_shardings=(state_shardings, replicated)
@@ -211,14 +244,26 @@ def build_program(config: Config, model: Model, mesh: Mesh, total_steps: int) ->
     )
 
 
+def kept_dtype(
+    trains: Callable[[str], bool], settings: ModelSettings
+) -> Callable[[str], jnp.dtype]:
+    """The dtype of a parameter by name: float32 when it trains, else the compute dtype.
+
+    A router is float32 in any case.
+    """
+
+    def dtype(name: str) -> jnp.dtype:
+        return jnp.dtype(jnp.float32 if trains(name) or name == ROUTER else settings.compute_dtype)
+
+    return dtype
+
+
 def initial_parameters(config: Config, model: Model, mesh: Mesh) -> tuple[Parameters, Parameters]:
     """What trains, float32, and what does not, in the compute dtype (a router in float32)."""
     trains = method_trains(config.method, model.config, model.experts)
     seed, chosen = config.train.seed, model.settings.selected_experts
     shardings = sharding.parameter_shardings(parameter_specs(model.config, model.settings), mesh)
-
-    def dtype(name: str):
-        return jnp.float32 if trains(name) or name == ROUTER else model.settings.compute_dtype
+    dtype = kept_dtype(trains, model.settings)
 
     def random(wanted):
         return random_parameters(model.config, model.settings, seed, mesh, wanted)
@@ -260,14 +305,13 @@ def _read_adapter(path: str, model: Model) -> dict[str, np.ndarray]:
     return adapters
 
 
-def _sharded_state(trainer: Trainer, trained: Parameters, by_name, mesh: Mesh) -> TrainState:
-    """The initial state; moments lie where their parameters lie, scalars everywhere."""
-    make = functools.partial(initial_state, optimizer=trainer.optimizer)
+def _state_shardings(trainer: Trainer, trained: Parameters, by_name, mesh: Mesh) -> TrainState:
+    """Moments lie where their parameters lie, scalars everywhere."""
     replicated = NamedSharding(mesh, P())
 
     def place(path, _):
         names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
         return by_name[names[-1]] if names else replicated
 
-    shardings = jax.tree_util.tree_map_with_path(place, jax.eval_shape(make, trained))
-    return jax.jit(make, out_shardings=shardings, donate_argnums=0)(trained)
+    state = jax.eval_shape(lambda p: initial_state(p, trainer.optimizer), trained)
+    return jax.tree_util.tree_map_with_path(place, state)

@@ -1,0 +1,79 @@
+"""`python -m olmoe_jax.plan`: whether a run fits on devices that need not be there."""
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from olmoe_jax.command_line import parse_config
+from olmoe_jax.errors import ArgumentParser, run_command
+from olmoe_jax.plan.devices import parse_topology, prepare_environment
+
+_EPILOG = """\
+--config and --config.FIELD.SUBFIELD=VALUE are those of train.py (python train.py --help).
+
+The compiler of the devices must be installed, the devices need not be there:
+  h100  pip install "jax[cuda12]"
+  v5e, v6e, v5p  pip install libtpu
+
+example:
+  python -m olmoe_jax.plan --config configs/densemixer_gsm.py --topology h100:8
+"""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Prints the plan that the arguments ask for. Raises `UserError` for mistakes in them."""
+    options, config_flags = _parser().parse_known_args(arguments)
+    topology = parse_topology(options.topology)
+    config = parse_config(config_flags)
+    prepare_environment(topology)
+    # jax may be imported only now that the environment is set.
+    from olmoe_jax.plan.planning import plan
+    from olmoe_jax.plan.report import to_json, to_text
+
+    given = {} if options.esft_experts is None else {"esft_experts": options.esft_experts}
+    result = plan(config, options.topology, rows_per_step=options.rows_per_step, **given)
+    print(json.dumps(to_json(result)) if options.json else to_text(result))
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="python -m olmoe_jax.plan",
+        description="Compiles the training step of a configuration for devices that need not be "
+        "there;\nsays whether it fits, what it communicates and how fast it can be at most.",
+        epilog=_EPILOG,
+    )
+    parser.add_argument(
+        "--topology",
+        required=True,
+        metavar="KIND:COUNT",
+        help="h100:8, v5e:2x4, v6e:8, v5p:2x2x1, cpu:8, …",
+    )
+    parser.add_argument(
+        "--rows_per_step",
+        type=_positive,
+        metavar="N",
+        help="rows of data.max_seq_length tokens in a step (default: one micro-batch)",
+    )
+    parser.add_argument(
+        "--esft_experts",
+        type=_positive,
+        metavar="N",
+        help="selected experts in each layer of an ESFT run without method.experts_path "
+        "(default: 4)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return value
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,199 @@
+"""Compiles the programs of a training step for devices that need not exist.
+
+They are training's own (`olmoe_jax.training.setup.step_functions`), called with shapes.
+"""
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from olmoe_jax import sharding
+from olmoe_jax.config import Config
+from olmoe_jax.esft.selection import ExpertConfig
+from olmoe_jax.model.config import ModelConfig, ModelSettings
+from olmoe_jax.model.olmoe import parameter_specs
+from olmoe_jax.model.parameters import Parameters
+from olmoe_jax.plan.collectives import Communication, communication
+from olmoe_jax.training.methods import method_trains, split_trained
+from olmoe_jax.training.setup import StepFunctions, kept_dtype, step_functions
+from olmoe_jax.training.step import Accumulated, DeviceBatch, TrainState, initial_state
+
+_STEPS = 1000
+"""Of the learning rate schedule, which changes no shape."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one device while a program runs.
+
+    Attributes:
+      arguments, outputs, temporaries, code: what the compiler allocates for the program.
+      aliased: outputs that take the place of arguments (donated), and so count once.
+      resident: arrays of the run that the program does not touch but that stay where they are.
+    """
+
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    code: int
+    resident: int
+
+    @property
+    def peak(self) -> int:
+        allocated = self.arguments + self.outputs - self.aliased + self.temporaries + self.code
+        return allocated + self.resident
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledProgram:
+    """One program; memory is None when the compiler refused it for its size."""
+
+    name: str
+    memory: Memory | None
+    needs: int  # bytes at the peak, also when refused
+    communication: Communication | None  # None: the compiler does not show it
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """The arrays of a run as shapes, dtypes and shardings."""
+
+    trained: Parameters
+    frozen: Parameters
+    state: TrainState
+    accumulated: Accumulated
+    batch: DeviceBatch
+    position: jax.ShapeDtypeStruct
+
+
+class StepPrograms:
+    """The programs of a configuration's step on a mesh; `compile` compiles one of them."""
+
+    def __init__(
+        self,
+        config: Config,
+        model_config: ModelConfig,
+        settings: ModelSettings,
+        experts: ExpertConfig | None,
+        mesh: Mesh,
+    ):
+        self.mesh, self.settings = mesh, settings
+        self.trains = method_trains(config.method, model_config, experts)
+        specs = parameter_specs(model_config, settings)
+        places = sharding.parameter_shardings(specs, mesh)
+        dtype = kept_dtype(self.trains, settings)
+        parameters = {
+            name: jax.ShapeDtypeStruct(spec.shape, dtype(name), sharding=places[name])
+            for name, spec in specs.items()
+        }
+        trained, frozen = split_trained(self.trains, parameters)
+        self.functions = step_functions(config, model_config, settings, trained, mesh, _STEPS)
+        self.shapes = _shapes(self.functions, config, trained, frozen, mesh)
+
+    def compile(self, name: str) -> CompiledProgram:
+        """Compiles "accumulate", "update" or "evaluate"."""
+        shapes = self.shapes
+        moments = device_bytes(shapes.state) - device_bytes(shapes.trained)
+        function, arguments, resident = {
+            "accumulate": (
+                self.functions.accumulate,
+                (shapes.trained, shapes.frozen, shapes.accumulated, shapes.batch, shapes.position),
+                moments,
+            ),
+            "update": (
+                self.functions.update,
+                (shapes.state, shapes.accumulated),
+                device_bytes(shapes.frozen),
+            ),
+            # The gradients of the step before are still there.
+            "evaluate": (
+                self.functions.evaluate,
+                (shapes.trained, shapes.frozen, shapes.batch),
+                moments + device_bytes(shapes.accumulated),
+            ),
+        }[name]
+        try:
+            compiled = _compile(function, arguments, self.mesh)
+        except jax.errors.JaxRuntimeError as error:
+            used = _refused(str(error))
+            if used is None:
+                raise
+            return CompiledProgram(name, None, used + resident, None)
+        stats = compiled.memory_analysis()
+        memory = Memory(
+            stats.argument_size_in_bytes,
+            stats.output_size_in_bytes,
+            stats.alias_size_in_bytes,
+            stats.temp_size_in_bytes,
+            stats.generated_code_size_in_bytes,
+            resident,
+        )
+        return CompiledProgram(name, memory, memory.peak, _communication(compiled))
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes on one device of arrays or shapes with shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _shapes(
+    functions: StepFunctions, config: Config, trained: Parameters, frozen: Parameters, mesh: Mesh
+) -> Shapes:
+    trainer = functions.trainer
+    by_device, everywhere = NamedSharding(mesh, sharding.BATCH), NamedSharding(mesh, P())
+    rows = (config.train.rows_per_device * mesh.size, config.data.max_seq_length)
+    integers = jax.ShapeDtypeStruct(rows, jnp.int32, sharding=by_device)
+    batch = DeviceBatch(
+        *[integers] * 4, jax.ShapeDtypeStruct(rows, jnp.float32, sharding=by_device)
+    )
+
+    def place(shape, where):
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
+
+    state = jax.eval_shape(lambda p: initial_state(p, trainer.optimizer), trained)
+    with jax.set_mesh(mesh):
+        sums = jax.eval_shape(trainer.loss, trained, frozen, batch)[1]
+    sums = jax.tree.map(lambda shape: place(shape, everywhere), sums)
+    return Shapes(
+        trained,
+        frozen,
+        jax.tree.map(place, state, functions.state_shardings),
+        Accumulated(trained, *sums),
+        batch,
+        jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=everywhere),
+    )
+
+
+def _compile(function, arguments, mesh: Mesh):
+    """Compiles a jitted function for the mesh's devices."""
+    device = mesh.devices.flat[0]
+    # As jax calls it where it chooses what to emit; kernels ask the default device.
+    platform = "cuda" if device.platform == "gpu" else device.platform
+    with jax.set_mesh(mesh), jax.default_device(device):
+        return function.trace(*arguments).lower(lowering_platforms=(platform,)).compile()
+
+
+def _refused(message: str) -> int | None:
+    """The bytes that a program would need, of the TPU compiler's error about its memory."""
+    used = re.search(r"Used ([\d.]+)([KMG]?) of [\d.]+[KMG]? hbm", message)
+    if not used:
+        return None
+    return int(float(used[1]) * {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}[used[2]])
+
+
+def _communication(compiled) -> Communication | None:
+    try:
+        hlo = compiled.as_text()
+    except jax.errors.JaxRuntimeError:  # some TPU programs cannot be printed
+        return None
+    return communication(hlo)
