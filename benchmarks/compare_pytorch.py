@@ -50,11 +50,11 @@ CONVENTIONAL = (
         "transformers5",
         ("--method=conventional", "--experts_implementation=grouped_mm"),
     ),
-    Side(
-        "transformers 5.23.0, eager",
-        "transformers5",
-        ("--method=conventional", "--experts_implementation=eager"),
-    ),
+)
+EAGER = Side(
+    "transformers 5.23.0, eager",
+    "transformers5",
+    ("--method=conventional", "--experts_implementation=eager"),
 )
 CASES: dict[str, tuple[int, tuple[Side, ...]]] = {
     "densemixer": (2048, (EXACT, APPROXIMATE, REFERENCE)),
@@ -68,6 +68,9 @@ def main(arguments: Sequence[str]) -> None:
     parser = ArgumentParser(prog="python -m benchmarks.compare_pytorch", description=__doc__)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--shape", default="mid", help="of benchmarks.step")
+    parser.add_argument(
+        "--eager", action="store_true", help="also transformers 5's eager experts, which are slow"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="of a side in a round")
     parser.add_argument("--threads", type=int, default=2, help="CPU cores to use")
@@ -100,6 +103,7 @@ def make_venv(path: Path, requirements: Sequence[str]) -> None:
 def compare(case: str, args, venvs: Path) -> list[dict[str, Any]]:
     """All rounds of a case; of each side its best time, its peak memory and the ratio."""
     vocabulary, sides = CASES[case]
+    sides += (EAGER,) * (args.eager and sides is CONVENTIONAL)
     runs: dict[str, list[dict[str, Any]]] = {side.name: [] for side in sides}
     for turn in range(args.rounds):
         for side in sides:
@@ -125,6 +129,8 @@ def compare(case: str, args, venvs: Path) -> list[dict[str, Any]]:
             }
         )
     for result in results:
+        if abs(result["loss"] - results[0]["loss"]) > 0.1:
+            raise UserError(f"{case}: {result['side']} has another loss, so does other work")
         result["ratio"] = result["seconds"] / results[0]["seconds"]
     return results
 

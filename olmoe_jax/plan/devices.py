@@ -149,6 +149,7 @@ def _sizes(name: str, kind: DeviceKind) -> str:
 def prepare_environment(topology: Topology) -> None:
     """Sets what jax reads when it starts: plans never touch this machine's accelerators."""
     os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA warns that there is no device
     if topology.kind.platform == "cpu":
         flag = f"--xla_force_host_platform_device_count={topology.count}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()

@@ -1,0 +1,98 @@
+"""The benchmark scripts at tiny size: what they print is complete and plausible."""
+
+import json
+import math
+
+import pytest
+from helpers import assert_user_error, run_module
+
+from benchmarks import compare_pytorch, scaling, shapes
+from benchmarks.shapes import SHAPES
+
+
+@pytest.fixture(scope="module")
+def densemixer():
+    code, stdout, stderr = run_module("benchmarks.step", "--shape=tiny", "--steps=2", "--json")
+    assert code == 0, stderr
+    return json.loads(stdout)
+
+
+def test_step_reports_time_memory_and_flops(densemixer):
+    assert len(densemixer["step_seconds"]) == len(densemixer["step_cpu_seconds"]) == 2
+    assert all(0 < seconds < 60 for seconds in densemixer["step_seconds"])
+    assert densemixer["tokens_per_step"] == 2 * 32
+    assert 1e9 < densemixer["matmul_flops_per_second"] < 1e15
+    assert 0.01 < densemixer["peak_memory_gib"] < densemixer["peak_resident_gib"] < 8
+    assert 0 < densemixer["peak_over_model_gib"] < densemixer["peak_memory_gib"]
+
+
+def test_step_does_the_whole_task(densemixer):
+    # Random weights know nothing: the loss is that of guessing among the vocabulary.
+    assert densemixer["loss"] == pytest.approx(math.log(256), abs=0.1)
+    # By hand, per token: forward 2 (layers (attention + scores + router + experts) + head), three
+    # times that for the backward too, and six experts' forward for DenseMixer.
+    expert = 3 * 64 * 32
+    layer = 4 * 64 * 64 + 2 * 16 * 64 + 64 * 8 + 2 * expert
+    forward = 2 * (2 * layer + 64 * 256)
+    assert densemixer["flops_per_step"] == 64 * (3 * forward + 2 * 2 * 6 * expert)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--method=esft", "--selected_experts=3"),
+        ("--method=conventional", "--lora_rank=2", "--what=update", "--devices=2"),
+    ],
+)
+def test_step_report(flags):
+    code, stdout, stderr = run_module("benchmarks.step", "--shape=tiny", "--steps=1", *flags)
+    assert code == 0, stderr
+    for word in ("tokens/s", "GFLOP/s", "peak memory"):
+        assert word in stdout
+
+
+def test_step_refuses_what_has_no_effect():
+    result = run_module("benchmarks.step", "--method=frozen", "--router_gradient_experts=2")
+    assert_user_error(result, "--router_gradient_experts", "frozen")
+
+
+def test_comparison_takes_the_best_of_all_rounds(monkeypatch):
+    seconds = {"ours": [[3.0, 2.0], [2.5]], "densemixer 1.0.1": [[5.0], [4.0, 6.0]]}
+    seconds["ours, m=16"] = [[1.5], [1.0]]
+
+    def run_side(side, *_):
+        times = seconds[side.name].pop(0)
+        memory = {"peak_resident_gib": 2.0, "peak_over_model_gib": 1.0}
+        return {"step_seconds": times, "step_cpu_seconds": times, "loss": 7.6, **memory}
+
+    monkeypatch.setattr(compare_pytorch, "run_side", run_side)
+    monkeypatch.setattr(compare_pytorch, "busy_cores", lambda: 0.0)
+    args = type("", (), {"rounds": 2, "eager": False})
+    result = compare_pytorch.compare("densemixer", args, None)
+    assert [side["seconds"] for side in result] == [2.0, 1.0, 4.0]
+    assert [side["ratio"] for side in result] == [1.0, 0.5, 2.0]
+    assert "| densemixer | densemixer 1.0.1 | 4.000 | 2.00 |" in compare_pytorch.table(
+        {"densemixer": result}
+    )
+
+
+def test_scaling_measures_and_draws(monkeypatch, tmp_path):
+    monkeypatch.setattr(scaling, "BASE", ("--shape=tiny", "--rows=2"))
+    small = {"conventional": ("--method=conventional",)}
+    monkeypatch.setattr(scaling, "METHODS", small)
+    curves = {"layers": {1: scaling.measure(1, ("--layers=1",), 1)}}
+    seconds = curves["layers"][1]["conventional"]
+    assert 0 < seconds < 1
+    assert f"| layers | 1 | {seconds * 1e6:.0f} |" in scaling.table(curves)
+    scaling.plot(curves, tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").stat().st_size > 1000
+
+
+def test_flags_override_the_shape():
+    from olmoe_jax.errors import ArgumentParser
+
+    parser = ArgumentParser()
+    shapes.add_shape_flags(parser)
+    shape = shapes.shape_of(parser.parse_args(["--shape=mid", "--vocab=50304", "--rows=8"]))
+    assert (shape.vocab, shape.rows, shape.tokens) == (50304, 8, 8 * 256)
+    assert shape.hidden == SHAPES["mid"].hidden == 512
