@@ -86,7 +86,7 @@ def plot(curves: Curves, file: Path) -> None:
     for panel, (what, points) in zip(panels, curves.items(), strict=True):
         values = list(points)
         unit = points[values[0]]["conventional"]
-        for method, marker in zip(METHODS, "os^", strict=True):
+        for method, marker in zip(METHODS, "os^", strict=False):
             times = [points[value][method] / unit for value in values]
             panel.plot(values, times, marker=marker, label=method)
         panel.set_xscale("log", base=2)

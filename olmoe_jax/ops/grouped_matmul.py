@@ -56,7 +56,7 @@ def _blocked_forward(x, w, group_sizes):
 def _blocked_backward(residuals, g):
     x, w, group_sizes = residuals
     dx = _rows_by_weights(g, w, group_sizes, contract_last=True)
-    dw = _rows_by_rows(x, g, group_sizes, jnp.cumsum(group_sizes)).astype(w.dtype)
+    dw = _rows_by_rows(x, g, group_sizes, jnp.cumsum(group_sizes), w.dtype)
     return dx, dw, None
 
 
@@ -101,7 +101,7 @@ def _selected_backward(backend, residuals, g):
     sizes = jnp.append(group_sizes, 0)
     ends = jnp.append(jnp.cumsum(group_sizes), 0)
     indices = jnp.minimum(indices, group_sizes.shape[0])
-    dselected = _rows_by_rows(x, g, sizes[indices], ends[indices]).astype(selected.dtype)
+    dselected = _rows_by_rows(x, g, sizes[indices], ends[indices], selected.dtype)
     return dx, None, dselected, None, None
 
 
@@ -162,8 +162,8 @@ def _rows_by_weights(x, w, group_sizes, contract_last: bool):
     return _for_each_block(group_sizes, ends, w, block, out, body)[0][:rows]
 
 
-def _rows_by_rows(x, g, sizes, ends):
-    """For each group, x^T g over its rows: [groups, D, F] float32."""
+def _rows_by_rows(x, g, sizes, ends, dtype):
+    """For each group, x^T g over its rows, summed in float32: [groups, D, F] of `dtype`."""
     block = _block_rows(x.shape[0], sizes.shape[0])
     x_padded, g_padded = _padded(x, block), _padded(g, block)
     slice_rows = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=block)
@@ -178,6 +178,7 @@ def _rows_by_rows(x, g, sizes, ends):
         )
 
     zero = jnp.zeros((x.shape[1], g.shape[1]), jnp.float32)
+    # Rounded group by group, so that one matrix is in float32 and not all of them.
     return _for_each_block(
-        sizes, ends, None, block, zero, body, finish=lambda total: (zero, total)
+        sizes, ends, None, block, zero, body, finish=lambda total: (zero, total.astype(dtype))
     )[1]

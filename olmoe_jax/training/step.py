@@ -141,11 +141,16 @@ class Trainer:
             key = jax.random.key(self.seed)
             for number in position:
                 key = jax.random.fold_in(key, number)
-        gradients, (loss, statistics) = jax.grad(self.loss, has_aux=True)(
-            trained, frozen, batch, key
-        )
-        new = Accumulated(gradients, loss, statistics)
-        return new if accumulated is None else jax.tree.map(jnp.add, accumulated, new)
+        loss = functools.partial(self.loss, frozen=frozen, batch=batch, dropout_key=key)
+        if accumulated is None:
+            gradients, sums = jax.grad(loss, has_aux=True)(trained)
+            return Accumulated(gradients, *sums)
+        objective, backward, sums = jax.vjp(loss, trained, has_aux=True)
+        # Added in place, layer by layer: a second copy of all gradients never exists.
+        gradients = jax.tree.map(jax.new_ref, accumulated.gradients)
+        backward.with_refs(gradients)(jnp.ones_like(objective))
+        sums = jax.tree.map(jnp.add, (accumulated.loss, accumulated.statistics), sums)
+        return Accumulated(jax.tree.map(jax.freeze, gradients), *sums)
 
     def update(self, state: TrainState, accumulated: Accumulated) -> tuple[TrainState, StepMetrics]:
         """One AdamW update; when the loss or the gradients are not finite, none."""
