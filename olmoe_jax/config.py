@@ -53,6 +53,11 @@ class ModelOptions:
     remat: Literal["full", "none"] = option(
         "full", "what the backward recomputes: every layer (least memory) or nothing (fastest)"
     )
+    attention: Literal["chunked", "pallas_triton", "cudnn", "splash"] | None = option(
+        None,
+        "how attention is computed; default: chunked on CPUs, pallas_triton on NVIDIA GPUs, splash "
+        "on TPUs",
+    )
 
 
 @dataclass(frozen=True)

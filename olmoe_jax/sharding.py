@@ -6,6 +6,8 @@ head, which have a row per token of the vocabulary, stay split (`ops/embedding.p
 `ops/cross_entropy.py`).
 """
 
+from collections.abc import Callable
+
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
@@ -96,6 +98,19 @@ def shard_batch(x: jax.Array) -> jax.Array:
     if active_mesh() is None:
         return x
     return jax.lax.with_sharding_constraint(x, BATCH)
+
+
+def on_own_rows(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    """function(*arrays), under a mesh run by each device on its own part of the batch.
+
+    For what cannot be partitioned, such as kernels; all arrays lead with the batch.
+    """
+    mesh = active_mesh()
+    if mesh is not None:
+        function = jax.shard_map(
+            function, mesh=mesh, in_specs=BATCH, out_specs=BATCH, check_vma=False
+        )
+    return function(*arrays)
 
 
 def gathered(weight: jax.Array) -> jax.Array:

@@ -195,6 +195,10 @@ def test_mesh(error_of, mesh, expected):
             "{incomplete}/config.json: no integer field 'num_experts'",
         ),
         (
+            {"model__attention": "splash"},
+            "model.attention=splash: runs on tpu, and this is cpu; write chunked",
+        ),
+        (
             {"data__tokenizer_path": "{absent}"},
             "{absent}: no such directory; write a directory or a hub id",
         ),

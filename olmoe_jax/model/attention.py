@@ -3,6 +3,7 @@
 Shapes: B rows, S positions, D model width, H heads, G key/value heads, d head size.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -12,9 +13,9 @@ from flax import nnx
 from olmoe_jax.model.config import ModelConfig, ModelSettings
 from olmoe_jax.model.lora import TARGETS, Adapters, dropout, projection
 from olmoe_jax.model.parameters import matrix, scale
-from olmoe_jax.ops.attention import attention
+from olmoe_jax.ops.attention import attention, cached_attention
 from olmoe_jax.ops.projection import project
-from olmoe_jax.sharding import gathered
+from olmoe_jax.sharding import gathered, on_own_rows
 
 
 class Context(NamedTuple):
@@ -93,7 +94,14 @@ class Attention(nnx.Module):
             k = jax.lax.dynamic_update_slice(cache.keys, k.astype(cache.keys.dtype), start)
             v = jax.lax.dynamic_update_slice(cache.values, v.astype(cache.values.dtype), start)
             cache = LayerCache(k, v)
-        y = attention(q, k, v, context.segments, context.key_segments, context.first_query)
+            y = cached_attention(
+                q, k, v, context.segments, context.key_segments, context.first_query
+            )
+        else:
+            backend = self.settings.attention
+            y = on_own_rows(
+                functools.partial(attention, backend=backend), q, k, v, context.segments
+            )
         return self._project(y.reshape(*x.shape[:2], -1), "o", context), cache
 
     def _project(self, x: jax.Array, name: str, context: Context) -> jax.Array:

@@ -48,6 +48,7 @@ class ModelSettings:
       selected_experts: ESFT: per layer, the experts whose weights are parameters of their own
         (`selected.*`) and replace the base's; None: no such parameters.
       grouped_matmul: backend name of `olmoe_jax.ops.grouped_matmul`; None: the platform's.
+      attention: backend name of `olmoe_jax.ops.attention`; None: the platform's.
     """
 
     compute_dtype: Any = jnp.float32
@@ -57,6 +58,7 @@ class ModelSettings:
     lora: LoraSettings | None = None
     selected_experts: tuple[tuple[int, ...], ...] | None = None
     grouped_matmul: str | None = None
+    attention: str | None = None
 
 
 _REQUIRED = {

@@ -1,53 +1,112 @@
-"""Causal attention over packed rows, chunked over queries so that no [S, S] scores exist.
+"""Causal attention over packed rows: the choice of a backend, and decoding with a cache.
 
-Shapes: B rows, S query and T key positions, H heads, G key/value heads (G divides H), d head size.
+Shapes: B rows, S positions, T positions of a cache, H heads, G key/value heads (G divides H; each
+serves H/G consecutive heads), d head size.
 """
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-CHUNK = 512
-"""Queries per chunk: bounds the live scores to [B, H, CHUNK, T]."""
+from olmoe_jax.errors import UserError
+from olmoe_jax.ops.attention_kernels import cudnn, pallas_triton, splash
+from olmoe_jax.ops.chunked_attention import chunked
+
+BACKENDS = {
+    "chunked": chunked,
+    "pallas_triton": pallas_triton,
+    "cudnn": cudnn,
+    "splash": splash,
+}
+_PLATFORM = {"pallas_triton": "gpu", "cudnn": "gpu", "splash": "tpu"}
+
+DECODING_CHUNK = 512
+"""Queries per chunk when decoding: bounds the scores to [B, H, DECODING_CHUNK, T]."""
+
+
+def default_backend(platform: str) -> str:
+    """The backend for a platform ("cpu", "gpu", "tpu")."""
+    return {"gpu": "pallas_triton", "tpu": "splash"}.get(platform, "chunked")
+
+
+def check_backend(backend: str | None, platform: str, head_size: int, dtype: Any) -> str:
+    """The backend that computes attention: `backend`, or where it is None the platform's.
+
+    Raises:
+      UserError: it does not run on the platform, or not with this head size or dtype.
+    """
+    backend = backend or default_backend(platform)
+    wrong = None
+    if _PLATFORM.get(backend, platform) != platform:
+        wrong = f"runs on {_PLATFORM[backend]}, and this is {platform}"
+    elif backend == "pallas_triton" and head_size < 16:
+        wrong = f"needs heads of at least 16, and the model's have {head_size}"
+    elif backend == "cudnn" and (head_size > 128 or head_size % 8):
+        wrong = f"needs heads of a multiple of 8 up to 128, and the model's have {head_size}"
+    elif backend == "cudnn" and dtype != jnp.bfloat16:
+        wrong = "needs model.compute_dtype=bfloat16"
+    if wrong:
+        raise UserError(f"model.attention={backend}: {wrong}; write chunked, which always runs")
+    return backend
 
 
 def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, backend: str | None = None
+) -> jax.Array:
+    """softmax(q k^T / sqrt(d)) v over earlier positions of the same segment, differentiable.
+
+    No backend but cudnn makes an array of S^2 elements. The kernels (all but chunked) cannot be
+    partitioned: under a mesh, call this inside `jax.shard_map`.
+
+    Args:
+      q: [B, S, H, d]; k, v: [B, S, G, d].
+      segments: [B, S] int; padding is a segment of its own, so that every query sees itself.
+      backend: one of BACKENDS; None is the default backend's choice for this process's platform.
+
+    Returns:
+      [B, S, H, d] in q's dtype; scores and softmax in float32.
+    """
+    backend = backend or default_backend(jax.default_backend())
+    if backend not in BACKENDS:
+        raise ValueError(f"attention backend {backend!r} is none of {', '.join(BACKENDS)}")
+    return BACKENDS[backend](q, k, v, segments)
+
+
+def cached_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     query_segments: jax.Array,
     key_segments: jax.Array,
-    first_query: jax.Array | int = 0,
+    first_query: jax.Array | int,
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(d)) v over earlier positions of the same segment.
+    """`attention` of S queries to the T keys of a cache, in plain XLA.
 
     Args:
       q: [B, S, H, d]; k, v: [B, T, G, d].
-      query_segments: [B, S] int; key_segments: [B, T] int. Padding is a segment of its own, so
-        that every query sees at least itself.
-      first_query: index of query 0 among the keys (decoding with a cache).
-
-    Returns:
-      [B, S, H, d] in q's dtype; scores and softmax in float32.
+      query_segments: [B, S] int; key_segments: [B, T] int.
+      first_query: index of query 0 among the keys; the keys behind a query are invisible to it.
     """
     length = q.shape[1]
     index = first_query + jnp.arange(length)
     attend = functools.partial(_attend, k, v, key_segments)
-    if length <= CHUNK or length % CHUNK:
+    count = -(-length // DECODING_CHUNK)
+    if count <= 1:
         return attend(q, query_segments, index)
+    size = -(-length // count)
 
     def chunks(x, axis):
-        x = x.reshape(*x.shape[:axis], length // CHUNK, CHUNK, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x, axis, 0)
+        padding = [(0, 0)] * x.ndim
+        padding[axis] = (0, count * size - length)
+        x = jnp.pad(x, padding)
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :]), axis, 0)
 
-    # Remat: the backward recomputes a chunk's probabilities instead of keeping all of them.
-    out = jax.lax.map(
-        lambda inputs: jax.checkpoint(attend)(*inputs),
-        (chunks(q, 1), chunks(query_segments, 1), chunks(index, 0)),
-    )
-    return jnp.moveaxis(out, 0, 1).reshape(q.shape)
+    inputs = chunks(q, 1), chunks(query_segments, 1), chunks(index, 0)
+    out = jax.lax.map(lambda inputs: attend(*inputs), inputs)
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, :length]
 
 
 def _attend(k, v, key_segments, q, query_segments, index):

@@ -29,6 +29,7 @@ from olmoe_jax.training.setup import (
     Model,
     Program,
     build_program,
+    check_attention,
     load_datasets,
     open_model,
     row_layout,
@@ -57,6 +58,7 @@ def train(config: Config) -> TrainResult:
     run_directory.check(config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     model = open_model(config)
+    check_attention(model)
     datasets = load_datasets(config, model)
     steps = training_data(config, datasets, mesh)
     given = given_experts(config, model.config)
@@ -281,6 +283,7 @@ class _Run:
         say(
             f"devices: {mesh.size} x {platform} (mesh data={mesh.shape['data']} "
             f"fsdp={mesh.shape['fsdp']}), grouped matmul: {default_backend(platform)}, "
+            f"attention: {check_attention(self.model)}, "
             f"compute {self.config.model.compute_dtype}"
         )
         say(f"method: {self.config.method.name}{self._lora_words()}")

@@ -36,6 +36,7 @@ FREE_FIELDS = {
     "train.export_best",
     "train.export_dtype",
     "data.cache_dir",
+    "model.attention",
     "mesh.data",
     "mesh.fsdp",
 }

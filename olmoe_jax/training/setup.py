@@ -31,6 +31,7 @@ from olmoe_jax.model.loading import (
 from olmoe_jax.model.lora import LoraSettings
 from olmoe_jax.model.olmoe import parameter_specs
 from olmoe_jax.model.parameters import Parameters
+from olmoe_jax.ops.attention import check_backend
 from olmoe_jax.training.methods import (
     ROUTER,
     is_adapter,
@@ -136,7 +137,16 @@ def model_settings(config: Config) -> ModelSettings:
         router_method=router_method(config.method),
         router_gradient_experts=config.method.router_gradient_experts,
         remat=config.model.remat,
+        attention=config.model.attention,
         lora=LoraSettings.of_method(vars(config.method)),
+    )
+
+
+def check_attention(model: Model) -> str:
+    """The attention backend of a run on this process's devices; `UserError` if it cannot run."""
+    settings = model.settings
+    return check_backend(
+        settings.attention, jax.default_backend(), model.config.head_dim, settings.compute_dtype
     )
 
 
