@@ -14,6 +14,7 @@ from olmoe_jax.model.config import ModelConfig, ModelSettings
 from olmoe_jax.model.flops import StepFlops, step_flops_per_token
 from olmoe_jax.model.known import KNOWN, known_config
 from olmoe_jax.model.olmoe import parameter_specs
+from olmoe_jax.ops.attention import check_backend
 from olmoe_jax.ops.grouped_matmul import default_backend
 from olmoe_jax.plan.costs import Roofline, microbatch_traffic, roofline, update_traffic
 from olmoe_jax.plan.devices import Topology, open_devices, parse_topology
@@ -105,6 +106,7 @@ def plan(
     experts, assumed = _experts(config, model_config, esft_experts)
     settings = _for_platform(
         dataclasses.replace(model_settings(config), selected_experts=experts and experts.experts),
+        model_config,
         where.kind.platform,
     )
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, open_devices(where))
@@ -169,10 +171,17 @@ def _experts(
     return ExpertConfig((tuple(range(number)),) * model_config.num_layers), number
 
 
-def _for_platform(settings: ModelSettings, platform: str) -> ModelSettings:
+def _for_platform(
+    settings: ModelSettings, model_config: ModelConfig, platform: str
+) -> ModelSettings:
     """The settings with every choice made that a run leaves to its platform ("gpu", …)."""
-    backend = settings.grouped_matmul or default_backend(platform)
-    return dataclasses.replace(settings, grouped_matmul=backend)
+    return dataclasses.replace(
+        settings,
+        grouped_matmul=settings.grouped_matmul or default_backend(platform),
+        attention=check_backend(
+            settings.attention, platform, model_config.head_dim, settings.compute_dtype
+        ),
+    )
 
 
 def _count(parameters) -> int:

@@ -21,7 +21,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "compute_dtype": plan.config.model.compute_dtype,
         "remat": plan.config.model.remat,
         "grouped_matmul": settings.grouped_matmul,
-        "attention": attention_backend(plan),
+        "attention": plan.settings.attention,
         "parameters_trained": plan.trained,
         "parameters_frozen": plan.frozen,
         "rows_per_microbatch": plan.config.train.rows_per_device * plan.topology.count,
@@ -55,11 +55,6 @@ def to_json(plan: Plan) -> dict[str, Any]:
         },
         "planning_seconds": round(plan.seconds, 1),
     }
-
-
-def attention_backend(plan: Plan) -> str:
-    """How attention is computed."""
-    return getattr(plan.settings, "attention", None) or "chunked"
 
 
 def _memory(program: CompiledProgram) -> dict[str, Any]:
@@ -142,7 +137,7 @@ def _head(plan: Plan) -> list[str]:
         f"{config.method.name}{lora} on {plan.topology.count} x {plan.topology.kind.name} "
         f"(mesh data={mesh['data']} fsdp={mesh['fsdp']})",
         f"compute {config.model.compute_dtype}, remat {config.model.remat}, grouped matmul "
-        f"{settings.grouped_matmul}, attention {attention_backend(plan)}",
+        f"{settings.grouped_matmul}, attention {settings.attention}",
         f"parameters: {plan.trained:,} trained, {plan.frozen:,} frozen, {total:,} in all",
         *(f"assumed: {line}" for line in assumptions(plan)),
     ]

@@ -83,7 +83,9 @@ def test_sigterm_saves_and_the_same_command_continues(files, whole, tmp_path, at
     assert not (stopped.output_dir / "hf").exists()
     assert f"SIGTERM: saved step {stopped.step}; the same command" in capsys.readouterr().out
     assert olmoe_jax.train(config).finished
-    assert f"continuing after step {stopped.step} of {STEPS}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"continuing after step {stopped.step} of {STEPS}" in said
+    assert ", attention: chunked, compute float32" in said
     assert_same_run(stopped.output_dir, whole)
 
 

@@ -1,0 +1,143 @@
+"""Forward and backward of attention, every backend: python -m benchmarks.attention [--topology …]
+
+Without --topology, times the chunked backend on this machine beside what was there before it: 512
+queries at a time with all their keys. The runs are interleaved and the ratio is of each pair. With
+it (h100:8, v5e:2x4, …), compiles every backend for these devices, which need not be there, and says
+what they would allocate besides inputs and outputs.
+"""
+
+import json
+import re
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from olmoe_jax.errors import ArgumentParser, UserError, run_command
+from olmoe_jax.ops.attention import BACKENDS, attention, cached_attention, check_backend
+from olmoe_jax.plan.devices import open_devices, parse_topology, prepare_environment
+from olmoe_jax.sharding import BATCH, make_mesh, on_own_rows
+
+ALL_KEYS = "all keys"
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = ArgumentParser(prog="python -m benchmarks.attention", description=__doc__)
+    parser.add_argument(
+        "--shape", default="4,256,8,64", help="rows per device, length, heads, size"
+    )
+    parser.add_argument("--kv_heads", type=int, help="default: as many as heads")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--segments", type=int, default=4, help="examples packed into each row")
+    parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--topology", help="compile for these devices instead")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args(arguments)
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*){3}", args.shape):
+        raise UserError(f"--shape={args.shape}: write four numbers, e.g. 4,256,8,64")
+    result = compiled(args) if args.topology else timed(args)
+    print(json.dumps(result) if args.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
+
+
+def before(q, k, v, segments):
+    """512 queries at a time, all keys; the backward pass recomputes the probabilities."""
+    length, chunk = q.shape[1], 512
+    if length <= chunk or length % chunk:
+        return cached_attention(q, k, v, segments, segments, 0)
+
+    def queries(start):
+        own = jax.lax.dynamic_slice_in_dim(q, start, chunk, 1)
+        own_segments = jax.lax.dynamic_slice_in_dim(segments, start, chunk, 1)
+        return cached_attention(own, k, v, own_segments, segments, start)
+
+    out = jax.lax.map(jax.checkpoint(queries), jnp.arange(0, length, chunk))
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape)
+
+
+def forward_and_backward(backend: str) -> Callable:
+    """(q, k, v, segments, gradient of the output) -> the output and the gradients of q, k, v."""
+
+    def function(q, k, v, segments):
+        if backend == ALL_KEYS:
+            return before(q, k, v, segments)
+        return attention(q, k, v, segments, backend)
+
+    def run(q, k, v, segments, g):
+        out, backward = jax.vjp(lambda *qkv: on_own_rows(function, *qkv, segments), q, k, v)
+        return out, *backward(g)
+
+    return run
+
+
+def shapes(args, devices: int = 1) -> list[tuple[int, ...]]:
+    """Of q, k, v, segments and the output's gradient."""
+    rows, length, heads, size = map(int, args.shape.split(","))
+    q, k = ((rows * devices, length, n, size) for n in (heads, args.kv_heads or heads))
+    return [q, k, k, q[:2], q]
+
+
+def timed(args) -> dict:
+    """Milliseconds of the chunked backend and of `before`, and how often it goes into that."""
+    random = np.random.default_rng(0)
+    arrays = [jnp.asarray(random.normal(size=shape), args.dtype) for shape in shapes(args)]
+    rows, length = arrays[3].shape
+    ends = np.sort(random.integers(1, length, (rows, args.segments - 1)))
+    arrays[3] = jnp.asarray([np.searchsorted(row, np.arange(length), "right") for row in ends])
+    functions = {name: jax.jit(forward_and_backward(name)) for name in (ALL_KEYS, "chunked")}
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for run in range(args.runs + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            jax.block_until_ready(function(*arrays))
+            if run:  # The first compiles.
+                seconds[name].append(time.perf_counter() - start)
+    result = {f"{name}, ms": round(float(np.median(s)) * 1e3, 2) for name, s in seconds.items()}
+    pairs = np.divide(seconds[ALL_KEYS], seconds["chunked"])
+    return result | {"ratio": round(float(np.median(pairs)), 2)}
+
+
+def compiled(args) -> dict:
+    """For each backend of the topology: MiB of temporaries, and the largest array over S²."""
+    topology = parse_topology(args.topology)
+    prepare_environment(topology)
+    jax.config.update("jax_platforms", "cpu")  # jax has read the environment already
+    mesh = make_mesh(devices=open_devices(topology))
+    q, k, v, segments, g = (
+        jax.ShapeDtypeStruct(
+            shape, jnp.int32 if len(shape) == 2 else args.dtype, sharding=NamedSharding(mesh, BATCH)
+        )
+        for shape in shapes(args, topology.count)
+    )
+    result = {}
+    for backend in (ALL_KEYS, *BACKENDS):
+        if backend != ALL_KEYS:
+            try:
+                check_backend(backend, topology.kind.platform, q.shape[-1], q.dtype)
+            except UserError:
+                continue
+        program = _compile(forward_and_backward(backend), (q, k, v, segments, g), mesh)
+        result[backend] = {
+            "temporaries, MiB": round(program.memory_analysis().temp_size_in_bytes / 2**20, 1),
+            "largest array / length²": round(_largest_array(program) / q.shape[1] ** 2, 3),
+        }
+    return result
+
+
+def _compile(function, arguments, mesh):
+    device = mesh.devices.flat[0]
+    platform = "cuda" if device.platform == "gpu" else device.platform
+    with jax.set_mesh(mesh), jax.default_device(device):
+        return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).compile()
+
+
+def _largest_array(program) -> int:
+    """Elements, on one device."""
+    dimensions = re.findall(r"\b[a-z]+\d*\[([\d,]+)\]", program.as_text())
+    return max(int(np.prod([int(size) for size in found.split(",")])) for found in dimensions)
+
+
+if __name__ == "__main__":
+    run_command(main)
