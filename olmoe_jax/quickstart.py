@@ -7,7 +7,7 @@ thing, two numbers, added or subtracted. No question of the test file is in the 
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -97,13 +97,17 @@ def write_inputs(path: Path, train: int = 6000, test: int = 256, seed: int = 0) 
         for name, part in (("train", rows[test:]), ("test", rows[:test])):
             text = "".join(json.dumps(row) + "\n" for row in part)
             (partial / f"{name}.jsonl").write_text(text)
-        vocabulary = _train_tokenizer(rows[test:], partial)
+        texts = [row["prompt"] + " " + row["completion"] for row in rows[test:]]
+        vocabulary = train_tokenizer(texts, 512, partial)
         directory.write_json(partial / "config.json", MODEL | vocabulary)
     return path
 
 
-def _train_tokenizer(rows: list[dict[str, str]], path: Path) -> dict[str, int]:
-    """A byte-level BPE with numbers as single digits; returns the model's vocabulary fields."""
+def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> dict[str, int]:
+    """Writes a byte-level BPE with numbers as single digits into `path`.
+
+    Returns the vocabulary's fields of the model's config.json.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -112,12 +116,11 @@ def _train_tokenizer(rows: list[dict[str, str]], path: Path) -> dict[str, int]:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=512,
+        vocab_size=vocab_size,
         special_tokens=[EOS, PAD],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = (row["prompt"] + " " + row["completion"] for row in rows)
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.save(str(path / "tokenizer.json"))
     directory.write_json(

@@ -1,0 +1,119 @@
+"""What compare_methods found, as Markdown tables and a figure."""
+
+import statistics
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from configs.table import ESFT, LORA, METHODS
+
+Cells = Mapping[tuple[str, int], dict]
+"""(method, seed) -> what run_cell returned; ("base", 0): the model before fine-tuning."""
+
+
+def write_report(cells: Cells, output: Path) -> None:
+    """Writes table.md, cosines.md and comparison.png from the cells that there are."""
+    (output / "table.md").write_text(method_table(cells), encoding="utf-8")
+    (output / "cosines.md").write_text(cosine_table(cells), encoding="utf-8")
+    draw(cells).savefig(output / "comparison.png", dpi=110)
+    print(method_table(cells), cosine_table(cells), sep="\n")
+
+
+def method_table(cells: Cells) -> str:
+    """A row per method: mean over the seeds, and their lowest and highest where it matters."""
+    lines = [
+        "| method | seeds | eval loss | exact match | router cosine | trained | step time "
+        "| peak memory |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    conventional = step_seconds(cells, "conventional")
+    for method in ("base", *METHODS):
+        found = of_method(cells, method)
+        if not found:
+            continue
+        columns = [
+            spread([cell["eval_loss"] for cell in found], "{:.3f}"),
+            spread([100 * cell["exact_match"] for cell in found], "{:.1f}", "%"),
+            own_cosine(method, found),
+        ]
+        if method == "base":
+            columns += ["–", "–", "–"]
+        else:
+            seconds = step_seconds(cells, method)
+            relative = f" ({seconds / conventional:.2f}x)" if conventional else ""
+            columns += [
+                f"{statistics.mean(cell['trained_parameters'] for cell in found) / 1e6:.2f}M",
+                f"{seconds:.2f} s{relative}",
+                f"{min(cell['peak_memory'] for cell in found) / 2**30:.2f} GiB",
+            ]
+        name = "before fine-tuning" if method == "base" else f"`{method}`"
+        lines.append(f"| {name} | {len(found)} | {' | '.join(columns)} |")
+    return "\n".join(lines) + "\n"
+
+
+def cosine_table(cells: Cells) -> str:
+    """Cosine of DenseMixer's router gradient for m experts with the exact one, per model."""
+    limits = [int(limit) for limit in next(iter(cells.values()))["cosines"]]
+    head = " | ".join(f"m = {limit}" for limit in limits)
+    lines = [f"| at the weights of | {head} |", "| --- |" + " --- |" * len(limits)]
+    for method in ("base", *METHODS):
+        found = [cell["cosines"] for cell in of_method(cells, method) if "cosines" in cell]
+        if found:
+            means = (spread([c[str(limit)] for c in found], "{:.3f}") for limit in limits)
+            name = "the base" if method == "base" else f"`{method}`"
+            lines.append(f"| {name} | {' | '.join(means)} |")
+    return "\n".join(lines) + "\n"
+
+
+def of_method(cells: Cells, method: str) -> list[dict]:
+    return [cell for (name, _), cell in cells.items() if name == method]
+
+
+def spread(values: list[float], form: str, unit: str = "") -> str:
+    """The mean, and the lowest and highest of several values."""
+    mean = form.format(statistics.mean(values)) + unit
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({form.format(min(values))}–{form.format(max(values))})"
+
+
+def own_cosine(method: str, found: list[dict]) -> str:
+    """Of the router gradient that trained the method with the exact one."""
+    if "conventional" in method:
+        return spread([next(iter(cell["cosines"].values())) for cell in found], "{:.3f}")
+    return "1 (exact)" if "densemixer" in method else "–"
+
+
+def step_seconds(cells: Cells, method: str) -> float | None:
+    """10th percentile over the steps of all seeds: what else the machine does only adds time."""
+    seconds = [s for cell in of_method(cells, method) for s in cell["seconds"]]
+    return float(np.quantile(seconds, 0.1)) if seconds else None
+
+
+def draw(cells: Cells) -> Figure:
+    """A dot per seed and a bar at the mean, for every method, of what matters most."""
+    methods = [method for method in METHODS if of_method(cells, method)]
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
+    conventional = step_seconds(cells, "conventional") or 1.0
+    panels: list[tuple[str, Callable[[str], list[float]]]] = [
+        ("exact match, %", lambda m: [100 * c["exact_match"] for c in of_method(cells, m)]),
+        ("eval loss, nats per token", lambda m: [c["eval_loss"] for c in of_method(cells, m)]),
+        ("step time / conventional", lambda m: [step_seconds(cells, m) / conventional]),
+    ]
+    for axis, (title, values_of) in zip(axes, panels, strict=True):
+        for row, method in enumerate(methods):
+            others = "tab:orange" if method in LORA else "tab:blue"
+            color = "tab:green" if method in ESFT else others
+            values = values_of(method)
+            axis.barh(row, statistics.mean(values), color=color, alpha=0.35, height=0.7)
+            axis.plot(values, [row] * len(values), "o", color=color, markersize=4)
+        axis.set_xlabel(title)
+        axis.set_xlim(left=0)
+        axis.grid(axis="x", alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(methods)), methods)
+    axes[0].invert_yaxis()
+    return figure
