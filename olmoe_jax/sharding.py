@@ -9,6 +9,7 @@ head, which have a row per token of the vocabulary, stay split (`ops/embedding.p
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -111,6 +112,14 @@ def on_own_rows(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.A
             function, mesh=mesh, in_specs=BATCH, out_specs=BATCH, check_vma=False
         )
     return function(*arrays)
+
+
+def by_value(weight: jax.Array) -> jax.Array:
+    """The weight; put it before a `shard_map` that some of the mesh's axes do not split.
+
+    jax 0.12 cannot add the gradient of such an argument to a Ref: here it becomes an array first.
+    """
+    return weight * 1 if jnp.issubdtype(weight.dtype, jnp.floating) else weight
 
 
 def gathered(weight: jax.Array) -> jax.Array:

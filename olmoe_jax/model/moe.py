@@ -153,7 +153,7 @@ class MoE(nnx.Module):
             in_specs=(batch, batch, None if dropout_keys is None else batch, P(), specs),
             out_specs=(batch, out),
             check_vma=False,
-        )(x, is_token, dropout_keys, router, experts)
+        )(x, is_token, dropout_keys, *jax.tree.map(sharding.by_value, (router, experts)))
 
     def _local(self, x, is_token, dropout_keys, router, experts, with_logits):
         """The block on the tokens of one device, with all experts at hand."""

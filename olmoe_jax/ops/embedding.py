@@ -28,7 +28,7 @@ def embedding_lookup(table: jax.Array, tokens: jax.Array, dtype) -> jax.Array:
         in_specs=(P(axis), sharding.BATCH),
         out_specs=sharding.BATCH,
         check_vma=False,
-    )(table, tokens)
+    )(sharding.by_value(jnp.asarray(table)), tokens)
 
 
 def _on_device(table, tokens, dtype, axis):
