@@ -123,7 +123,7 @@ class _Loop:
         program, pending = self.program, None
         start = time.perf_counter()
         for index, batches in enumerate(steps):
-            accumulated = None
+            accumulated = program.zero_sums()
             for micro, batch in enumerate(batches):
                 accumulated = program.accumulate(
                     self.state.parameters,

@@ -135,7 +135,8 @@ def make_step(args, mesh: Mesh) -> tuple[Callable[[], tuple[Any, jax.Array]], fl
     state, position = program.state, np.zeros(2, np.uint32)
 
     def gradients():
-        sums = program.accumulate(state.parameters, program.frozen, None, batch, position)
+        zero = program.zero_sums()
+        sums = program.accumulate(state.parameters, program.frozen, zero, batch, position)
         return sums, sums.loss
 
     def update():

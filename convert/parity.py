@@ -142,7 +142,9 @@ def _to_hf(prefix: str, parameters: Parameters, trainer: Trainer) -> dict[str, n
 
 def _gradients(trainer: Trainer, trained, frozen, arrays) -> dict[str, np.ndarray]:
     batch = padded_batch(arrays["input_ids"], arrays["attention_mask"], arrays["labels"])
-    result = jax.jit(trainer.accumulate)(trained, frozen, None, batch, NO_DROPOUT)
+    result = jax.jit(trainer.accumulate)(
+        trained, frozen, trainer.zero_sums(trained), batch, NO_DROPOUT
+    )
 
     @jax.jit
     def forward(parameters):
@@ -164,7 +166,7 @@ def _trajectory(trainer: Trainer, trained, frozen, arrays, updates: int) -> dict
     state, history = initial_state(trained, trainer.optimizer), []
     for index in range(updates):
         step = [arrays[name][index] for name in ("input_ids", "attention_mask", "labels")]
-        accumulated = None
+        accumulated = trainer.zero_sums(trained)
         for micro in zip(*step, strict=True):
             batch = padded_batch(*micro, micro_batches=len(step[0]))
             accumulated = accumulate(state.parameters, frozen, accumulated, batch, NO_DROPOUT)

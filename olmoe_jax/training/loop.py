@@ -155,7 +155,7 @@ class _Run:
 
     def _one_step(self) -> None:
         step, program = next(self.iterator), self.program
-        accumulated = None
+        accumulated = program.zero_sums()
         for index, batch in enumerate(step.batches):
             accumulated = program.accumulate(
                 self.state.parameters,

@@ -77,22 +77,6 @@ class Datasets:
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """The compiled functions of a run and the arrays that they start from."""
-
-    mesh: Mesh
-    state: TrainState
-    frozen: Parameters
-    accumulate: Callable[..., Accumulated]
-    update: Callable[..., Any]
-    evaluate: Callable[..., jax.Array]
-
-    def to_devices(self, batch: data.Batch) -> DeviceBatch:
-        """This process's rows as part of the global batch."""
-        return place_batch(batch, self.mesh)
-
-
-@dataclasses.dataclass(frozen=True)
 class StepFunctions:
     """The jitted functions of a step and where their results lie; compiled when called.
 
@@ -102,9 +86,23 @@ class StepFunctions:
     trainer: Trainer
     state_shardings: TrainState  # of NamedSharding
     accumulated_shardings: Accumulated  # of NamedSharding; one for all router statistics
+    zero_sums: Callable[[], Accumulated]
     accumulate: Callable[..., Accumulated]
     update: Callable[..., Any]
     evaluate: Callable[..., jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program(StepFunctions):
+    """The functions of a run's steps and the arrays that they start from."""
+
+    mesh: Mesh
+    state: TrainState
+    frozen: Parameters
+
+    def to_devices(self, batch: data.Batch) -> DeviceBatch:
+        """This process's rows as part of the global batch."""
+        return place_batch(batch, self.mesh)
 
 
 def open_model(config: Config) -> Model:
@@ -208,7 +206,7 @@ def build_program(config: Config, model: Model, mesh: Mesh, total_steps: int) ->
     functions = step_functions(config, model.config, model.settings, trained, mesh, total_steps)
     make = functools.partial(initial_state, optimizer=functions.trainer.optimizer)
     state = jax.jit(make, out_shardings=functions.state_shardings, donate_argnums=0)(trained)
-    return Program(mesh, state, frozen, functions.accumulate, functions.update, functions.evaluate)
+    return Program(**vars(functions), mesh=mesh, state=state, frozen=frozen)
 
 
 def step_functions(
@@ -240,10 +238,15 @@ def step_functions(
     gradients = {name: by_name[name] for name in trained}
     accumulated_shardings = Accumulated(gradients, replicated, replicated)
     state_shardings = _state_shardings(trainer, trained, by_name, mesh)
+    # Not the arrays: what a function closes over stays alive.
+    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in trained.items()}
     return StepFunctions(
         trainer,
         state_shardings,
         accumulated_shardings,
+        zero_sums=jax.jit(
+            functools.partial(trainer.zero_sums, shapes), out_shardings=accumulated_shardings
+        ),
         accumulate=jax.jit(
             trainer.accumulate, donate_argnums=2, out_shardings=accumulated_shardings
         ),

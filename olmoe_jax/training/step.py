@@ -123,15 +123,22 @@ class Trainer:
             objective += self.aux_loss_coefficient * share * balance
         return objective, (loss, statistics)
 
+    def zero_sums(self, trained: Parameters) -> Accumulated:
+        """What `accumulate` adds a step's first micro-batch to; `trained` may be shapes."""
+        experts = jnp.zeros((self.config.num_layers, self.config.num_experts))
+        statistics = RouterStatistics(experts, experts, jnp.zeros(self.config.num_layers), None)
+        gradients = {name: jnp.zeros(value.shape, value.dtype) for name, value in trained.items()}
+        return Accumulated(gradients, jnp.zeros(()), statistics)
+
     def accumulate(
         self,
         trained: Parameters,
         frozen: Parameters,
-        accumulated: Accumulated | None,
+        accumulated: Accumulated,
         batch: DeviceBatch,
         position: jax.Array,
     ) -> Accumulated:
-        """Adds a micro-batch's gradients, loss and statistics to the step's (None: the first).
+        """Adds a micro-batch's gradients, loss and statistics to the step's, at first `zero_sums`.
 
         `position`: [2] uint32, the step and the micro-batch in it; with the seed, it fixes what
         dropout drops.
@@ -142,9 +149,6 @@ class Trainer:
             for number in position:
                 key = jax.random.fold_in(key, number)
         loss = functools.partial(self.loss, frozen=frozen, batch=batch, dropout_key=key)
-        if accumulated is None:
-            gradients, sums = jax.grad(loss, has_aux=True)(trained)
-            return Accumulated(gradients, *sums)
         objective, backward, sums = jax.vjp(loss, trained, has_aux=True)
         # Added in place, layer by layer: a second copy of all gradients never exists.
         gradients = jax.tree.map(jax.new_ref, accumulated.gradients)

@@ -95,7 +95,7 @@ def gradients_of(names, weights, config=CONFIG, **settings):
     trained = {name: jnp.asarray(value) for name, value in weights.items() if names(name)}
     frozen = {name: value for name, value in weights.items() if name not in trained}
     position = np.zeros(2, np.uint32)
-    return trainer, trained, frozen, (None, batch_of(config), position)
+    return trainer, trained, frozen, (trainer.zero_sums(trained), batch_of(config), position)
 
 
 @pytest.mark.parametrize(

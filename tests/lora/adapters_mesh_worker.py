@@ -62,7 +62,8 @@ def run(kind, config, mesh):
         frozen = {name: value for name, value in placed.items() if name not in trained}
         position = np.array([3, 1], np.uint32)
         batch = place_batch(make_batch(), mesh)
-        result = jax.jit(trainer.accumulate)(trained, frozen, None, batch, position)
+        zero = trainer.zero_sums(trained)
+        result = jax.jit(trainer.accumulate)(trained, frozen, zero, batch, position)
     return jax.device_get({"loss": result.loss, **result.gradients})
 
 

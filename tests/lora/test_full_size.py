@@ -6,13 +6,14 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import OLMOE_1B_7B, ROOT
+from helpers import ROOT
 
 from configs.table import DATASETS, METHODS
 from olmoe_jax.config import validate
 from olmoe_jax.config_file import load_config
 from olmoe_jax.esft.selection import ExpertConfig
 from olmoe_jax.model.config import ModelSettings
+from olmoe_jax.model.known import OLMOE_1B_7B
 from olmoe_jax.model.lora import LoraSettings
 from olmoe_jax.model.olmoe import parameter_specs
 from olmoe_jax.training.methods import method_trains, parameter_table, router_method
@@ -75,7 +76,8 @@ def built(method):
     integers = jax.ShapeDtypeStruct((2, 128), jnp.int32)
     batch = DeviceBatch(*[integers] * 4, jax.ShapeDtypeStruct((2, 128), jnp.float32))
     position = jax.ShapeDtypeStruct((2,), jnp.uint32)
-    accumulated = jax.eval_shape(trainer.accumulate, trained, frozen, None, batch, position)
+    zero = jax.eval_shape(trainer.zero_sums, trained)
+    accumulated = jax.eval_shape(trainer.accumulate, trained, frozen, zero, batch, position)
     state = jax.eval_shape(lambda p: initial_state(p, optimizer), trained)
     return trained, frozen, accumulated.gradients, state
 

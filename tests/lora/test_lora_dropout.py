@@ -83,8 +83,9 @@ def test_new_at_each_step_and_micro_batch_and_the_same_again(setting):
     only = {name: v for name, v in adapters.items() if name.rsplit(".", 1)[1][:-2] == "v"}
 
     def accumulate(seed):
-        function = jax.jit(trainer(0.1, ("v",), seed).accumulate)
-        return lambda *at: function(only, weights, None, batch, np.array(at, np.uint32))
+        own = trainer(0.1, ("v",), seed)
+        function, zero = jax.jit(own.accumulate), own.zero_sums(only)
+        return lambda *at: function(only, weights, zero, batch, np.array(at, np.uint32))
 
     zero, one = accumulate(0), accumulate(1)
     results = [zero(0, 0), zero(0, 1), zero(1, 0), zero(1, 1), one(0, 0)]

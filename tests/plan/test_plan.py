@@ -1,13 +1,10 @@
 """`olmoe_jax.plan`: what a run needs, without its devices."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, assert_user_error, run_module
+from helpers import assert_user_error, on_eight_devices, run_module
 
 from olmoe_jax.plan.devices import parse_topology
 
@@ -58,20 +55,7 @@ def test_json_says_what_a_run_needs(planned):
 
 
 def test_loops_multiply_what_they_communicate():
-    environment = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
-    }
-    result = subprocess.run(
-        [sys.executable, Path(__file__).with_name("collectives_worker.py")],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout)
+    found = on_eight_devices(Path(__file__).with_name("collectives_worker.py"))
     for layers in (3, 7):
         assert found[str(layers)] == [["all-gather", "f32", layers, layers * 16 * 16 * 4]]
 
