@@ -8,14 +8,17 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import pytest
 import safetensors.numpy
 
+from olmoe_jax.errors import UserError
 from olmoe_jax.hf import names
 from olmoe_jax.model.config import ModelConfig, ModelSettings
 from olmoe_jax.model.loading import graph_of
@@ -23,22 +26,6 @@ from olmoe_jax.model.olmoe import Olmoe
 from olmoe_jax.model.parameters import merge
 
 ROOT = Path(__file__).parents[1]
-
-OLMOE_1B_7B = ModelConfig(
-    vocab_size=50304,
-    hidden_size=2048,
-    intermediate_size=1024,
-    num_layers=16,
-    num_heads=16,
-    num_kv_heads=16,
-    head_dim=128,
-    num_experts=64,
-    num_experts_per_token=8,
-    rope_theta=10000.0,
-    rms_norm_eps=1e-5,
-    pad_token_id=1,
-)
-"""The real model's architecture."""
 
 
 def tiny_config(**changes) -> ModelConfig:
@@ -298,6 +285,36 @@ def run_command_line(*arguments, timeout: float = 300) -> tuple[int, str, str]:
 def run_module(*arguments, timeout: float = 300) -> tuple[int, str, str]:
     """Runs `python -m ARGUMENTS`: (exit code, stdout, stderr)."""
     return run_command_line("-m", *arguments, timeout=timeout)
+
+
+def message_of(function, *arguments) -> str:
+    """The line that a function complains with."""
+    with pytest.raises(UserError) as caught:
+        function(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def on_eight_devices(worker: Path, *arguments, environment: Mapping[str, str] = {}) -> dict:
+    """What a worker prints last, as JSON, on 8 virtual devices.
+
+    Their number is fixed when jax starts, hence another process.
+    """
+    result = subprocess.run(
+        [sys.executable, worker, *arguments],
+        env={
+            **os.environ,
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def assert_user_error(result: tuple[int, str, str], *culprits: str) -> None:

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import (
-    OLMOE_1B_7B,
     assert_close,
     make_model,
     random_weights,
@@ -17,6 +16,7 @@ from helpers import (
 
 from olmoe_jax.hf import names
 from olmoe_jax.model.config import ModelSettings
+from olmoe_jax.model.known import OLMOE_1B_7B
 from olmoe_jax.model.loading import graph_of, parameter_specs
 from olmoe_jax.model.olmoe import Olmoe, load_balancing_loss
 from olmoe_jax.model.parameters import merge, split

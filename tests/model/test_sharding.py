@@ -1,15 +1,11 @@
 """Where parameters lie, and that no mesh changes a number."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import pytest
-from helpers import ROOT, tiny_config
+from helpers import on_eight_devices, tiny_config
 from jax.sharding import PartitionSpec as P
 
 from olmoe_jax.errors import UserError
@@ -81,18 +77,7 @@ def test_make_mesh_takes_all_devices():
 
 @pytest.fixture(scope="module")
 def errors():
-    """Of 8 virtual devices: their number is fixed when jax starts, hence another process."""
-    flags = "--xla_force_host_platform_device_count=8"
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    result = subprocess.run(
-        [sys.executable, Path(__file__).with_name("sharding_worker.py")],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
+    return on_eight_devices(Path(__file__).with_name("sharding_worker.py"))
 
 
 @pytest.mark.slow

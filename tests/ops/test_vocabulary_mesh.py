@@ -1,35 +1,18 @@
 """Cross-entropy and embedding lookup with the vocabulary split over a mesh."""
 
-import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import on_eight_devices
 
 
 @pytest.fixture(scope="module")
 def results():
-    """Of 8 virtual devices: their number is fixed when jax starts, hence another process."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
-        "PYTHONPATH": paths,
-    }
-    result = subprocess.run(
-        [sys.executable, Path(__file__).with_name("vocabulary_worker.py")],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
+    return on_eight_devices(
+        Path(__file__).with_name("vocabulary_worker.py"),
+        environment={"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"},
     )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("mesh", ["data=2,fsdp=4", "data=1,fsdp=8"])
