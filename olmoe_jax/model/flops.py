@@ -77,8 +77,8 @@ def step_flops_per_token(
       share K/E of tokens that an average expert sees.
     - router_gradient = 2 L (m - K) w for DenseMixer, with w the weights of an expert and m = E
       unless settings.router_gradient_experts is less.
-    - recomputed = the forward of all layers with remat="full", the head's logits (which the
-      cross-entropy never keeps), and 2 L K w when DenseMixer is exact: its loop runs all experts.
+    - recomputed = the forward of all layers with remat="full", and 2 L K w when DenseMixer is
+      exact: its loop runs all experts.
 
     Work that does not grow with the tokens (adapters multiplied out, the optimizer) is left out.
     """
@@ -89,7 +89,7 @@ def step_flops_per_token(
         weights += 0.0 if name.startswith("selected.") else size
     attention = 2.0 * context * config.num_heads * config.head_dim * config.num_layers
     head = config.hidden_size * config.vocab_size
-    router_gradient, recomputed = 0.0, 2.0 * head
+    router_gradient = recomputed = 0.0
     if settings.remat == "full":
         recomputed += 2.0 * (weights + attention - head)
     if settings.router_method == "densemixer":
