@@ -73,6 +73,7 @@ _CALLED = re.compile(
     r"\b(?:calls|to_apply|called_computations|branch_computations|true_computation|"
     r"false_computation)=(?:\{([^}]*)\}|%?([\w.\-]+))"
 )
+_CHAIN = re.compile(r'\bchain_id="(\d+)"')
 _TRIP_COUNT = re.compile(r'known_trip_count"?\s*[:=]\s*\{\s*"?n"?\s*:\s*"?(\d+)')
 
 
@@ -81,7 +82,7 @@ def communication(hlo: str) -> Communication:
     computations, entry = _parse(hlo)
     devices = math.prod(map(int, re.findall(r"(?:num_partitions|replica_count)=(\d+)", hlo)))
     counts, sizes, wires = Counter(), Counter(), Counter()
-    exact = True
+    exact, chains = True, set()
 
     @functools.cache
     def inside(name: str) -> tuple[tuple[tuple[str, str, int, float], int], ...]:
@@ -89,9 +90,12 @@ def communication(hlo: str) -> Communication:
         nonlocal exact
         found: Counter = Counter()
         for instruction in computations[name].values():
-            kind = instruction.opcode.removesuffix("-start")
-            if kind in KINDS:
+            kind = _kind(instruction, name)
+            # TPUs spread one collective over several fusions; all its parts name the same chain.
+            chain = _CHAIN.search(instruction.attributes)
+            if kind in KINDS and not (chain and chain[1] in chains):
                 found.update(_collectives(kind, instruction, computations[name], devices))
+                chains.update(chain.groups() if chain else ())
             for called, times in _calls(instruction, computations):
                 below = inside(called)
                 if below and times is None:
@@ -150,6 +154,16 @@ def _closing(text: str, start: int) -> int:
     return len(text)
 
 
+def _kind(instruction: _Instruction, computation: str) -> str:
+    """The opcode without the "-start" of its asynchronous form.
+
+    TPUs write a reduce-scatter as a fusion of this name, of an all-reduce and a slice.
+    """
+    if instruction.opcode == "all-reduce" and computation.startswith("all-reduce-scatter"):
+        return "reduce-scatter"
+    return instruction.opcode.removesuffix("-start")
+
+
 def _collectives(
     kind: str, instruction: _Instruction, computation: _Computation, devices: int
 ) -> Iterator[tuple[str, str, int, float]]:
@@ -196,6 +210,11 @@ def _group_size(attributes: str, devices: int) -> int:
     """How many devices take part in one group of a collective."""
     if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes):
         return int(tiled[1])
+    if meshed := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", meshed[1]))
+        # An axis may stand with a part of itself: 'x':(2)4 are 4 of its devices.
+        axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", meshed[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
     return len(listed[1].split(",")) if listed else devices
 
@@ -212,6 +231,8 @@ def _calls(
         condition = re.search(r"\bcondition=%?([\w.\-]+)", instruction.attributes)[1]
         known = _TRIP_COUNT.search(instruction.attributes)
         yield body, int(known[1]) if known else _limit(computations[condition])
+        return
+    if instruction.opcode in ("async-update", "async-done"):  # run what their async-start runs
         return
     for several, one in _CALLED.findall(instruction.attributes):
         for name in re.findall(r"[\w.\-]+", several) if several else [one]:

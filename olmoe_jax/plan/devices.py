@@ -58,10 +58,10 @@ KINDS = {
         "TPU v5e", "tpu", int(15.75 * GIB), 0, 197e12, 819e9, 200e9, install=_TPU, shapes=_FLAT
     ),
     "v6e": DeviceKind(
-        "TPU v6e", "tpu", int(31.25 * GIB), 0, 918e12, 1640e9, 400e9, install=_TPU, shapes=_FLAT
+        "TPU v6e", "tpu", int(31.24 * GIB), 0, 918e12, 1640e9, 400e9, install=_TPU, shapes=_FLAT
     ),
     "v5p": DeviceKind(
-        "TPU v5p", "tpu", int(95.74 * GIB), 0, 459e12, 2765e9, 600e9, install=_TPU, shapes=_CUBE
+        "TPU v5p", "tpu", int(95.73 * GIB), 0, 459e12, 2765e9, 600e9, install=_TPU, shapes=_CUBE
     ),
     "cpu": DeviceKind("CPU", "cpu"),
 }  # fmt: skip
@@ -187,6 +187,8 @@ def open_devices(topology: Topology) -> list:
             os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
             os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
             os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+            # Only one process may use a TPU; compiling uses none.
+            os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
             described = topologies.get_topology_desc(platform="tpu", topology_name=topology.shape)
     except (NotImplementedError, RuntimeError) as error:
         if "not implemented" in str(error) or "not installed" in str(error):

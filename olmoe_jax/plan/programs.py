@@ -6,6 +6,8 @@ They are training's own (`olmoe_jax.training.setup.step_functions`), called with
 import dataclasses
 import math
 import re
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -120,12 +122,13 @@ class StepPrograms:
             ),
         }[name]
         try:
-            compiled = _compile(function, arguments, self.mesh)
+            compiled, hlo = _compile(function, arguments, self.mesh)
         except jax.errors.JaxRuntimeError as error:
-            used = _refused(str(error))
-            if used is None:
+            temporaries = _refused(str(error))
+            if temporaries is None:
                 raise
-            return CompiledProgram(name, None, used + resident, None)
+            needs = temporaries + device_bytes(arguments) + resident
+            return CompiledProgram(name, None, needs, None)
         stats = compiled.memory_analysis()
         memory = Memory(
             stats.argument_size_in_bytes,
@@ -135,7 +138,7 @@ class StepPrograms:
             stats.generated_code_size_in_bytes,
             resident,
         )
-        return CompiledProgram(name, memory, memory.peak, _communication(compiled))
+        return CompiledProgram(name, memory, memory.peak, hlo and communication(hlo))
 
 
 def device_bytes(tree: Any) -> int:
@@ -173,26 +176,28 @@ def _shapes(
     )
 
 
-def _compile(function, arguments, mesh: Mesh):
-    """Compiles a jitted function for the mesh's devices."""
+def _compile(function, arguments, mesh: Mesh) -> tuple[Any, str | None]:
+    """A jitted function compiled for the mesh's devices, and its optimised HLO."""
     device = mesh.devices.flat[0]
     # As jax calls it where it chooses what to emit; kernels ask the default device.
     platform = "cuda" if device.platform == "gpu" else device.platform
     with jax.set_mesh(mesh), jax.default_device(device):
-        return function.trace(*arguments).lower(lowering_platforms=(platform,)).compile()
+        lowered = function.trace(*arguments).lower(lowering_platforms=(platform,))
+        if platform != "tpu":
+            compiled = lowered.compile()
+            return compiled, compiled.as_text()
+        # libtpu fails to hand out some programs as text, but dumps them all.
+        with tempfile.TemporaryDirectory() as directory:
+            dump = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True}
+            compiled = lowered.compile(compiler_options=dump)
+            files = list(Path(directory).glob("*.after_optimizations.txt"))
+            return compiled, files[0].read_text() if files else None
 
 
 def _refused(message: str) -> int | None:
-    """The bytes that a program would need, of the TPU compiler's error about its memory."""
-    used = re.search(r"Used ([\d.]+)([KMG]?) of [\d.]+[KMG]? hbm", message)
-    if not used:
-        return None
-    return int(float(used[1]) * {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}[used[2]])
+    """Bytes of temporaries for which the TPU compiler refuses a program, from its error.
 
-
-def _communication(compiled) -> Communication | None:
-    try:
-        hlo = compiled.as_text()
-    except jax.errors.JaxRuntimeError:  # some TPU programs cannot be printed
-        return None
-    return communication(hlo)
+    None: an error of another kind.
+    """
+    size = re.search(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM", message)
+    return size and int(float(size[1]) * 2 ** (10 * " KMGT".index(size[2] or " ")))

@@ -1,0 +1,143 @@
+"""FLOPs and the roofline by hand; topologies, missing compilers and advice."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import pytest
+from helpers import ROOT, tiny_config
+from jax.experimental import topologies
+
+from configs.table import METHODS
+from olmoe_jax.config_file import load_config
+from olmoe_jax.errors import UserError
+from olmoe_jax.model.config import ModelSettings
+from olmoe_jax.model.flops import step_flops_per_token, train_flops_per_token
+from olmoe_jax.model.known import OLMOE_1B_7B, known_config
+from olmoe_jax.model.lora import LoraSettings
+from olmoe_jax.plan.costs import roofline
+from olmoe_jax.plan.devices import KINDS, open_devices, parse_topology
+from olmoe_jax.training.methods import esft_names, trained_names
+
+LORA = LoraSettings(64, 16.0)
+
+
+def flops(trains=lambda name: True, **settings):
+    """GFLOP per token at full size, attending to 2048 positions on average."""
+    parts = step_flops_per_token(OLMOE_1B_7B, ModelSettings(**settings), trains, 2048)
+    return type(parts)(*(part / 1e9 for part in parts))
+
+
+def test_full_fine_tuning():
+    conventional = flops()
+    assert conventional.forward == pytest.approx(2.63, abs=0.005)
+    assert conventional.model == pytest.approx(7.88, abs=0.005)
+    assert conventional.executed == conventional.model
+    # The layers again, without the head.
+    assert flops(remat="full").recomputed == pytest.approx(2.63 - 2 * 50304 * 2048 / 1e9, abs=0.005)
+
+
+@pytest.mark.parametrize("limit", [None, 8, 16, 64])
+def test_densemixer_as_reported_while_training(limit):
+    settings = {"router_method": "densemixer", "router_gradient_experts": limit}
+    assert flops(**settings).model * 1e9 == pytest.approx(
+        train_flops_per_token(OLMOE_1B_7B, "densemixer", limit, 2048)
+    )
+    # Exact: all 64 experts run in the backward, also the 8 that ran before.
+    again = 2 * 16 * 8 * 3 * 2048 * 1024 / 1e9 if limit in (None, 64) else 0.0
+    assert flops(**settings).recomputed == pytest.approx(again)
+
+
+def test_lora_has_no_gradients_of_the_frozen_weights():
+    full = flops()
+    lora = flops(trained_names(lora=True, router=False), lora=LORA)
+    # q, k, v, o and the three matrices of 8 experts: A [in, 64] and B [64, out].
+    adapters = 2 * 16 * 64 * (4 * 4096 + 8 * 3 * 3072) / 1e9
+    assert lora.forward == pytest.approx(full.forward + adapters)
+    scores = 4 * 16 * 2048 * 2048 / 1e9  # in the forward
+    inputs = full.forward - scores + adapters
+    assert lora.backward == pytest.approx(inputs + adapters + 2 * scores)
+
+
+def test_esft_has_gradients_of_what_it_selects():
+    selected = ((0, 1, 2, 3),) * 16
+    trains = esft_names(head="lm_head", non_expert_modules=False)
+    esft, full = flops(trains, selected_experts=selected), flops()
+    # 4 of 64 experts see, on average, half an expert's worth of a token's 8.
+    weights = 2 * (50304 * 2048 + 16 * 0.5 * 3 * 2048 * 1024) / 1e9
+    scores = 4 * 16 * 2048 * 2048 / 1e9
+    assert esft.forward == pytest.approx(full.forward)
+    assert esft.backward == pytest.approx(full.forward - scores + weights + 2 * scores)
+
+
+def test_tied_embeddings_count_as_head():
+    settings = ModelSettings(compute_dtype=jnp.float32)
+    tied, own = (
+        step_flops_per_token(
+            tiny_config(tie_word_embeddings=tie), settings, lambda name: True, 8
+        ).model
+        for tie in (True, False)
+    )
+    assert tied == own
+
+
+def test_roofline():
+    bounds = roofline(parse_topology("h100:8"), 989e12, 3.35e12 / 2, 450e9 * 2)
+    assert (bounds.compute, bounds.memory, bounds.network) == pytest.approx((1.0, 0.5, 2.0))
+    assert (bounds.bound, bounds.seconds) == ("network", pytest.approx(2.0))
+    between_hosts = roofline(parse_topology("h100:16"), 0.0, 0.0, 450e9)
+    assert between_hosts.network == pytest.approx(9.0)
+    assert roofline(parse_topology("cpu:8"), 1.0, 1.0, 1.0) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "shape"),
+    [
+        ("h100:2", 2, "1x1x2"),
+        ("h100:16", 16, "1x2x8"),
+        ("v5e:8", 8, "v5e:2x4"),
+        ("v6e:4x4", 16, "v6e:4x4"),
+        ("v5p:4", 4, "v5p:2x2x1"),
+    ],
+)
+def test_topology(text, count, shape):
+    topology = parse_topology(text)
+    assert (topology.count, topology.shape) == (count, shape)
+
+
+@pytest.mark.parametrize("text", ["h100:9", "h100:2x4", "v5e:3", "v5e:4x2", "v5p:2x2", "cpu:0"])
+def test_wrong_sizes_say_the_right_ones(text):
+    with pytest.raises(UserError, match=r"write .*(1 \(1x1\)|4 \(2x2x1\)|COUNT)") as caught:
+        parse_topology(text)
+    assert f"--topology={text}: " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("h100:8", NotImplementedError("topology not implemented for cuda")),
+        ("v5e:8", RuntimeError("JAX TPU support not installed; cannot generate TPU topology.")),
+    ],
+)
+def test_missing_compiler_says_how_to_install_it(monkeypatch, text, error):
+    def missing(*_, **__):
+        raise error
+
+    monkeypatch.setattr(topologies, "get_topology_desc", missing)
+    topology = parse_topology(text)
+    with pytest.raises(UserError) as caught:
+        open_devices(topology)
+    assert topology.kind.install in str(caught.value)
+    assert KINDS["h100"].install == 'pip install "jax[cuda12]"'
+
+
+def test_too_few_cpu_devices():
+    with pytest.raises(UserError, match="xla_force_host_platform_device_count=4096"):
+        open_devices(parse_topology("cpu:4096"))
+
+
+def test_published_models_are_known():
+    for method in METHODS:
+        path = load_config(ROOT / "configs" / f"{method}_gsm.py").model.path
+        assert known_config(path) == OLMOE_1B_7B
+    assert known_config("allenai/OLMo-7B") is None
+    assert dataclasses.asdict(OLMOE_1B_7B)["num_experts"] == 64

@@ -1,0 +1,159 @@
+"""What plan compiles is what training runs; its figures, counted by hand."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, run_module
+
+D, F, E, V, L = 32, 16, 8, 256, 2
+MODEL = {
+    "model_type": "olmoe",
+    "vocab_size": V,
+    "hidden_size": D,
+    "intermediate_size": F,
+    "num_hidden_layers": L,
+    "num_attention_heads": 2,
+    "num_experts": E,
+    "num_experts_per_tok": 2,
+}
+MATRICES = L * (4 * D * D + 3 * E * D * F)
+BASE = MATRICES + L * (4 * D + E * D) + 2 * V * D + D
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory):
+    path = tmp_path_factory.mktemp("plans")
+    (path / "config.json").write_text(json.dumps(MODEL))
+    environment = {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+    }
+    result = subprocess.run(
+        [sys.executable, Path(__file__).with_name("programs_worker.py"), path],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_the_program_is_trainings(plans):
+    full = plans["full"]
+    training, planned = full["training"], full["memory"]["accumulate"]
+    for part in ("arguments", "outputs", "aliased", "temporaries"):
+        assert planned[part] == training[part], part
+    own = [c for c in full["collectives"] if c["program"] == "accumulate"]
+    assert sum(c["bytes"] for c in own) == training["communicated"]
+
+
+def test_memory_by_hand(plans):
+    full = plans["full"]["memory"]
+    # Weights, gradients and two moments, float32; norms and scalars are on every device.
+    shard = 4 * BASE / 8
+    assert full["accumulate"]["resident"] == pytest.approx(2 * shard, rel=0.05)
+    batch = 5 * 4 * 2 * 64
+    assert full["accumulate"]["arguments"] == pytest.approx(2 * shard + batch, rel=0.05)
+    assert full["update"]["arguments"] == pytest.approx(4 * shard, rel=0.05)
+    assert full["update"]["aliased"] == pytest.approx(3 * shard, rel=0.05)
+    assert full["update"]["resident"] == 0
+    for memory in full.values():
+        own = memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temporaries"]
+        assert memory["peak"] == own + memory["code"] + memory["resident"]
+    peak = max(memory["peak"] for memory in full.values())
+    assert plans["full"]["peak_gib_per_device"] == peak / 2**30
+
+
+def test_collectives_by_hand(plans):
+    """The layers' matrices are gathered in the forward and again in the backward."""
+    kinds = {}
+    for entry in plans["full"]["collectives"]:
+        if entry["program"] == "accumulate":
+            kinds[entry["kind"]] = kinds.get(entry["kind"], 0) + entry["bytes"]
+    assert kinds["all-gather"] >= 2 * 4 * MATRICES
+    assert kinds["all-gather"] < 2 * 4 * MATRICES + 16 * 4 * V * D
+    assert kinds["reduce-scatter"] >= 4 * L * 3 * E * D * F
+
+
+def test_steps_of_several_microbatches(plans):
+    full = plans["full"]
+    assert (full["rows_per_microbatch"], full["rows_per_step"]) == (16, 40)
+    assert full["microbatches_per_step"] == 3
+    assert full["tokens_per_step"] == 40 * 64
+    assert full["flops_per_step"] == full["flops_per_token"] * 40 * 64
+    per_run = {"accumulate": 0, "update": 0, "evaluate": 0}
+    for entry in full["collectives"]:
+        per_run[entry["program"]] += entry["bytes"]
+        runs = {"accumulate": 3, "update": 1, "evaluate": 0}
+        assert entry["runs_per_step"] == runs[entry["program"]]
+    step = 3 * per_run["accumulate"] + per_run["update"]
+    assert full["collective_bytes_per_step"] == step
+
+
+def test_adapters_and_selected_experts(plans):
+    adapters = L * 4 * (4 * 2 * D + E * 3 * (D + F))
+    lora, esft = plans["lora"], plans["esft"]
+    assert lora["parameters_trained"] == adapters + L * E * D
+    assert lora["parameters_frozen"] == BASE - L * E * D
+    # The frozen weights stay while the adapters are updated.
+    assert lora["memory"]["update"]["resident"] == pytest.approx(4 * BASE / 8, rel=0.05)
+    assert esft["parameters_trained"] == L * 2 * 3 * D * F + V * D
+    assert "2 selected experts in each layer" in esft["assumptions"][1]
+    # Nothing to evaluate on: nothing to compile for it.
+    assert set(esft["memory"]) == {"accumulate", "update"}
+    assert lora["flops_per_token"] < plans["full"]["flops_per_token"]
+
+
+def test_verdict_and_advice(plans):
+    full = plans["full"]
+    assert full["fits"] is True
+    assert full["advice"] == []
+    assert full["text"].splitlines()[-1].startswith("fits: peak")
+    for name, expected in (
+        # 0.9 of the peak on twice as many devices, and the rest, are still more than half of it.
+        (
+            "state too large",
+            ["more devices: about 32", "method.lora_rank=64", "train.rows_per_device=1"],
+        ),
+        ("temporaries too large", ["train.rows_per_device=1", "method.lora_rank=64"]),
+    ):
+        large = plans[name]
+        assert large["fits"] is False
+        assert large["headroom_gib"] < 0
+        assert len(large["advice"]) == len(expected)
+        assert all(map(str.startswith, large["advice"], expected))
+        verdict = large["text"].splitlines()[-1 - len(expected)]
+        assert verdict.startswith("does not fit: peak")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "compiler", "most"),
+    [("h100:8", "jax_plugins.xla_cuda12", 24), ("v6e:8", "libtpu", 28)],
+)
+def test_full_size(topology, compiler, most):
+    """DenseMixer, everything trained, 4096 tokens: between the state alone and a known bound."""
+    try:
+        found = importlib.util.find_spec(compiler)
+    except ModuleNotFoundError:
+        found = None
+    if not found:
+        pytest.skip(f"{compiler} is not installed: nothing compiles for {topology}")
+    config = ("--config", "configs/densemixer_gsm.py")
+    code, out, error = run_module(
+        "olmoe_jax.plan", *config, "--topology", topology, "--json", timeout=1800
+    )
+    assert code == 0, error
+    planned = json.loads(out)
+    assert planned["parameters_trained"] == 6_919_161_856
+    assert planned["fits"] is True
+    assert 16 * planned["parameters_trained"] / 8 / 2**30 < planned["peak_gib_per_device"] < most
+    # The experts' weights, bfloat16, at least twice.
+    assert planned["collective_bytes_per_step"] > 2 * 2 * 16 * 64 * 3 * 2048 * 1024
