@@ -78,8 +78,9 @@ def test_comparison_takes_the_best_of_all_rounds(monkeypatch):
 
 def test_scaling_measures_and_draws(monkeypatch, tmp_path):
     monkeypatch.setattr(scaling, "BASE", ("--shape=tiny", "--rows=2"))
-    small = {"conventional": ("--method=conventional",)}
-    monkeypatch.setattr(scaling, "METHODS", small)
+    monkeypatch.setitem(
+        scaling.METHODS, "densemixer, m=2K", ("--method=densemixer", "--router_gradient_experts=4")
+    )
     curves = {"layers": {1: scaling.measure(1, ("--layers=1",), 1)}}
     seconds = curves["layers"][1]["conventional"]
     assert 0 < seconds < 1
