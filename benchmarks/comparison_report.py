@@ -23,39 +23,46 @@ def write_report(cells: Cells, output: Path) -> None:
 
 def method_table(cells: Cells) -> str:
     """A row per method: mean over the seeds, and their lowest and highest where it matters."""
-    lines = [
-        "| method | seeds | eval loss | exact match | router cosine | trained | step time "
-        "| peak memory |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    field = first_field(cells)
+    head = ["method", "eval loss", *([f"`{field}` right"] if field else []), "exact match"]
+    head += ["router cosine", "trained", "step time", "peak memory"]
+    lines = [_row(head), _row(["---"] * len(head))]
     conventional = step_seconds(cells, "conventional")
     for method in ("base", *METHODS):
-        found = of_method(cells, method)
-        if not found:
+        if not (found := of_method(cells, method)):
             continue
-        columns = [
-            spread([cell["eval_loss"] for cell in found], "{:.3f}"),
-            spread([100 * cell["exact_match"] for cell in found], "{:.1f}", "%"),
-            own_cosine(method, found),
-        ]
+        columns = ["before fine-tuning" if method == "base" else f"`{method}`"]
+        columns.append(spread([cell["eval_loss"] for cell in found], "{:.3f}"))
+        for share in (["first_field_match"] if field else []) + ["exact_match"]:
+            columns.append(spread([100 * cell[share] for cell in found], "{:.1f}", "%"))
+        columns.append(own_cosine(method, found))
         if method == "base":
             columns += ["–", "–", "–"]
         else:
             seconds = step_seconds(cells, method)
             relative = f" ({seconds / conventional:.2f}x)" if conventional else ""
             columns += [
-                f"{statistics.mean(cell['trained_parameters'] for cell in found) / 1e6:.2f}M",
+                spread([cell["trained_parameters"] / 1e6 for cell in found], "{:.2f}", "M"),
                 f"{seconds:.2f} s{relative}",
                 f"{min(cell['peak_memory'] for cell in found) / 2**30:.2f} GiB",
             ]
-        name = "before fine-tuning" if method == "base" else f"`{method}`"
-        lines.append(f"| {name} | {len(found)} | {' | '.join(columns)} |")
+        lines.append(_row(columns))
     return "\n".join(lines) + "\n"
+
+
+def first_field(cells: Cells) -> str | None:
+    """The first field of the task's answers, where they are JSON."""
+    return next(iter(cells.values())).get("first_field")
+
+
+def _row(columns: list[str]) -> str:
+    return f"| {' | '.join(columns)} |"
 
 
 def cosine_table(cells: Cells) -> str:
     """Cosine of DenseMixer's router gradient for m experts with the exact one, per model."""
-    limits = [int(limit) for limit in next(iter(cells.values()))["cosines"]]
+    known = next((cell["cosines"] for cell in cells.values() if "cosines" in cell), {})
+    limits = [int(limit) for limit in known]
     head = " | ".join(f"m = {limit}" for limit in limits)
     lines = [f"| at the weights of | {head} |", "| --- |" + " --- |" * len(limits)]
     for method in ("base", *METHODS):
@@ -72,11 +79,9 @@ def of_method(cells: Cells, method: str) -> list[dict]:
 
 
 def spread(values: list[float], form: str, unit: str = "") -> str:
-    """The mean, and the lowest and highest of several values."""
-    mean = form.format(statistics.mean(values)) + unit
-    if len(values) == 1:
-        return mean
-    return f"{mean} ({form.format(min(values))}–{form.format(max(values))})"
+    """The mean, and the lowest and highest where they differ."""
+    low, mean, high = map(form.format, (min(values), statistics.mean(values), max(values)))
+    return f"{mean}{unit}" if low == high else f"{mean}{unit} ({low}–{high})"
 
 
 def own_cosine(method: str, found: list[dict]) -> str:
@@ -98,15 +103,17 @@ def draw(cells: Cells) -> Figure:
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
     conventional = step_seconds(cells, "conventional") or 1.0
+    share = "first_field_match" if (field := first_field(cells)) else "exact_match"
     panels: list[tuple[str, Callable[[str], list[float]]]] = [
-        ("exact match, %", lambda m: [100 * c["exact_match"] for c in of_method(cells, m)]),
         ("eval loss, nats per token", lambda m: [c["eval_loss"] for c in of_method(cells, m)]),
+        (f"{field or 'answer'} right, %", lambda m: [100 * c[share] for c in of_method(cells, m)]),
         ("step time / conventional", lambda m: [step_seconds(cells, m) / conventional]),
     ]
     for axis, (title, values_of) in zip(axes, panels, strict=True):
         for row, method in enumerate(methods):
-            others = "tab:orange" if method in LORA else "tab:blue"
-            color = "tab:green" if method in ESFT else others
+            color = (
+                "tab:green" if method in ESFT else "tab:orange" if method in LORA else "tab:blue"
+            )
             values = values_of(method)
             axis.barh(row, statistics.mean(values), color=color, alpha=0.35, height=0.7)
             axis.plot(values, [row] * len(values), "o", color=color, markersize=4)
