@@ -7,6 +7,7 @@ does now, which the step's share is taken of.
 """
 
 import dataclasses
+import functools
 import json
 import statistics
 import time
@@ -132,19 +133,23 @@ def make_step(args, mesh: Mesh) -> tuple[Callable[[], tuple[Any, jax.Array]], fl
     program, flops_per_token = build(args, shape, mesh)
     jax.block_until_ready((program.state, program.frozen))
     batch = program.to_devices(random_batch(shape))
-    state, position = program.state, np.zeros(2, np.uint32)
+    zero_sums, accumulate, apply = program.zero_sums, program.accumulate, program.update
+    state, frozen, position = program.state, program.frozen, np.zeros(2, np.uint32)
 
-    def gradients():
-        zero = program.zero_sums()
-        sums = program.accumulate(state.parameters, program.frozen, zero, batch, position)
+    def gradients(parameters):
+        sums = accumulate(parameters, frozen, zero_sums(), batch, position)
         return sums, sums.loss
+
+    if args.what == "gradients":
+        # Bound alone, so that the optimizer's state, which is not used, takes no memory.
+        return functools.partial(gradients, state.parameters), flops_per_token
 
     def update():
         nonlocal state
-        state, metrics = program.update(state, gradients()[0])
+        state, metrics = apply(state, gradients(state.parameters)[0])
         return state, metrics.loss
 
-    return {"gradients": gradients, "update": update}[args.what], flops_per_token
+    return update, flops_per_token
 
 
 def build(args, shape: Shape, mesh: Mesh) -> tuple[Program, float]:

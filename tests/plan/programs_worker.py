@@ -45,8 +45,9 @@ def trained(config):
         batch = place_batch(data.Batch(rows, rows, rows, rows, rows.astype(np.float32)), mesh)
         arguments = program.state.parameters, program.frozen
         position = np.zeros(2, np.uint32)
-        first = program.accumulate(*arguments, None, batch, position)
-        compiled = program.accumulate.lower(*arguments, first, batch, position).compile()
+        compiled = program.accumulate.lower(
+            *arguments, program.zero_sums(), batch, position
+        ).compile()
     stats = compiled.memory_analysis()
     return {
         "arguments": stats.argument_size_in_bytes,

@@ -2,13 +2,10 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, run_module
+from helpers import on_eight_devices, run_module
 
 D, F, E, V, L = 32, 16, 8, 256, 2
 MODEL = {
@@ -29,20 +26,7 @@ BASE = MATRICES + L * (4 * D + E * D) + 2 * V * D + D
 def plans(tmp_path_factory):
     path = tmp_path_factory.mktemp("plans")
     (path / "config.json").write_text(json.dumps(MODEL))
-    environment = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
-    }
-    result = subprocess.run(
-        [sys.executable, Path(__file__).with_name("programs_worker.py"), path],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+    return on_eight_devices(Path(__file__).with_name("programs_worker.py"), path)
 
 
 def test_the_program_is_trainings(plans):
