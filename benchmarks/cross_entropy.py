@@ -1,4 +1,4 @@
-"""Loss and gradients, chunked against all logits at once: python benchmarks/cross_entropy.py
+"""Loss and gradients, chunked against all logits at once: python -m benchmarks.cross_entropy
 
 Prints seconds (median of interleaved runs) and temporary memory of value and gradients.
 """

@@ -38,6 +38,7 @@ def test_step_does_the_whole_task(densemixer):
     assert densemixer["flops_per_step"] == 64 * (3 * forward + 2 * 2 * 6 * expert)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
