@@ -1,0 +1,86 @@
+"""Grouped matrix multiplication in plain XLA: blocks of one group's rows, group after group.
+
+Shapes: N rows, D in, F out, E groups. Runs anywhere; the backend of CPUs.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+
+def rows_by_weights(x, w, group_sizes, contract_last: bool):
+    """x [N, D] by w [E, D, F], or with `contract_last` x [N, F] by w transposed."""
+    rows, block = x.shape[0], _block_rows(x.shape[0], w.shape[0])
+    padded = _padded(x, block)
+    dimensions = (((1,), (1 if contract_last else 0,)), ((), ()))
+
+    def body(out, weight, first, valid):
+        block_rows = jax.lax.dynamic_slice_in_dim(padded, first, block)
+        y = jax.lax.dot_general(
+            block_rows, weight, dimensions, preferred_element_type=jnp.float32
+        ).astype(x.dtype)
+        # Rows of later groups are zeroed here and written when their group comes.
+        return jax.lax.dynamic_update_slice_in_dim(
+            out, jnp.where(valid[:, None], y, 0), first, axis=0
+        )
+
+    width = w.shape[1] if contract_last else w.shape[2]
+    out = jnp.zeros((rows + block, width), x.dtype)
+    ends = jnp.cumsum(group_sizes)
+    return _for_each_block(group_sizes, ends, w, block, out, body)[0][:rows]
+
+
+def rows_by_rows(x, g, sizes, ends, dtype):
+    """For each group, x^T g over its rows, summed in float32: [groups, D, F] of `dtype`."""
+    block = _block_rows(x.shape[0], sizes.shape[0])
+    x_padded, g_padded = _padded(x, block), _padded(g, block)
+    slice_rows = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=block)
+
+    def body(total, _, first, valid):
+        x_rows = jnp.where(valid[:, None], slice_rows(x_padded, first), 0)
+        return total + jax.lax.dot_general(
+            x_rows,
+            slice_rows(g_padded, first),
+            (((0,), (0,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
+
+    zero = jnp.zeros((x.shape[1], g.shape[1]), jnp.float32)
+    # Rounded group by group, so that one matrix is in float32 and not all of them.
+    return _for_each_block(
+        sizes, ends, None, block, zero, body, finish=lambda total: (zero, total.astype(dtype))
+    )[1]
+
+
+def _block_rows(rows: int, groups: int) -> int:
+    """Rows per block: the mean group as a power of two in 16…256 (larger wastes more tails)."""
+    mean = max(1, rows // groups)
+    return min(256, max(16, 1 << math.ceil(math.log2(mean))))
+
+
+def _for_each_block(sizes, ends, weights, block, carry, body, finish=lambda carry: (carry, None)):
+    """Scans over groups and, inside, over blocks of a group's rows, in row order.
+
+    A group's rows are ends - sizes … ends. `body(carry, weight, first_row, valid)` sees a block
+    that starts at `first_row`; `valid` [block] marks the rows of this group (its last block also
+    covers rows of later groups).
+    """
+
+    def group(carry, inputs):
+        weight, size, end = inputs
+
+        def one_block(index, carry):
+            first = end - size + index * block
+            return body(carry, weight, first, first + jnp.arange(block) < end)
+
+        blocks = (size + block - 1) // block
+        return finish(jax.lax.fori_loop(0, blocks, one_block, carry))
+
+    return jax.lax.scan(group, carry, (weights, sizes, ends))
+
+
+def _padded(x, block):
+    """Room for the last block, which may start on the last row."""
+    return jnp.pad(x, ((0, block), (0, 0)))
