@@ -48,8 +48,9 @@ MODEL = {
 }
 VOCABULARY = 4096
 ROW_LENGTH = 256  # tokens
-ROWS = 8  # of a micro-batch
+ROWS = 8  # of a step of pretraining
 BATCH_SIZE = 32  # examples per step of fine-tuning
+BATCH_ROWS = 6  # of its micro-batches; the word problems of a step fit into 5 or 6
 LONGEST_ANSWER = 96  # tokens
 WORD_PROBLEMS = 6000
 
@@ -84,7 +85,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--pretrain_steps", type=int, default=400)
-    parser.add_argument("--steps", type=int, default=100, help="of fine-tuning, of every method")
+    parser.add_argument("--steps", type=int, default=200, help="of fine-tuning, of every method")
     parser.add_argument("--examples", type=int, default=200, help="held-out rows to evaluate")
     parser.add_argument("--report", action="store_true", help="only report the cells in OUTPUT")
     parser.add_argument("--cell", nargs=2, metavar=("METHOD", "SEED"), help=argparse.SUPPRESS)
@@ -165,7 +166,9 @@ def run_base(args: argparse.Namespace) -> dict[str, Any]:
         # OLMoE's own weight of the load-balancing loss.
         method=dataclasses.replace(config.method, router_aux_loss_coefficient=0.01),
         optimizer=dataclasses.replace(config.optimizer, learning_rate=3e-3, schedule="cosine"),
-        train=train_options(config, args.output / "base", args.pretrain_steps, batch_size=ROWS),
+        train=train_options(
+            config, args.output / "base", args.pretrain_steps, batch_size=ROWS, rows_per_device=ROWS
+        ),
     )
     run = olmoe_jax.train(config).output_dir
     model = olmoe_jax.from_pretrained(run)
@@ -184,7 +187,6 @@ def train_options(config: Config, output: Path, steps: int, **options):
         output_dir=str(output),
         epochs=1000,
         max_steps=steps,
-        rows_per_device=ROWS,
         checkpoint_every=steps,
         keep_checkpoints=1,
         **options,
@@ -212,7 +214,13 @@ def cell_config(args: argparse.Namespace, method: str, seed: int) -> Config:
             config.optimizer, learning_rate=LEARNING_RATES[family], warmup_ratio=0.05
         ),
         train=train_options(
-            config, run, args.steps, batch_size=BATCH_SIZE, seed=seed, export_hf=False
+            config,
+            run,
+            args.steps,
+            batch_size=BATCH_SIZE,
+            rows_per_device=BATCH_ROWS,
+            seed=seed,
+            export_hf=False,
         ),
     )
 
