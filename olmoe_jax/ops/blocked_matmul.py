@@ -17,7 +17,7 @@ def rows_by_weights(x, w, group_sizes, contract_last: bool):
     dimensions = (((1,), (1 if contract_last else 0,)), ((), ()))
 
     def body(out, weight, first, valid):
-        block_rows = jax.lax.dynamic_slice_in_dim(padded, first, block)
+        block_rows = jax.lax.dynamic_slice_in_dim(padded, first, valid.size)
         y = jax.lax.dot_general(
             block_rows, weight, dimensions, preferred_element_type=jnp.float32
         ).astype(x.dtype)
@@ -36,9 +36,9 @@ def rows_by_rows(x, g, sizes, ends, dtype):
     """For each group, x^T g over its rows, summed in float32: [groups, D, F] of `dtype`."""
     block = _block_rows(x.shape[0], sizes.shape[0])
     x_padded, g_padded = _padded(x, block), _padded(g, block)
-    slice_rows = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=block)
 
     def body(total, _, first, valid):
+        slice_rows = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=valid.size)
         x_rows = jnp.where(valid[:, None], slice_rows(x_padded, first), 0)
         return total + jax.lax.dot_general(
             x_rows,
@@ -55,28 +55,38 @@ def rows_by_rows(x, g, sizes, ends, dtype):
 
 
 def _block_rows(rows: int, groups: int) -> int:
-    """Rows per block: the mean group as a power of two in 16…256 (larger wastes more tails)."""
+    """Rows per block: twice the mean group as a power of two in 16…256, so that most need one."""
     mean = max(1, rows // groups)
-    return min(256, max(16, 1 << math.ceil(math.log2(mean))))
+    return min(256, max(16, 2 << math.ceil(math.log2(mean))))
 
 
 def _for_each_block(sizes, ends, weights, block, carry, body, finish=lambda carry: (carry, None)):
     """Scans over groups and, inside, over blocks of a group's rows, in row order.
 
     A group's rows are ends - sizes … ends. `body(carry, weight, first_row, valid)` sees a block
-    that starts at `first_row`; `valid` [block] marks the rows of this group (its last block also
-    covers rows of later groups).
+    that starts at `first_row`; `valid` [rows of the block] marks the rows of this group. Blocks
+    have `block` rows, but the last some eighths of it; it may also cover rows of later groups.
     """
+    part = max(16, block // 8)
 
     def group(carry, inputs):
         weight, size, end = inputs
 
-        def one_block(index, carry):
-            first = end - size + index * block
-            return body(carry, weight, first, first + jnp.arange(block) < end)
+        def blocks(rows, first, count, carry):
+            def one_block(index, carry):
+                start = first + index * rows
+                return body(carry, weight, start, start + jnp.arange(rows) < end)
 
-        blocks = (size + block - 1) // block
-        return finish(jax.lax.fori_loop(0, blocks, one_block, carry))
+            return jax.lax.fori_loop(0, count, one_block, carry)
+
+        whole = (size + part - 1) // block
+        carry = blocks(block, end - size, whole, carry)
+        rest = size - whole * block
+        for rows in range(part, block, part):
+            # A loop of at most one turn: `lax.switch` would copy the carry.
+            count = ((rest > rows - part) & (rest <= rows)).astype(jnp.int32)
+            carry = blocks(rows, end - rest, count, carry)
+        return finish(carry)
 
     return jax.lax.scan(group, carry, (weights, sizes, ends))
 
