@@ -1,4 +1,4 @@
-"""Resident memory of this process. Standard library only, Linux."""
+"""Resident memory of a process. Standard library only, Linux."""
 
 from pathlib import Path
 
@@ -10,13 +10,13 @@ def resident_gib() -> float:
     return _status("VmRSS")
 
 
-def peak_resident_gib() -> float:
+def peak_resident_gib(pid: int | str = "self") -> float:
     """The most that ever was. getrusage's ru_maxrss would include the parent's before exec."""
-    return _status("VmHWM")
+    return _status("VmHWM", pid)
 
 
-def _status(name: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
+def _status(name: str, pid: int | str = "self") -> float:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024 / GIB
-    raise OSError(f"/proc/self/status has no {name}")
+    raise OSError(f"/proc/{pid}/status has no {name}")

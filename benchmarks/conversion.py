@@ -1,0 +1,162 @@
+"""Converts a checkpoint of OLMoE-1B-7B's exact shapes, there and back: time, memory, every bit.
+
+    python -m benchmarks.conversion --output DIR
+
+Random bfloat16 weights in sharded safetensors (14 GB) are copied as files, converted by
+convert.from_hf, and back by convert.to_hf, each in a process of its own whose peak memory is
+compared with one that only imports the same modules. Every command is timed until its bytes are on
+the disk. DIR needs room for three copies; a checkpoint that is there from an earlier run is used
+again. With --forward, the checkpoint is then loaded and gives logits in bfloat16.
+"""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from benchmarks.memory import GIB, peak_resident_gib
+from benchmarks.shapes import Shape, add_shape_flags, shape_of
+from olmoe_jax.errors import ArgumentParser, UserError, run_command
+from olmoe_jax.hf import directory, names
+from olmoe_jax.hf.checkpoint import HFCheckpoint, write_checkpoint
+from olmoe_jax.model.config import model_config_from_hf
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+SHARD_BYTES = 5 * 10**9
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command line."""
+    parser = ArgumentParser(prog="python -m benchmarks.conversion", description=__doc__)
+    add_shape_flags(parser)
+    parser.set_defaults(shape="full")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--forward", action="store_true", help="also load it and compute logits")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON")
+    args = parser.parse_args(arguments)
+    result = measure(args.output, shape_of(args), args.forward)
+    print(json.dumps(result) if args.json else report(result))
+
+
+def measure(output: Path, shape: Shape, forward: bool) -> dict[str, Any]:
+    """Runs the commands one after the other and compares what went in with what came out."""
+    model, copy, ours, back = (output / name for name in ("hf", "copy", "converted", "back"))
+    generate(model, shape)
+    result = {"gib": sum(file.stat().st_size for file in model.iterdir()) / GIB}
+    result["idle"] = run("-c", "import convert.from_hf, convert.to_hf")
+    for path in (copy, ours, back):
+        shutil.rmtree(path, ignore_errors=True)
+    copying = "import shutil, sys; shutil.copytree(*sys.argv[1:])"
+    result["copy"] = run("-c", copying, str(model), str(copy))
+    shutil.rmtree(copy)
+    result["from_hf"] = run("-m", "convert.from_hf", "--model", str(model), "--output", str(ours))
+    result["to_hf"] = run("-m", "convert.to_hf", "--checkpoint", str(ours), "--output", str(back))
+    shutil.rmtree(ours)
+    result["bit_exact"] = same_weights(model, back)
+    shutil.rmtree(back)
+    if forward:
+        command = f"from benchmarks.conversion import finite_logits; finite_logits({str(model)!r})"
+        result["forward"] = run("-c", command)
+    return result
+
+
+def generate(path: Path, shape: Shape) -> None:
+    """A checkpoint of this shape: random weights of a sensible size, drawn layer by layer."""
+    values = shape.hf_config() | {"architectures": ["OlmoeForCausalLM"], "torch_dtype": "bfloat16"}
+    if path.exists():
+        if directory.read_json(path / "config.json") != values:
+            raise UserError(f"{path}: is a checkpoint of another shape; write another --output")
+        return
+    config, random = model_config_from_hf(values), np.random.default_rng(0)
+
+    def draw(row: names.Row, layer: int | None) -> np.ndarray:
+        layer_shape = names.layer_shape(row, config)
+        if row.ours.endswith("norm"):
+            return np.ones(layer_shape, BFLOAT16)
+        value = random.standard_normal(math.prod(layer_shape), dtype=np.float32)
+        return (value * np.float32(0.02)).astype(BFLOAT16).reshape(layer_shape)
+
+    with directory.new_directory(path) as partial:
+        directory.write_json(partial / "config.json", values)
+        write_checkpoint(partial, config, draw, lambda row: BFLOAT16, SHARD_BYTES)
+
+
+def run(*arguments: str) -> dict[str, float]:
+    """Seconds until a Python command's output is on the disk, and its peak resident memory."""
+    os.sync()
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL)
+    peak = 0.0
+    while process.poll() is None:
+        peak = max(peak, peak_of(process.pid))
+        time.sleep(0.02)
+    if process.returncode:
+        raise UserError(f"python {' '.join(arguments)} failed")
+    os.sync()
+    return {"seconds": time.perf_counter() - start, "peak_gib": peak}
+
+
+def peak_of(pid: int) -> float:
+    """The most memory that a process ever held, GiB; 0 when it has just ended."""
+    try:
+        return peak_resident_gib(pid)
+    except OSError:
+        return 0.0
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether two checkpoints have the same tensors, bit for bit."""
+    first, second = HFCheckpoint(one), HFCheckpoint(other)
+    return all(
+        first.read(row, layer).tobytes() == second.read(row, layer).tobytes()
+        for row in names.rows(first.config)
+        for layer in names.layer_indices(row, first.config)
+    )
+
+
+def finite_logits(path: str) -> None:
+    """Loads a checkpoint and computes the logits of 16 tokens in bfloat16.
+
+    Raises:
+      UserError: a logit is not finite.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    import olmoe_jax
+    from olmoe_jax.model.config import ModelSettings
+
+    settings = ModelSettings(compute_dtype=jnp.bfloat16)
+    model = olmoe_jax.from_pretrained(path, settings=settings)
+    logits = jax.jit(lambda model, tokens: model(tokens))(model, jnp.arange(16)[None])
+    if not bool(jnp.isfinite(logits).all()):
+        raise UserError(f"{path}: logits that are not finite")
+
+
+def report(result: dict[str, Any]) -> str:
+    """The result for a person to read."""
+    idle, copy = result["idle"]["peak_gib"], result["copy"]["seconds"]
+    lines = [f"{result['gib']:.2f} GiB; a process that only imports holds {idle:.2f} GiB"]
+    for name in ("copy", "from_hf", "to_hf", "forward"):
+        if name not in result:
+            continue
+        seconds, peak = result[name]["seconds"], result[name]["peak_gib"]
+        lines.append(
+            f"{name:8} {seconds:7.1f} s, {copy / seconds:5.2f} x the speed of copying the files; "
+            f"peak {peak:.2f} GiB, {peak - idle:+.2f} over idle"
+        )
+    lines.append("bit-exact" if result["bit_exact"] else "NOT the same weights")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_command(main)
