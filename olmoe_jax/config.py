@@ -48,7 +48,7 @@ class ModelOptions:
         not_empty(),
     )
     compute_dtype: Literal["bfloat16", "float32"] = option(
-        "bfloat16", "type of activations and matmuls; master weights and moments are float32"
+        "bfloat16", "type of activations and matmuls"
     )
     remat: Literal["full", "none"] = option(
         "full", "what the backward recomputes: every layer (least memory) or nothing (fastest)"
@@ -172,6 +172,19 @@ class OptimizerOptions:
     beta2: float = option(0.999, "decay per step of the second moment", SHARE_BELOW_ONE)
     epsilon: float = option(1e-8, "added to the root of the second moment", POSITIVE)
     max_grad_norm: float = option(1.0, "global norm to which gradients are clipped", POSITIVE)
+    moments_dtype: Literal["float32", "bfloat16"] = option(
+        "float32", "how both moments are stored; bfloat16: rounded stochastically"
+    )
+    gradients_dtype: Literal["float32", "bfloat16"] = option(
+        "float32",
+        "how a step's gradients are added up, and how the model reads its weights (not router, "
+        "norms and embedding: always float32); bfloat16: only with model.compute_dtype=bfloat16",
+    )
+    master_dtype: Literal["float32", "bfloat16"] = option(
+        "float32",
+        "how updates of the weights are added up; bfloat16: rounded stochastically, only with "
+        "gradients_dtype=bfloat16",
+    )
 
 
 @dataclass(frozen=True)
@@ -303,6 +316,17 @@ def _conflicts(config: Config) -> Iterator[str]:
         yield (
             f"model.config_path={model.config_path}: only read with model.init=random; "
             "write none, since the pretrained model.path has its own config.json"
+        )
+    optimizer = config.optimizer
+    if optimizer.gradients_dtype == "bfloat16" and model.compute_dtype != "bfloat16":
+        yield (
+            "optimizer.gradients_dtype=bfloat16: the model would read its weights in bfloat16; "
+            f"write float32, or model.compute_dtype=bfloat16 instead of {model.compute_dtype}"
+        )
+    if optimizer.master_dtype == "bfloat16" and optimizer.gradients_dtype != "bfloat16":
+        yield (
+            "optimizer.master_dtype=bfloat16: gradients are added up in the weights' dtype; write "
+            "float32, or optimizer.gradients_dtype=bfloat16 besides"
         )
     esft = method.name.startswith("esft_")
     if method.router_gradient_experts is not None and not (

@@ -209,6 +209,14 @@ def test_every_number_has_a_range():
             },
             "method.esft_score_tokens=9: not read with method.experts_path",
         ),
+        (
+            {"model.compute_dtype": "float32", "optimizer.gradients_dtype": "bfloat16"},
+            "optimizer.gradients_dtype=bfloat16: the model would read its weights in bfloat16",
+        ),
+        (
+            {"optimizer.master_dtype": "bfloat16"},
+            "optimizer.master_dtype=bfloat16: gradients are added up in the weights' dtype",
+        ),
         ({"method.adapter_path": "a"}, "method.adapter_path=a: only read with method.lora_rank"),
         ({"method.lora_alpha": "8.0"}, "method.lora_alpha=8.0: only read with method.lora_rank"),
         (
@@ -234,6 +242,8 @@ def test_combinations_that_work():
     apply_overrides(GSM, {**esft, **mixed})
     apply_overrides(GSM, {"method.lora_rank": "8", "method.adapter_path": "a"})
     apply_overrides(GSM, {"data.eval_path": "none", "data.eval_fraction": "0"})
+    lean = {f"optimizer.{name}_dtype": "bfloat16" for name in ("moments", "gradients", "master")}
+    apply_overrides(GSM, lean)
 
 
 def test_the_defaults_leave_only_the_paths_open():
@@ -304,7 +314,7 @@ def test_first_difference():
 def test_first_difference_across_versions_of_the_fields():
     new = to_dict(GSM)
     older = to_dict(GSM)
-    del older["train"]["seed"]
+    del older["train"]["seed"], older["optimizer"]["moments_dtype"]
     assert first_difference(older, new) is None
     older["train"]["shuffle"] = True
     assert first_difference(older, new) == (

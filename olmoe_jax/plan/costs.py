@@ -49,12 +49,12 @@ def microbatch_traffic(
 
     All weights in the compute dtype are read once in the forward, the recomputation and the
     backward, and the experts' once more for DenseMixer; gradients are written whole in the compute
-    dtype and added to their float32 shard (a read of both, a write). Every matmul's input is read
+    dtype and added to their shard of the sum (a read of both, a write). Every matmul's input is read
     and its output written once in each pass and twice in the backward. Scores, logits, gathered
     copies and everything a kernel writes in between are left out.
 
     Args:
-      trained: numbers on this device (its shard) of each parameter that trains.
+      trained: bytes on this device (its shard) of the gradient of each parameter that trains.
       tokens: of this device.
     """
     size = settings.compute_dtype.itemsize
@@ -65,7 +65,7 @@ def microbatch_traffic(
         numbers = math.prod(spec.shape)
         weights += numbers * (passes + (dense_router and ".experts." in name))
         if name in trained:
-            gradients += numbers * size + 3 * 4 * trained[name]
+            gradients += numbers * size + 3 * trained[name]
     heads = config.num_heads * config.head_dim
     kv_heads = config.num_kv_heads * config.head_dim
     attention = 4 * config.hidden_size + 2 * heads + 2 * kv_heads
@@ -75,6 +75,6 @@ def microbatch_traffic(
     return size * (weights + tokens * per_token) + gradients
 
 
-def update_traffic(trained: dict[str, int]) -> float:
-    """Bytes of an AdamW update: reads gradient, weight and two moments, writes the last three."""
-    return 7 * 4 * sum(trained.values())
+def update_traffic(gradients: int, state: int) -> float:
+    """Bytes of an update: reads gradients, weights and moments, writes the last two."""
+    return gradients + 2 * state

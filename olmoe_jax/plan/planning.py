@@ -199,10 +199,7 @@ def _roofline(
     microbatches: int,
 ) -> Roofline | None:
     """`tokens`: of one micro-batch on all devices."""
-    shards = {
-        name: math.prod(value.sharding.shard_shape(value.shape))
-        for name, value in step.shapes.trained.items()
-    }
+    gradients = {name: device_bytes(value) for name, value in step.shapes.trained.items()}
     specs, own = parameter_specs(model_config, settings), tokens / topology.count
     accumulate, update = programs[:2]
     wire = sum(
@@ -210,7 +207,6 @@ def _roofline(
         for program, times in ((accumulate, microbatches), (update, 1))
         if program.communication
     )
-    traffic = microbatches * microbatch_traffic(model_config, settings, specs, shards, own)
-    return roofline(
-        topology, microbatches * own * flops.executed, traffic + update_traffic(shards), wire
-    )
+    traffic = microbatches * microbatch_traffic(model_config, settings, specs, gradients, own)
+    traffic += update_traffic(sum(gradients.values()), device_bytes(step.shapes.state))
+    return roofline(topology, microbatches * own * flops.executed, traffic, wire)

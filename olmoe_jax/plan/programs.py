@@ -90,7 +90,7 @@ class StepPrograms:
         self.trains = method_trains(config.method, model_config, experts)
         specs = parameter_specs(model_config, settings)
         places = sharding.parameter_shardings(specs, mesh)
-        dtype = kept_dtype(self.trains, settings)
+        dtype = kept_dtype(self.trains, settings, config.optimizer.gradients_dtype)
         parameters = {
             name: jax.ShapeDtypeStruct(spec.shape, dtype(name), sharding=places[name])
             for name, spec in specs.items()

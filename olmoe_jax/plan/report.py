@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from olmoe_jax.config import Config
 from olmoe_jax.plan.devices import GIB
 from olmoe_jax.plan.planning import Plan
 from olmoe_jax.plan.programs import CompiledProgram
@@ -111,6 +112,8 @@ def advice(plan: Plan) -> list[str]:
         to_state.append("method.lora_rank=64 (trains adapters: 9% of the state)")
     elif (config.method.lora_rank or 0) > 8:
         to_state.append(f"method.lora_rank={config.method.lora_rank // 2}")
+    if leaner := _leaner_state(config):
+        to_state.append(f"{leaner} (see docs/training.md for what it costs in accuracy)")
     if config.model.remat != "full":
         to_activations.append("model.remat=full")
     if config.train.rows_per_device > 1:
@@ -120,6 +123,16 @@ def advice(plan: Plan) -> list[str]:
     if rest > plan.divided:
         return to_activations + to_state
     return to_state + to_activations
+
+
+def _leaner_state(config: Config) -> str:
+    """The next fields to set for a smaller state; empty when there are none."""
+    options, in_bfloat16 = config.optimizer, config.model.compute_dtype == "bfloat16"
+    names = ["moments_dtype", *(["gradients_dtype"] if in_bfloat16 else [])]
+    names = [name for name in names if getattr(options, name) == "float32"]
+    if not names and in_bfloat16 and options.master_dtype == "float32":
+        names = ["master_dtype"]
+    return " ".join(f"optimizer.{name}=bfloat16" for name in names)
 
 
 def to_text(plan: Plan) -> str:

@@ -1,13 +1,16 @@
 """AdamW, learning-rate schedules and gradient clipping, as PyTorch and transformers define them."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from olmoe_jax.model.parameters import Parameters
+from olmoe_jax.training.rounding import join_float32, split_float32, stochastic_round
 
 Schedule = Callable[[jax.Array], jax.Array]
 
@@ -34,16 +37,105 @@ def schedule(
     return learning_rate
 
 
+class SplitState(NamedTuple):
+    """State of an optimizer whose float32 master weights lie in two halves."""
+
+    moments: optax.OptState
+    remainders: Parameters  # uint16: what the bfloat16 parameters lack, see `split_float32`
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """A direction of descent, computed in float32, and how weights and moments are stored.
+
+    Attributes:
+      direction: what to subtract from the weights, but for the learning rate.
+      moments_dtype: bfloat16 is rounded stochastically.
+      master_dtype: of the weights that updates add up in, where the parameters are bfloat16:
+        float32 keeps their remainders in the state, bfloat16 rounds them stochastically.
+    """
+
+    direction: optax.GradientTransformation
+    moments_dtype: DTypeLike = jnp.float32
+    master_dtype: DTypeLike = jnp.float32
+
+    def init(self, parameters: Parameters) -> Any:
+        """The state before the first update."""
+        moments = self.direction.init(
+            {name: jnp.zeros(p.shape, self.moments_dtype) for name, p in parameters.items()}
+        )
+        remainders = {}
+        if self.master_dtype == jnp.float32:
+            remainders = {
+                name: jnp.zeros(p.shape, jnp.uint16)
+                for name, p in parameters.items()
+                if p.dtype == jnp.bfloat16
+            }
+        return SplitState(moments, remainders) if remainders else moments
+
+    def update(
+        self,
+        gradients: Parameters,
+        state: Any,
+        parameters: Parameters,
+        learning_rate: jax.Array,
+        key: jax.Array,
+    ) -> tuple[Parameters, Any]:
+        """The parameters and the state after an update, in the dtypes that they have.
+
+        Args:
+          gradients: float32.
+          key: a scalar random key, of this update alone; only rounding reads it.
+        """
+        is_split = isinstance(state, SplitState)
+        old_moments, remainders = state if is_split else (state, {})
+        weights = {
+            name: join_float32(p, remainders[name]) if name in remainders else _float32(p)
+            for name, p in parameters.items()
+        }
+        direction, moments = self.direction.update(
+            gradients, jax.tree.map(_float32, old_moments), weights
+        )
+        weights = jax.tree.map(lambda w, d: w - learning_rate * d, weights, direction)
+        moments_key, weights_key = jax.random.split(key)
+        moments = _stored_as(old_moments, moments, moments_key)
+        if not is_split:
+            return _stored_as(parameters, weights, weights_key), moments
+        halves = {name: split_float32(weights[name]) for name in remainders}
+        parameters = weights | {name: upper for name, (upper, _) in halves.items()}
+        return parameters, SplitState(moments, {name: low for name, (_, low) in halves.items()})
+
+
+def _float32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+def _stored_as(old: Any, new: Any, key: jax.Array) -> Any:
+    """`new`, each leaf in the dtype of `old`'s; what must be rounded is rounded stochastically."""
+    leaves, tree = jax.tree.flatten(new)
+    keys = jax.random.bits(key, (len(leaves), 2), jnp.uint32)
+    return tree.unflatten(
+        value if value.dtype == before.dtype else stochastic_round(value, leaf_key)
+        for value, before, leaf_key in zip(leaves, jax.tree.leaves(old), keys, strict=True)
+    )
+
+
 def adamw(
-    beta1: float, beta2: float, epsilon: float, weight_decay: float
-) -> optax.GradientTransformation:
-    """AdamW's direction (Loshchilov and Hutter); the learning rate is applied by the caller.
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    weight_decay: float,
+    moments_dtype: DTypeLike = jnp.float32,
+    master_dtype: DTypeLike = jnp.float32,
+) -> Optimizer:
+    """AdamW (Loshchilov and Hutter) as PyTorch's.
 
     Every trained parameter is decayed, norms and embeddings too, as in the reference.
     """
-    return optax.chain(
+    direction = optax.chain(
         optax.scale_by_adam(beta1, beta2, epsilon), optax.add_decayed_weights(weight_decay)
     )
+    return Optimizer(direction, moments_dtype, master_dtype)
 
 
 def global_norm(gradients: Parameters) -> jax.Array:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from olmoe_jax import data, sharding
 from olmoe_jax.config import Config
@@ -222,7 +223,14 @@ def step_functions(
     trainer = Trainer(
         config=model_config,
         settings=settings,
-        optimizer=adamw(options.beta1, options.beta2, options.epsilon, options.weight_decay),
+        optimizer=adamw(
+            options.beta1,
+            options.beta2,
+            options.epsilon,
+            options.weight_decay,
+            jnp.dtype(options.moments_dtype),
+            jnp.dtype(options.master_dtype),
+        ),
         schedule=schedule(
             options.schedule,
             options.learning_rate,
@@ -258,25 +266,31 @@ def step_functions(
 
 
 def kept_dtype(
-    trains: Callable[[str], bool], settings: ModelSettings
+    trains: Callable[[str], bool], settings: ModelSettings, trained: DTypeLike = jnp.float32
 ) -> Callable[[str], jnp.dtype]:
-    """The dtype of a parameter by name: float32 when it trains, else the compute dtype.
+    """The dtype of a parameter by name: `trained` when it trains, else the compute dtype.
 
-    A router is float32 in any case.
+    Gradients add up in their parameter's dtype. float32 in any case are a router, and of what
+    trains the norms, which are small, and the embedding, in whose gradient a frequent token's
+    many positions add up.
     """
 
     def dtype(name: str) -> jnp.dtype:
-        return jnp.dtype(jnp.float32 if trains(name) or name == ROUTER else settings.compute_dtype)
+        if name == ROUTER:
+            return jnp.dtype(jnp.float32)
+        if not trains(name):
+            return jnp.dtype(settings.compute_dtype)
+        return jnp.dtype(jnp.float32 if name == "embed" or name.endswith("norm") else trained)
 
     return dtype
 
 
 def initial_parameters(config: Config, model: Model, mesh: Mesh) -> tuple[Parameters, Parameters]:
-    """What trains, float32, and what does not, in the compute dtype (a router in float32)."""
+    """What trains and what does not, each in its `kept_dtype`."""
     trains = method_trains(config.method, model.config, model.experts)
     seed, chosen = config.train.seed, model.settings.selected_experts
     shardings = sharding.parameter_shardings(parameter_specs(model.config, model.settings), mesh)
-    dtype = kept_dtype(trains, model.settings)
+    dtype = kept_dtype(trains, model.settings, config.optimizer.gradients_dtype)
 
     def random(wanted):
         return random_parameters(model.config, model.settings, seed, mesh, wanted)
@@ -287,12 +301,13 @@ def initial_parameters(config: Config, model: Model, mesh: Mesh) -> tuple[Parame
     else:
         drawn = random(lambda name: not is_adapter(name) and not name.startswith("selected."))
         pack = pack_selected(drawn, chosen) if chosen else {}
-        parameters = {name: value.astype(dtype(name)) for name, value in drawn.items()}
+        parameters = drawn
     if config.method.adapter_path:
         pack = _read_adapter(config.method.adapter_path, model)
     elif model.settings.lora:
         parameters |= random(is_adapter)
     parameters |= jax.device_put(pack, {name: shardings[name] for name in pack})
+    parameters = {name: value.astype(dtype(name)) for name, value in parameters.items()}
     return split_trained(trains, parameters)
 
 

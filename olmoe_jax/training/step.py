@@ -6,11 +6,11 @@ so micro-batches and devices only ever add. R rows, S positions, L layers, E exp
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
@@ -21,7 +21,7 @@ from olmoe_jax.model.olmoe import graph_of, load_balancing_loss
 from olmoe_jax.model.parameters import Parameters, merge
 from olmoe_jax.ops.cross_entropy import weighted_cross_entropy
 from olmoe_jax.sharding import BATCH
-from olmoe_jax.training.optimizer import Schedule, clip_scale, global_norm
+from olmoe_jax.training.optimizer import Optimizer, Schedule, clip_scale, global_norm
 
 
 class DeviceBatch(NamedTuple):
@@ -44,8 +44,8 @@ class TrainState(NamedTuple):
     """What an update changes, and a checkpoint holds."""
 
     step: jax.Array  # int32: updates attempted
-    parameters: Parameters  # the trained ones, float32
-    optimizer: optax.OptState
+    parameters: Parameters  # the trained ones, in the dtypes of `setup.kept_dtype`
+    optimizer: Any  # of `Optimizer.init`
     skipped: jax.Array  # int32: updates skipped so far because something was not finite
     skipped_in_a_row: jax.Array  # int32
 
@@ -53,7 +53,7 @@ class TrainState(NamedTuple):
 class Accumulated(NamedTuple):
     """Sums over the micro-batches seen so far in a step."""
 
-    gradients: Parameters
+    gradients: Parameters  # in the parameters' dtypes
     loss: jax.Array  # float32, without the auxiliary loss
     statistics: RouterStatistics  # [L, …]
 
@@ -69,7 +69,7 @@ class StepMetrics(NamedTuple):
     statistics: RouterStatistics
 
 
-def initial_state(parameters: Parameters, optimizer: optax.GradientTransformation) -> TrainState:
+def initial_state(parameters: Parameters, optimizer: Optimizer) -> TrainState:
     """The state before the first update."""
     zero = jnp.int32(0)
     return TrainState(zero, parameters, optimizer.init(parameters), zero, zero)
@@ -82,16 +82,16 @@ class Trainer:
     Attributes:
       config: the architecture.
       settings: how the model computes.
-      optimizer: gives the update's direction.
+      optimizer: makes the updates.
       schedule: gives the learning rate of an update.
       max_grad_norm: clip the gradients to this global norm.
       aux_loss_coefficient: weight of the load-balancing loss in the objective.
-      seed: of the adapters' dropout.
+      seed: of the adapters' dropout and of stochastic rounding.
     """
 
     config: ModelConfig
     settings: ModelSettings
-    optimizer: optax.GradientTransformation
+    optimizer: Optimizer
     schedule: Schedule
     max_grad_norm: float
     aux_loss_coefficient: float = 0.0
@@ -162,10 +162,17 @@ class Trainer:
         norm = global_norm(gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(accumulated.loss)
         scale = clip_scale(norm, self.max_grad_norm)
-        gradients = jax.tree.map(lambda g: g * scale, gradients)
+        gradients = jax.tree.map(lambda g: g * scale, gradients)  # float32, never stored
         learning_rate = self.schedule(state.step)
-        direction, optimizer = self.optimizer.update(gradients, state.optimizer, state.parameters)
-        parameters = jax.tree.map(lambda p, d: p - learning_rate * d, state.parameters, direction)
+        key = jax.random.fold_in(jax.random.key(self.seed), state.step)
+        parameters, optimizer = self.optimizer.update(
+            gradients,
+            state.optimizer,
+            state.parameters,
+            learning_rate,
+            # Apart from the keys of the step's micro-batches, see `accumulate`.
+            jax.random.fold_in(key, np.uint32(2**32 - 1)),
+        )
 
         def keep_if_skipped(new, old):
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)

@@ -104,9 +104,17 @@ def test_verdict_and_advice(plans):
         # 0.9 of the peak on twice as many devices, and the rest, are still more than half of it.
         (
             "state too large",
-            ["more devices: about 32", "method.lora_rank=64", "train.rows_per_device=1"],
+            [
+                "more devices: about 32",
+                "method.lora_rank=64",
+                "optimizer.moments_dtype=bfloat16 (",
+                "train.rows_per_device=1",
+            ],
         ),
-        ("temporaries too large", ["train.rows_per_device=1", "method.lora_rank=64"]),
+        (
+            "temporaries too large",
+            ["train.rows_per_device=1", "method.lora_rank=64", "optimizer.moments_dtype=bfloat16"],
+        ),
     ):
         large = plans[name]
         assert large["fits"] is False

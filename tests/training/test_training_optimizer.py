@@ -68,7 +68,6 @@ def test_three_clipped_updates_are_those_of_pytorch(decay):
         our_norm = global_norm(jax.tree.map(jnp.asarray, gradients))
         np.testing.assert_allclose(our_norm, norm.item(), rtol=1e-6)
         clipped = {name: g * clip_scale(our_norm, 1.0) for name, g in gradients.items()}
-        direction, state = optimizer.update(clipped, state, ours)
-        ours = {name: value - 1e-2 * direction[name] for name, value in ours.items()}
+        ours, state = optimizer.update(clipped, state, ours, 1e-2, jax.random.key(0))
     for name, parameter in theirs.items():
         np.testing.assert_allclose(ours[name], parameter.detach().numpy(), rtol=2e-6, atol=2e-7)

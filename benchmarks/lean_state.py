@@ -1,0 +1,168 @@
+"""What a lean optimizer state costs in accuracy: loss curves against float32.
+
+    python -m benchmarks.lean_state --steps 200 --seeds 3
+
+The quickstart's model and word problems with DenseMixer, computed in bfloat16, 8 micro-batches a
+step. Two experiments: training from random weights, where updates are large; and fine-tuning of
+what float32 trained, with a learning rate so small that a bfloat16 weight moves once in many
+updates, as in the experiments on OLMoE (`configs/table.py`). Every run of a seed sees the same
+batches from the same weights.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from olmoe_jax import data, sharding
+from olmoe_jax.config import Config, OptimizerOptions, apply_overrides
+from olmoe_jax.config_file import load_config
+from olmoe_jax.errors import ArgumentParser, UserError, run_command
+from olmoe_jax.model.parameters import Parameters
+from olmoe_jax.quickstart import CONFIG
+from olmoe_jax.training.setup import (
+    Program,
+    build_program,
+    load_datasets,
+    open_model,
+    row_layout,
+    training_data,
+)
+
+VARIANTS = {
+    "float32": {},
+    "bfloat16 moments": {"moments_dtype": "bfloat16"},
+    "and gradients": {"moments_dtype": "bfloat16", "gradients_dtype": "bfloat16"},
+    "and master": dict.fromkeys(("moments_dtype", "gradients_dtype", "master_dtype"), "bfloat16"),
+}
+SCRATCH_RATE, FINE_TUNING_RATE = 3e-3, 1e-5
+
+
+class Curve(NamedTuple):
+    """Of one run."""
+
+    losses: list[float]  # of each step
+    eval_before: float
+    eval_after: float
+    weights: Parameters  # at the end, on the host, as the model reads them
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = ArgumentParser(prog="python -m benchmarks.lean_state", description=__doc__)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--batch_size", type=int, default=64, help="examples per step")
+    parser.add_argument("--json", action="store_true", help="print all curves as one line")
+    args = parser.parse_args(arguments)
+    if min(args.steps, args.seeds, args.batch_size) < 1:
+        raise UserError("--steps, --seeds and --batch_size must be positive")
+    curves = measure(args.steps, args.seeds, args.batch_size)
+    print(json.dumps(curves) if args.json else report(curves))
+
+
+def measure(steps: int, seeds: int, batch_size: int) -> dict[str, dict[str, list[dict]]]:
+    """{experiment: {variant: a dict of a `Curve`'s numbers for each seed}}."""
+    curves = {name: {v: [] for v in VARIANTS} for name in ("scratch", "fine-tuning")}
+    for seed in range(seeds):
+        base = None
+        for experiment, rate in (("scratch", SCRATCH_RATE), ("fine-tuning", FINE_TUNING_RATE)):
+            for variant, options in VARIANTS.items():
+                config = _config(steps, seed, batch_size, rate, options)
+                start = base if experiment == "fine-tuning" else None
+                curve = run(config, start)
+                if experiment == "scratch" and variant == "float32":
+                    base = curve.weights
+                numbers = curve._asdict()
+                del numbers["weights"]
+                curves[experiment][variant].append(numbers)
+                print(f"seed {seed} {experiment}, {variant}: {curve.eval_after:.4f}", flush=True)
+    return curves
+
+
+def _config(steps: int, seed: int, batch_size: int, rate: float, options: dict) -> Config:
+    config = load_config(str(CONFIG))
+    overrides = {
+        "model.compute_dtype": "bfloat16",
+        "train.max_steps": str(steps),
+        "train.epochs": "1000",
+        "train.seed": str(seed),
+        "train.batch_size": str(batch_size),
+        "train.rows_per_device": str(max(1, batch_size // 16)),
+    }
+    optimizer = OptimizerOptions(learning_rate=rate, **options)
+    return apply_overrides(dataclasses.replace(config, optimizer=optimizer), overrides)
+
+
+def run(config: Config, start: Parameters | None) -> Curve:
+    """Trains from random weights, or from `start` rounded to bfloat16 as a published base is."""
+    mesh, model = sharding.make_mesh(devices=jax.devices()[:1]), open_model(config)
+    datasets = load_datasets(config, model)
+    steps = training_data(config, datasets, mesh)
+    with jax.set_mesh(mesh):
+        program = build_program(config, model, mesh, steps.total_steps)
+        state = program.state
+        if start:
+            weights = {
+                name: jax.device_put(value.astype("bfloat16"), state.parameters[name].sharding)
+                for name, value in start.items()
+            }
+            weights = {n: w.astype(state.parameters[n].dtype) for n, w in weights.items()}
+            state = state._replace(parameters=weights)
+        evaluate = functools.partial(_evaluate, config, datasets, program)
+        before, losses, iterator = evaluate(state), [], steps.iterator()
+        for index in range(steps.total_steps):
+            accumulated = program.zero_sums()
+            for number, batch in enumerate(next(iterator).batches):
+                accumulated = program.accumulate(
+                    state.parameters,
+                    program.frozen,
+                    accumulated,
+                    program.to_devices(batch),
+                    np.array([index, number], np.uint32),
+                )
+            state, metrics = program.update(state, accumulated)
+            losses.append(metrics.loss)
+        losses = list(map(float, losses))
+        return Curve(losses, before, evaluate(state), jax.device_get(state.parameters))
+
+
+def _evaluate(config: Config, datasets, program: Program, state) -> float:
+    """Mean loss per target of the held-out word problems."""
+    evaluation = datasets.evaluation
+    total = sum(
+        float(program.evaluate(state.parameters, program.frozen, program.to_devices(batch)))
+        for batch in data.evaluation_batches(
+            evaluation, **row_layout(config, datasets, program.mesh)
+        )
+    )
+    return total / int(evaluation.target_counts.sum())
+
+
+def report(curves: dict[str, dict[str, list[dict]]]) -> str:
+    """A Markdown table for each experiment; ± is the largest distance of a seed from the mean."""
+    lines = []
+    for experiment, variants in curves.items():
+        reference = variants["float32"]
+        lines += [
+            f"\n{experiment} ({len(reference)} seeds, {len(reference[0]['losses'])} steps)\n",
+            "| state | training loss, last 20 steps | held-out loss, before | after "
+            "| after - float32 |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        for variant, runs in variants.items():
+            last = [np.mean(run["losses"][-20:]) for run in runs]
+            before, after = ([run[f"eval_{when}"] for run in runs] for when in ("before", "after"))
+            paired = np.subtract(after, [run["eval_after"] for run in reference])
+            cells = [f"{np.mean(last):.4f}", f"{np.mean(before):.4f}", f"{np.mean(after):.4f}"]
+            spread = np.abs(paired - paired.mean()).max()
+            cells.append(f"{paired.mean():+.4f} ± {spread:.4f}" if paired.any() else "-")
+            lines.append(f"| {' | '.join([variant, *cells])} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_command(main)

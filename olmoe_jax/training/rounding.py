@@ -1,0 +1,65 @@
+"""float32 numbers in 16 bits: rounded stochastically, or in two halves that lose nothing.
+
+Everything is elementwise, so that XLA fuses it into the update: no wide copy is ever stored, and
+the sharding of an array changes no value.
+"""
+
+import jax
+import jax.numpy as jnp
+
+_LOW = 0xFFFF
+
+
+def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
+    """float32 -> bfloat16, up or down with the probabilities that make the mean exact.
+
+    What bfloat16 holds stays as it is. Rounding to nearest would drop every change below half a
+    unit in the last place (2^-9 of the number), however often it comes.
+
+    Args:
+      x: finite numbers, any shape.
+      key: [2] uint32. The draws depend on it and an element's index alone.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    return _upper(bits + (_hash(_indices(x.shape), key) & _LOW))
+
+
+def split_float32(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """float32 as the nearest bfloat16 (halves away from zero) and the 16 bits (uint16) it lacks."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    return _upper(bits + 0x8000), (bits & _LOW).astype(jnp.uint16)
+
+
+def join_float32(upper: jax.Array, lower: jax.Array) -> jax.Array:
+    """The float32 that `split_float32` took apart, bit by bit."""
+    high = jax.lax.bitcast_convert_type(upper, jnp.uint16).astype(jnp.uint32)
+    low = lower.astype(jnp.uint32)
+    # From 0x8000 on, the upper half was rounded up.
+    bits = ((high - (low >> 15)) << 16) | low
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _upper(bits: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
+
+
+def _indices(shape: tuple[int, ...]) -> jax.Array:
+    """Each element's place in the flat array, uint32 (modulo 2^32)."""
+    place = jnp.zeros(shape, jnp.uint32)
+    for dimension, size in enumerate(shape):
+        place = place * size + jax.lax.broadcasted_iota(jnp.uint32, shape, dimension)
+    return place
+
+
+def _hash(x: jax.Array, key: jax.Array) -> jax.Array:
+    """Counters to random bits: twice lowbias32 (https://github.com/skeeto/hash-prospector).
+
+    A cryptographic generator would cost more than the update, and on GPUs jax's is a kernel call
+    whose results are stored.
+    """
+    for word in key:
+        x = x ^ word
+        x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+        x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+        x = x ^ (x >> 16)
+    return x
