@@ -215,6 +215,7 @@ def _read_settings(config: dict[str, Any], file: Path) -> LoraSettings:
 
 def merged(weight: np.ndarray, a: np.ndarray, b: np.ndarray, settings: LoraSettings) -> np.ndarray:
     """W + scale * A B in float32, of one matrix or of a stack of experts' matrices."""
+    a, b = a.astype(np.float32), b.astype(np.float32)
     return weight.astype(np.float32) + np.float32(settings.scale) * (a @ b)
 
 

@@ -49,7 +49,7 @@ def microbatch_traffic(
 
     All weights in the compute dtype are read once in the forward, the recomputation and the
     backward, and the experts' once more for DenseMixer; gradients are written whole in the compute
-    dtype and added to their shard of the sum (a read of both, a write). Every matmul's input is read
+    dtype and added to their sum's shard (a read of both, a write). Every matmul's input is read
     and its output written once in each pass and twice in the backward. Scores, logits, gathered
     copies and everything a kernel writes in between are left out.
 

@@ -14,7 +14,7 @@ def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
     """float32 -> bfloat16, up or down with the probabilities that make the mean exact.
 
     What bfloat16 holds stays as it is. Rounding to nearest would drop every change below half a
-    unit in the last place (2^-9 of the number), however often it comes.
+    unit in the last place (2^-9 to 2^-8 of the number), however often it comes.
 
     Args:
       x: finite numbers, any shape.

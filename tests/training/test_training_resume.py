@@ -124,6 +124,46 @@ def test_with_accumulation_unpacked(files, tmp_path, at_step):
     assert exported_bytes(output) == exported_bytes(expected)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("master", ["float32", "bfloat16"])
+def test_with_a_lean_state(files, tmp_path, at_step, master):
+    """Stochastic rounding draws the same again; several micro-batches in a step."""
+    options = {
+        "model__compute_dtype": "bfloat16",
+        "optimizer__moments_dtype": "bfloat16",
+        "optimizer__gradients_dtype": "bfloat16",
+        "optimizer__master_dtype": master,
+        "train__rows_per_device": 1,
+        "train__max_steps": 10,
+    }
+    expected = olmoe_jax.train(files.config(tmp_path / "whole", **options)).output_dir
+    assert losses(expected)[10] < losses(expected)[1] - 0.5
+    at_step(4, stop)
+    config = files.config(tmp_path / "run", **options)
+    assert not olmoe_jax.train(config).finished
+    output = olmoe_jax.train(config).output_dir
+    assert without_seconds(metrics(output)) == without_seconds(metrics(expected))
+    assert exported_bytes(output) == exported_bytes(expected)
+    with pytest.raises(UserError, match=r"optimizer\.moments_dtype: the run has bfloat16"):
+        olmoe_jax.train(files.config(output, **options | {"optimizer__moments_dtype": "float32"}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [{"lora_rank": 4}, {"name": "esft_gate"}])
+def test_adapters_and_selected_experts_with_a_lean_state(files, tmp_path, method):
+    options = {
+        "model__compute_dtype": "bfloat16",
+        "optimizer__moments_dtype": "bfloat16",
+        "optimizer__gradients_dtype": "bfloat16",
+        "train__max_steps": 8,
+        "optimizer__learning_rate": 2e-2,
+        **{f"method__{name}": value for name, value in method.items()},
+    }
+    output = olmoe_jax.train(files.config(tmp_path / "run", **options)).output_dir
+    assert losses(output)[8] < losses(output)[1] - 0.1
+    assert (output / ("adapter" if "lora_rank" in method else "hf")).is_dir()
+
+
 def snapshot(directory: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(directory)): path.read_bytes()
