@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 
 import olmoe_jax
+from olmoe_jax import distributed
 from olmoe_jax.command_line import parse_config
 from olmoe_jax.errors import run_command
 
 
 def main(arguments: Sequence[str]) -> None:
-    olmoe_jax.train(parse_config(arguments))
+    with distributed.joined(arguments) as rest:
+        olmoe_jax.train(parse_config(rest))
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 L layers, E experts, K experts per token. Padding counts nowhere.
 """
 
+import functools
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from olmoe_jax import data
 from olmoe_jax.model.config import ModelConfig
@@ -45,7 +47,8 @@ def expert_scores(
     enough = int(np.searchsorted(np.cumsum(dataset.lengths[order]), max_tokens)) + 1
     sample = dataset.subset(order[:enough])
 
-    @jax.jit
+    # The counts whole on every device, so that each process can read them.
+    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, P()))
     def count(parameters: Parameters, batch: DeviceBatch):
         _, statistics = merge(graph, parameters).hidden(
             batch.tokens, batch.segment_ids, batch.positions, with_router_logits=True

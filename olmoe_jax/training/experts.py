@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from olmoe_jax import distributed
 from olmoe_jax.config import Config
 from olmoe_jax.esft.scoring import expert_scores, plot_scores
 from olmoe_jax.esft.selection import ExpertConfig, read_expert_config, scores_to_json, select
@@ -36,9 +37,13 @@ def settle_experts(
 ) -> Model:
     """The model with the experts that this run trains, which OUTPUT_DIR/experts.json keeps."""
     file = output / EXPERTS
-    if not file.exists():
+    chosen_before = file.exists()
+    distributed.barrier("look for experts.json")
+    if not chosen_before:
         experts = given or _score_and_select(config, model, datasets, mesh, output)
-        directory.write_json(file, experts.to_json())
+        if distributed.is_writer():
+            directory.write_json(file, experts.to_json())
+    distributed.barrier("experts.json")
     # From the file in any case: its order (by id) is that of the pack in every checkpoint.
     experts = read_expert_config(file, model.config)
     settings = dataclasses.replace(model.settings, selected_experts=experts.experts)
@@ -70,10 +75,12 @@ def _score_and_select(
         pad_id=datasets.pad_id,
         seed=config.train.seed,
     )
-    directory.write_json(output / "scores.json", scores_to_json(scores))
-    plot_scores(scores, output / "scores.png")
     top_p = method.esft_top_p or DEFAULT_TOP_P[method.name]
     experts = select(scores[method.name.removeprefix("esft_")], top_p)
+    if not distributed.is_writer():
+        return experts
+    directory.write_json(output / "scores.json", scores_to_json(scores))
+    plot_scores(scores, output / "scores.png")
     chosen = sum(map(len, experts.experts))
     print(
         f"ESFT: scored {tokens:,} tokens, selected {chosen} of "

@@ -4,15 +4,14 @@ import dataclasses
 import errno
 import json
 import math
-import signal
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from olmoe_jax import data, sharding
-from olmoe_jax.config import Config, to_dict, validate
+from olmoe_jax import data, distributed, sharding
+from olmoe_jax.config import Config, first_difference, to_dict, validate
 from olmoe_jax.errors import UserError
 from olmoe_jax.hf import opening
 from olmoe_jax.hf.export import export_adapter, export_hf
@@ -23,7 +22,8 @@ from olmoe_jax.training import run_directory
 from olmoe_jax.training.checkpoint import Checkpointer
 from olmoe_jax.training.experts import given_experts, settle_experts
 from olmoe_jax.training.methods import parameter_table
-from olmoe_jax.training.reporting import Reporter, plot_losses, router_scalars
+from olmoe_jax.training.preemption import Preemption
+from olmoe_jax.training.reporting import Reporter, Silence, plot_losses, router_scalars
 from olmoe_jax.training.setup import (
     Datasets,
     Model,
@@ -55,25 +55,46 @@ def train(config: Config) -> TrainResult:
         stays non-finite.
     """
     config = validate(config)
-    run_directory.check(config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    model = open_model(config)
-    check_attention(model)
-    datasets = load_datasets(config, model)
+    with distributed.writer_first("download, tokenise"):
+        if distributed.is_writer():
+            run_directory.check(config)
+        model = open_model(config)
+        check_attention(model)
+        datasets = load_datasets(config, model)
     steps = training_data(config, datasets, mesh)
     given = given_experts(config, model.config)
+    _check_same_everywhere(config, datasets)
     try:
-        output = run_directory.create(config, model.files, model.tokenizer_files)
-        if config.method.name.startswith("esft_"):
-            model = settle_experts(config, model, datasets, mesh, output, given)
-        with jax.set_mesh(mesh):
-            program = build_program(config, model, mesh, steps.total_steps)
-            result = _Run(config, model, datasets, steps, program, output).execute()
-        if result.finished:
-            _finish(config, output, result.step)
+        with run_directory.opened(config, model.files, model.tokenizer_files) as output:
+            if config.method.name.startswith("esft_"):
+                model = settle_experts(config, model, datasets, mesh, output, given)
+            with jax.set_mesh(mesh):
+                program = build_program(config, model, mesh, steps.total_steps)
+                result = _Run(config, model, datasets, steps, program, output).execute()
+            if result.finished and distributed.is_writer():
+                _finish(config, output, result.step)
     except OSError as error:
         raise _cannot_write(Path(config.train.output_dir), error) from error
     return result
+
+
+def _check_same_everywhere(config: Config, datasets: Datasets) -> None:
+    """Several processes are one run only with one configuration and the same data."""
+    theirs = json.loads(distributed.from_writer("config", json.dumps(to_dict(config))))
+    if difference := first_difference(theirs, to_dict(config)):
+        raise UserError(
+            f"process {jax.process_index()} was started with another config than process 0: "
+            f"{difference}; start all processes with the same command"
+        )
+    own = datasets.identity()
+    theirs = json.loads(distributed.from_writer("data", json.dumps(own)))
+    for which, fingerprint in own.items():
+        if theirs[which] != fingerprint:
+            raise UserError(
+                f"process {jax.process_index()} has other {which} than process 0 (the content of "
+                "the file or the tokenizer); give all processes the same files"
+            )
 
 
 def _cannot_write(output: Path, error: OSError) -> UserError:
@@ -92,6 +113,7 @@ class _Pending:
 
     step: data.Step
     metrics: StepMetrics
+    stop: jax.Array | bool  # see Preemption.ask
 
 
 class _Run:
@@ -107,6 +129,7 @@ class _Run:
         output: Path,
     ):
         self.config, self.model, self.datasets, self.program = config, model, datasets, program
+        self.output = output
         self.steps, self.iterator = steps, steps.iterator()
         self.state, self.best_eval_loss = program.state, math.inf
         identity = {"model": dataclasses.asdict(model.config), **datasets.identity()}
@@ -114,32 +137,42 @@ class _Run:
         # Weights drawn at random are nowhere else: a checkpoint keeps the frozen ones too.
         self.kept_frozen = {} if model.source else program.frozen
         self.done = self.saved = self._restore()
-        run_directory.rewind_metrics(output, self.done)
-        self.reporter = Reporter(
-            output, self.done, steps.total_steps, json.dumps(to_dict(config), indent=2)
-        )
+        self.reporter = self._reporter(output)
+        self.preemption = Preemption(program.mesh)
         self.pending: _Pending | None = None
         self.last_report = time.monotonic()
-        self.stop_requested = False
 
     def execute(self) -> TrainResult:
         """Runs the remaining steps."""
         self._introduce()
-        previous = signal.signal(signal.SIGTERM, self._request_stop)
         try:
-            while self.done < self.steps.total_steps and not self.stop_requested:
-                self._one_step()
-            self._report_pending()
-            if self.saved < self.done:
-                self._save(None)
-        finally:
-            signal.signal(signal.SIGTERM, previous)
-            self.checkpoints.close()
-            self.reporter.close()
+            with self.preemption:
+                while self.done < self.steps.total_steps and not self.preemption.stop:
+                    self._one_step()
+                self._report_pending()
+                if self.saved < self.done:
+                    self._save(None)
+        except BaseException:
+            # A save of several processes ends only when all come to its barriers.
+            if jax.process_count() == 1:
+                self._close()
+            raise
+        self._close()
         finished = self.done == self.steps.total_steps
-        if not finished:
+        if not finished and distributed.is_writer():
             print(f"SIGTERM: saved step {self.done}; the same command continues the run")
-        return TrainResult(self.reporter.output, self.done, finished)
+        return TrainResult(self.output, self.done, finished)
+
+    def _close(self) -> None:
+        self.checkpoints.close()
+        self.reporter.close()
+
+    def _reporter(self, output: Path) -> Reporter | Silence:
+        if not distributed.is_writer():
+            return Silence()
+        run_directory.rewind_metrics(output, self.done)
+        resolved = json.dumps(to_dict(self.config), indent=2)
+        return Reporter(output, self.done, self.steps.total_steps, resolved)
 
     def _restore(self) -> int:
         """Continues from the newest checkpoint; returns the updates done."""
@@ -168,7 +201,7 @@ class _Run:
         self.done += 1
         # The devices work on this step while the host reports the one before.
         self._report_pending()
-        self.pending = _Pending(step, metrics)
+        self.pending = _Pending(step, metrics, self.preemption.ask())
         self.checkpoints.check()
         self._evaluate_and_save(step)
 
@@ -215,6 +248,7 @@ class _Run:
         if self.pending is None:
             return
         step, metrics = self.pending.step, jax.device_get(self.pending.metrics)
+        self.preemption.settle(self.pending.stop)
         self.pending = None
         now = time.monotonic()
         seconds, self.last_report = now - self.last_report, now
@@ -274,14 +308,11 @@ class _Run:
             return ""
         return f" with LoRA: rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}"
 
-    def _request_stop(self, *_) -> None:
-        self.stop_requested = True
-
     def _introduce(self) -> None:
         say, report, mesh = self.reporter.say, data.describe(self.steps), self.program.mesh
         platform = jax.default_backend()
         say(
-            f"devices: {mesh.size} x {platform} (mesh data={mesh.shape['data']} "
+            f"devices: {mesh.size} x {platform}{_processes()} (mesh data={mesh.shape['data']} "
             f"fsdp={mesh.shape['fsdp']}), grouped matmul: {default_backend(platform)}, "
             f"attention: {check_attention(self.model)}, "
             f"compute {self.config.model.compute_dtype}"
@@ -298,10 +329,15 @@ class _Run:
         )
         say(
             f"steps: {report.total_steps:,} ({report.steps_per_epoch:,} per epoch of "
-            f"{self.config.train.batch_size} examples each); output: {self.reporter.output}"
+            f"{self.config.train.batch_size} examples each); output: {self.output}"
         )
         if self.done:
             say(f"continuing after step {self.done} of {report.total_steps}")
+
+
+def _processes() -> str:
+    count = jax.process_count()
+    return f" in {count} processes" if count > 1 else ""
 
 
 def _finite(value: np.ndarray) -> float | None:
@@ -311,8 +347,6 @@ def _finite(value: np.ndarray) -> float | None:
 
 def _finish(config: Config, output: Path, step: int) -> None:
     """The loss curve and the exports of a finished run, from its checkpoints."""
-    if jax.process_index() != 0:
-        return
     plot_losses(output)
     options = config.train
     wanted = {"": step} if options.export_hf else {}

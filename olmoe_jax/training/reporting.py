@@ -139,6 +139,15 @@ class Reporter:
         )
 
 
+class Silence:
+    """In place of the Reporter on the processes that do not write."""
+
+    def _nothing(self, *_) -> None:
+        pass
+
+    say = step = evaluation = flush = close = _nothing
+
+
 @functools.cache
 def _silence_writer_threads() -> None:
     """TensorBoard's thread raises its error again in ours; its own trace would come besides."""

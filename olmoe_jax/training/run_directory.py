@@ -9,12 +9,22 @@ OUTPUT_DIR/loss.png         the loss curve
 OUTPUT_DIR/experts.json     of an ESFT run: what it trains (and scores.json, scores.png)
 OUTPUT_DIR/hf/, hf_best/    exported Hugging Face checkpoints
 OUTPUT_DIR/adapter/         of a LoRA run, in their place: the PEFT adapter (and adapter_best/)
+OUTPUT_DIR/damaged-N/       a checkpoint that could not be read, set aside
+OUTPUT_DIR/.lock            locked while a run writes there
 """
 
+import contextlib
+import errno
+import fcntl
 import json
+import os
 import shutil
+import socket
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
+from olmoe_jax import distributed
 from olmoe_jax.config import Config, first_difference, to_dict
 from olmoe_jax.errors import UserError
 from olmoe_jax.hf import directory
@@ -24,7 +34,8 @@ from olmoe_jax.hf.source import MODEL_DIRECTORY
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 PARTIAL_MODEL = ".model.partial"
-UNFINISHED_START = {PARTIAL_MODEL, f".{CONFIG}.partial"}
+LOCK = ".lock"
+UNFINISHED_START = {PARTIAL_MODEL, f".{CONFIG}.partial", LOCK}
 """What a run that was killed while its directory was being made can leave."""
 
 FREE_FIELDS = {
@@ -71,21 +82,72 @@ def check(config: Config) -> None:
         )
 
 
-def create(config: Config, model_files: Path, tokenizer_files: Path) -> Path:
-    """Makes the directory (or takes the existing run's) and its small files; returns its path."""
+@contextlib.contextmanager
+def opened(config: Config, model_files: Path, tokenizer_files: Path) -> Iterator[Path]:
+    """The directory and its small files, made (or the existing run's), and ours until the end.
+
+    Process 0 makes and locks it; the others wait.
+
+    Raises:
+      UserError: another run is writing there, or nobody can.
+    """
     output = Path(config.train.output_dir)
-    if config.train.resume == "restart" and output.exists() and any(output.iterdir()):
-        _set_aside(output)
-    # Until there is a checkpoint, nothing depends on the files of an earlier attempt.
-    if not steps(output):
-        try:
-            _write_small_files(output, config, model_files, tokenizer_files)
-        except OSError as error:
+    lock = (
+        _create(config, output, model_files, tokenizer_files) if distributed.is_writer() else None
+    )
+    try:
+        distributed.barrier("output directory")
+        if not (output / CONFIG).exists():
             raise UserError(
-                f"train.output_dir={output}: cannot write there ({error.strerror}); write a "
-                "directory with space, one that you may write to"
-            ) from error
-    return output
+                f"train.output_dir={output}: process 0 made it, but another process cannot see it; "
+                "write a directory that all processes share"
+            )
+        yield output
+    finally:
+        if lock:
+            lock.close()
+
+
+def _create(config: Config, output: Path, model_files: Path, tokenizer_files: Path) -> TextIO:
+    try:
+        lock = _locked(output)
+        if config.train.resume == "restart" and any(
+            entry.name != LOCK for entry in output.iterdir()
+        ):
+            _set_aside(output)
+            lock = _locked(output)
+        # Until there is a checkpoint, nothing depends on the files of an earlier attempt.
+        if not steps(output):
+            _write_small_files(output, config, model_files, tokenizer_files)
+    except OSError as error:
+        raise UserError(
+            f"train.output_dir={output}: cannot write there ({error.strerror}); write a "
+            "directory with space, one that you may write to"
+        ) from error
+    return lock
+
+
+def _locked(output: Path) -> TextIO:
+    """The open lock file. The lock dies with the process; the file stays and means nothing."""
+    output.mkdir(parents=True, exist_ok=True)
+    lock = (output / LOCK).open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        owner = lock.read().strip() or "another process"
+        raise UserError(
+            f"train.output_dir={output}: {owner} is running in it; wait until it has ended, or "
+            "write another train.output_dir"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        print(f"note: {output} cannot be locked; start no second run in it")
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+    return lock
 
 
 def _write_small_files(
