@@ -1,0 +1,109 @@
+"""Scores over rows: means with bootstrap intervals, pass@k, ROUGE-L, BLEU and chrF."""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 1000
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score in percent over `rows` rows; `low` and `high` bound its 95% bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+    rows: int
+
+
+def bootstrap(
+    rows: np.ndarray, score: Callable[[np.ndarray], float], resamples: int = RESAMPLES
+) -> Metric:
+    """A score of rows of statistics [rows, ...] that adds up, with its percentile interval.
+
+    Args:
+      rows: what each row contributes.
+      score: of the sum over a sample of the rows, in percent.
+      resamples: of the rows, drawn from a fixed seed: the same rows give the same interval.
+    """
+    random = np.random.default_rng(_SEED)
+    count = len(rows)
+    drawn = [score(rows[random.integers(0, count, count)].sum(axis=0)) for _ in range(resamples)]
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return Metric(float(score(rows.sum(axis=0))), float(low), float(high), count)
+
+
+def mean_metric(values: Sequence[float]) -> Metric:
+    """The mean of the rows' scores (0 to 1) in percent."""
+    rows = np.asarray(values, np.float64)
+    return bootstrap(rows, lambda total: 100 * total / len(rows))
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """The probability that one of k samples, drawn from `samples` without replacement, is correct.
+
+    The unbiased estimator of Chen et al. 2021 ("Evaluating Large Language Models Trained on
+    Code"), 1 - C(n - c, k) / C(n, k).
+    """
+    if not 1 <= k <= samples or not 0 <= correct <= samples:
+        raise ValueError(f"pass@{k} of {correct} correct among {samples} samples")
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+# Chinese is written without spaces: each character is a word of its own (Han, Kana, Hangul).
+_WORD = re.compile(
+    r"[\u3400-\u9fff\uf900-\ufaff\u3040-\u30ff\uac00-\ud7af\U00020000-\U0003ffff]"
+    r"|[^\W_\u3400-\u9fff\uf900-\ufaff\u3040-\u30ff\uac00-\ud7af\U00020000-\U0003ffff]+"
+)
+
+
+def rouge_words(text: str) -> list[str]:
+    """What ROUGE-L compares: lowercase words and single Chinese characters, no punctuation."""
+    return _WORD.findall(text.lower())
+
+
+def rouge_l(prediction: str, reference: str) -> float:
+    """The F1 of the longest common subsequence (Lin 2004), 0 to 1; 0 when either is empty."""
+    words, expected = rouge_words(prediction), rouge_words(reference)
+    common = _longest_common_subsequence(words, expected)
+    return 2 * common / (len(words) + len(expected)) if common else 0.0
+
+
+def _longest_common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
+    """Its length, by Hyyrö's bit-parallel algorithm: a row of the table is one integer."""
+    places: dict[str, int] = {}
+    for index, word in enumerate(a):
+        places[word] = places.get(word, 0) | 1 << index
+    everything = (1 << len(a)) - 1
+    row = everything
+    for word in b:
+        matches = row & places.get(word, 0)
+        row = ((row + matches) | (row - matches)) & everything
+    return len(a) - row.bit_count()
+
+
+def corpus_metrics(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Metric]:
+    """sacrebleu's corpus chrF2 and BLEU (13a tokens)."""
+    from sacrebleu.metrics import BLEU, CHRF
+
+    metrics = {}
+    # force: predictions that end in " ." are what the model wrote, no mistake to warn of.
+    for name, scorer in {"chrf": CHRF(), "bleu": BLEU(force=True)}.items():
+        # The steps of corpus_score; its own bootstrap fails on the float32 scores of chrF.
+        rows = np.asarray(scorer._extract_corpus_statistics(predictions, [references]))
+        metrics[name] = bootstrap(
+            rows, lambda total, s=scorer: float(s._compute_score_from_stats(total.tolist()).score)
+        )
+    return metrics
+
+
+def sentence_chrf(prediction: str, reference: str) -> float:
+    """One row's chrF2, 0 to 1."""
+    import sacrebleu
+
+    return sacrebleu.sentence_chrf(prediction, [reference]).score / 100

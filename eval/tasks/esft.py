@@ -1,0 +1,28 @@
+"""What the four tasks of Expert-Specialized Fine-Tuning (Wang et al. 2024) have in common.
+
+Their prompts hold solved examples, then the query: "User: EXAMPLE\\n\\n…QUERY\\n\\nAssistant:".
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from eval.tasks.task import Example, Task
+
+_FIRST, _LAST = "User: ", "\n\nAssistant:"
+
+
+class EsftTask(Task):
+    fields = ("prompt", "answers")
+
+    def examples(self, rows: Sequence[dict[str, Any]]) -> list[Example]:
+        return [
+            Example(str(row.get("idx", index)), row["prompt"], row["answers"][0])
+            for index, row in enumerate(rows)
+        ]
+
+    def shorten(self, prompt: str) -> str | None:
+        """Drops the first solved example."""
+        first, _, rest = prompt.removesuffix(_LAST).partition("\n\n")
+        if not (rest and first.startswith(_FIRST) and prompt.endswith(_LAST)):
+            return None
+        return _FIRST + rest + _LAST

@@ -1,0 +1,43 @@
+"""gsm: grade school word problems (Cobbe et al. 2021), the last number is the answer."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from eval.statistics import mean_metric
+from eval.tasks.task import Example, Prediction, Scores, Task, Tools
+
+# A minus after a word or a bracket subtracts, it is no sign: 20-5.
+_NUMBER = re.compile(r"(?:(?<![\w)\]])-)?(?:\d*\.\d+|\d+)")
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d)")
+
+
+class Gsm(Task):
+    name = "gsm"
+    local_file = "gsm8k/test.jsonl"
+    hub = (("RoxanneWsyw/gsm:test.jsonl", "train"),)
+    fields = ("question", "answer")
+    stop = ("Question:",)
+
+    def examples(self, rows: Sequence[dict[str, Any]]) -> list[Example]:
+        return [
+            Example(
+                str(index),
+                f"Answer the following question.\n\nQuestion: {row['question'].strip()}\nAnswer:",
+                _THOUSANDS.sub("", row["answer"].rpartition("####")[2].strip()),
+            )
+            for index, row in enumerate(rows)
+        ]
+
+    def answer(self, output: str) -> str | None:
+        """The last number of the text, as it is written but for thousands commas."""
+        numbers = _NUMBER.findall(_THOUSANDS.sub("", output))
+        return numbers[-1] if numbers else None
+
+    def score(self, predictions: Sequence[Prediction], tools: Tools) -> Scores:
+        correct = [float(p.answer == p.example.reference) for p in predictions]
+        return Scores(
+            {"exact_match": mean_metric(correct)},
+            [{"exact_match": value} for value in correct],
+            {"no_number": sum(p.answer is None for p in predictions)},
+        )
