@@ -1,0 +1,242 @@
+"""The sandbox: what passes, what does not, and that nothing outside changes."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import message_of
+
+from eval import sandbox
+from eval.sandbox import Limits
+from eval.tasks import TASKS
+from eval.tasks.code import Mbpp
+from eval.tasks.task import Prediction
+
+QUICK = Limits(cpu_seconds=1, wall_seconds=4)
+TEST = "assert double(2) == 4"
+RIGHT = "def double(x): return 2 * x\n"
+
+ENDED = "ended before its tests did"
+# Each tries something and then, if it still can, offers a right solution. ("raise" is how a program
+# says what it could do; the expected failure shows that it could not.)
+ADVERSARIES = {
+    "exit": ("import sys; sys.exit(0)", "SystemExit: 0"),
+    "exit at once": ("import os; os._exit(0)", ENDED),
+    "exit at the first call": (
+        "import os\nclass Answer:\n    def __eq__(self, _): os._exit(0)\n"
+        "double = lambda x: Answer()\nSKIP_SOLUTION = 1",
+        ENDED,
+    ),
+    "forge the result": (
+        "import os\nfor fd in range(64):\n    try: os.write(fd, b'passed' * 9)\n"
+        "    except OSError: pass",
+        "passedpassed",
+    ),
+    "infinite loop": ("while True: pass", ENDED),
+    "sleep": ("import time; time.sleep(1000)", "took too long"),
+    "fork bomb": (
+        "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
+        ("took too long", ENDED),
+    ),
+    "fork bomb of sleepers": (
+        "import os, time\nwhile True:\n    if not os.fork():\n        os.setsid(); time.sleep(99)",
+        "BlockingIOError",
+    ),
+    "threads": (
+        "import threading, time\n"
+        "while True: threading.Thread(target=time.sleep, args=(99,)).start()",
+        "RuntimeError: can't start new thread",
+    ),
+    "memory hog": ("x = bytearray(1 << 33)", "MemoryError"),
+    "slow memory hog": ("x = []\nwhile True: x.append(' ' * 10**6 + str(len(x)))", "MemoryError"),
+    "huge output": ("while True: print('x' * 10**6)", "wrote too much output"),
+    "huge error output": ("import os\nwhile True: os.write(2, b'x' * 10**6)", "wrote too much"),
+    "huge result": (
+        "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'x' * 10**4)\n"
+        "    except OSError: pass",
+        "wrote too much output",
+    ),
+    "huge file": ("open('/tmp/f', 'wb').write(bytes(1 << 26))", "OSError: [Errno 27]"),
+    "many files": (
+        "n = 0\nwhile True:\n    n += 1\n    open(f'/tmp/{n}', 'wb').write(bytes(1 << 20))",
+        "OSError: [Errno 28] No space",
+    ),
+    "deep recursion": ("import sys; sys.setrecursionlimit(10**9)\ndef f(): f()\nf()", ENDED),
+    "delete outside": ("import os; os.remove(VICTIM)", "FileNotFoundError"),
+    "overwrite the interpreter": (
+        "import os\nopen(os.__file__, 'a').write('x')",
+        ("OSError: [Errno 30] Read-only", "PermissionError"),
+    ),
+    "change modes": ("import os; os.chmod(os.__file__, 0)", "OSError: [Errno 30] Read-only"),
+    "write to devices": ("open('/dev/sda', 'wb')", ("OSError: [Errno 30]", "PermissionError")),
+    "connect": (
+        "import socket; socket.create_connection(('127.0.0.1', PORT), 2)",
+        "OSError: [Errno 101]",
+    ),
+    "look up a name": (
+        "import socket; socket.getaddrinfo('example.com', 80)",
+        "gaierror",
+    ),
+    "read the keys": ("import os; os.environ['OPENAI_API_KEY']", "KeyError: 'OPENAI_API_KEY'"),
+    "read the parent's keys": (
+        "import os; open(f'/proc/{os.getppid()}/environ').read()",
+        "FileNotFoundError",
+    ),
+    "read a file outside": ("open(VICTIM).read()", "FileNotFoundError"),
+    "kill the parent": (
+        "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\nos.kill(-1, signal.SIGKILL)",
+        "ProcessLookupError",
+    ),
+    "kill the evaluation": ("import os; os.kill(PARENT, 9)", "ProcessLookupError"),
+    "new namespaces": (
+        "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+        "if libc.unshare(0x10000000): raise OSError(ctypes.get_errno(), 'unshare')",
+        "OSError: [Errno 28]",
+    ),
+    "unmount": (
+        "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+        "if libc.umount2(b'/usr', 2): raise PermissionError(ctypes.get_errno(), 'umount')",
+        "PermissionError: [Errno 1]",
+    ),
+    "run a program": ("import subprocess; subprocess.run(['/usr/bin/kill', '-9', 'PARENT'])", None),
+}
+FAST = ("exit", "exit at once", "infinite loop", "delete outside", "connect", "read the keys")
+
+
+@pytest.fixture
+def outside(tmp_path, monkeypatch):
+    """Something to attack: a file, an open port, a key in the environment, a process."""
+    import socket
+
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    victim = tmp_path / "victim.txt"
+    victim.write_text("precious")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield {
+            "VICTIM": repr(str(victim)),
+            "PORT": str(server.getsockname()[1]),
+            "PARENT": str(os.getpid()),
+        }
+    assert victim.read_text() == "precious"
+
+
+def attack(name: str, outside: dict[str, str]) -> str | None:
+    program, _ = ADVERSARIES[name]
+    for word, value in outside.items():
+        program = program.replace(word, value)
+    skip = "SKIP_SOLUTION" in program
+    return sandbox.run(program + "\n" + ("" if skip else RIGHT), TEST, QUICK)
+
+
+def assert_contained(name: str, failure: str | None) -> None:
+    expected = ADVERSARIES[name][1]
+    expected = (expected,) if isinstance(expected, str) else expected
+    assert failure is not None, name
+    assert failure.startswith(expected), (name, failure)
+
+
+def sandboxes() -> int:
+    """Processes of sandboxes that are running."""
+    listing = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
+    return listing.stdout.count("sandbox/launcher.py")
+
+
+def test_passes_and_fails():
+    programs = [
+        (RIGHT, TEST),
+        ("def double(x): return x * x * x\n", TEST),
+        ("def double(x) return", TEST),
+        ("", TEST),
+        (RIGHT + "print('x' * 1000)\nopen('notes', 'w').write(str(double(2)))\n", TEST),
+        (RIGHT + "if __name__ == '__main__': input()\n", TEST),
+        ("from dataclasses import dataclass\n@dataclass\nclass A:\n    x: 'int'\n" + RIGHT, TEST),
+    ]
+    results = sandbox.run_all(programs, QUICK, workers=2)
+    assert [result is None for result in results] == [True, False, False, False, True, True, True]
+    assert results[1].startswith("AssertionError")
+    assert results[2].startswith("SyntaxError")
+    assert results[3].startswith("NameError")
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_contains(name, outside):
+    assert_contained(name, attack(name, outside))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(ADVERSARIES.keys() - {*FAST, "run a program"}))
+def test_contains_everything(name, outside):
+    assert_contained(name, attack(name, outside))
+    assert sandboxes() == 0
+
+
+@pytest.mark.slow
+def test_programs_start_in_the_sandbox_too(outside):
+    attack("run a program", outside)  # this process is still here
+
+
+@pytest.mark.slow
+def test_what_a_program_leaves_running_dies_with_it():
+    stay = "import os, time\nif not os.fork():\n    os.setsid()\n    time.sleep(98765)\n"
+    assert sandbox.run(stay + RIGHT, TEST, QUICK) is None
+    assert sandboxes() == 0
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_leaves_no_program_behind(tmp_path):
+    script = "from eval import sandbox; sandbox.run('import time; time.sleep(98765)', '')"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=Path(sandbox.__file__).parents[2]
+    )
+
+    while sandboxes() < 4:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    for _ in range(100):
+        if not sandboxes():
+            break
+        time.sleep(0.05)
+    assert sandboxes() == 0
+
+
+def test_refuses_where_it_cannot_contain(monkeypatch, tmp_path):
+    broken = tmp_path / "launcher.py"
+    source = sandbox._LAUNCHER.read_text()
+    broken.write_text(source.replace("namespaces = _NEWUSER |", "namespaces = 0x1 | _NEWUSER |"))
+    monkeypatch.setattr(sandbox, "_LAUNCHER", broken)
+    message = message_of(sandbox.check)
+    assert "creating namespaces: Invalid argument" in message
+    assert "leave the code tasks out" in message
+
+
+@pytest.mark.slow
+def test_all_canonical_solutions_pass(shared):
+    humaneval, mbpp = TASKS["humaneval"], TASKS["mbpp"]
+    problems = read_rows(shared / "data" / humaneval.local_file)
+    programs = [
+        humaneval.program(Prediction(example, "", row["canonical_solution"]))
+        for example, row in zip(humaneval.examples(problems), problems, strict=True)
+    ]
+    rows = read_rows(shared / "data" / mbpp.local_file)
+    # All problems, not only the test split: as if each were one of it.
+    few = {row["task_id"]: row for row in rows if row["task_id"] in (2, 3, 4)}
+    for row in rows:
+        (example,) = Mbpp().examples([*few.values(), row | {"task_id": 11}])
+        programs.append(mbpp.program(Prediction(example, "", row["code"])))
+    assert len(programs) == 164 + 974
+    failures = sandbox.run_all(programs)
+    assert {i: failure for i, failure in enumerate(failures) if failure} == {}
+
+
+def read_rows(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_no_text_of_a_program_is_special():
+    assert sandbox.run('text = "\\"\\ud83d 语言"\n' + RIGHT, TEST, QUICK) is None
+    assert sandbox.run("\x00", TEST, QUICK).startswith(("ValueError", "SyntaxError"))
