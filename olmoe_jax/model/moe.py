@@ -194,6 +194,10 @@ class MoE(nnx.Module):
         low_rows = to_experts(dropped, order, inverse, per_token)
         hidden = jax.nn.silu(grouped_project(rows, experts.gate, low_rows, group_sizes, backend))
         hidden = hidden * grouped_project(rows, experts.up, low_rows, group_sizes, backend)
+        # The weights multiply what goes into `down`, not what comes out: then no gradient needs its
+        # output, which is neither kept nor recomputed.
+        weights = permute(weights.reshape(-1, 1), order, inverse)
+        hidden = (hidden * weights).astype(x.dtype)
         low_hidden = hidden
         if dropout_keys is not None:
             # Drawn in the order of the tokens, which sorting does not change.
@@ -201,7 +205,7 @@ class MoE(nnx.Module):
             low_hidden = self._dropped(by_row, dropout_keys, "down").reshape(hidden.shape)
             low_hidden = permute(low_hidden, order, inverse)
         rows = grouped_project(hidden, experts.down, low_hidden, group_sizes, backend)
-        y = from_experts(rows, weights, order, inverse).astype(x.dtype)
+        y = from_experts(rows, order, inverse, per_token)
         return y, group_sizes.astype(jnp.float32)
 
     def _dense_router_term(self, x, probabilities, chosen, is_token, experts):

@@ -1,5 +1,7 @@
 """Moving tokens to their experts and back. T tokens, K experts per token, E experts, D width."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -39,16 +41,37 @@ def _permute_backward(inverse, g):
 permute.defvjp(_permute_forward, _permute_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def to_experts(x: jax.Array, order: jax.Array, inverse: jax.Array, per_token: int) -> jax.Array:
     """[T, D] -> [T*K, D], each token once for each of its experts, sorted by expert."""
-    repeated = jnp.repeat(x, per_token, axis=0)
-    return permute(repeated, order, inverse)
+    return x[order // per_token]
 
 
-def from_experts(
-    y: jax.Array, weights: jax.Array, order: jax.Array, inverse: jax.Array
-) -> jax.Array:
-    """Sum over k of weights[t, k] times the row of (t, k): [T*K, D] -> [T, D] float32."""
-    tokens, per_token = weights.shape
-    y = permute(y, inverse, order).reshape(tokens, per_token, -1)
-    return jnp.einsum("tkd,tk->td", y.astype(jnp.float32), weights)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def from_experts(y: jax.Array, order: jax.Array, inverse: jax.Array, per_token: int) -> jax.Array:
+    """The sum over a token's K rows, in float32: [T*K, D] sorted by expert -> [T, D] in y's dtype.
+
+    The transpose of `to_experts`, as that is of this.
+    """
+    y = y[inverse].reshape(-1, per_token, y.shape[-1])
+    return jnp.sum(y, axis=1, dtype=jnp.float32).astype(y.dtype)
+
+
+def _to_experts_forward(x, order, inverse, per_token):
+    return to_experts(x, order, inverse, per_token), (order, inverse)
+
+
+def _to_experts_backward(per_token, residuals, g):
+    return from_experts(g, *residuals, per_token), None, None
+
+
+def _from_experts_forward(y, order, inverse, per_token):
+    return from_experts(y, order, inverse, per_token), (order, inverse)
+
+
+def _from_experts_backward(per_token, residuals, g):
+    return to_experts(g, *residuals, per_token), None, None
+
+
+to_experts.defvjp(_to_experts_forward, _to_experts_backward)
+from_experts.defvjp(_from_experts_forward, _from_experts_backward)
