@@ -16,9 +16,9 @@ from olmoe_jax.hf.adapter import read_adapter, to_peft
 from olmoe_jax.hf.opening import open_source
 from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.model.loading import load_parameters, pack_selected
-from olmoe_jax.model.parameters import Parameters, merge
+from olmoe_jax.model.parameters import ROUTER, Parameters, merge
 from olmoe_jax.sharding import make_mesh
-from olmoe_jax.training.methods import ROUTER, esft_names, split_trained, trained_names
+from olmoe_jax.training.methods import esft_names, split_trained, trained_names
 from olmoe_jax.training.optimizer import adamw, schedule
 from olmoe_jax.training.step import DeviceBatch, Trainer, initial_state
 

@@ -16,7 +16,7 @@ from olmoe_jax.hf.opening import open_source
 from olmoe_jax.hf.source import Source
 from olmoe_jax.model.config import ModelConfig, ModelSettings
 from olmoe_jax.model.olmoe import Olmoe, graph_of, parameter_specs
-from olmoe_jax.model.parameters import Parameters, merge, split
+from olmoe_jax.model.parameters import ROUTER, Parameters, merge, split
 from olmoe_jax.model.selected import NAMES, places
 
 
@@ -106,17 +106,22 @@ def _read_shard(source: Source, row: names.Row, dtype: np.dtype, index) -> np.nd
 def from_pretrained(
     path_or_hub_id: str | Path, mesh=None, *, settings: ModelSettings | None = None
 ) -> Olmoe:
-    """The model of a Hugging Face checkpoint (or one of ours), float32 parameters.
+    """The model of a Hugging Face checkpoint (or one of ours).
 
     Args:
       path_or_hub_id: a directory or a hub id.
       mesh: from `olmoe_jax.sharding.make_mesh`; None: one device.
-      settings: how to compute; float32 by default.
+      settings: how to compute; float32 by default. The parameters are in the compute dtype, the
+        router's in float32.
 
     Raises:
       UserError: nothing is there, or it is damaged or not an OLMoE model.
     """
     source = open_source(str(path_or_hub_id))
     mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
-    graph = graph_of(source.config, settings or ModelSettings())
-    return merge(graph, load_parameters(source, mesh))
+    settings = settings or ModelSettings()
+
+    def dtype(name: str) -> DTypeLike:
+        return jnp.float32 if name == ROUTER else settings.compute_dtype
+
+    return merge(graph_of(source.config, settings), load_parameters(source, mesh, dtype))

@@ -12,6 +12,9 @@ from flax import nnx
 
 Parameters = dict[str, jax.Array]
 
+ROUTER = "layers.moe.router"
+"""The parameter that is kept in float32 whatever the compute dtype: small, and easily upset."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ParameterSpec:

@@ -6,9 +6,7 @@ from collections.abc import Callable
 from olmoe_jax.config import MethodOptions
 from olmoe_jax.esft.selection import ExpertConfig
 from olmoe_jax.model.config import ModelConfig, RouterMethod
-from olmoe_jax.model.parameters import Parameters
-
-ROUTER = "layers.moe.router"
+from olmoe_jax.model.parameters import ROUTER, Parameters
 
 
 def is_adapter(name: str) -> bool:

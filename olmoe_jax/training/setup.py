@@ -31,10 +31,9 @@ from olmoe_jax.model.loading import (
 )
 from olmoe_jax.model.lora import LoraSettings
 from olmoe_jax.model.olmoe import parameter_specs
-from olmoe_jax.model.parameters import Parameters
+from olmoe_jax.model.parameters import ROUTER, Parameters
 from olmoe_jax.ops.attention import check_backend
 from olmoe_jax.training.methods import (
-    ROUTER,
     is_adapter,
     method_trains,
     router_method,
