@@ -23,6 +23,10 @@ Example: two passes with a smaller batch, somewhere else
     python train.py --config configs/densemixer_gsm.py --config.train.epochs=2 \\
         --config.train.batch_size=64 --config.train.output_dir=runs/short
 
+Several processes as one run (docs/cluster.md): SLURM, Open MPI and Cloud TPUs are recognised;
+otherwise each gets --coordinator_address=HOST:PORT --num_processes=N --process_id=I, and if
+wanted --heartbeat_timeout=SECONDS (30) after which a silent process ends all.
+
 Fields, with their defaults (a config file may set others):
 """
 EXAMPLE = "--config configs/densemixer_gsm.py"

@@ -108,6 +108,16 @@ def from_writer(name: str, value: str) -> str:
     return client.key_value_try_get(f"olmoe_jax/value/{name}")
 
 
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether a collective or a barrier failed for want of another process."""
+    words = ("Gloo", "gloo", "NCCL", "oordination", "heartbeat")
+    return _client() is not None and any(word in str(error) for word in words)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
 def _client():
     """jax's client of the coordination service, which has barriers with a timeout; or None."""
     state = sys.modules.get("jax._src.distributed")
@@ -134,9 +144,9 @@ def _connect(cluster: Cluster) -> None:
     except RuntimeError as error:
         raise UserError(
             f"process {cluster.process_id} of {cluster.num_processes} cannot join at "
-            f"{cluster.coordinator_address} ({' '.join(str(error).split())[:200]}); all processes "
-            "must start within "
-            f"{_JOIN_TIMEOUT} s, each with its own process_id, and reach that host and port"
+            f"{cluster.coordinator_address} ({_one_line(error)[:200]}); all processes must "
+            f"start within {_JOIN_TIMEOUT} s, each with its own process_id, and reach that host "
+            "and port"
         ) from error
 
 
@@ -196,9 +206,8 @@ def _fail(error: BaseException) -> NoReturn:
     if isinstance(error, KeyboardInterrupt):
         _end_all(130, "interrupted")
     if isinstance(error, UserError):
-        _end_all(2, f"error: {' '.join(str(error).split())}")
-    reason = " ".join(str(error).split())
-    if any(word in reason for word in ("Gloo", "gloo", "NCCL", "oordination", "heartbeat")):
+        _end_all(2, f"error: {_one_line(error)}")
+    if is_lost_contact(error):
         # Most often another process failed first, and is about to say why.
         deadline = time.monotonic() + 5 * _BEAT
         while time.monotonic() < deadline:
@@ -206,7 +215,7 @@ def _fail(error: BaseException) -> NoReturn:
                 if failure := _failure(_client()):
                     _exit(int(failure))
             time.sleep(_BEAT / 5)
-        _end_all(1, f"error: {_lost(f'a process does not answer: {reason[:200]}')}")
+        _end_all(1, f"error: {_lost(f'a process does not answer ({_one_line(error)[:200]})')}")
     _end_all(1, "".join(traceback.format_exception(error)).rstrip())
 
 

@@ -1,9 +1,11 @@
 """Checkpoints of a run: what trains, the optimizer, the step, the data position. Orbax, atomic."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
+from olmoe_jax import distributed
 from olmoe_jax.errors import UserError
 from olmoe_jax.hf.opening import CHECKPOINTS
 from olmoe_jax.model.parameters import Parameters
@@ -25,9 +28,14 @@ CHUNK_BYTES = 64 * 2**20
 class Restored:
     """A checkpoint brought back: the state, and where the data stood."""
 
+    step: int
     state: TrainState
     data: dict[str, Any]  # the Grain iterator's state
     best_eval_loss: float | None
+
+
+class _DamagedError(Exception):
+    """A checkpoint that is there cannot be read; the message is the reason."""
 
 
 class Checkpointer:
@@ -56,10 +64,6 @@ class Checkpointer:
             ),
         )
 
-    def latest_step(self) -> int | None:
-        """The newest complete checkpoint, or None."""
-        return self._manager.latest_step()
-
     def save(
         self,
         step: int,
@@ -75,7 +79,7 @@ class Checkpointer:
         """
         tree = {**state._asdict(), "frozen": kept_with_it}
         save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
-        try:
+        with self._saving():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -86,34 +90,39 @@ class Checkpointer:
                 metrics=None if eval_loss is None else {"eval_loss": eval_loss},
                 force=True,
             )
-        except Exception as error:
-            raise self._failed(error) from error
 
     def check(self) -> None:
         """Raises if a save in the background has failed."""
-        try:
+        with self._saving():
             self._manager.check_for_errors()
-        except Exception as error:
-            raise self._failed(error) from error
 
     def wait(self) -> None:
         """Returns when everything is on disk."""
-        try:
+        with self._saving():
             self._manager.wait_until_finished()
-        except Exception as error:
-            raise self._failed(error) from error
 
     def close(self) -> None:
         """Waits and releases the manager's threads."""
         self.wait()
         self._manager.close()
 
-    def restore(self, step: int, like: TrainState) -> Restored:
-        """Reads a checkpoint onto the shardings of `like`.
+    def restore(self, like: TrainState) -> Restored | None:
+        """Reads the newest checkpoint onto the shardings of `like`; None: there is none.
+
+        One that cannot be read is set aside, and the one before it read. With several processes,
+        of which others may have read theirs, the run ends instead, to be started again.
 
         Raises:
-          UserError: it is of another model or other data, or cannot be read.
+          UserError: it is of another model or other data, or no checkpoint can be read.
         """
+        while (step := self._manager.latest_step()) is not None:
+            try:
+                return self._restore(step, like)
+            except _DamagedError as damage:
+                self._set_aside(step, str(damage))
+        return None
+
+    def _restore(self, step: int, like: TrainState) -> Restored:
         self._check_identity(step)
         tree = like._asdict()
         restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
@@ -123,17 +132,38 @@ class Checkpointer:
             data=ocp.args.JsonRestore(),
         )
         best = min(self._eval_losses().values(), default=None)
-        return Restored(TrainState(**restored.state), restored.data, best)
+        return Restored(step, TrainState(**restored.state), restored.data, best)
 
     def _read(self, step: int, **items):
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
+            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in reason:
+                raise
+            raise _DamagedError(reason) from error
+
+    def _set_aside(self, step: int, reason: str) -> None:
+        """Moves a damaged checkpoint away, where there is an earlier one to continue from."""
+        unreadable = f"{self._output}: the checkpoint of step {step} cannot be read ({reason})"
+        earlier = [other for other in self._manager.all_steps() if other < step]
+        if not earlier:
             raise UserError(
-                f"{self._output}: the checkpoint of step {step} cannot be read ({reason}); remove "
-                f"{CHECKPOINTS}/{step} to continue from the one before"
-            ) from error
+                f"{unreadable}, and there is none before it; bring it back, or remove "
+                f"{CHECKPOINTS}/{step} to start from the beginning"
+            )
+        aside = self._output / f"damaged-{step}"
+        while aside.exists():
+            aside = aside.with_name(f"{aside.name}-again")
+        with contextlib.suppress(FileNotFoundError):  # another process did it
+            (self._output / CHECKPOINTS / str(step)).rename(aside)
+        if jax.process_count() > 1:
+            raise UserError(
+                f"{unreadable}; it is now {aside}; run the same command again to continue from "
+                f"step {earlier[-1]}"
+            )
+        print(f"{unreadable}; it is now {aside}; going back to step {earlier[-1]}", flush=True)
+        self._manager.reload()
 
     def _check_identity(self, step: int) -> None:
         saved = self._read(step, identity=ocp.args.JsonRestore()).identity
@@ -141,7 +171,7 @@ class Checkpointer:
             if saved.get(key) != value:
                 raise UserError(
                     f"{self._output}: the checkpoint of step {step} "
-                    f"{_other(key, saved[key], value)}; "
+                    f"{_other(key, saved.get(key), value)}; "
                     "bring it back, write another train.output_dir, or train.resume=restart"
                 )
 
@@ -152,6 +182,16 @@ class Checkpointer:
             if metrics:
                 losses[step] = metrics["eval_loss"]
         return losses
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Says what a save that fails means; that another process is gone is said elsewhere."""
+        try:
+            yield
+        except Exception as error:
+            if distributed.is_lost_contact(error):
+                raise
+            raise self._failed(error) from error
 
     def _failed(self, error: Exception) -> UserError:
         reason = " ".join(str(error).split())

@@ -176,15 +176,14 @@ class _Run:
 
     def _restore(self) -> int:
         """Continues from the newest checkpoint; returns the updates done."""
-        latest = self.checkpoints.latest_step()
-        if latest is None:
+        restored = self.checkpoints.restore(self.state)
+        if restored is None:
             return 0
-        restored = self.checkpoints.restore(latest, self.state)
         self.state = restored.state
         self.iterator.set_state(restored.data)
         if restored.best_eval_loss is not None:
             self.best_eval_loss = restored.best_eval_loss
-        return latest
+        return restored.step
 
     def _one_step(self) -> None:
         step, program = next(self.iterator), self.program

@@ -13,6 +13,7 @@ from training.tiny_run import exported_bytes, losses, make_files, metrics
 
 import olmoe_jax
 from olmoe_jax.errors import UserError
+from olmoe_jax.training import run_directory
 from olmoe_jax.training.reporting import Reporter
 
 STEPS = 12
@@ -227,6 +228,19 @@ def test_another_configuration_is_refused(files, whole, changes, expected):
     assert "train.resume=restart" in message
 
 
+def test_a_second_run_in_the_directory_is_refused(files, whole):
+    """The first runs in this very process: its lock is another's to the second all the same."""
+    for resume in ("auto", "restart"):
+        with run_directory.opened(files.config(whole, **OPTIONS), files.model, files.tokenizer):
+            message = refused(files.config(whole, **OPTIONS, train__resume=resume))
+        assert f"process {os.getpid()} on " in message
+        assert "is running in it; wait until it has ended, or write another" in message
+    # The lock ended with the run, although its file is still there.
+    assert (whole / ".lock").exists()
+    with run_directory.opened(files.config(whole, **OPTIONS), files.model, files.tokenizer):
+        pass
+
+
 def test_a_foreign_directory_is_refused(files, tmp_path):
     output = tmp_path / "home"
     output.mkdir()
@@ -355,19 +369,39 @@ QUICKLY_TESTED = ("state truncated", "data missing", "identity truncated", "ever
         for name in DAMAGES
     ],
 )
-def test_a_damaged_checkpoint_is_one_clear_line(stopped, damage, whole, capfd):
+def test_a_damaged_checkpoint_is_one_clear_line(stopped, damage, capfd):
+    """Where there is no earlier one to go back to."""
     files, output = stopped
+    for earlier in [5, 4]:
+        shutil.rmtree(output / "checkpoints" / str(earlier), ignore_errors=True)
     DAMAGES[damage](output / "checkpoints" / "6")
     message = refused(files.config(output, **OPTIONS))
     assert "\n" not in message
     assert "the checkpoint of step 6 cannot be read" in message
-    assert "remove" in message
+    assert "remove checkpoints/6 to start from the beginning" in message
     assert f"{output}" in message
-    # What the message asks for works.
-    if damage == "everything truncated":
-        remove(output / "checkpoints" / "6")
-        assert olmoe_jax.train(files.config(output, **OPTIONS)).finished
-        assert_same_run(output, whole)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "everything truncated",
+        pytest.param("state truncated", marks=pytest.mark.slow),
+        pytest.param("data missing", marks=pytest.mark.slow),
+    ],
+)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(stopped, damage, whole, capsys):
+    files, output = stopped
+    DAMAGES[damage](output / "checkpoints" / "6")
+    before = snapshot(output / "checkpoints" / "6")
+    assert olmoe_jax.train(files.config(output, **OPTIONS)).finished
+    said = capsys.readouterr().out
+    assert "the checkpoint of step 6 cannot be read" in said
+    # Saved after the evaluation there.
+    assert "going back to step 5" in said
+    assert f"continuing after step 5 of {STEPS}" in said
+    assert snapshot(output / "damaged-6") == before
+    assert_same_run(output, whole)
 
 
 def test_no_checkpoints_left_starts_from_the_beginning(stopped, whole):
