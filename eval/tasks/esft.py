@@ -26,3 +26,8 @@ class EsftTask(Task):
         if not (rest and first.startswith(_FIRST) and prompt.endswith(_LAST)):
             return None
         return _FIRST + rest + _LAST
+
+
+def query_of(prompt: str) -> str:
+    """The query alone, without the solved examples before it."""
+    return prompt.removesuffix(_LAST).rpartition("\n\n")[2].removeprefix(_FIRST)

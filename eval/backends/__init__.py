@@ -1,0 +1,92 @@
+"""What continues the prompts: this project's decoder, transformers or vLLM.
+
+All get the same prompts as token ids without special tokens, decode greedily or at a temperature,
+end at the tokenizer's eos and decode the new tokens with the same tokenizer.
+"""
+
+import importlib
+from collections.abc import Sequence
+from typing import Protocol
+
+from olmoe_jax.errors import UserError
+from olmoe_jax.hf import directory
+
+BACKENDS = ("jax", "hf", "vllm")
+DTYPES = ("float32", "bfloat16")
+
+
+class Backend(Protocol):
+    """A model, loaded."""
+
+    context: int
+    """Tokens that a prompt and its continuation may have together."""
+
+    def count(self, prompt: str) -> int:
+        """The prompt's tokens."""
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        stop: Sequence[str],
+    ) -> list[str]:
+        """The continuations; those of a backend that ignores `stop` are cut afterwards."""
+
+
+def check_backend(name: str, model: str) -> None:
+    """Makes sure that a backend can load a model, without loading it.
+
+    Raises:
+      UserError: a package is not installed, or the backend does not read this kind of checkpoint.
+    """
+    if name == "jax":
+        return
+    package = {"hf": "torch", "vllm": "vllm"}[name]
+    try:
+        importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(
+            f"--backend {name} needs {package} ({error}): pip install {package}, or leave "
+            "--backend out to decode with jax"
+        ) from None
+    if not any(directory.resolve(model).glob("*.safetensors")):
+        raise UserError(
+            f"--model {model}: --backend {name} reads Hugging Face checkpoints; write the exported "
+            f"one (a run's is in {model}/hf), or leave --backend out"
+        )
+
+
+def open_backend(name: str, model: str, compute_dtype: str) -> Backend:
+    """Loads a model.
+
+    Raises:
+      UserError: it cannot be loaded.
+    """
+    from eval.backends.hf import HfBackend
+    from eval.backends.jax import JaxBackend
+    from eval.backends.vllm import VllmBackend
+
+    classes = {"jax": JaxBackend, "hf": HfBackend, "vllm": VllmBackend}
+    return classes[name](model, compute_dtype)
+
+
+class Prompts:
+    """What the backends share: the tokenizer."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def encode(self, prompt: str) -> list[int]:
+        return self.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text up to the eos token."""
+        tokens = list(tokens)
+        eos = self.tokenizer.eos_token_id
+        return self.tokenizer.decode(tokens[: tokens.index(eos)] if eos in tokens else tokens)
+
+    def count(self, prompt: str) -> int:
+        return len(self.encode(prompt))

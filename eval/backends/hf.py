@@ -1,0 +1,56 @@
+"""transformers' generate: any causal language model that transformers loads; needs torch."""
+
+from collections.abc import Sequence
+
+from eval.backends import Prompts
+from olmoe_jax.data import load_tokenizer
+from olmoe_jax.data.hub import first_line
+from olmoe_jax.errors import UserError
+from olmoe_jax.hf import directory
+
+
+class HfBackend(Prompts):
+    def __init__(self, model: str, compute_dtype: str):
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        path = directory.resolve(model)
+        super().__init__(load_tokenizer(str(path)))
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            loaded = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, compute_dtype))
+        except Exception as error:  # transformers raises errors of many unrelated types
+            raise UserError(f"--model {model}: transformers: {first_line(error)}") from error
+        self._model = loaded.to(self._device).eval()
+        self.context = loaded.config.max_position_embeddings
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        stop: Sequence[str],
+    ) -> list[str]:
+        import torch
+        from transformers import GenerationConfig
+
+        encoded = [self.encode(prompt) for prompt in prompts]
+        length, eos = max(map(len, encoded)), self.tokenizer.eos_token_id
+        padded = [[eos] * (length - len(tokens)) + tokens for tokens in encoded]
+        mask = [[0] * (length - len(tokens)) + [1] * len(tokens) for tokens in encoded]
+        sampling = {"do_sample": False}
+        if temperature > 0:
+            sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        torch.manual_seed(seed)
+        with torch.inference_mode():
+            # A configuration of its own: the checkpoint's may sample.
+            out = self._model.generate(
+                torch.tensor(padded, device=self._device),
+                attention_mask=torch.tensor(mask, device=self._device),
+                generation_config=GenerationConfig(
+                    max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=eos, **sampling
+                ),
+            )
+        return [self.decode(row[length:].tolist()) for row in out]

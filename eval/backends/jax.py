@@ -1,0 +1,39 @@
+"""This project's decoder: any checkpoint that `olmoe_jax.from_pretrained` opens."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+import olmoe_jax
+from eval.backends import Prompts
+from olmoe_jax.data import load_tokenizer
+from olmoe_jax.hf.opening import open_source
+from olmoe_jax.model.config import ModelSettings
+
+
+class JaxBackend(Prompts):
+    def __init__(self, model: str, compute_dtype: str):
+        source = open_source(model)
+        super().__init__(load_tokenizer(str(source.files)))
+        self.context = source.config.max_position_embeddings
+        settings = ModelSettings(compute_dtype=jnp.dtype(compute_dtype))
+        self._model = olmoe_jax.from_pretrained(model, settings=settings)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        stop: Sequence[str],
+    ) -> list[str]:
+        return olmoe_jax.generate(
+            self._model,
+            self.tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            batch_size=len(prompts),
+        )

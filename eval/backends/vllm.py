@@ -1,0 +1,39 @@
+"""vLLM: fast on GPUs, when it is installed."""
+
+from collections.abc import Sequence
+
+from eval.backends import Prompts
+from olmoe_jax.data import load_tokenizer
+from olmoe_jax.hf import directory
+
+
+class VllmBackend(Prompts):
+    def __init__(self, model: str, compute_dtype: str):
+        import vllm
+
+        path = directory.resolve(model)
+        super().__init__(load_tokenizer(str(path)))
+        self._model = vllm.LLM(model=str(path), dtype=compute_dtype)
+        self._parameters = vllm.SamplingParams
+        self.context = directory.read_json(path / "config.json")["max_position_embeddings"]
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        stop: Sequence[str],
+    ) -> list[str]:
+        # skip_special_tokens: as the other backends decode, all but the eos that ends the text.
+        parameters = self._parameters(
+            temperature=temperature,
+            max_tokens=max_new_tokens,
+            seed=seed,
+            stop=list(stop),
+            skip_special_tokens=False,
+        )
+        requests = [{"prompt_token_ids": self.encode(prompt)} for prompt in prompts]
+        outputs = self._model.generate(requests, parameters, use_tqdm=False)
+        return [self.decode(output.outputs[0].token_ids) for output in outputs]

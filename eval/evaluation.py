@@ -1,0 +1,233 @@
+"""Evaluates tasks: prompts -> predictions on disk -> scores.
+
+OUTPUT/model.json              the model and how it computes
+OUTPUT/TASK/settings.json      what was asked
+OUTPUT/TASK/predictions.jsonl  the model's texts, in the order in which they were decoded
+OUTPUT/TASK/rows.jsonl         in the data's order: text, what was scored of it, its scores
+OUTPUT/TASK/result.json        the metrics with their intervals
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from eval.backends import Backend
+from eval.predictions import PredictionFile
+from eval.tasks.task import Example, Prediction, Scores, Task, Tools, cut_at
+from olmoe_jax.errors import UserError
+from olmoe_jax.hf import directory
+
+MODEL, SETTINGS, PREDICTIONS = "model.json", "settings.json", "predictions.jsonl"
+ROWS, RESULT = "rows.jsonl", "result.json"
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How to decode, for all tasks; a task without `sampled` has one greedy sample a row."""
+
+    batch_size: int = 16
+    max_new_tokens: int | None = None
+    samples: int = 1
+    temperature: float = 0.0
+    seed: int = 0
+
+
+def open_output(output: Path, model: Mapping[str, str]) -> None:
+    """Makes the directory of a model's results, or makes sure that it is this model's.
+
+    Args:
+      output: the directory.
+      model: what names it; `model`, the path, may differ when the content is the same.
+
+    Raises:
+      UserError: it holds another model's results, or something else.
+    """
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output}: is a file; write a directory")
+    if (output / MODEL).exists():
+        _check_same(output, directory.read_json(output / MODEL), model, free={"model"})
+        return
+    if output.exists() and any(e.name != f".{MODEL}.partial" for e in output.iterdir()):
+        raise UserError(
+            f"--output {output}: holds files but no evaluation; write an empty or new directory"
+        )
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        directory.write_json(output / MODEL, dict(model))
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot write there ({error.strerror})") from None
+
+
+def settings_of(
+    task: Task, examples: Sequence[Example], decoding: Decoding, limit: int | None
+) -> dict[str, Any]:
+    """What a task's predictions depend on besides the model."""
+    content = json.dumps([[e.id, e.prompt, e.reference] for e in examples])
+    return {
+        "task": task.name,
+        "examples": len(examples),
+        "limit": limit,
+        "data": hashlib.sha256(content.encode()).hexdigest()[:16],
+        "max_new_tokens": decoding.max_new_tokens or task.max_new_tokens,
+        "samples": decoding.samples if task.sampled else 1,
+        "temperature": decoding.temperature if task.sampled else 0.0,
+        "seed": decoding.seed,
+        "batch_size": decoding.batch_size,
+    }
+
+
+def open_task(output: Path, settings: Mapping[str, Any]) -> None:
+    """Makes a task's directory, or makes sure that what it holds was made the same way.
+
+    Raises:
+      UserError: it was not; names what differs.
+    """
+    path = output / settings["task"]
+    if (path / SETTINGS).exists():
+        _check_same(path, directory.read_json(path / SETTINGS), settings)
+        return
+    path.mkdir(exist_ok=True)
+    directory.write_json(path / SETTINGS, settings)
+
+
+def _check_same(
+    path: Path, stored: Mapping, wanted: Mapping, free: frozenset[str] | set[str] = frozenset()
+) -> None:
+    for name in wanted.keys() - free:
+        if stored.get(name) != wanted[name]:
+            raise UserError(
+                f"{path} holds results with {name}={stored.get(name)}, now it is {wanted[name]}; "
+                "write another --output, or the former settings to continue"
+            )
+
+
+def evaluate(
+    task: Task,
+    examples: Sequence[Example],
+    settings: Mapping[str, Any],
+    output: Path,
+    backend: Callable[[], Backend],
+    tools: Tools,
+) -> dict[str, Any]:
+    """Decodes what is not on disk yet, scores everything and writes it.
+
+    Args:
+      task: whose prompts, post-processing and scores.
+      examples: its examples.
+      settings: from `settings_of`; `open_task` has accepted them.
+      output: the evaluation's directory.
+      backend: loads the model; called only when there is something to decode.
+      tools: for the scorers.
+
+    Returns:
+      The content of result.json.
+    """
+    path = output / task.name
+    outputs, shortened = _decode(task, examples, settings, path / PREDICTIONS, backend)
+    predictions = [
+        Prediction(example, text, task.answer(text))
+        for index, example in enumerate(examples)
+        for sample in range(settings["samples"])
+        for text in [outputs[index, sample]]
+    ]
+    scores = task.score(predictions, tools)
+    directory.write_file_atomically(
+        path / ROWS, lambda file: _write_rows(file, predictions, scores)
+    )
+    result = {
+        "model": directory.read_json(output / MODEL),
+        "settings": dict(settings),
+        "metrics": {name: asdict(metric) for name, metric in scores.metrics.items()},
+        "counts": {"shortened_prompts": shortened} | scores.counts,
+    }
+    directory.write_json(path / RESULT, result)
+    return result
+
+
+def _decode(
+    task: Task,
+    examples: Sequence[Example],
+    settings: Mapping[str, Any],
+    file: Path,
+    backend: Callable[[], Backend],
+) -> tuple[dict[tuple[int, int], str], int]:
+    """The texts by (index of the example, sample), and how many prompts had to be shortened."""
+    # Prompts of like length share a batch, the longest first: if memory is short, it shows at once.
+    order = sorted(range(len(examples)), key=lambda index: -len(examples[index].prompt))
+    wanted = [(index, sample) for index in order for sample in range(settings["samples"])]
+    size = settings["batch_size"]
+    batches = [wanted[start : start + size] for start in range(0, len(wanted), size)]
+    with PredictionFile(file, [len(batch) for batch in batches]) as done:
+        if done.batches < len(batches):
+            model = backend()
+            progress = tqdm(
+                total=len(wanted), initial=len(done.rows), desc=task.name, unit="row", leave=False
+            )
+            for number, batch in enumerate(batches[done.batches :], done.batches):
+                done.append(_decode_batch(task, examples, settings, model, batch, number))
+                progress.update(len(batch))
+            progress.close()
+        texts = {pair: row["output"] for pair, row in zip(wanted, done.rows, strict=True)}
+        return texts, sum(row["shortened"] for row in done.rows if row["sample"] == 0)
+
+
+def _decode_batch(
+    task: Task,
+    examples: Sequence[Example],
+    settings: Mapping[str, Any],
+    model: Backend,
+    batch: Sequence[tuple[int, int]],
+    number: int,
+) -> list[dict[str, Any]]:
+    limit = settings["max_new_tokens"]
+    prompts = [_fitting(task, examples[index], model, limit) for index, _ in batch]
+    texts = model.generate(
+        prompts,
+        max_new_tokens=limit,
+        temperature=settings["temperature"],
+        # Batches must not draw the same numbers.
+        seed=settings["seed"] * 1_000_003 + number,
+        stop=task.stop,
+    )
+    return [
+        {
+            "id": examples[index].id,
+            "sample": sample,
+            "shortened": prompt != examples[index].prompt,
+            "output": cut_at(text, task.stop),
+        }
+        for (index, sample), prompt, text in zip(batch, prompts, texts, strict=True)
+    ]
+
+
+def _fitting(task: Task, example: Example, model: Backend, max_new_tokens: int) -> str:
+    """The prompt, shortened until the model's context holds it and its continuation."""
+    prompt, room = example.prompt, model.context - max_new_tokens
+    while (length := model.count(prompt)) > room:
+        shorter = task.shorten(prompt)
+        if shorter is None:
+            raise UserError(
+                f"{task.name}: the prompt of row {example.id} has {length} tokens, and the model's "
+                f"context of {model.context} leaves {max(0, room)} beside {max_new_tokens} new "
+                "ones; write a smaller --max_new_tokens"
+            )
+        prompt = shorter
+    return prompt
+
+
+def _write_rows(file: Path, predictions: Sequence[Prediction], scores: Scores) -> None:
+    # A model may write half a surrogate pair as a JSON escape; as an escape it is written again.
+    with open(file, "w", encoding="utf-8", errors="backslashreplace") as opened:
+        for prediction, row in zip(predictions, scores.rows, strict=True):
+            line = {
+                "id": prediction.example.id,
+                "output": prediction.output,
+                "answer": prediction.answer,
+                "reference": prediction.example.reference,
+            }
+            opened.write(json.dumps(line | row, ensure_ascii=False) + "\n")

@@ -1,0 +1,40 @@
+"""Tells models apart by their content, without reading all of it."""
+
+import hashlib
+from pathlib import Path
+
+from olmoe_jax.hf import directory
+from olmoe_jax.hf.opening import CHECKPOINTS, latest_step
+
+_PIECES, _PIECE = 16, 1 << 16
+_HF_FILES = ("*.safetensors", "config.json", "tokenizer.json")
+
+
+def model_fingerprint(path_or_hub_id: str) -> str:
+    """A hash of a checkpoint's file names, sizes and 16 pieces of 64 KiB of each file.
+
+    Of a training run it is the latest checkpoint that counts, as it is the one that is loaded.
+
+    Raises:
+      UserError: there is no such checkpoint.
+    """
+    root = directory.resolve(path_or_hub_id)
+    if (root / CHECKPOINTS).is_dir():
+        root = root / CHECKPOINTS / str(latest_step(root))
+    patterns = _HF_FILES if any(root.glob("*.safetensors")) else ("**/*",)
+    files = sorted({file for pattern in patterns for file in root.glob(pattern)})
+    digest = hashlib.sha256()
+    for file in files:
+        if file.is_file():
+            digest.update(f"{file.relative_to(root)} {file.stat().st_size}\n".encode())
+            _add_pieces(digest, file)
+    return digest.hexdigest()[:16]
+
+
+def _add_pieces(digest, file: Path) -> None:
+    size = file.stat().st_size
+    step = max(_PIECE, size // _PIECES)
+    with open(file, "rb") as opened:
+        for start in range(0, size, step):
+            opened.seek(start)
+            digest.update(opened.read(_PIECE))

@@ -1,0 +1,1 @@
+"""An LLM judge for the tasks whose answers are free text."""

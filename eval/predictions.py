@@ -1,0 +1,72 @@
+"""The file of predictions: appended batch by batch, so that a killed evaluation continues."""
+
+import fcntl
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from olmoe_jax.errors import UserError
+
+
+class PredictionFile:
+    """Rows that are on disk, in whole batches. Use as a context manager; one process at a time.
+
+    A batch that was not written to its end is cut off when the file is opened: what was decoded
+    together is decoded together again, and the file of a run that was killed equals that of one
+    that was not.
+
+    Args:
+      path: of the file; made when it is missing.
+      sizes: rows in each batch.
+
+    Raises:
+      UserError: another process writes the file, or it cannot be written.
+    """
+
+    def __init__(self, path: Path, sizes: Sequence[int]):
+        self._path, self._sizes = path, sizes
+        self.rows: list[dict[str, Any]] = []
+        self.batches = 0
+        """Those that are complete."""
+
+    def __enter__(self) -> "PredictionFile":
+        try:
+            self._file = open(self._path, "a+b")
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{self._path}: another evaluation is writing it; wait for its end or write "
+                "another --output"
+            ) from None
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot write ({error.strerror})") from None
+        self._cut_to_whole_batches()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
+
+    def append(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Writes the next batch; it is on disk on return."""
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        self._file.write(text.encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.rows += rows
+        self.batches += 1
+
+    def _cut_to_whole_batches(self) -> None:
+        self._file.seek(0)
+        lines = self._file.read().splitlines(keepends=True)
+        if lines and not lines[-1].endswith(b"\n"):
+            lines.pop()
+        kept = 0
+        for size in self._sizes:
+            if kept + size > len(lines):
+                break
+            kept += size
+            self.batches += 1
+        self.rows = [json.loads(line) for line in lines[:kept]]
+        self._file.truncate(sum(map(len, lines[:kept])))

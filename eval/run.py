@@ -1,0 +1,165 @@
+"""Evaluates a model on tasks and writes scores and predictions."""
+
+import argparse
+import functools
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from eval.backends import BACKENDS, DTYPES, check_backend, open_backend
+from eval.evaluation import Decoding, evaluate, open_output, open_task, settings_of
+from eval.tasks import TASKS, tasks_of
+from eval.tasks.task import Task, Tools, read_examples
+from olmoe_jax.errors import ArgumentParser, UserError, run_command
+
+EXAMPLE = """examples:
+  python -m eval.run --model runs/densemixer_gsm --tasks gsm --output runs/densemixer_gsm/eval
+  python -m eval.run --model runs/quickstart/hf --tasks gsm,intent,law --output results \\
+      --data data --limit 20 --max_new_tokens 64
+  JUDGE_API_KEY=… python -m eval.run --model olmoe_law --tasks law --output results_law \\
+      --judge_url https://api.example.com/v1 --judge_model some-model
+
+The same command continues an evaluation that was interrupted.
+"""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command line."""
+    args = parser().parse_args(arguments)
+    tasks = tasks_of(args.tasks)
+    decoding = _decoding(args)
+    _check_positive(args, "limit", "judge_workers")
+    tools = Tools(run_programs=_sandbox(args, tasks))
+    examples = {task.name: read_examples(task, args.data)[: args.limit] for task in tasks}
+    check_backend(args.backend, args.model)
+    server = _judge_server(args)
+
+    from eval.fingerprint import model_fingerprint
+
+    model = {
+        "model": args.model,
+        "fingerprint": model_fingerprint(args.model),
+        "backend": args.backend,
+        "compute_dtype": args.compute_dtype,
+    }
+    open_output(args.output, model)
+    settings = {
+        task.name: settings_of(task, examples[task.name], decoding, args.limit) for task in tasks
+    }
+    for task in tasks:
+        open_task(args.output, settings[task.name])
+    if server:
+        from eval.judge.judge import Judge
+
+        judge = Judge(server, args.output / "judge.jsonl", args.judge_workers)
+        tools = Tools(tools.run_programs, judge)
+    backend = functools.cache(
+        functools.partial(open_backend, args.backend, args.model, args.compute_dtype)
+    )
+    for task in tasks:
+        result = evaluate(
+            task, examples[task.name], settings[task.name], args.output, backend, tools
+        )
+        _print_result(task.name, result)
+    print(f"wrote {args.output}")
+
+
+def parser() -> ArgumentParser:
+    """All flags."""
+    result = ArgumentParser(prog="python -m eval.run", description=__doc__, epilog=EXAMPLE)
+    add = result.add_argument
+    add("--model", required=True, metavar="DIR_OR_HUB_ID", help="a Hugging Face checkpoint or ours")
+    add("--tasks", required=True, metavar="NAMES", help=f"some of {','.join(TASKS)}")
+    add("--output", required=True, type=Path, metavar="DIR")
+    add("--backend", choices=BACKENDS, default="jax")
+    add("--data", metavar="DIR", help="local data files (docs/evaluation.md); default: the hub")
+    add("--limit", type=int, metavar="N", help="only the first N rows of each task")
+    add("--compute_dtype", choices=DTYPES, default="float32")
+    add("--batch_size", type=int, default=16, metavar="N", help="prompts decoded together")
+    add("--max_new_tokens", type=int, metavar="N", help="default: each task's own")
+    code = result.add_argument_group("humaneval and mbpp")
+    code.add_argument(
+        "--allow_code_execution", action="store_true", help="run what the model wrote, in a sandbox"
+    )
+    code.add_argument("--samples", type=int, default=1, metavar="N", help="for pass@k, k <= N")
+    code.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: greedy")
+    code.add_argument("--seed", type=int, default=0, help="of the samples")
+    judge = result.add_argument_group(
+        "judge of law, summary and translation", "its key is read from JUDGE_API_KEY only"
+    )
+    judge.add_argument("--judge_model", metavar="NAME", help="default: $JUDGE_MODEL, else no judge")
+    judge.add_argument(
+        "--judge_url",
+        metavar="URL",
+        help="an OpenAI-compatible server, up to /v1; default: $JUDGE_BASE_URL",
+    )
+    judge.add_argument("--judge_workers", type=int, default=8, metavar="N", help="requests at once")
+    return result
+
+
+def _check_positive(args: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name}={value}: must be 1 or more")
+
+
+def _decoding(args: argparse.Namespace) -> Decoding:
+    _check_positive(args, "batch_size", "max_new_tokens", "samples")
+    if not 0 <= args.temperature < float("inf"):
+        raise UserError(f"--temperature={args.temperature}: must be 0 or more")
+    if args.samples > 1 and args.temperature == 0:
+        raise UserError(
+            f"--samples={args.samples}: greedy samples are all the same; add e.g. --temperature 0.8"
+        )
+    return Decoding(args.batch_size, args.max_new_tokens, args.samples, args.temperature, args.seed)
+
+
+def _sandbox(args: argparse.Namespace, tasks: Sequence[Task]):
+    """The sandbox if a task needs it, which must be allowed and possible here."""
+    code = [task.name for task in tasks if task.runs_code]
+    if not code:
+        return None
+    if not args.allow_code_execution:
+        raise UserError(
+            f"--tasks {','.join(code)}: runs programs that the model wrote; add "
+            "--allow_code_execution (they run in a sandbox, docs/evaluation.md), or leave it out"
+        )
+    from eval import sandbox
+
+    sandbox.check()
+    return sandbox.run_all
+
+
+def _judge_server(args: argparse.Namespace):
+    model = args.judge_model or os.environ.get("JUDGE_MODEL")
+    url = args.judge_url or os.environ.get("JUDGE_BASE_URL")
+    if not model:
+        if args.judge_url:
+            raise UserError("--judge_url: name a model of that server too, with --judge_model")
+        return None
+    if not url:
+        raise UserError(
+            "--judge_model: where is it? add --judge_url URL (or set JUDGE_BASE_URL), "
+            "e.g. http://localhost:8000/v1"
+        )
+    from eval.judge.client import Server
+
+    return Server(url, model, os.environ.get("JUDGE_API_KEY", ""))
+
+
+def _print_result(name: str, result: dict) -> None:
+    for metric, value in result["metrics"].items():
+        print(
+            f"{name:12} {metric:12} {value['value']:6.2f}  "
+            f"(95% interval {value['low']:.2f} to {value['high']:.2f}, {value['rows']} rows)"
+        )
+    counts = {what: count for what, count in result["counts"].items() if count}
+    if counts:
+        print(f"{name:12} " + ", ".join(f"{what} {count}" for what, count in counts.items()))
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,52 @@
+"""A model that decodes in no time, and data files in the layout of --data."""
+
+import json
+
+import pytest
+from helpers import hf_config, tiny_config, write_hf_checkpoint, write_json
+
+SENTENCES = ("打开空调", "明天有雨吗", "播放一首歌", "附近的餐厅", "设一个闹钟", "今天星期几")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, tokenizer):
+    """A random OLMoE as a Hugging Face directory; its tokens are bytes."""
+    path = tmp_path_factory.mktemp("model")
+    config = tiny_config(vocab_size=len(tokenizer))
+    write_hf_checkpoint(path, config)
+    write_json(
+        path / "config.json",
+        hf_config(config, max_position_embeddings=1024, eos_token_id=tokenizer.eos_token_id),
+    )
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """Rows for gsm, intent, law, summary, translation and humaneval."""
+    path = tmp_path_factory.mktemp("data")
+
+    def write(file: str, rows: list[dict]) -> None:
+        (path / file).parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        (path / file).write_text("".join(lines))
+
+    numbers = range(1, 13)
+    write(
+        "gsm8k/test.jsonl",
+        [{"question": f"{n} + {n * n}?", "answer": f"#### {n}"} for n in numbers],
+    )
+    intent = json.dumps({"intent": "A", "slots": {}})
+    for name, answer in {
+        "intent": intent,
+        "law": "驳回。",
+        "summary": "好",
+        "translation": "a",
+    }.items():
+        prompts = [f"User: 例子\n答案：{answer}\n\n{s}\n答案：\n\nAssistant:" for s in SENTENCES]
+        rows = [{"idx": i, "prompt": p, "answers": [answer]} for i, p in enumerate(prompts)]
+        write(f"esft/eval/{name}.jsonl", rows)
+    problem = {"task_id": "HumanEval/0", "prompt": "def f():\n", "entry_point": "f"}
+    write("humaneval/HumanEval.jsonl", [problem | {"test": "def check(c):\n    assert c() == 1\n"}])
+    return path

@@ -1,0 +1,296 @@
+"""The evaluation: predictions on disk, continuing, refusing, the command, the backends."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, assert_user_error, message_of, run_module
+
+from eval import run
+from eval.backends import check_backend, open_backend
+from eval.evaluation import Decoding, evaluate, open_output, open_task, settings_of
+from eval.predictions import PredictionFile
+from eval.tasks import TASKS
+from eval.tasks.task import Example, Task, Tools, read_examples
+
+GSM = TASKS["gsm"]
+SUFFIXES = ("predictions.jsonl", "rows.jsonl", "result.json", "settings.json")
+
+
+class Echo:
+    """A backend that answers with the prompt's last words and can be killed."""
+
+    context = 10_000
+
+    def __init__(self, batches_to_live: int = 10_000):
+        self.calls, self.left = [], batches_to_live
+
+    def count(self, prompt):
+        return len(prompt)
+
+    def generate(self, prompts, *, max_new_tokens, temperature, seed, stop):
+        if self.left == 0:
+            raise KeyboardInterrupt
+        self.left -= 1
+        self.calls.append((list(prompts), max_new_tokens, temperature, seed, stop))
+        return [f" {prompt[-20:]} 4,2 Question: 7" for prompt in prompts]
+
+
+FIVES = Decoding(batch_size=5)
+
+
+def evaluate_gsm(output: Path, data: Path, backend, decoding=FIVES, limit=None):
+    examples = read_examples(GSM, str(data))[:limit]
+    settings = settings_of(GSM, examples, decoding, limit)
+    open_output(output, {"model": "m", "fingerprint": "f"})
+    open_task(output, settings)
+    return evaluate(GSM, examples, settings, output, lambda: backend, Tools())
+
+
+def contents(output: Path, task: str = "gsm") -> dict[str, bytes]:
+    return {name: (output / task / name).read_bytes() for name in SUFFIXES}
+
+
+def test_predictions_and_result(tmp_path, data_dir):
+    backend = Echo()
+    result = evaluate_gsm(tmp_path / "out", data_dir, backend)
+    assert [len(prompts) for prompts, *_ in backend.calls] == [5, 5, 2]
+    lengths = [len(prompt) for prompts, *_ in backend.calls for prompt in prompts]
+    assert lengths == sorted(lengths, reverse=True)
+    assert backend.calls[0][1:] == (512, 0.0, 0, ("Question:",))
+    rows = [json.loads(line) for line in contents(tmp_path / "out")["rows.jsonl"].splitlines()]
+    assert [row["id"] for row in rows] == [str(i) for i in range(12)]
+    assert rows[0]["output"].endswith("1 + 1?\nAnswer: 4,2 ")
+    assert rows[0]["answer"] == "42"
+    assert rows[0]["exact_match"] == 0
+    assert result["metrics"]["exact_match"] == {"value": 0, "low": 0, "high": 0, "rows": 12}
+    assert result == json.loads(contents(tmp_path / "out")["result.json"])
+
+
+@pytest.mark.parametrize("batches", [0, 1, 2])
+def test_continues_where_it_was_killed(tmp_path, data_dir, batches):
+    evaluate_gsm(tmp_path / "whole", data_dir, Echo())
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_gsm(tmp_path / "killed", data_dir, Echo(batches))
+    # A kill in the middle of the next write leaves some of a batch's lines, the last one torn.
+    whole = contents(tmp_path / "whole")["predictions.jsonl"].splitlines(keepends=True)
+    part = b"".join(whole[: 5 * batches + 1]) + whole[5 * batches + 1][:9]
+    (tmp_path / "killed/gsm/predictions.jsonl").write_bytes(part)
+    backend = Echo()
+    evaluate_gsm(tmp_path / "killed", data_dir, backend)
+    assert len(backend.calls) == 3 - batches
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_a_finished_task_needs_no_model(tmp_path, data_dir):
+    evaluate_gsm(tmp_path, data_dir, Echo())
+    before = contents(tmp_path)
+    evaluate_gsm(tmp_path, data_dir, Echo(0))
+    assert contents(tmp_path) == before
+
+
+def test_samples_draw_different_numbers(tmp_path):
+    task = TASKS["humaneval"]
+    examples = [Example(str(i), "x" * i, "tests") for i in range(3)]
+    settings = settings_of(task, examples, Decoding(2, samples=3, temperature=0.5, seed=7), None)
+    open_output(tmp_path, {"model": "m"})
+    open_task(tmp_path, settings)
+    backend = Echo()
+    tools = Tools(run_programs=lambda programs: ["wrong"] * len(programs))
+    evaluate(task, examples, settings, tmp_path, lambda: backend, tools)
+    assert [len(prompts) for prompts, *_ in backend.calls] == [2, 2, 2, 2, 1]
+    assert len({seed for *_, seed, _ in backend.calls}) == 5
+    rows = (tmp_path / "humaneval/rows.jsonl").read_text().splitlines()
+    assert [json.loads(row)["id"] for row in rows] == [*"000111222"]
+
+
+def test_long_prompts_lose_examples(tmp_path):
+    task, backend = TASKS["law"], Echo()
+    backend.context = task.max_new_tokens + 27
+    long = Example("0", "User: aaaaaaaaaaaa\n\nbbbb\n\ncccc\n\nAssistant:", "c")
+    short = Example("1", "User: c\n\nAssistant:", "c")
+    settings = settings_of(task, [long, short], Decoding(), None)
+    open_output(tmp_path, {"model": "m"})
+    open_task(tmp_path, settings)
+    result = evaluate(task, [long, short], settings, tmp_path, lambda: backend, Tools())
+    assert backend.calls[0][0] == ["User: cccc\n\nAssistant:", "User: c\n\nAssistant:"]
+    assert result["counts"]["shortened_prompts"] == 1
+    backend.context = task.max_new_tokens + 3
+    (tmp_path / "law/predictions.jsonl").unlink()
+    arguments = (task, [long], settings | {"examples": 1}, tmp_path, lambda: backend, Tools())
+    assert "context of 771 leaves 3 beside 768 new ones" in message_of(evaluate, *arguments)
+
+
+def test_other_settings_are_refused_by_name(tmp_path, data_dir):
+    evaluate_gsm(tmp_path, data_dir, Echo())
+    for decoding, limit, name in [
+        (Decoding(batch_size=4), None, "batch_size=5, now it is 4"),
+        (Decoding(batch_size=5, max_new_tokens=9), None, "max_new_tokens=512, now it is 9"),
+        (Decoding(batch_size=5, seed=1), None, "seed=0, now it is 1"),
+        (Decoding(batch_size=5), 12, "limit=None, now it is 12"),
+    ]:
+        arguments = (tmp_path, data_dir, Echo(), decoding, limit)
+        assert name in message_of(evaluate_gsm, *arguments)
+    other = {"model": "m", "fingerprint": "g"}
+    assert "fingerprint=f, now it is g" in message_of(open_output, tmp_path, other)
+    open_output(tmp_path, {"model": "moved", "fingerprint": "f"})
+    assert "no evaluation" in message_of(open_output, tmp_path / "gsm", other)
+    assert "is a file" in message_of(open_output, tmp_path / "model.json", other)
+
+
+def test_one_process_at_a_time(tmp_path):
+    file = PredictionFile(tmp_path / "p", [1])
+    with file:
+        other = PredictionFile(tmp_path / "p", [1])
+        assert "another evaluation is writing" in message_of(other.__enter__)
+    with PredictionFile(tmp_path / "p", [1]) as free:
+        free.append([{"output": "x"}])
+
+
+COMMON = ["--model", "nowhere", "--output", "out", "--tasks"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([*COMMON, "gms"], "did you mean gsm?"),
+        ([*COMMON, "gsm", "--limit", "0"], "--limit=0: must be 1 or more"),
+        ([*COMMON, "gsm", "--batch_size", "0"], "--batch_size=0"),
+        ([*COMMON, "gsm", "--temperature", "-1"], "--temperature=-1.0"),
+        ([*COMMON, "gsm", "--samples", "3"], "add e.g. --temperature 0.8"),
+        ([*COMMON, "gsm", "--backend", "tf"], "invalid choice: 'tf'"),
+        ([*COMMON, "gsm,mbpp"], "--tasks mbpp: runs programs that the model wrote; add --allow"),
+        ([*COMMON, "gsm", "--data", "missing"], "no gsm8k/test.jsonl there"),
+        ([*COMMON, "law", "--judge_url", "http://x/v1"], "with --judge_model"),
+        ([*COMMON, "law", "--judge_model", "m"], "add --judge_url"),
+        ([*COMMON, "law", "--judge_model", "m", "--judge_url", "x"], "write http://"),
+        ([*COMMON, "law", "--judge_model", "m", "--judge_url", "http://a:b@x/v1"], "JUDGE_API_KEY"),
+        ([*COMMON, "gsm"], "nowhere: no such directory"),
+        (["--tasks", "gsm"], "--model, --output"),
+    ],
+)
+def test_mistakes(arguments, expected, data_dir, monkeypatch):
+    monkeypatch.delenv("JUDGE_MODEL", raising=False)
+    monkeypatch.delenv("JUDGE_BASE_URL", raising=False)
+    if "--data" not in arguments:
+        arguments = [*arguments, "--data", str(data_dir)]
+    assert expected in message_of(run.main, arguments)
+    assert not Path("out").exists()
+
+
+def test_backends_that_cannot_load(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    assert "pip install torch" in message_of(check_backend, "hf", str(tmp_path))
+    assert "pip install vllm" in message_of(check_backend, "vllm", str(tmp_path))
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "torch", type(sys)("torch"))  # the real one takes long
+    assert "reads Hugging Face checkpoints" in message_of(check_backend, "hf", str(tmp_path))
+
+
+def test_vllm_gets_the_same_prompts(tiny_model, monkeypatch):
+    """vLLM itself needs a GPU: a stand-in shows what it would be asked."""
+    asked = {}
+
+    class Vllm:
+        def __init__(self, **arguments):
+            asked["load"] = arguments
+
+        def generate(self, requests, parameters, use_tqdm):
+            asked["generate"] = (requests, parameters)
+            tokens = tokenizer("ab").input_ids
+            output = type("Output", (), {"token_ids": [*tokens, tokenizer.eos_token_id]})
+            return [type("Request", (), {"outputs": [output]}) for _ in requests]
+
+    module = type(sys)("vllm")
+    module.LLM, module.SamplingParams = Vllm, dict
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    backend = open_backend("vllm", str(tiny_model), "bfloat16")
+    tokenizer = backend.tokenizer
+    stop = ("\n#",)
+    texts = backend.generate(["x", "你"], max_new_tokens=3, temperature=0.5, seed=1, stop=stop)
+    assert texts == ["ab", "ab"]
+    requests, parameters = asked["generate"]
+    assert [r["prompt_token_ids"] for r in requests] == [
+        tokenizer(p).input_ids for p in ("x", "你")
+    ]
+    assert parameters["max_tokens"] == 3
+    assert parameters["stop"] == ["\n#"]
+    assert asked["load"] == {"model": str(tiny_model), "dtype": "bfloat16"}
+    assert backend.context == 1024
+
+
+@pytest.mark.slow
+def test_jax_and_transformers_write_the_same(tiny_model, data_dir, tmp_path):
+    pytest.importorskip("torch")
+    common = ["--model", tiny_model, "--data", data_dir, "--tasks", "gsm,intent,translation"]
+    common += ["--max_new_tokens", 24, "--batch_size", 5]
+    for backend in ("jax", "hf"):
+        out = tmp_path / backend
+        code, stdout, stderr = run_module(
+            "eval.run", *common, "--output", out, "--backend", backend
+        )
+        assert code == 0, stderr
+        assert "gsm          exact_match" in stdout
+    for task in ("gsm", "intent", "translation"):
+        ours, theirs = (contents(tmp_path / backend, task) for backend in ("jax", "hf"))
+        assert ours["predictions.jsonl"] == theirs["predictions.jsonl"]
+        assert ours["rows.jsonl"] == theirs["rows.jsonl"]
+
+
+@pytest.mark.slow
+def test_the_command_on_every_kind_of_mistake_and_on_code(tiny_model, data_dir, tmp_path):
+    out = tmp_path / "out"
+    common = ["eval.run", "--model", tiny_model, "--data", data_dir, "--output", out]
+    assert_user_error(run_module(*common, "--tasks", "humaneval"), "--allow_code_execution")
+    assert not out.exists()
+    sampled = ["--tasks", "humaneval", "--samples", 5, "--temperature", 1, "--max_new_tokens", 8]
+    code, stdout, stderr = run_module(*common, *sampled, "--allow_code_execution")
+    assert code == 0, stderr
+    assert "pass@5" in stdout
+    code, stdout, stderr = run_module("eval.run", "--help")
+    assert code == 0
+    assert "--judge_url" in stdout
+
+
+@pytest.mark.slow
+def test_killed_ten_times_gives_the_same_files(tiny_model, data_dir, tmp_path):
+    def command(output: Path) -> list[str]:
+        arguments = ["--model", tiny_model, "--data", data_dir, "--tasks", "gsm,intent,summary"]
+        arguments += ["--max_new_tokens", 24, "--batch_size", 1, "--output", output]
+        return [sys.executable, "-m", "eval.run", *map(str, arguments)]
+
+    subprocess.run(command(tmp_path / "whole"), cwd=ROOT, check=True)
+    killed, delays, kills = tmp_path / "killed", random.Random(0), 0
+
+    def rows() -> int:
+        return sum(len(file.read_bytes().splitlines()) for file in killed.glob("*/pred*.jsonl"))
+
+    while kills < 10:
+        # 24 rows in all: one or two more in each life, until a random moment of the next one.
+        start = rows()
+        process = subprocess.Popen(command(killed), cwd=ROOT, stderr=subprocess.DEVNULL)
+        while rows() < start + 1 and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(delays.random() * 0.02)
+        process.send_signal(signal.SIGKILL)
+        if process.wait() != -signal.SIGKILL:
+            break
+        kills += 1
+    assert kills == 10
+    subprocess.run(command(killed), cwd=ROOT, check=True)
+    for task in ("gsm", "intent", "summary"):
+        assert contents(killed, task) == contents(tmp_path / "whole", task)
+
+
+def test_every_task_declares_what_it_needs():
+    for task in TASKS.values():
+        assert isinstance(task, Task)
+        assert task.max_new_tokens > 0
+        assert task.hub
+        assert task.local_file.endswith(".jsonl")
