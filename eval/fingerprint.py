@@ -5,9 +5,11 @@ from pathlib import Path
 
 from olmoe_jax.hf import directory
 from olmoe_jax.hf.opening import CHECKPOINTS, latest_step
+from olmoe_jax.hf.source import MODEL_DIRECTORY, PARAMETERS
 
 _PIECES, _PIECE = 16, 1 << 16
 _HF_FILES = ("*.safetensors", "config.json", "tokenizer.json")
+_OUR_FILES = (f"{PARAMETERS}/**/*", f"{MODEL_DIRECTORY}/*")
 
 
 def model_fingerprint(path_or_hub_id: str) -> str:
@@ -19,9 +21,9 @@ def model_fingerprint(path_or_hub_id: str) -> str:
       UserError: there is no such checkpoint.
     """
     root = directory.resolve(path_or_hub_id)
+    patterns = _OUR_FILES if (root / PARAMETERS).is_dir() else _HF_FILES
     if (root / CHECKPOINTS).is_dir():
-        root = root / CHECKPOINTS / str(latest_step(root))
-    patterns = _HF_FILES if any(root.glob("*.safetensors")) else ("**/*",)
+        root, patterns = root / CHECKPOINTS / str(latest_step(root)), ("**/*",)
     files = sorted({file for pattern in patterns for file in root.glob(pattern)})
     digest = hashlib.sha256()
     for file in files:

@@ -1,7 +1,9 @@
 """The evaluation: predictions on disk, continuing, refusing, the command, the backends."""
 
 import json
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from helpers import ROOT, assert_user_error, message_of, run_module
 from eval import run
 from eval.backends import check_backend, open_backend
 from eval.evaluation import Decoding, evaluate, open_output, open_task, settings_of
+from eval.fingerprint import model_fingerprint
 from eval.predictions import PredictionFile
 from eval.tasks import TASKS
 from eval.tasks.task import Example, Task, Tools, read_examples
@@ -143,6 +146,32 @@ def test_other_settings_are_refused_by_name(tmp_path, data_dir):
     assert "is a file" in message_of(open_output, tmp_path / "model.json", other)
 
 
+def test_fingerprint_is_the_content(tmp_path):
+    """Of each kind of directory: what the model depends on counts, results beside it do not."""
+    kinds = {
+        "hf": ("model.safetensors", "config.json"),
+        "converted": ("parameters/layer.0/d/x", "model/tokenizer.json"),
+        "run": ("checkpoints/20/state/d/x", "checkpoints/20/metadata"),
+    }
+    for kind, files in kinds.items():
+        for file in (*files, "checkpoints/3/state/x") if kind == "run" else files:
+            (tmp_path / kind / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / kind / file).write_bytes(bytes(1_200_000))
+        original = model_fingerprint(str(tmp_path / kind))
+        (tmp_path / kind / "results").mkdir()
+        (tmp_path / kind / "results/x").write_text("x")
+        (tmp_path / kind / "README.md").write_text("x")
+        shutil.copytree(tmp_path / kind, tmp_path / "copy" / kind)
+        assert model_fingerprint(str(tmp_path / "copy" / kind)) == original
+        for file in files:
+            content = bytearray(1_200_000)
+            content[-600_000:-400_000] = b"x" * 200_000
+            (tmp_path / kind / file).write_bytes(content)
+            changed = model_fingerprint(str(tmp_path / kind))
+            assert changed != original
+            original = changed
+
+
 def test_one_process_at_a_time(tmp_path):
     file = PredictionFile(tmp_path / "p", [1])
     with file:
@@ -193,6 +222,7 @@ def test_backends_that_cannot_load(tmp_path, monkeypatch):
     assert "reads Hugging Face checkpoints" in message_of(check_backend, "hf", str(tmp_path))
 
 
+@pytest.mark.slow
 def test_vllm_gets_the_same_prompts(tiny_model, monkeypatch):
     """vLLM itself needs a GPU: a stand-in shows what it would be asked."""
     asked = {}
@@ -226,25 +256,19 @@ def test_vllm_gets_the_same_prompts(tiny_model, monkeypatch):
 
 
 @pytest.mark.slow
-def test_jax_and_transformers_write_the_same(tiny_model, data_dir, tmp_path):
+def test_jax_and_transformers_write_the_same(tiny_model, data_dir):
     pytest.importorskip("torch")
-    common = ["--model", tiny_model, "--data", data_dir, "--tasks", "gsm,intent,translation"]
-    common += ["--max_new_tokens", 24, "--batch_size", 5]
-    for backend in ("jax", "hf"):
-        out = tmp_path / backend
-        code, stdout, stderr = run_module(
-            "eval.run", *common, "--output", out, "--backend", backend
-        )
-        assert code == 0, stderr
-        assert "gsm          exact_match" in stdout
-    for task in ("gsm", "intent", "translation"):
-        ours, theirs = (contents(tmp_path / backend, task) for backend in ("jax", "hf"))
-        assert ours["predictions.jsonl"] == theirs["predictions.jsonl"]
-        assert ours["rows.jsonl"] == theirs["rows.jsonl"]
+    jax, hf = (open_backend(name, str(tiny_model), "float32") for name in ("jax", "hf"))
+    assert jax.context == hf.context == 1024
+    for task in (GSM, TASKS["translation"]):
+        prompts = [example.prompt for example in read_examples(task, str(data_dir))]
+        how = {"max_new_tokens": 24, "temperature": 0.0, "seed": 0, "stop": task.stop}
+        assert [jax.count(p) for p in prompts] == [hf.count(p) for p in prompts]
+        assert jax.generate(prompts, **how) == hf.generate(prompts, **how)
 
 
 @pytest.mark.slow
-def test_the_command_on_every_kind_of_mistake_and_on_code(tiny_model, data_dir, tmp_path):
+def test_the_command_on_code(tiny_model, data_dir, tmp_path):
     out = tmp_path / "out"
     common = ["eval.run", "--model", tiny_model, "--data", data_dir, "--output", out]
     assert_user_error(run_module(*common, "--tasks", "humaneval"), "--allow_code_execution")
@@ -258,34 +282,49 @@ def test_the_command_on_every_kind_of_mistake_and_on_code(tiny_model, data_dir, 
     assert "--judge_url" in stdout
 
 
+# A process of its own that is worth killing; without jax, so that ten of them start quickly.
+WORKER = """
+import sys, time
+from pathlib import Path
+from test_evaluation import Echo, evaluate_gsm
+class Slow(Echo):
+    def generate(self, prompts, **rest):
+        time.sleep(0.05)
+        return super().generate(prompts, **rest)
+evaluate_gsm(Path(sys.argv[1]), Path(sys.argv[2]), Slow(), Decoding(batch_size=3))
+"""
+
+
 @pytest.mark.slow
-def test_killed_ten_times_gives_the_same_files(tiny_model, data_dir, tmp_path):
+def test_killed_ten_times_gives_the_same_files(data_dir, tmp_path):
+    (tmp_path / "data/gsm8k").mkdir(parents=True)
+    rows = (data_dir / "gsm8k/test.jsonl").read_text() * 8
+    (tmp_path / "data/gsm8k/test.jsonl").write_text(rows)
+    script = WORKER.replace("import Echo", "import Decoding, Echo")
+
     def command(output: Path) -> list[str]:
-        arguments = ["--model", tiny_model, "--data", data_dir, "--tasks", "gsm,intent,summary"]
-        arguments += ["--max_new_tokens", 24, "--batch_size", 1, "--output", output]
-        return [sys.executable, "-m", "eval.run", *map(str, arguments)]
+        return [sys.executable, "-c", script, str(output), str(tmp_path / "data")]
 
-    subprocess.run(command(tmp_path / "whole"), cwd=ROOT, check=True)
-    killed, delays, kills = tmp_path / "killed", random.Random(0), 0
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    arguments = {"cwd": Path(__file__).parent, "env": environment}
+    subprocess.run(command(tmp_path / "whole"), check=True, **arguments)
+    killed, moments = tmp_path / "killed", random.Random(0)
+    file = killed / "gsm/predictions.jsonl"
 
-    def rows() -> int:
-        return sum(len(file.read_bytes().splitlines()) for file in killed.glob("*/pred*.jsonl"))
+    def size() -> int:
+        return file.stat().st_size if file.exists() else 0
 
-    while kills < 10:
-        # 24 rows in all: one or two more in each life, until a random moment of the next one.
-        start = rows()
-        process = subprocess.Popen(command(killed), cwd=ROOT, stderr=subprocess.DEVNULL)
-        while rows() < start + 1 and process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(delays.random() * 0.02)
+    for _ in range(10):
+        # 32 batches in all: one or two in each life, until a random moment of the next one.
+        start = size()
+        process = subprocess.Popen(command(killed), stderr=subprocess.DEVNULL, **arguments)
+        while size() <= start and process.poll() is None:
+            time.sleep(0.001)
+        time.sleep(moments.random() * 0.06)
         process.send_signal(signal.SIGKILL)
-        if process.wait() != -signal.SIGKILL:
-            break
-        kills += 1
-    assert kills == 10
-    subprocess.run(command(killed), cwd=ROOT, check=True)
-    for task in ("gsm", "intent", "summary"):
-        assert contents(killed, task) == contents(tmp_path / "whole", task)
+        assert process.wait() == -signal.SIGKILL
+    subprocess.run(command(killed), check=True, **arguments)
+    assert contents(killed) == contents(tmp_path / "whole")
 
 
 def test_every_task_declares_what_it_needs():

@@ -1,6 +1,8 @@
 """Prompts, post-processing and scores of the tasks, on predictions made by hand."""
 
+import ast
 import json
+import random
 
 import pytest
 from helpers import message_of
@@ -111,6 +113,70 @@ def test_intent_scores():
     assert parse(GOOD_TEXT) == GOOD
     row = {"prompt": "", "answers": ["no JSON"]}
     assert "row 0 is not JSON" in message_of(INTENT.examples, [row])
+
+
+def last_number_by_hand(text: str) -> str:
+    """Reads the text character by character; knows no sign, since these texts have none."""
+    numbers, current = [], ""
+    for before, letter, after in zip(" " + text, text, text[1:] + " ", strict=False):
+        if letter.isdigit():
+            current += letter
+        elif letter == "." and after.isdigit():
+            current += "."
+        elif letter == "," and before.isdigit() and after.isdigit():
+            continue
+        else:
+            numbers.append(current)
+            current = ""
+    return [number for number in [*numbers, current] if number][-1]
+
+
+def test_gsm_agrees_with_another_check_on_200_outputs():
+    draw = random.Random(0)
+    outputs, references = [], []
+    for _ in range(200):
+        number = draw.choice([draw.randrange(10), draw.randrange(10**7), draw.randrange(999) / 4])
+        text = draw.choice(["{}", "{:,}"]).format(number)
+        before = draw.choice(["", "so ", "It is $", "3 apples, 4 pears.\n#### ", "x=12.5*"])
+        after = draw.choice(["", ".", " eggs", ",", "%", "\n\nQuestion: 1 + 1?\nAnswer: 2"])
+        outputs.append(before + text + after)
+        references.append(draw.choice([str(number), str(number + 1)]))
+    made = predictions(
+        GSM, [(cut_at(o, GSM.stop), r) for o, r in zip(outputs, references, strict=True)]
+    )
+    scores = [row["exact_match"] for row in GSM.score(made, Tools()).rows]
+    expected = [
+        float(last_number_by_hand(output.split("Question:")[0]) == reference)
+        for output, reference in zip(outputs, references, strict=True)
+    ]
+    assert scores == expected
+    assert 60 < sum(scores) < 140
+
+
+def test_intent_agrees_with_another_check_on_200_outputs():
+    """The other check reads Python literals and compares what is in one and not in the other."""
+
+    def items(value):
+        slots = value["slots"].items()
+        pairs = {(k, x) for k, v in slots for x in ([*v, "a list"] if isinstance(v, list) else [v])}
+        return pairs | {("intent", value["intent"])}
+
+    draw = random.Random(0)
+    outputs, expected = [], []
+    for _ in range(200):
+        slots = {"name": draw.choice("ab"), "days": draw.choices("xy", k=draw.randint(1, 3))}
+        slots = dict(draw.sample(sorted(slots.items()), k=draw.randint(1, 2)))
+        wanted = {"intent": "A", "slots": {"name": "a", "days": ["x", "y"]}}
+        given = {"intent": draw.choice("AAAB"), "slots": draw.choice([slots, wanted["slots"]])}
+        text = json.dumps(given)
+        torn = draw.random() < 0.2
+        text = draw.choice(["{}", " {}。\n\n下", "```json\n{}\n```"]).replace("{}", text[torn:])
+        outputs.append((text, json.dumps(wanted)))
+        literal = ast.literal_eval(json.dumps(given))
+        expected.append(float(not torn and items(literal) == items(wanted)))
+    scores = INTENT.score(predictions(INTENT, outputs), Tools()).rows
+    assert [row["exact_match"] for row in scores] == expected
+    assert 40 < sum(expected) < 160
 
 
 def test_shortening_drops_the_oldest_example():
