@@ -50,7 +50,7 @@ def open_output(output: Path, model: Mapping[str, str]) -> None:
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is a file; write a directory")
     if (output / MODEL).exists():
-        _check_same(output, directory.read_json(output / MODEL), model, free={"model"})
+        _check_same(output, directory.read_json(output / MODEL), model, free=["model"])
         return
     if output.exists() and any(e.name != f".{MODEL}.partial" for e in output.iterdir()):
         raise UserError(
@@ -95,11 +95,9 @@ def open_task(output: Path, settings: Mapping[str, Any]) -> None:
     directory.write_json(path / SETTINGS, settings)
 
 
-def _check_same(
-    path: Path, stored: Mapping, wanted: Mapping, free: frozenset[str] | set[str] = frozenset()
-) -> None:
-    for name in wanted.keys() - free:
-        if stored.get(name) != wanted[name]:
+def _check_same(path: Path, stored: Mapping, wanted: Mapping, free: Sequence[str] = ()) -> None:
+    for name in wanted:
+        if name not in free and stored.get(name) != wanted[name]:
             raise UserError(
                 f"{path} holds results with {name}={stored.get(name)}, now it is {wanted[name]}; "
                 "write another --output, or the former settings to continue"

@@ -40,7 +40,7 @@ class Limits:
     """What one program may use. Memory and CPU time are per process, of which there are few."""
 
     cpu_seconds: int = 5
-    wall_seconds: float = 15.0
+    wall_seconds: float = 30.0
     memory_bytes: int = 512 << 20
     tmp_bytes: int = 16 << 20
     """Of the files in its /tmp together, and of one file."""

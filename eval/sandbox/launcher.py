@@ -123,8 +123,11 @@ def become_sandbox(request: dict) -> None:
             program = os.fork()
             if program == 0:
                 run_program(request["program"], request["token"])
-            while os.wait()[0] != program:  # the program's orphans are this process's children
-                pass
+            ended, status = os.wait()
+            while ended != program:  # the program's orphans are this process's children
+                ended, status = os.wait()
+            if os.WIFSIGNALED(status):  # SIGKILL: its CPU time is over
+                os.write(RESULT, f"ended by {signal.Signals(os.WTERMSIG(status)).name}".encode())
         except (SetupError, OSError) as error:
             fail(error)
         os._exit(0)

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from echo import GSM, Echo, evaluate_gsm
 from helpers import ROOT, assert_user_error, message_of, run_module
 
 from eval import run
@@ -21,38 +22,7 @@ from eval.predictions import PredictionFile
 from eval.tasks import TASKS
 from eval.tasks.task import Example, Task, Tools, read_examples
 
-GSM = TASKS["gsm"]
 SUFFIXES = ("predictions.jsonl", "rows.jsonl", "result.json", "settings.json")
-
-
-class Echo:
-    """A backend that answers with the prompt's last words and can be killed."""
-
-    context = 10_000
-
-    def __init__(self, batches_to_live: int = 10_000):
-        self.calls, self.left = [], batches_to_live
-
-    def count(self, prompt):
-        return len(prompt)
-
-    def generate(self, prompts, *, max_new_tokens, temperature, seed, stop):
-        if self.left == 0:
-            raise KeyboardInterrupt
-        self.left -= 1
-        self.calls.append((list(prompts), max_new_tokens, temperature, seed, stop))
-        return [f" {prompt[-20:]} 4,2 Question: 7" for prompt in prompts]
-
-
-FIVES = Decoding(batch_size=5)
-
-
-def evaluate_gsm(output: Path, data: Path, backend, decoding=FIVES, limit=None):
-    examples = read_examples(GSM, str(data))[:limit]
-    settings = settings_of(GSM, examples, decoding, limit)
-    open_output(output, {"model": "m", "fingerprint": "f"})
-    open_task(output, settings)
-    return evaluate(GSM, examples, settings, output, lambda: backend, Tools())
 
 
 def contents(output: Path, task: str = "gsm") -> dict[str, bytes]:
@@ -286,7 +256,8 @@ def test_the_command_on_code(tiny_model, data_dir, tmp_path):
 WORKER = """
 import sys, time
 from pathlib import Path
-from test_evaluation import Echo, evaluate_gsm
+from echo import Echo, evaluate_gsm
+from eval.evaluation import Decoding
 class Slow(Echo):
     def generate(self, prompts, **rest):
         time.sleep(0.05)
@@ -300,10 +271,9 @@ def test_killed_ten_times_gives_the_same_files(data_dir, tmp_path):
     (tmp_path / "data/gsm8k").mkdir(parents=True)
     rows = (data_dir / "gsm8k/test.jsonl").read_text() * 8
     (tmp_path / "data/gsm8k/test.jsonl").write_text(rows)
-    script = WORKER.replace("import Echo", "import Decoding, Echo")
 
     def command(output: Path) -> list[str]:
-        return [sys.executable, "-c", script, str(output), str(tmp_path / "data")]
+        return [sys.executable, "-c", WORKER, str(output), str(tmp_path / "data")]
 
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     arguments = {"cwd": Path(__file__).parent, "env": environment}

@@ -16,7 +16,9 @@ from eval.tasks import TASKS
 from eval.tasks.code import Mbpp
 from eval.tasks.task import Prediction
 
-QUICK = Limits(cpu_seconds=1, wall_seconds=4)
+# Time to spare on the clock, for a busy machine; little for what would never end by itself.
+QUICK = Limits(cpu_seconds=1, wall_seconds=100)
+QUICKEST = Limits(cpu_seconds=1, wall_seconds=3)
 TEST = "assert double(2) == 4"
 RIGHT = "def double(x): return 2 * x\n"
 
@@ -36,11 +38,11 @@ ADVERSARIES = {
         "    except OSError: pass",
         "passedpassed",
     ),
-    "infinite loop": ("while True: pass", ENDED),
+    "infinite loop": ("while True: pass", "ended by SIGKILL"),
     "sleep": ("import time; time.sleep(1000)", "took too long"),
     "fork bomb": (
         "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
-        ("took too long", ENDED),
+        ("took too long", "ended by SIGKILL"),
     ),
     "fork bomb of sleepers": (
         "import os, time\nwhile True:\n    if not os.fork():\n        os.setsid(); time.sleep(99)",
@@ -65,7 +67,10 @@ ADVERSARIES = {
         "n = 0\nwhile True:\n    n += 1\n    open(f'/tmp/{n}', 'wb').write(bytes(1 << 20))",
         "OSError: [Errno 28] No space",
     ),
-    "deep recursion": ("import sys; sys.setrecursionlimit(10**9)\ndef f(): f()\nf()", ENDED),
+    "deep recursion": (
+        "import sys; sys.setrecursionlimit(10**9)\ndef f(): f()\nf()",
+        ("ended by SIG", "MemoryError"),
+    ),
     "delete outside": ("import os; os.remove(VICTIM)", "FileNotFoundError"),
     "overwrite the interpreter": (
         "import os\nopen(os.__file__, 'a').write('x')",
@@ -104,6 +109,7 @@ ADVERSARIES = {
     ),
     "run a program": ("import subprocess; subprocess.run(['/usr/bin/kill', '-9', 'PARENT'])", None),
 }
+ENDLESS = ("sleep", "fork bomb")
 FAST = ("exit", "exit at once", "infinite loop", "delete outside", "connect", "read the keys")
 
 
@@ -129,7 +135,8 @@ def attack(name: str, outside: dict[str, str]) -> str | None:
     for word, value in outside.items():
         program = program.replace(word, value)
     skip = "SKIP_SOLUTION" in program
-    return sandbox.run(program + "\n" + ("" if skip else RIGHT), TEST, QUICK)
+    limits = QUICKEST if name in ENDLESS else QUICK
+    return sandbox.run(program + "\n" + ("" if skip else RIGHT), TEST, limits)
 
 
 def assert_contained(name: str, failure: str | None) -> None:
