@@ -64,7 +64,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument(
         "--selected_experts", type=int, default=8, help="esft: experts that train in each layer"
     )
-    parser.add_argument("--remat", choices=("none", "full"), default="none")
+    parser.add_argument("--remat", choices=("none", "selective", "full"), default="none")
     for name in BACKENDS:
         parser.add_argument(f"--{name}", help="backend; default: the platform's")
     parser.add_argument("--what", choices=("gradients", "update"), default="gradients")

@@ -50,8 +50,10 @@ class ModelOptions:
     compute_dtype: Literal["bfloat16", "float32"] = option(
         "bfloat16", "type of activations and matmuls"
     )
-    remat: Literal["full", "none"] = option(
-        "full", "what the backward recomputes: every layer (least memory) or nothing (fastest)"
+    remat: Literal["full", "selective", "none"] = option(
+        "full",
+        "what the backward recomputes: full: every layer (least memory); selective: what is cheap, "
+        "the outputs of matmuls and attention are kept; none: nothing",
     )
     attention: Literal["chunked", "pallas_triton", "cudnn", "splash"] | None = option(
         None,

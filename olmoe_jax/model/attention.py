@@ -15,6 +15,7 @@ from olmoe_jax.model.lora import TARGETS, Adapters, dropout, projection
 from olmoe_jax.model.parameters import matrix, scale
 from olmoe_jax.ops.attention import attention, cached_attention
 from olmoe_jax.ops.projection import project
+from olmoe_jax.ops.remat import keep
 from olmoe_jax.sharding import gathered, on_own_rows
 
 
@@ -111,6 +112,6 @@ class Attention(nnx.Module):
         )
         whole = jax.tree.map(gathered, whole)
         if whole.a is None:
-            return project(x, whole, x)
+            return keep(project(x, whole, x))
         keys, rate = context.dropout_keys, settings.lora.dropout
-        return project(x, whole, dropout(x, keys, rate, TARGETS.index(name)))
+        return keep(project(x, whole, dropout(x, keys, rate, TARGETS.index(name))))

@@ -77,21 +77,24 @@ def step_flops_per_token(
       share K/E of tokens that an average expert sees.
     - router_gradient = 2 L (m - K) w for DenseMixer, with w the weights of an expert and m = E
       unless settings.router_gradient_experts is less.
-    - recomputed = the forward of all layers with remat="full", and 2 L K w when DenseMixer is
-      exact: its loop runs all experts.
+    - recomputed = the forward of all layers with remat="full", but for the last matmul of an
+      expert, whose output no gradient needs; and 2 L K w when DenseMixer is exact: its loop runs
+      all experts.
 
     Work that does not grow with the tokens (adapters multiplied out, the optimizer) is left out.
     """
-    weights = trained = 0.0
+    weights = trained = last = 0.0
     for name, spec in parameter_specs(config, settings).items():
         size = _matmul_weights(name, spec, config)
         trained += size * trains(name)
         weights += 0.0 if name.startswith("selected.") else size
+        # With an adapter A B, the input of B is needed and its output not.
+        last += size if name.endswith(("experts.down", "experts.lora.down_b")) else 0.0
     attention = 2.0 * context * config.num_heads * config.head_dim * config.num_layers
     head = config.hidden_size * config.vocab_size
     router_gradient = recomputed = 0.0
     if settings.remat == "full":
-        recomputed += 2.0 * (weights + attention - head)
+        recomputed += 2.0 * (weights - head - last + attention)
     if settings.router_method == "densemixer":
         expert = 2.0 * config.num_layers * expert_weights(config)
         selected, terms = config.num_experts_per_token, settings.router_gradient_experts

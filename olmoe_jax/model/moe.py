@@ -18,6 +18,7 @@ from olmoe_jax.model.lora import TARGETS, Adapters, dropout, projection
 from olmoe_jax.model.parameters import matrix
 from olmoe_jax.model.selected import LayerSelection
 from olmoe_jax.ops.projection import grouped_project
+from olmoe_jax.ops.remat import keep
 from olmoe_jax.ops.router_gradient import ExpertProjections, router_gradient
 from olmoe_jax.ops.routing import from_experts, permute, sort_by_expert, to_experts
 
@@ -163,7 +164,9 @@ class MoE(nnx.Module):
         with jax.named_scope("router"):
             if self.settings.router_method == "frozen":
                 router = jax.lax.stop_gradient(router)
-            logits = jnp.dot(x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
+            logits = keep(
+                jnp.dot(x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
+            )
             probabilities = jax.nn.softmax(logits, axis=-1)
             weights, chosen = jax.lax.top_k(probabilities, config.num_experts_per_token)
             if config.norm_topk_prob:
@@ -188,12 +191,15 @@ class MoE(nnx.Module):
 
     def _run_experts(self, x, dropped, weights, chosen, experts, dropout_keys):
         per_token, backend = chosen.shape[1], self.settings.grouped_matmul
-        order, inverse, group_sizes = sort_by_expert(chosen, self.config.num_experts)
+        order, inverse, group_sizes = map(keep, sort_by_expert(chosen, self.config.num_experts))
         rows = to_experts(x, order, inverse, per_token)
         # One draw per token serves gate and up and all its experts; PEFT draws for each.
         low_rows = to_experts(dropped, order, inverse, per_token)
-        hidden = jax.nn.silu(grouped_project(rows, experts.gate, low_rows, group_sizes, backend))
-        hidden = hidden * grouped_project(rows, experts.up, low_rows, group_sizes, backend)
+        gate, up = (
+            keep(grouped_project(rows, part, low_rows, group_sizes, backend))
+            for part in (experts.gate, experts.up)
+        )
+        hidden = jax.nn.silu(gate) * up
         # The weights multiply what goes into `down`, not what comes out: then no gradient needs its
         # output, which is neither kept nor recomputed.
         weights = permute(weights.reshape(-1, 1), order, inverse)

@@ -16,6 +16,7 @@ from olmoe_jax.model.moe import MoE, RouterStatistics
 from olmoe_jax.model.parameters import ParameterSpec, matrix, scale, specs
 from olmoe_jax.model.selected import LayerSelection, SelectedExperts
 from olmoe_jax.ops.embedding import embedding_lookup
+from olmoe_jax.ops.remat import keep, rematerialised
 from olmoe_jax.sharding import gathered, shard_batch
 
 
@@ -52,7 +53,7 @@ class DecoderLayer(nnx.Module):
         with jax.named_scope("attention"):
             normed = rms_norm(x, self.attention_norm[...], self.epsilon)
             y, cache = self.attention(normed, context, cache)
-            x = shard_batch(x + y)
+            x = keep(shard_batch(x + y))
         with jax.named_scope("moe"):
             normed = rms_norm(x, self.moe_norm[...], self.epsilon)
             y, statistics = self.moe(
@@ -178,14 +179,14 @@ class Olmoe(nnx.Module):
                 )
             return nnx.merge(graph, weights)(x, inside, cache, selection, with_router_logits)
 
-        if self.settings.remat == "full":
-            layer = jax.checkpoint(layer, prevent_cse=False)
         selection = None
         if self.selected:
             dtype = self.settings.compute_dtype
             selection = self.selected.by_layer(self.config.num_experts, dtype)
         inputs = (jnp.arange(self.config.num_layers), stacked, cache, selection)
-        x, outputs = jax.lax.scan(layer, self._embed(tokens), inputs)
+        x, outputs = jax.lax.scan(
+            rematerialised(layer, self.settings.remat), self._embed(tokens), inputs
+        )
         return rms_norm(x, self.norm[...], self.config.rms_norm_eps), outputs
 
 

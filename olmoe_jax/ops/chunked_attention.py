@@ -14,6 +14,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from olmoe_jax.ops.remat import keep
+
 BLOCK = 128
 """Positions per block, at most: two heads' scores fit into a core's cache."""
 
@@ -69,7 +71,7 @@ def _forward(q, k, v, segments):
         return None, ((out / total[:, None]).astype(q.dtype), top + jnp.log(total))
 
     inputs = jnp.arange(len(q)), _first_blocks(segments), q, k, v_t, segments
-    out, log_totals = jax.lax.scan(queries, None, inputs)[1]
+    out, log_totals = map(keep, jax.lax.scan(queries, None, inputs)[1])
     return out, (q, k, v, segments, out, log_totals)
 
 

@@ -15,6 +15,7 @@ from olmoe_jax.ops.grouped_matmul import (
     grouped_matmul_selected,
     replace,
 )
+from olmoe_jax.ops.remat import keep
 
 
 @functools.partial(
@@ -71,7 +72,7 @@ def project(x: jax.Array, projection: Projection, dropped: jax.Array) -> jax.Arr
     y = x @ projection.weight
     if projection.a is None:
         return y
-    return y + projection.scale * (dropped @ projection.a @ projection.b)
+    return y + projection.scale * (keep(dropped @ projection.a) @ projection.b)
 
 
 def grouped_project(
@@ -90,5 +91,5 @@ def grouped_project(
         y = grouped_matmul_selected(rows, weight, selected, indices, group_sizes, backend)
     if projection.a is None:
         return y
-    low = grouped_matmul(dropped, projection.a, group_sizes, backend)
+    low = keep(grouped_matmul(dropped, projection.a, group_sizes, backend))
     return y + projection.scale * grouped_matmul(low, projection.b, group_sizes, backend)

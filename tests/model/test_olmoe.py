@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from helpers import (
     assert_close,
+    count_matmuls,
     make_model,
     random_weights,
     relative_error,
@@ -18,6 +19,7 @@ from olmoe_jax.hf import names
 from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.model.known import OLMOE_1B_7B
 from olmoe_jax.model.loading import graph_of, parameter_specs
+from olmoe_jax.model.lora import LoraSettings
 from olmoe_jax.model.olmoe import Olmoe, load_balancing_loss
 from olmoe_jax.model.parameters import merge, split
 from olmoe_jax.ops.cross_entropy import weighted_cross_entropy
@@ -195,9 +197,31 @@ def method_results(method):
 
 
 @pytest.mark.slow
-def test_remat_changes_nothing():
-    remat = loss_and_gradients(router_method="densemixer", remat="full")
-    assert_close(remat, method_results("densemixer"), 1e-6)
+@pytest.mark.parametrize("remat", ["full", "selective"])
+def test_remat_changes_nothing(remat):
+    actual = loss_and_gradients(router_method="densemixer", remat=remat)
+    assert_close(actual, method_results("densemixer"), 1e-6)
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings(4, 16.0)])
+def test_what_remat_computes_twice(lora):
+    """Selective: no matmul; full: all of the layer but the last of an expert."""
+    config = tiny_config()
+
+    def matmuls(remat, differentiate):
+        settings = ModelSettings(router_method="densemixer", remat=remat, lora=lora)
+        graph, specs = graph_of(config, settings), parameter_specs(config, settings)
+        shapes = {name: jax.ShapeDtypeStruct(s.shape, jnp.float32) for name, s in specs.items()}
+
+        def total(parameters, tokens):
+            return jnp.sum(merge(graph, parameters).hidden(tokens)[0])
+
+        return count_matmuls(differentiate(total), shapes, jax.ShapeDtypeStruct((2, 8), jnp.int32))
+
+    forward = matmuls("none", lambda total: total)
+    kept = matmuls("none", jax.grad)
+    assert matmuls("selective", jax.grad) == kept
+    assert matmuls("full", jax.grad) == kept + forward - (2 if lora else 1)
 
 
 def test_frozen_router():
