@@ -112,6 +112,11 @@ class MethodOptions:
         "default: all experts, which is exact DenseMixer",
         at_least(1),
     )
+    router_gradient_dtype: Literal["bfloat16", "float8_e4m3fn"] | None = option(
+        None,
+        "densemixer only: type of the extra matmuls' factors (their sums are float32); "
+        "float8_e4m3fn is fast on H100s and later; default: model.compute_dtype, which is exact",
+    )
     lora_rank: int | None = option(
         None,
         "train adapters of this rank instead of the weights (and, unless name=frozen, the router "
@@ -331,12 +336,23 @@ def _conflicts(config: Config) -> Iterator[str]:
             "float32, or optimizer.gradients_dtype=bfloat16 besides"
         )
     esft = method.name.startswith("esft_")
-    if method.router_gradient_experts is not None and not (
-        method.name == "densemixer" or (esft and method.esft_densemixer)
-    ):
+    densemixer = method.name == "densemixer" or (esft and method.esft_densemixer)
+    for name in ("router_gradient_experts", "router_gradient_dtype"):
+        value = getattr(method, name)
+        if value is not None and not densemixer:
+            yield (
+                f"method.{name}={value}: only for method.name=densemixer, not {method.name}; "
+                "write none"
+            )
+    if method.router_gradient_dtype == model.compute_dtype:
         yield (
-            f"method.router_gradient_experts={method.router_gradient_experts}: only for "
-            f"method.name=densemixer, not {method.name}; write none"
+            f"method.router_gradient_dtype={model.compute_dtype}: is model.compute_dtype, the "
+            "default; write none"
+        )
+    if method.router_gradient_dtype == "float8_e4m3fn" and method.router_gradient_experts:
+        yield (
+            f"method.router_gradient_experts={method.router_gradient_experts}: no grouped matmul "
+            "computes in float8_e4m3fn; write none, or method.router_gradient_dtype=none"
         )
     if method.lora_rank is not None and esft:
         yield (

@@ -193,6 +193,21 @@ def test_every_number_has_a_range():
             "method.router_gradient_experts=16: only for method.name=densemixer, not esft_gate",
         ),
         (
+            {"method.name": "frozen", "method.router_gradient_dtype": "float8_e4m3fn"},
+            "method.router_gradient_dtype=float8_e4m3fn: only for method.name=densemixer",
+        ),
+        (
+            {"method.router_gradient_dtype": "bfloat16"},
+            "method.router_gradient_dtype=bfloat16: is model.compute_dtype, the default",
+        ),
+        (
+            {
+                "method.router_gradient_dtype": "float8_e4m3fn",
+                "method.router_gradient_experts": "16",
+            },
+            "method.router_gradient_experts=16: no grouped matmul computes in float8_e4m3fn",
+        ),
+        (
             {"method.name": "esft_gate", "method.lora_rank": "8"},
             "method.lora_rank=8: esft_gate trains whole experts; write none",
         ),

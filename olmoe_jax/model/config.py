@@ -43,6 +43,7 @@ class ModelSettings:
       compute_dtype: dtype of activations and matmuls; router, norms and softmaxes are float32.
       router_method: how gradient reaches the router (see `olmoe_jax.ops.router_gradient`).
       router_gradient_experts: DenseMixer's m; None means all experts (exact).
+      router_gradient_dtype: of DenseMixer's extra matmuls; None: compute_dtype.
       remat: what the backward recomputes of a layer (see `olmoe_jax.ops.remat`).
       lora: adapters beside the weights; None: no adapters.
       selected_experts: ESFT: per layer, the experts whose weights are parameters of their own
@@ -54,6 +55,7 @@ class ModelSettings:
     compute_dtype: Any = jnp.float32
     router_method: RouterMethod = "conventional"
     router_gradient_experts: int | None = None
+    router_gradient_dtype: str | None = None
     remat: Literal["full", "selective", "none"] = "none"
     lora: LoraSettings | None = None
     selected_experts: tuple[tuple[int, ...], ...] | None = None

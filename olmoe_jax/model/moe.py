@@ -232,8 +232,15 @@ class MoE(nnx.Module):
             # The K selected already have their exact term from the sparse backward.
             candidates = jax.lax.top_k(probabilities, limit)[1][:, per_token:]
             candidates = jnp.where(is_token[:, None], candidates, config.num_experts)
+        settings = self.settings
         return router_gradient(
-            limit, self.settings.grouped_matmul, unselected, x, experts, candidates
+            limit,
+            settings.router_gradient_dtype,
+            settings.grouped_matmul,
+            unselected,
+            x,
+            experts,
+            candidates,
         )
 
 

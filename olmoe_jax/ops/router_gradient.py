@@ -32,9 +32,10 @@ class ExpertProjections(NamedTuple):
     down: Projection
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def router_gradient(
     experts_per_token: int | None,
+    dtype: str | None,
     backend: str | None,
     probabilities: jax.Array,
     x: jax.Array,
@@ -45,6 +46,8 @@ def router_gradient(
 
     Args:
       experts_per_token: m, how many of a token's candidates get the exact term; None: all E.
+      dtype: of the factors of the backward's matmuls, which add up in float32; None: x's;
+        "float8_e4m3fn", for all experts only: scaled to its range, rows and matrix columns alone.
       backend: of the grouped matmul (used when m is given).
       probabilities: [T, E] float32: the weights of the experts that were not selected. Entries
         whose gradient must not count are masked by the caller.
@@ -55,15 +58,17 @@ def router_gradient(
     return jnp.zeros_like(x)
 
 
-def _forward(experts_per_token, backend, probabilities, x, experts, candidates):
+def _forward(experts_per_token, dtype, backend, probabilities, x, experts, candidates):
     return jnp.zeros_like(x), (x, experts, candidates)
 
 
-def _backward(experts_per_token, backend, residuals, g):
+def _backward(experts_per_token, dtype, backend, residuals, g):
     x, experts, candidates = residuals
     experts = ExpertProjections(*map(with_selected, experts))
+    if dtype == "bfloat16":
+        x, g, experts = jax.tree.map(lambda value: value.astype(dtype), (x, g, experts))
     if experts_per_token is None:
-        scores = all_expert_scores(x, g, experts)
+        scores = all_expert_scores(x, g, experts, float8=dtype == "float8_e4m3fn")
     else:
         scores = candidate_scores(x, g, experts, candidates, backend)
     return scores, None, None, None
@@ -78,21 +83,44 @@ def _scores(x, g, multiply: Callable[[jax.Array, str], jax.Array]) -> jax.Array:
     return jnp.sum(hidden * multiply(g, "down"), axis=-1)
 
 
-def all_expert_scores(x, g, experts: ExpertProjections) -> jax.Array:
-    """s[t, e] = <g_t, E_e(x_t)>, [T, E] float32; one expert at a time, never [T, E, F]."""
+def all_expert_scores(x, g, experts: ExpertProjections, float8: bool = False) -> jax.Array:
+    """s[t, e] = <g_t, E_e(x_t)>, [T, E] float32; one expert at a time, never [T, E, F].
+
+    With `float8` the matmuls' factors are rounded to 8 bits (see `_to_float8`).
+    """
+    if float8:
+        x, g = _to_float8(x, axis=1), _to_float8(g, axis=1)
 
     def one_expert(_, expert: ExpertProjections):
         def multiply(rows, name):
             # down is [F, D]: contracting its D applies the transpose without making it.
             contract = 1 if name == "down" else 0
             weight = adapted_weight(getattr(expert, name))
-            return jax.lax.dot_general(
-                rows, weight, (((1,), (contract,)), ((), ())), preferred_element_type=jnp.float32
+            multiply = functools.partial(
+                jax.lax.dot_general,
+                dimension_numbers=(((1,), (contract,)), ((), ())),
+                preferred_element_type=jnp.float32,
             )
+            if not float8:
+                return multiply(rows, weight)
+            (rows, row_scales), (weight, scales) = rows, _to_float8(weight, axis=contract)
+            return multiply(rows, weight) * row_scales * scales.reshape(1, -1)
 
         return None, _scores(x, g, multiply)
 
     return jax.lax.scan(one_expert, None, experts)[1].T
+
+
+def _to_float8(matrix, axis: int) -> tuple[jax.Array, jax.Array]:
+    """matrix ~ values * scales: float8_e4m3fn that uses its range along `axis`, float32 scales.
+
+    As in "FP8 formats for deep learning" (https://arxiv.org/abs/2209.05433), but scaled by row or
+    column, which a matmul leaves to be multiplied afterwards.
+    """
+    dtype = jnp.float8_e4m3fn
+    largest = jnp.max(jnp.abs(matrix), axis, keepdims=True).astype(jnp.float32)
+    scales = jnp.where(largest > 0, largest / float(jnp.finfo(dtype).max), 1.0)
+    return (matrix / scales).astype(dtype), scales
 
 
 def candidate_scores(x, g, experts: ExpertProjections, candidates, backend) -> jax.Array:

@@ -134,6 +134,7 @@ def model_settings(config: Config) -> ModelSettings:
         compute_dtype=jnp.dtype(config.model.compute_dtype),
         router_method=router_method(config.method),
         router_gradient_experts=config.method.router_gradient_experts,
+        router_gradient_dtype=config.method.router_gradient_dtype,
         remat=config.model.remat,
         attention=config.model.attention,
         lora=LoraSettings.of_method(vars(config.method)),

@@ -28,13 +28,13 @@ def candidates_of(probabilities, m):
     return jnp.asarray(ranked)
 
 
-def run(m, probabilities, arrays, backend=None):
+def run(m, probabilities, arrays, backend=None, dtype=None):
     """Value and all gradients of the term; m=None: all experts."""
     candidates = candidates_of(probabilities, m or K + 1)
 
     def term(probabilities, x, gate, up, down):
         experts = ExpertProjections(Projection(gate), Projection(up), Projection(down))
-        return router_gradient(m, backend, probabilities, x, experts, candidates)
+        return router_gradient(m, dtype, backend, probabilities, x, experts, candidates)
 
     @jax.jit
     def value_and_gradients(g, *inputs):
@@ -95,6 +95,28 @@ def test_bfloat16_scores_are_float32():
     assert relative_error(scores, score_oracle(arrays)) < 2e-2
 
 
+@pytest.mark.parametrize(
+    ("m", "dtype", "least", "most"),
+    [
+        (None, "bfloat16", 1e-4, 2e-2),
+        (4, "bfloat16", 1e-4, 2e-2),
+        (None, "float8_e4m3fn", 5e-3, 0.1),
+    ],
+)
+def test_lower_precision(m, dtype, least, most):
+    """Other dtypes round, and no more than that; a row's or column's size does not matter."""
+    probabilities, arrays = case()
+    arrays["x"] = arrays["x"].at[2].multiply(2.0**-20).at[4].set(0)
+    arrays["gate"] = arrays["gate"].at[1, :, 3].multiply(2.0**12)
+    exact = run(m, probabilities, arrays)[1][0]
+    scores = run(m, probabilities, arrays, "blocked", dtype)[1][0]
+    assert scores.dtype == jnp.float32
+    assert least < relative_error(scores, exact) < most
+    assert not np.any(scores[4])
+    if m is None:
+        assert relative_error(scores[2], exact[2]) < most
+
+
 @pytest.mark.parametrize("m", [None, 4])
 def test_memory_and_work(m):
     """No [T, E, D] or [T, E, F], no matmul in the forward, three (in a loop) in the backward."""
@@ -105,7 +127,7 @@ def test_memory_and_work(m):
     def term(*inputs):
         probabilities, x, *weights = inputs
         experts = ExpertProjections(*map(Projection, weights))
-        return router_gradient(m, "blocked", probabilities, x, experts, candidates)
+        return router_gradient(m, None, "blocked", probabilities, x, experts, candidates)
 
     def backward(g, *inputs):
         return jax.vjp(term, *inputs)[1](g)
