@@ -1,11 +1,19 @@
-"""How well a router gradient agrees with exact DenseMixer's, and the loss on held-out rows."""
+"""How well a router gradient agrees with exact DenseMixer's, and the loss on held-out rows.
 
+python -m benchmarks.router_cosine --model RUN/hf --inputs DIRECTORY prints the cosines for m
+experts and for lower precision; DIRECTORY (compare_methods' OUTPUT/inputs) has eval.jsonl and the
+tokenizer.
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
+import olmoe_jax
 from olmoe_jax import data
+from olmoe_jax.errors import ArgumentParser, run_command
 from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.model.olmoe import Olmoe
 from olmoe_jax.model.parameters import split
@@ -23,15 +31,34 @@ def router_cosines(model: Olmoe, batch: DeviceBatch) -> dict[str, float]:
     limits = sorted({min(per_token * factor, experts) for factor in (1, 2, 4)} | {experts})
     gradients = {limit: _router_gradient(model, batch, limit) for limit in limits}
     exact = gradients[experts]
-    norm = np.linalg.norm
-    return {str(m): float(g @ exact / (norm(g) * norm(exact))) for m, g in gradients.items()}
+    return {str(m): _cosine(gradient, exact) for m, gradient in gradients.items()}
 
 
-def _router_gradient(model: Olmoe, batch: DeviceBatch, limit: int) -> np.ndarray:
+def precision_cosines(model: Olmoe, batch: DeviceBatch) -> dict[str, float]:
+    """The same for all experts in lower precision (`method.router_gradient_dtype`), by dtype."""
+    exact = _router_gradient(model, batch)
+    return {
+        dtype: _cosine(_router_gradient(model, batch, dtype=dtype), exact)
+        for dtype in ("bfloat16", "float8_e4m3fn")
+    }
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+
+
+def _router_gradient(
+    model: Olmoe, batch: DeviceBatch, limit: int | None = None, dtype: str | None = None
+) -> np.ndarray:
     """DenseMixer's gradient with m = `limit`, float64 [L * D * E]."""
     frozen = split(model)[1]
     router = {ROUTER: frozen.pop(ROUTER)}
-    trainer = _trainer(model, router_method="densemixer", router_gradient_experts=limit)
+    trainer = _trainer(
+        model,
+        router_method="densemixer",
+        router_gradient_experts=limit,
+        router_gradient_dtype=dtype,
+    )
     gradients, _ = jax.jit(jax.grad(trainer.loss, has_aux=True))(router, frozen, batch)
     return np.asarray(gradients[ROUTER], np.float64).ravel()
 
@@ -62,3 +89,19 @@ def held_out_loss(model: Olmoe, batches: list[DeviceBatch], targets: int) -> flo
 def _trainer(model: Olmoe, **settings) -> Trainer:
     """For losses and gradients alone."""
     return Trainer(model.config, ModelSettings(**settings), None, None, 1.0)
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = ArgumentParser(prog="python -m benchmarks.router_cosine", description=__doc__)
+    parser.add_argument("--model", required=True, help="Hugging Face checkpoint")
+    parser.add_argument("--inputs", required=True, type=Path, help="eval.jsonl and its tokenizer")
+    parser.add_argument("--rows", type=int, default=8, help="rows of 256 tokens")
+    args = parser.parse_args(arguments)
+    model = olmoe_jax.from_pretrained(args.model)
+    batch = held_out_batches(args.inputs, 256, args.rows)[0][0]
+    for name, cosine in (router_cosines(model, batch) | precision_cosines(model, batch)).items():
+        print(f"{name:14s} {cosine:.6f}")
+
+
+if __name__ == "__main__":
+    run_command(main)
