@@ -55,6 +55,11 @@ class ModelOptions:
         "what the backward recomputes: full: every layer (least memory); selective: what is cheap, "
         "the outputs of matmuls and attention are kept; none: nothing",
     )
+    grouped_matmul: Literal["blocked", "ragged_dot", "tokamax", "pallas_triton"] | None = option(
+        None,
+        "how the experts' matmuls are computed; default: blocked on CPUs, tokamax on NVIDIA GPUs, "
+        "ragged_dot on TPUs",
+    )
     attention: Literal["chunked", "pallas_triton", "cudnn", "splash"] | None = option(
         None,
         "how attention is computed; default: chunked on CPUs, pallas_triton on NVIDIA GPUs, splash "

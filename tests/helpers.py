@@ -26,6 +26,8 @@ from olmoe_jax.model.olmoe import Olmoe
 from olmoe_jax.model.parameters import merge
 
 ROOT = Path(__file__).parents[1]
+RUN_ON_CPU = ("blocked", "ragged_dot")
+"""Backends of the grouped matmul that need neither a GPU nor Pallas' interpreter."""
 
 
 def tiny_config(**changes) -> ModelConfig:

@@ -195,6 +195,10 @@ def test_mesh(error_of, mesh, expected):
             "{incomplete}/config.json: no integer field 'num_experts'",
         ),
         (
+            {"model__grouped_matmul": "tokamax"},
+            "model.grouped_matmul=tokamax: is for a gpu, and this is a cpu; write blocked",
+        ),
+        (
             {"model__attention": "splash"},
             "model.attention=splash: runs on tpu, and this is cpu; write chunked",
         ),

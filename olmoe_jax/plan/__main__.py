@@ -12,7 +12,7 @@ _EPILOG = """\
 --config and --config.FIELD.SUBFIELD=VALUE are those of train.py (python train.py --help).
 
 The compiler of the devices must be installed, the devices need not be there:
-  h100  pip install "jax[cuda12]"
+  h100  pip install "jax[cuda12]" tokamax==0.0.12
   v5e, v6e, v5p  pip install libtpu
 
 example:

@@ -14,13 +14,11 @@ from olmoe_jax.model.config import ModelConfig, ModelSettings
 from olmoe_jax.model.flops import StepFlops, step_flops_per_token
 from olmoe_jax.model.known import KNOWN, known_config
 from olmoe_jax.model.olmoe import parameter_specs
-from olmoe_jax.ops.attention import check_backend
-from olmoe_jax.ops.grouped_matmul import default_backend
 from olmoe_jax.plan.costs import Roofline, microbatch_traffic, roofline, update_traffic
 from olmoe_jax.plan.devices import Topology, open_devices, parse_topology
 from olmoe_jax.plan.programs import CompiledProgram, StepPrograms, device_bytes
 from olmoe_jax.training.experts import given_experts
-from olmoe_jax.training.setup import model_settings
+from olmoe_jax.training.setup import model_settings, with_backends
 
 ESFT_EXPERTS = 4
 """Selected experts per layer that a plan assumes of an ESFT run without an expert config."""
@@ -104,7 +102,7 @@ def plan(
     config, where = validate(config), parse_topology(topology)
     model_config = _architecture(config)
     experts, assumed = _experts(config, model_config, esft_experts)
-    settings = _for_platform(
+    settings = with_backends(
         dataclasses.replace(model_settings(config), selected_experts=experts and experts.experts),
         model_config,
         where.kind.platform,
@@ -169,19 +167,6 @@ def _experts(
         return given, None
     number = min(number, model_config.num_experts)
     return ExpertConfig((tuple(range(number)),) * model_config.num_layers), number
-
-
-def _for_platform(
-    settings: ModelSettings, model_config: ModelConfig, platform: str
-) -> ModelSettings:
-    """The settings with every choice made that a run leaves to its platform ("gpu", …)."""
-    return dataclasses.replace(
-        settings,
-        grouped_matmul=settings.grouped_matmul or default_backend(platform),
-        attention=check_backend(
-            settings.attention, platform, model_config.head_dim, settings.compute_dtype
-        ),
-    )
 
 
 def _count(parameters) -> int:

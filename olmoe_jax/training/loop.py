@@ -17,7 +17,6 @@ from olmoe_jax.hf import opening
 from olmoe_jax.hf.export import export_adapter, export_hf
 from olmoe_jax.hf.opening import RunCheckpoint
 from olmoe_jax.model.flops import train_flops_per_token
-from olmoe_jax.ops.grouped_matmul import default_backend
 from olmoe_jax.training import run_directory
 from olmoe_jax.training.checkpoint import Checkpointer
 from olmoe_jax.training.experts import given_experts, settle_experts
@@ -29,7 +28,6 @@ from olmoe_jax.training.setup import (
     Model,
     Program,
     build_program,
-    check_attention,
     load_datasets,
     open_model,
     row_layout,
@@ -60,7 +58,6 @@ def train(config: Config) -> TrainResult:
         if distributed.is_writer():
             run_directory.check(config)
         model = open_model(config)
-        check_attention(model)
         datasets = load_datasets(config, model)
     steps = training_data(config, datasets, mesh)
     given = given_experts(config, model.config)
@@ -309,11 +306,11 @@ class _Run:
 
     def _introduce(self) -> None:
         say, report, mesh = self.reporter.say, data.describe(self.steps), self.program.mesh
-        platform = jax.default_backend()
+        settings = self.model.settings
         say(
-            f"devices: {mesh.size} x {platform}{_processes()} (mesh data={mesh.shape['data']} "
-            f"fsdp={mesh.shape['fsdp']}), grouped matmul: {default_backend(platform)}, "
-            f"attention: {check_attention(self.model)}, "
+            f"devices: {mesh.size} x {jax.default_backend()}{_processes()} "
+            f"(mesh data={mesh.shape['data']} fsdp={mesh.shape['fsdp']}), grouped matmul: {settings.grouped_matmul}, "
+            f"attention: {settings.attention}, "
             f"compute {self.config.model.compute_dtype}"
         )
         say(f"method: {self.config.method.name}{self._lora_words()}")

@@ -47,6 +47,7 @@ FREE_FIELDS = {
     "train.export_best",
     "train.export_dtype",
     "data.cache_dir",
+    "model.grouped_matmul",
     "model.attention",
     "mesh.data",
     "mesh.fsdp",

@@ -32,7 +32,7 @@ from olmoe_jax.model.loading import (
 from olmoe_jax.model.lora import LoraSettings
 from olmoe_jax.model.olmoe import parameter_specs
 from olmoe_jax.model.parameters import ROUTER, Parameters
-from olmoe_jax.ops.attention import check_backend
+from olmoe_jax.ops import attention, grouped_matmul
 from olmoe_jax.training.methods import (
     is_adapter,
     method_trains,
@@ -121,7 +121,7 @@ def open_model(config: Config) -> Model:
         source, files = None, path if path.is_dir() else path.parent
         model_config = read_model_config(files)
     tokenizer = config.data.tokenizer_path or options.path
-    settings = model_settings(config)
+    settings = with_backends(model_settings(config), model_config, jax.default_backend())
     model = Model(model_config, settings, source, files, directory.resolve(tokenizer))
     if config.method.adapter_path:
         _read_adapter(config.method.adapter_path, model)  # complains before anything is written
@@ -136,16 +136,24 @@ def model_settings(config: Config) -> ModelSettings:
         router_gradient_experts=config.method.router_gradient_experts,
         router_gradient_dtype=config.method.router_gradient_dtype,
         remat=config.model.remat,
+        grouped_matmul=config.model.grouped_matmul,
         attention=config.model.attention,
         lora=LoraSettings.of_method(vars(config.method)),
     )
 
 
-def check_attention(model: Model) -> str:
-    """The attention backend of a run on this process's devices; `UserError` if it cannot run."""
-    settings = model.settings
-    return check_backend(
-        settings.attention, jax.default_backend(), model.config.head_dim, settings.compute_dtype
+def with_backends(settings: ModelSettings, model: ModelConfig, platform: str) -> ModelSettings:
+    """The settings with every choice made that is left to the platform ("cpu", "gpu", "tpu").
+
+    Raises:
+      UserError: a backend that was chosen, or is the platform's, cannot run there.
+    """
+    return dataclasses.replace(
+        settings,
+        grouped_matmul=grouped_matmul.check_backend(settings.grouped_matmul, platform),
+        attention=attention.check_backend(
+            settings.attention, platform, model.head_dim, settings.compute_dtype
+        ),
     )
 
 
