@@ -7,6 +7,7 @@ on such GPUs. It is imported when it is used, since it need not be installed els
 import importlib.util
 import logging
 
+import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
@@ -15,9 +16,12 @@ from olmoe_jax.ops.ragged_matmul import BY_ROWS, BY_TRANSPOSED_WEIGHTS, BY_WEIGH
 
 def missing() -> str | None:
     """What must be done before these kernels can be used; None: nothing."""
-    if importlib.util.find_spec("tokamax"):
-        return None
-    return "is not installed; run pip install tokamax==0.0.12"
+    if importlib.util.find_spec("tokamax") is None:
+        return "is not installed; run pip install tokamax==0.0.12"
+    if jax.__version_info__ >= (0, 12):
+        # Its kernels call `pl.dot`, which is gone.
+        return f"needs a jax below 0.12, and this is {jax.__version__}; install an older jax"
+    return None
 
 
 def rows_by_weights(x, w, group_sizes, contract_last: bool):

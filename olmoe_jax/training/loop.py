@@ -309,8 +309,8 @@ class _Run:
         settings = self.model.settings
         say(
             f"devices: {mesh.size} x {jax.default_backend()}{_processes()} "
-            f"(mesh data={mesh.shape['data']} fsdp={mesh.shape['fsdp']}), grouped matmul: {settings.grouped_matmul}, "
-            f"attention: {settings.attention}, "
+            f"(mesh data={mesh.shape['data']} fsdp={mesh.shape['fsdp']}), "
+            f"grouped matmul: {settings.grouped_matmul}, attention: {settings.attention}, "
             f"compute {self.config.model.compute_dtype}"
         )
         say(f"method: {self.config.method.name}{self._lora_words()}")
