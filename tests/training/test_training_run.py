@@ -16,6 +16,7 @@ from olmoe_jax.hf.opening import RunCheckpoint
 from olmoe_jax.hf.source import read_model_config
 from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.model.loading import random_parameters
+from olmoe_jax.training import loop, setup
 
 STEPS = 12
 OPTIONS = {
@@ -41,10 +42,33 @@ def config(files, options, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def output(config):
-    result = olmoe_jax.train(config)
+def run(config):
+    """The run's result, and the program that it built."""
+    programs = []
+
+    def build_program(*arguments):
+        programs.append(setup.build_program(*arguments))
+        return programs[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "build_program", build_program)
+        result = olmoe_jax.train(config)
+    (program,) = programs
+    return result, program
+
+
+@pytest.fixture(scope="module")
+def output(run):
+    result, _ = run
     assert (result.step, result.finished) == (STEPS, True)
     return result.output_dir
+
+
+@pytest.mark.parametrize("name", ["zero_sums", "accumulate", "update", "evaluate"])
+def test_nothing_is_compiled_twice(run, name):
+    """Over two epochs with a smaller last step each, and evaluations in between."""
+    _, program = run
+    assert getattr(program, name)._cache_size() == 1
 
 
 @pytest.fixture(scope="module")
