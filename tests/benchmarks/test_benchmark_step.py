@@ -18,6 +18,7 @@ def densemixer():
     return json.loads(stdout)
 
 
+@pytest.mark.slow
 def test_step_reports_time_memory_and_flops(densemixer):
     assert len(densemixer["step_seconds"]) == len(densemixer["step_cpu_seconds"]) == 2
     assert all(0 < seconds < 60 for seconds in densemixer["step_seconds"])
@@ -27,6 +28,7 @@ def test_step_reports_time_memory_and_flops(densemixer):
     assert 0 < densemixer["peak_over_model_gib"] < densemixer["peak_memory_gib"]
 
 
+@pytest.mark.slow
 def test_step_does_the_whole_task(densemixer):
     # Random weights know nothing: the loss is that of guessing among the vocabulary.
     assert densemixer["loss"] == pytest.approx(math.log(256), abs=0.1)

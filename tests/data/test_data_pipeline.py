@@ -173,6 +173,7 @@ def test_report(dataset):
     assert (report.steps_per_epoch, report.total_steps) == (5, 12)
 
 
+@pytest.mark.slow
 def test_padding_of_packed_gsm8k_is_below_five_percent(shared, olmoe_tokenizer, tmp_path):
     path = str(shared / "data/gsm/train.jsonl")
     dataset = tokenize_dataset(path, olmoe_tokenizer, 4096, str(tmp_path))

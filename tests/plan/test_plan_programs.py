@@ -29,6 +29,7 @@ def plans(tmp_path_factory):
     return on_eight_devices(Path(__file__).with_name("programs_worker.py"), path)
 
 
+@pytest.mark.slow
 def test_the_program_is_trainings(plans):
     full = plans["full"]
     training, planned = full["training"], full["memory"]["accumulate"]
@@ -38,6 +39,7 @@ def test_the_program_is_trainings(plans):
     assert sum(c["bytes"] for c in own) == training["communicated"]
 
 
+@pytest.mark.slow
 def test_memory_by_hand(plans):
     full = plans["full"]["memory"]
     # Weights, gradients and two moments, float32; norms and scalars are on every device.
@@ -55,6 +57,7 @@ def test_memory_by_hand(plans):
     assert plans["full"]["peak_gib_per_device"] == peak / 2**30
 
 
+@pytest.mark.slow
 def test_collectives_by_hand(plans):
     """The layers' matrices are gathered in the forward and again in the backward."""
     kinds = {}
@@ -66,6 +69,7 @@ def test_collectives_by_hand(plans):
     assert kinds["reduce-scatter"] >= 4 * L * 3 * E * D * F
 
 
+@pytest.mark.slow
 def test_steps_of_several_microbatches(plans):
     full = plans["full"]
     assert (full["rows_per_microbatch"], full["rows_per_step"]) == (16, 40)
@@ -81,6 +85,7 @@ def test_steps_of_several_microbatches(plans):
     assert full["collective_bytes_per_step"] == step
 
 
+@pytest.mark.slow
 def test_adapters_and_selected_experts(plans):
     adapters = L * 4 * (4 * 2 * D + E * 3 * (D + F))
     lora, esft = plans["lora"], plans["esft"]
@@ -95,6 +100,7 @@ def test_adapters_and_selected_experts(plans):
     assert lora["flops_per_token"] < plans["full"]["flops_per_token"]
 
 
+@pytest.mark.slow
 def test_verdict_and_advice(plans):
     full = plans["full"]
     assert full["fits"] is True
