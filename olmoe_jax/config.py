@@ -6,10 +6,11 @@ anything is read or written. This module needs no jax, so that mistakes surface 
 """
 
 import typing
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from olmoe_jax.config_conflicts import conflicts
 from olmoe_jax.config_schema import (
     LORA_TARGETS,
     POSITIVE,
@@ -309,97 +310,9 @@ def validate(config: Config) -> Config:
     config = check_types(config)
     for path, value in _flatten(to_dict(config)).items():
         FIELDS[path].check_range(value)
-    for conflict in _conflicts(config):
+    for conflict in conflicts(config):
         raise UserError(conflict)
     return config
-
-
-_ESFT_SCORING = ("esft_top_p", "esft_score_tokens")
-_ESFT_ONLY = (*_ESFT_SCORING, "experts_path", "esft_train_head", "esft_densemixer")
-_LORA_DETAILS = ("lora_alpha", "lora_dropout", "lora_targets", "lora_rslora")
-
-
-def _conflicts(config: Config) -> Iterator[str]:
-    """Combinations of fields in which one would be missing or silently ignored."""
-    model, data, method, train = config.model, config.data, config.method, config.train
-    if model.init == "random" and model.config_path is None:
-        yield "model.init=random: needs the network's shape; set model.config_path to a config.json"
-    if model.init == "pretrained" and model.config_path is not None:
-        yield (
-            f"model.config_path={model.config_path}: only read with model.init=random; "
-            "write none, since the pretrained model.path has its own config.json"
-        )
-    optimizer = config.optimizer
-    if optimizer.gradients_dtype == "bfloat16" and model.compute_dtype != "bfloat16":
-        yield (
-            "optimizer.gradients_dtype=bfloat16: the model would read its weights in bfloat16; "
-            f"write float32, or model.compute_dtype=bfloat16 instead of {model.compute_dtype}"
-        )
-    if optimizer.master_dtype == "bfloat16" and optimizer.gradients_dtype != "bfloat16":
-        yield (
-            "optimizer.master_dtype=bfloat16: gradients are added up in the weights' dtype; write "
-            "float32, or optimizer.gradients_dtype=bfloat16 besides"
-        )
-    esft = method.name.startswith("esft_")
-    densemixer = method.name == "densemixer" or (esft and method.esft_densemixer)
-    for name in ("router_gradient_experts", "router_gradient_dtype"):
-        value = getattr(method, name)
-        if value is not None and not densemixer:
-            yield (
-                f"method.{name}={value}: only for method.name=densemixer, not {method.name}; "
-                "write none"
-            )
-    if method.router_gradient_dtype == model.compute_dtype:
-        yield (
-            f"method.router_gradient_dtype={model.compute_dtype}: is model.compute_dtype, the "
-            "default; write none"
-        )
-    if method.router_gradient_dtype == "float8_e4m3fn" and method.router_gradient_experts:
-        yield (
-            f"method.router_gradient_experts={method.router_gradient_experts}: no grouped matmul "
-            "computes in float8_e4m3fn; write none, or method.router_gradient_dtype=none"
-        )
-    if method.lora_rank is not None and esft:
-        yield (
-            f"method.lora_rank={method.lora_rank}: {method.name} trains whole experts; write none, "
-            "or method.name=frozen, conventional or densemixer"
-        )
-    defaults = MethodOptions()
-    for name, value in vars(method).items():
-        default = getattr(defaults, name)
-        if value == default:
-            continue
-        if not esft and name in _ESFT_ONLY:
-            yield (
-                f"method.{name}={show(value)}: only for esft_gate and esft_token, "
-                f"not {method.name}; write {show(default)}"
-            )
-        if method.experts_path is not None and name in _ESFT_SCORING:
-            yield (
-                f"method.{name}={show(value)}: not read with method.experts_path, which says "
-                f"what trains; write {show(default)}"
-            )
-        if method.lora_rank is None and name in _LORA_DETAILS:
-            yield (
-                f"method.{name}={show(value)}: only read with method.lora_rank; set that, or "
-                f"write {show(default)}"
-            )
-    if method.adapter_path is not None and method.lora_rank is None:
-        yield (
-            f"method.adapter_path={method.adapter_path}: only read with method.lora_rank; set "
-            "that to the adapter's rank"
-        )
-    if data.eval_path is None and data.eval_fraction == 0:
-        if train.eval_every is not None:
-            yield (
-                f"train.eval_every={train.eval_every}: there is nothing to evaluate on; write "
-                "none, or set data.eval_path or data.eval_fraction"
-            )
-        if train.export_best:
-            yield (
-                "train.export_best=true: the best model is the one with the lowest eval loss; "
-                "write false, or set data.eval_path or data.eval_fraction"
-            )
 
 
 def check_types(config: Config) -> Config:
