@@ -138,7 +138,7 @@ class Checkpointer:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = " ".join(str(error).split())[:120]
             if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in reason:
                 raise
             raise _DamagedError(reason) from error

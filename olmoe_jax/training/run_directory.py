@@ -28,7 +28,7 @@ from olmoe_jax import distributed
 from olmoe_jax.config import Config, first_difference, to_dict
 from olmoe_jax.errors import UserError
 from olmoe_jax.hf import directory
-from olmoe_jax.hf.opening import steps
+from olmoe_jax.hf.opening import CHECKPOINTS
 from olmoe_jax.hf.source import MODEL_DIRECTORY
 
 CONFIG = "config.json"
@@ -117,8 +117,9 @@ def _create(config: Config, output: Path, model_files: Path, tokenizer_files: Pa
         ):
             _set_aside(output)
             lock = _locked(output)
-        # Until there is a checkpoint, nothing depends on the files of an earlier attempt.
-        if not steps(output):
+        # Until there is a checkpoint (be it a damaged one), nothing depends on the files of an
+        # earlier attempt.
+        if not any((output / CHECKPOINTS).glob("[0-9]*")):
             _write_small_files(output, config, model_files, tokenizer_files)
     except OSError as error:
         raise UserError(
