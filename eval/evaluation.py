@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from eval.backends import Backend
+from eval.backends import Backend, Sampling
 from eval.predictions import PredictionFile
 from eval.tasks.task import Example, Prediction, Scores, Task, Tools, cut_at
 from olmoe_jax.errors import UserError
@@ -184,14 +184,9 @@ def _decode_batch(
 ) -> list[dict[str, Any]]:
     limit = settings["max_new_tokens"]
     prompts = [_fitting(task, examples[index], model, limit) for index, _ in batch]
-    texts = model.generate(
-        prompts,
-        max_new_tokens=limit,
-        temperature=settings["temperature"],
-        # Batches must not draw the same numbers.
-        seed=settings["seed"] * 1_000_003 + number,
-        stop=task.stop,
-    )
+    # Batches must not draw the same numbers.
+    seed = settings["seed"] * 1_000_003 + number
+    texts = model.generate(prompts, Sampling(limit, settings["temperature"], seed, task.stop))
     return [
         {
             "id": examples[index].id,

@@ -6,6 +6,7 @@ end at the tokenizer's eos and decode the new tokens with the same tokenizer.
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from olmoe_jax.errors import UserError
@@ -13,6 +14,21 @@ from olmoe_jax.hf import directory
 
 BACKENDS = ("jax", "hf", "vllm")
 DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a batch of prompts is continued.
+
+    Attributes:
+      temperature: 0 takes the most probable token.
+      stop: strings that end a text; one from a backend that ignores them is cut afterwards.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    stop: Sequence[str]
 
 
 class Backend(Protocol):
@@ -24,16 +40,8 @@ class Backend(Protocol):
     def count(self, prompt: str) -> int:
         """The prompt's tokens."""
 
-    def generate(
-        self,
-        prompts: Sequence[str],
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-        stop: Sequence[str],
-    ) -> list[str]:
-        """The continuations; those of a backend that ignores `stop` are cut afterwards."""
+    def generate(self, prompts: Sequence[str], sampling: Sampling) -> list[str]:
+        """The continuations."""
 
 
 def check_backend(name: str, model: str) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from eval.backends import Prompts
+from eval.backends import Prompts, Sampling
 from olmoe_jax.data import load_tokenizer
 from olmoe_jax.data.hub import first_line
 from olmoe_jax.errors import UserError
@@ -24,15 +24,7 @@ class HfBackend(Prompts):
         self._model = loaded.to(self._device).eval()
         self.context = loaded.config.max_position_embeddings
 
-    def generate(
-        self,
-        prompts: Sequence[str],
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-        stop: Sequence[str],
-    ) -> list[str]:
+    def generate(self, prompts: Sequence[str], sampling: Sampling) -> list[str]:
         import torch
         from transformers import GenerationConfig
 
@@ -40,17 +32,21 @@ class HfBackend(Prompts):
         length, eos = max(map(len, encoded)), self.tokenizer.eos_token_id
         padded = [[eos] * (length - len(tokens)) + tokens for tokens in encoded]
         mask = [[0] * (length - len(tokens)) + [1] * len(tokens) for tokens in encoded]
-        sampling = {"do_sample": False}
-        if temperature > 0:
-            sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        torch.manual_seed(seed)
+        draws = {"do_sample": False}
+        if sampling.temperature > 0:
+            draws = {"do_sample": True, "temperature": sampling.temperature}
+            draws |= {"top_k": 0, "top_p": 1.0}
+        torch.manual_seed(sampling.seed)
         with torch.inference_mode():
             # A configuration of its own: the checkpoint's may sample.
             out = self._model.generate(
                 torch.tensor(padded, device=self._device),
                 attention_mask=torch.tensor(mask, device=self._device),
                 generation_config=GenerationConfig(
-                    max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=eos, **sampling
+                    max_new_tokens=sampling.max_new_tokens,
+                    eos_token_id=eos,
+                    pad_token_id=eos,
+                    **draws,
                 ),
             )
         return [self.decode(row[length:].tolist()) for row in out]

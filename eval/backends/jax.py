@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 import olmoe_jax
-from eval.backends import Prompts
+from eval.backends import Prompts, Sampling
 from olmoe_jax.data import load_tokenizer
 from olmoe_jax.hf.opening import open_source
 from olmoe_jax.model.config import ModelSettings
@@ -19,21 +19,13 @@ class JaxBackend(Prompts):
         settings = ModelSettings(compute_dtype=jnp.dtype(compute_dtype))
         self._model = olmoe_jax.from_pretrained(model, settings=settings)
 
-    def generate(
-        self,
-        prompts: Sequence[str],
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-        stop: Sequence[str],
-    ) -> list[str]:
+    def generate(self, prompts: Sequence[str], sampling: Sampling) -> list[str]:
         return olmoe_jax.generate(
             self._model,
             self.tokenizer,
             prompts,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            seed=sampling.seed,
             batch_size=len(prompts),
         )

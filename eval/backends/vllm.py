@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from eval.backends import Prompts
+from eval.backends import Prompts, Sampling
 from olmoe_jax.data import load_tokenizer
 from olmoe_jax.hf import directory
 
@@ -17,21 +17,13 @@ class VllmBackend(Prompts):
         self._parameters = vllm.SamplingParams
         self.context = directory.read_json(path / "config.json")["max_position_embeddings"]
 
-    def generate(
-        self,
-        prompts: Sequence[str],
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-        stop: Sequence[str],
-    ) -> list[str]:
+    def generate(self, prompts: Sequence[str], sampling: Sampling) -> list[str]:
         # skip_special_tokens: as the other backends decode, all but the eos that ends the text.
         parameters = self._parameters(
-            temperature=temperature,
-            max_tokens=max_new_tokens,
-            seed=seed,
-            stop=list(stop),
+            temperature=sampling.temperature,
+            max_tokens=sampling.max_new_tokens,
+            seed=sampling.seed,
+            stop=list(sampling.stop),
             skip_special_tokens=False,
         )
         requests = [{"prompt_token_ids": self.encode(prompt)} for prompt in prompts]

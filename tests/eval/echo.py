@@ -20,11 +20,11 @@ class Echo:
     def count(self, prompt):
         return len(prompt)
 
-    def generate(self, prompts, *, max_new_tokens, temperature, seed, stop):
+    def generate(self, prompts, sampling):
         if self.left == 0:
             raise KeyboardInterrupt
         self.left -= 1
-        self.calls.append((list(prompts), max_new_tokens, temperature, seed, stop))
+        self.calls.append((list(prompts), sampling))
         return [f" {prompt[-20:]} 4,2 Question: 7" for prompt in prompts]
 
 

@@ -15,7 +15,7 @@ from echo import GSM, Echo, evaluate_gsm
 from helpers import ROOT, assert_user_error, message_of, run_module
 
 from eval import run
-from eval.backends import check_backend, open_backend
+from eval.backends import Sampling, check_backend, open_backend
 from eval.evaluation import Decoding, evaluate, open_output, open_task, settings_of
 from eval.fingerprint import model_fingerprint
 from eval.predictions import PredictionFile
@@ -32,10 +32,10 @@ def contents(output: Path, task: str = "gsm") -> dict[str, bytes]:
 def test_predictions_and_result(tmp_path, data_dir):
     backend = Echo()
     result = evaluate_gsm(tmp_path / "out", data_dir, backend)
-    assert [len(prompts) for prompts, *_ in backend.calls] == [5, 5, 2]
-    lengths = [len(prompt) for prompts, *_ in backend.calls for prompt in prompts]
+    assert [len(prompts) for prompts, _ in backend.calls] == [5, 5, 2]
+    lengths = [len(prompt) for prompts, _ in backend.calls for prompt in prompts]
     assert lengths == sorted(lengths, reverse=True)
-    assert backend.calls[0][1:] == (512, 0.0, 0, ("Question:",))
+    assert backend.calls[0][1] == Sampling(512, 0.0, 0, ("Question:",))
     rows = [json.loads(line) for line in contents(tmp_path / "out")["rows.jsonl"].splitlines()]
     assert [row["id"] for row in rows] == [str(i) for i in range(12)]
     assert rows[0]["output"].endswith("1 + 1?\nAnswer: 4,2 ")
@@ -76,8 +76,8 @@ def test_samples_draw_different_numbers(tmp_path):
     backend = Echo()
     tools = Tools(run_programs=lambda programs: ["wrong"] * len(programs))
     evaluate(task, examples, settings, tmp_path, lambda: backend, tools)
-    assert [len(prompts) for prompts, *_ in backend.calls] == [2, 2, 2, 2, 1]
-    assert len({seed for *_, seed, _ in backend.calls}) == 5
+    assert [len(prompts) for prompts, _ in backend.calls] == [2, 2, 2, 2, 1]
+    assert len({sampling.seed for _, sampling in backend.calls}) == 5
     rows = (tmp_path / "humaneval/rows.jsonl").read_text().splitlines()
     assert [json.loads(row)["id"] for row in rows] == [*"000111222"]
 
@@ -212,8 +212,7 @@ def test_vllm_gets_the_same_prompts(tiny_model, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", module)
     backend = open_backend("vllm", str(tiny_model), "bfloat16")
     tokenizer = backend.tokenizer
-    stop = ("\n#",)
-    texts = backend.generate(["x", "你"], max_new_tokens=3, temperature=0.5, seed=1, stop=stop)
+    texts = backend.generate(["x", "你"], Sampling(3, 0.5, 1, ("\n#",)))
     assert texts == ["ab", "ab"]
     requests, parameters = asked["generate"]
     assert [r["prompt_token_ids"] for r in requests] == [
@@ -232,9 +231,9 @@ def test_jax_and_transformers_write_the_same(tiny_model, data_dir):
     assert jax.context == hf.context == 1024
     for task in (GSM, TASKS["translation"]):
         prompts = [example.prompt for example in read_examples(task, str(data_dir))]
-        how = {"max_new_tokens": 24, "temperature": 0.0, "seed": 0, "stop": task.stop}
+        greedy = Sampling(24, 0.0, 0, task.stop)
         assert [jax.count(p) for p in prompts] == [hf.count(p) for p in prompts]
-        assert jax.generate(prompts, **how) == hf.generate(prompts, **how)
+        assert jax.generate(prompts, greedy) == hf.generate(prompts, greedy)
 
 
 @pytest.mark.slow
@@ -259,9 +258,9 @@ from pathlib import Path
 from echo import Echo, evaluate_gsm
 from eval.evaluation import Decoding
 class Slow(Echo):
-    def generate(self, prompts, **rest):
+    def generate(self, prompts, sampling):
         time.sleep(0.05)
-        return super().generate(prompts, **rest)
+        return super().generate(prompts, sampling)
 evaluate_gsm(Path(sys.argv[1]), Path(sys.argv[2]), Slow(), Decoding(batch_size=3))
 """
 
