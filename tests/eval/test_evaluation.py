@@ -237,6 +237,7 @@ def test_jax_and_transformers_write_the_same(tiny_model, data_dir):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("contained")
 def test_the_command_on_code(tiny_model, data_dir, tmp_path):
     out = tmp_path / "out"
     common = ["eval.run", "--model", tiny_model, "--data", data_dir, "--output", out]

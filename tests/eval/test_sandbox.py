@@ -113,6 +113,9 @@ ENDLESS = ("sleep", "fork bomb")
 FAST = ("exit", "exit at once", "infinite loop", "delete outside", "connect", "read the keys")
 
 
+needs_containment = pytest.mark.usefixtures("contained")
+
+
 @pytest.fixture
 def outside(tmp_path, monkeypatch):
     """Something to attack: a file, an open port, a key in the environment, a process."""
@@ -170,6 +173,7 @@ def all_end(seconds: float = 20) -> bool:
     return sandboxes(os.getpid()) == 0
 
 
+@needs_containment
 def test_passes_and_fails():
     programs = [
         (RIGHT, TEST),
@@ -188,23 +192,27 @@ def test_passes_and_fails():
 
 
 @pytest.mark.parametrize("name", FAST)
+@needs_containment
 def test_contains(name, outside):
     assert_contained(name, attack(name, outside))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(ADVERSARIES.keys() - {*FAST, "run a program"}))
+@needs_containment
 def test_contains_everything(name, outside):
     assert_contained(name, attack(name, outside))
     assert all_end()
 
 
 @pytest.mark.slow
+@needs_containment
 def test_programs_start_in_the_sandbox_too(outside):
     attack("run a program", outside)  # this process is still here
 
 
 @pytest.mark.slow
+@needs_containment
 def test_what_a_program_leaves_running_dies_with_it():
     stay = "import os, time\nif not os.fork():\n    os.setsid()\n    time.sleep(98765)\n"
     assert sandbox.run(stay + RIGHT, TEST, QUICK) is None
@@ -212,6 +220,7 @@ def test_what_a_program_leaves_running_dies_with_it():
 
 
 @pytest.mark.slow
+@needs_containment
 def test_a_killed_evaluation_leaves_no_program_behind(tmp_path):
     script = "from eval import sandbox; sandbox.run('import time; time.sleep(98765)', '')"
     process = subprocess.Popen(
@@ -236,6 +245,7 @@ def test_refuses_where_it_cannot_contain(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
+@needs_containment
 def test_all_canonical_solutions_pass(shared):
     humaneval, mbpp = TASKS["humaneval"], TASKS["mbpp"]
     problems = read_rows(shared / "data" / humaneval.local_file)
@@ -258,6 +268,7 @@ def read_rows(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+@needs_containment
 def test_no_text_of_a_program_is_special():
     assert sandbox.run('text = "\\"\\ud83d 语言"\n' + RIGHT, TEST, QUICK) is None
     assert sandbox.run("\x00", TEST, QUICK).startswith(("ValueError", "SyntaxError"))
