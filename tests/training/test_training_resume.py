@@ -90,7 +90,7 @@ def test_sigterm_saves_and_the_same_command_continues(files, whole, tmp_path, at
     assert_same_run(stopped.output_dir, whole)
 
 
-@pytest.mark.parametrize("last", [2, 7, pytest.param(11, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("last", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (7, 11))])
 def test_steps_after_the_last_checkpoint_are_repeated(files, whole, tmp_path, at_step, last):
     """Also before the first checkpoint; what may change between the runs does."""
     output = tmp_path / "run"
