@@ -1,4 +1,4 @@
-"""Runs in processes of their own: other meshes, kills, a full disk, real data."""
+"""Runs in processes of their own: kills, a full disk, real data."""
 
 import json
 import os
@@ -26,41 +26,6 @@ from training.tiny_run import (
 )
 
 pytestmark = pytest.mark.slow
-
-
-def test_meshes_give_the_same_losses(tmp_path, tokenizer_dir, environment):
-    files = make_files(tmp_path, tokenizer_dir, examples=80)
-    options = {
-        "data__pack": False,
-        "train__batch_size": 16,
-        "train__max_steps": 20,
-        "train__epochs": 10,
-        "train__export_hf": False,
-    }
-    devices = "--xla_force_host_platform_device_count=8"
-    # Cached programs of several CPU devices are not to be relied on.
-    fresh = {k: v for k, v in environment.items() if k != "JAX_COMPILATION_CACHE_DIR"}
-    runs = {
-        "one device": ({"train__rows_per_device": 8}, fresh),
-        "data=2 fsdp=4": ({"mesh__data": 2, "mesh__fsdp": 4}, {**fresh, "XLA_FLAGS": devices}),
-        "fsdp=8": ({"mesh__fsdp": 8}, {**fresh, "XLA_FLAGS": devices}),
-    }
-    curves = {}
-    for name, (mesh, where) in runs.items():
-        output = tmp_path / name.replace(" ", "_")
-        changes = {**options, "train__rows_per_device": 1, **mesh}
-        result = run_train(train_command(files, output, **changes), where)
-        assert result.returncode == 0, result.stderr
-        count = 1 if name == "one device" else 8
-        assert f"devices: {count} x cpu" in result.stdout
-        curves[name] = np.array(list(losses(output).values()))
-    expected = curves.pop("one device")
-    assert len(expected) == 20
-    assert expected[-1] < 0.9 * expected[0]
-    for name, curve in curves.items():
-        relative = np.abs(curve - expected) / expected
-        print(f"{name}: largest relative difference of a loss {relative.max():.2e}")
-        assert relative.max() < 1e-5, name
 
 
 def test_ten_kills_at_random_instants(tmp_path, tokenizer_dir, environment):
