@@ -154,7 +154,7 @@ def assert_contained(name: str, failure: str | None) -> None:
 
 def sandboxes(owner: int) -> int:
     """Processes of sandboxes that a process started, or that nobody owns; not other tests'."""
-    command = ["ps", "-eo", "pid=,ppid=,args="]
+    command = ["ps", "-eww", "-o", "pid=,ppid=,args="]  # not cut to the width of a screen
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     rows = [line.split(maxsplit=2) for line in listing.splitlines()]
     parents = {int(pid): int(parent) for pid, parent, *_ in rows}
@@ -230,7 +230,9 @@ def test_a_killed_evaluation_leaves_no_program_behind(tmp_path):
         [sys.executable, "-c", script], cwd=Path(sandbox.__file__).parents[2]
     )
 
+    deadline = time.monotonic() + 30
     while sandboxes(process.pid) < 4:
+        assert time.monotonic() < deadline
         time.sleep(0.05)
     process.kill()
     process.wait()
