@@ -1,19 +1,16 @@
-"""Runs in processes of their own: kills, a full disk, real data."""
+"""Runs in processes of their own: a full disk, real data."""
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from training.test_training_resume import snapshot, without_seconds
-from training.test_training_run import board
+from training.test_training_resume import snapshot
 from training.tiny_run import (
     MODEL,
     ROOT,
@@ -26,77 +23,6 @@ from training.tiny_run import (
 )
 
 pytestmark = pytest.mark.slow
-
-
-def test_ten_kills_at_random_instants(tmp_path, tokenizer_dir, environment):
-    """The same command is killed and run again until it finishes: as if nothing had happened."""
-    files = make_files(tmp_path, tokenizer_dir, examples=40)
-    options = {
-        "train__epochs": 3,
-        "train__checkpoint_every": 2,
-        "train__eval_every": 7,
-        "train__rows_per_device": 1,
-        "data__max_seq_length": 48,
-    }
-    whole, output = tmp_path / "whole", tmp_path / "run"
-    result = run_train(train_command(files, whole, **options), environment)
-    assert result.returncode == 0, result.stderr
-    assert len(losses(whole)) == 30
-    generator, log = random.Random(1), tmp_path / "log"
-    command = train_command(files, output, **options)
-    kills, in_a_save, processes = 0, 0, 0
-    while True:
-        processes += 1
-        assert processes < 40
-        with log.open("a") as out:
-            process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
-        if kills < 10:
-            kills += _kill_at_random(process, output, generator)
-        if process.wait() == -signal.SIGKILL:
-            in_a_save += bool(_saving(output))
-            continue
-        assert process.returncode == 0, log.read_text()
-        if kills == 10:
-            break
-        # It was faster than the kill: take the end away, so that there is something to do.
-        shutil.rmtree(output)
-    print(f"{kills} kills, {in_a_save} of them during a save; {processes} processes")
-    assert in_a_save > 0
-    assert without_seconds(metrics(output)) == without_seconds(metrics(whole))
-    assert exported_bytes(output) == exported_bytes(whole)
-    assert board(output)[0]["train/loss"] == board(whole)[0]["train/loss"]
-
-
-def _kill_at_random(process, output: Path, generator: random.Random) -> bool:
-    """Kills before training, between two steps, or in a save; False: the run had ended."""
-    kind, before = generator.choice(["start", "step", "save", "save"]), _size(output)
-    leftovers = _saving(output)
-    if kind == "start":
-        time.sleep(generator.uniform(0.5, 5.0))
-    while kind == "step" and process.poll() is None and _size(output) == before:
-        time.sleep(0.002)
-    while kind == "save" and process.poll() is None and _saving(output) in ([], leftovers):
-        time.sleep(0.0005)
-    time.sleep(generator.uniform(0.0, {"start": 0.0, "step": 0.4, "save": 0.03}[kind]))
-    if process.poll() is not None:
-        return False
-    process.kill()
-    return process.wait() == -signal.SIGKILL
-
-
-def _saving(output: Path) -> list[Path]:
-    """Checkpoints that are being written (or were, when an earlier process was killed)."""
-    found = (output / "checkpoints").glob("*tmp*")
-    return [path for path in found if path.is_dir()]
-
-
-def _size(output: Path) -> tuple[int, int]:
-    """Changes with every line of metrics.jsonl."""
-    try:
-        status = (output / "metrics.jsonl").stat()
-    except OSError:
-        return 0, 0
-    return status.st_ino, status.st_size
 
 
 @pytest.fixture
