@@ -62,16 +62,17 @@ def main(arguments: Sequence[str]) -> None:
     args = parser.parse_args(arguments)
     if min(args.steps, args.batch_size) < 1:
         raise UserError("--steps and --batch_size must be positive")
-    curves = measure(args.steps, args.seeds, args.batch_size)
+    # Runs differ in the update at most: what they share is compiled once.
+    with tempfile.TemporaryDirectory() as compiled:
+        jax.config.update("jax_compilation_cache_dir", compiled)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        curves = measure(args.steps, args.seeds, args.batch_size)
     print(json.dumps(curves) if args.json else report(curves))
 
 
 def measure(steps: int, seeds: Sequence[int], batch_size: int) -> dict[str, dict[str, list[dict]]]:
     """{experiment: {variant: a dict of a `Curve`'s numbers for each seed}}."""
     curves = {name: {v: [] for v in VARIANTS} for name in ("scratch", "fine-tuning")}
-    # Runs differ in the update at most: what they share is compiled once.
-    jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp())
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     for seed in seeds:
         base = None
         for experiment, rate in (("scratch", SCRATCH_RATE), ("fine-tuning", FINE_TUNING_RATE)):
