@@ -6,6 +6,7 @@ import olmoe_jax
 from olmoe_jax import distributed
 from olmoe_jax.command_line import parse_config
 from olmoe_jax.errors import run_command
+from olmoe_jax.huge_pages import restart_with_huge_pages
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -14,4 +15,5 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     run_command(main)

@@ -2,11 +2,11 @@
 
 Forward and backward at the same shape, float32, on the same number of CPU cores: DenseMixer against
 the reference (densemixer on transformers 4), conventional training against transformers 4 and 5.
-In each round every side runs once, in a process of its own, one after the other; a side's time is
-the best of all its steps. PyTorch's threads wait for each other by spinning, so that anything else
-that runs on these cores costs it many times its share: measure on an idle machine, or with
---threads 1 and look at the CPU time. The first run makes the virtual environments of the PyTorch
-sides.
+In each round every side runs once, in a process of its own, one after the other, with the huge
+pages that train.py asks for; a side's time is the best of all its steps. PyTorch's threads wait for
+each other by spinning, so that anything else that runs on these cores costs it many times its
+share: measure on an idle machine, or with --threads 1 and look at the CPU time. The first run makes
+the virtual environments of the PyTorch sides.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
+from olmoe_jax.huge_pages import TUNABLES
 
 ROOT = Path(__file__).parents[1]
 VENVS = {
@@ -167,7 +168,7 @@ def run_side(side: Side, vocabulary: int, args, venvs: Path) -> dict[str, Any]:
 
 def run_checked(command: Sequence[str | Path]) -> str:
     """A command's standard output."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"} | TUNABLES
     result = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )

@@ -26,6 +26,7 @@ from olmoe_jax.config import Config, MethodOptions, ModelOptions
 from olmoe_jax.data import Batch
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
 from olmoe_jax.esft.selection import ExpertConfig
+from olmoe_jax.huge_pages import restart_with_huge_pages
 from olmoe_jax.model.config import ModelSettings, model_config_from_hf
 from olmoe_jax.model.flops import train_flops_per_token
 from olmoe_jax.model.lora import LoraSettings
@@ -232,4 +233,5 @@ peak memory   {result["peak_memory_gib"]:.2f} GiB"""
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     run_command(main)
