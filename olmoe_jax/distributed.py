@@ -24,9 +24,12 @@ BARRIER_TIMEOUT = 3600
 
 _JOIN_TIMEOUT = 300
 _BEAT = 1.0
+_PART_TIMEOUT = 15
 _FAILURE = "olmoe_jax/failure"
 _ALIVE = "olmoe_jax/alive/"
+_PARTED = "olmoe_jax/parted/"
 _numbers = itertools.count()
+_ending = threading.RLock()  # the main thread says why before the watch, which saw it too, exits
 
 
 @contextlib.contextmanager
@@ -225,19 +228,17 @@ def _lost(what: str) -> str:
 
 def _end_all(code: int, message: str) -> NoReturn:
     """Prints the message, unless another process was first, and exits; the others follow."""
-    with contextlib.suppress(RuntimeError):
-        client = _client()
-        try:
-            client.key_value_set(_FAILURE, str(code))
-        except RuntimeError:
-            if failure := _failure(client):
-                _exit(int(failure))
-    if message:
-        print(message, file=sys.stderr, flush=True)
-    if is_writer():
-        # The others read of it from this process.
-        time.sleep(3 * _BEAT)
-    _exit(code)
+    with _ending:
+        with contextlib.suppress(RuntimeError):
+            client = _client()
+            try:
+                client.key_value_set(_FAILURE, str(code))
+            except RuntimeError:
+                if failure := _failure(client):
+                    _exit(int(failure))
+        if message:
+            print(message, file=sys.stderr, flush=True)
+        _exit(code)
 
 
 def _failure(client) -> str | None:
@@ -250,7 +251,24 @@ def _failure(client) -> str | None:
 
 
 def _exit(code: int) -> NoReturn:
-    """At once: what would run at a normal exit waits for processes that are no more."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    """Past the normal exit, which would wait for processes that are no more."""
+    with _ending:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        with contextlib.suppress(RuntimeError):
+            _part()
+        os._exit(code)
+
+
+def _part() -> None:
+    """Process 0 goes last: the service it hosts tells the others, and jax aborts without it."""
+    state = sys.modules["jax._src.distributed"].global_state
+    if state.process_id != 0:
+        state.client.key_value_set(f"{_PARTED}{state.process_id}", "", allow_overwrite=True)
+        return
+    deadline = time.monotonic() + _PART_TIMEOUT
+    while time.monotonic() < deadline:
+        if len(state.client.key_value_dir_get(_PARTED)) == state.num_processes - 1:
+            break
+        time.sleep(_BEAT / 10)
+    time.sleep(_BEAT)
