@@ -142,7 +142,7 @@ def _evaluate(config: Config, datasets, program: Program, state) -> float:
     """Mean loss per target of the held-out word problems."""
     evaluation = datasets.evaluation
     total = sum(
-        float(program.evaluate(state.parameters, program.frozen, program.to_devices(batch)))
+        float(program.evaluate(state.parameters, program.frozen, program.to_devices(batch))[0])
         for batch in data.evaluation_batches(
             evaluation, **row_layout(config, datasets, program.mesh)
         )

@@ -240,6 +240,18 @@ class TrainOptions:
         "stop after this many updates in a row were skipped for a non-finite loss or gradient",
         at_least(1),
     )
+    profile_steps: int = option(
+        0,
+        "steps to trace with jax.profiler after the first two, which compile, into "
+        "OUTPUT_DIR/tensorboard",
+        at_least(0),
+    )
+    wandb_project: str | None = option(
+        None,
+        "Weights & Biases project that gets what TensorBoard gets (pip install wandb; the key is "
+        "read from $WANDB_API_KEY); default: none",
+        not_empty("olmoe"),
+    )
     resume: Literal["auto", "restart"] = option(
         "auto",
         "auto: continue the run in output_dir, which must have this config; restart: start afresh",

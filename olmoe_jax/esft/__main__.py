@@ -62,11 +62,12 @@ def run_score(args: argparse.Namespace) -> None:
     import jax.numpy as jnp
 
     from olmoe_jax import data, sharding
-    from olmoe_jax.esft.scoring import expert_scores, plot_scores
+    from olmoe_jax.esft.scoring import expert_scores
     from olmoe_jax.hf.opening import open_source
     from olmoe_jax.model.config import ModelSettings
     from olmoe_jax.model.loading import load_parameters
     from olmoe_jax.model.olmoe import graph_of
+    from olmoe_jax.plots import heat_maps
 
     for name in ("max_tokens", "max_seq_length", "rows_per_device"):
         if getattr(args, name) < 1:
@@ -91,7 +92,9 @@ def run_score(args: argparse.Namespace) -> None:
             seed=args.seed,
         )
         directory.write_json(partial / "scores.json", scores_to_json(scores))
-        plot_scores(scores, partial / "scores.png")
+        heat_maps(
+            {f"{name} score": score for name, score in scores.items()}, partial / "scores.png"
+        )
     share = np.sort(scores["gate"], axis=1)[:, ::-1][:, : source.config.num_experts_per_token]
     print(
         f"scored {tokens:,} tokens; the {share.shape[1]} best of {source.config.num_experts} "

@@ -4,7 +4,6 @@ L layers, E experts, K experts per token. Padding counts nowhere.
 """
 
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -74,17 +73,3 @@ def expert_scores(
     tokens = int(sample.lengths.sum())
     scores = {"gate": gate / tokens, "token": token / (tokens * config.num_experts_per_token)}
     return scores, tokens
-
-
-def plot_scores(scores: dict[str, np.ndarray], file: Path) -> None:
-    """A heat map of each score: layers down, experts across."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 1.5 + 0.3 * sum(len(s) for s in scores.values())))
-    figure.set_layout_engine("constrained")
-    for axes, (name, values) in zip(figure.subplots(len(scores), 1), scores.items(), strict=True):
-        image = axes.imshow(values, aspect="auto", cmap="viridis")
-        axes.set(title=f"{name} score", xlabel="expert", ylabel="layer")
-        axes.set_yticks(range(len(values)), [str(layer + 1) for layer in range(len(values))])
-        figure.colorbar(image, ax=axes)
-    figure.savefig(file, dpi=120)

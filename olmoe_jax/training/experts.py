@@ -9,13 +9,14 @@ from jax.sharding import Mesh
 
 from olmoe_jax import distributed
 from olmoe_jax.config import Config
-from olmoe_jax.esft.scoring import expert_scores, plot_scores
+from olmoe_jax.esft.scoring import expert_scores
 from olmoe_jax.esft.selection import ExpertConfig, read_expert_config, scores_to_json, select
 from olmoe_jax.hf import directory
 from olmoe_jax.hf.opening import EXPERTS
 from olmoe_jax.model.config import ModelConfig
 from olmoe_jax.model.loading import load_parameters, random_parameters
 from olmoe_jax.model.olmoe import graph_of
+from olmoe_jax.plots import heat_maps
 from olmoe_jax.training.setup import Datasets, Model, row_layout
 
 DEFAULT_TOP_P = {"esft_gate": 0.1, "esft_token": 0.2}
@@ -80,7 +81,7 @@ def _score_and_select(
     if not distributed.is_writer():
         return experts
     directory.write_json(output / "scores.json", scores_to_json(scores))
-    plot_scores(scores, output / "scores.png")
+    heat_maps({f"{name} score": score for name, score in scores.items()}, output / "scores.png")
     chosen = sum(map(len, experts.experts))
     print(
         f"ESFT: scored {tokens:,} tokens, selected {chosen} of "

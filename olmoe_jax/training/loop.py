@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -17,12 +18,13 @@ from olmoe_jax.hf import opening
 from olmoe_jax.hf.export import export_adapter, export_hf
 from olmoe_jax.hf.opening import RunCheckpoint
 from olmoe_jax.model.flops import train_flops_per_token
+from olmoe_jax.plots import plot_losses
 from olmoe_jax.training import run_directory
 from olmoe_jax.training.checkpoint import Checkpointer
 from olmoe_jax.training.experts import given_experts, settle_experts
 from olmoe_jax.training.methods import parameter_table
 from olmoe_jax.training.preemption import Preemption
-from olmoe_jax.training.reporting import Reporter, Silence, plot_losses, router_scalars
+from olmoe_jax.training.reporting import TENSORBOARD, Reporter, Silence, router_scalars
 from olmoe_jax.training.setup import (
     Datasets,
     Model,
@@ -33,7 +35,8 @@ from olmoe_jax.training.setup import (
     row_layout,
     training_data,
 )
-from olmoe_jax.training.step import StepMetrics
+from olmoe_jax.training.step import DeviceBatch, StepMetrics, changed_choices
+from olmoe_jax.training.telemetry import Breakdown, Profile, check_wandb, memory_scalars
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +56,7 @@ def train(config: Config) -> TrainResult:
         stays non-finite.
     """
     config = validate(config)
+    check_wandb(config.train.wandb_project)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     with distributed.writer_first("download, tokenise"):
         if distributed.is_writer():
@@ -133,10 +137,15 @@ class _Run:
         self.checkpoints = Checkpointer(output, config.train.keep_checkpoints, identity)
         # Weights drawn at random are nowhere else: a checkpoint keeps the frozen ones too.
         self.kept_frozen = {} if model.source else program.frozen
+        self.first_choices = self._choices()
         self.done = self.saved = self._restore()
         self.reporter = self._reporter(output)
         self.preemption = Preemption(program.mesh)
         self.pending: _Pending | None = None
+        self.clock = Breakdown()
+        profile_steps = config.train.profile_steps if distributed.is_writer() else 0
+        self.profile = Profile(output / TENSORBOARD, profile_steps)
+        self.expert_load = np.zeros((model.config.num_layers, model.config.num_experts))
         self.last_report = time.monotonic()
 
     def execute(self) -> TrainResult:
@@ -161,6 +170,7 @@ class _Run:
         return TrainResult(self.output, self.done, finished)
 
     def _close(self) -> None:
+        self._say_if(self.profile.close())
         self.checkpoints.close()
         self.reporter.close()
 
@@ -168,8 +178,7 @@ class _Run:
         if not distributed.is_writer():
             return Silence()
         run_directory.rewind_metrics(output, self.done)
-        resolved = json.dumps(to_dict(self.config), indent=2)
-        return Reporter(output, self.done, self.steps.total_steps, resolved)
+        return Reporter(output, self.done, self.steps.total_steps, to_dict(self.config))
 
     def _restore(self) -> int:
         """Continues from the newest checkpoint; returns the updates done."""
@@ -183,7 +192,10 @@ class _Run:
         return restored.step
 
     def _one_step(self) -> None:
-        step, program = next(self.iterator), self.program
+        program = self.program
+        self._say_if(self.profile.next_step(self.state))
+        with self.clock.part("data"):
+            step = next(self.iterator)
         accumulated = program.zero_sums()
         for index, batch in enumerate(step.batches):
             accumulated = program.accumulate(
@@ -207,9 +219,13 @@ class _Run:
         epoch_ends = last or done % self.steps.steps_per_epoch == 0
         evaluate = epoch_ends or (options.eval_every and done % options.eval_every == 0)
         eval_loss, improved = None, False
-        if self.datasets.evaluation is not None and evaluate:
+        if evaluate:
             self._report_pending()
-            eval_loss = self._evaluate()
+            self.reporter.expert_load(done, self.expert_load)
+            self.expert_load[:] = 0
+        if self.datasets.evaluation is not None and evaluate:
+            with self.clock.part("evaluation"):
+                eval_loss = self._evaluate()
             improved = eval_loss < self.best_eval_loss
             self.best_eval_loss = min(self.best_eval_loss, eval_loss)
         if last or improved or done % options.checkpoint_every == 0:
@@ -219,31 +235,43 @@ class _Run:
 
     def _evaluate(self) -> float:
         """Mean loss per target of the evaluation examples."""
-        dataset, program = self.datasets.evaluation, self.program
-        total = 0.0
-        for batch in data.evaluation_batches(
-            dataset, **row_layout(self.config, self.datasets, program.mesh)
-        ):
-            total += float(
-                program.evaluate(self.state.parameters, program.frozen, program.to_devices(batch))
-            )
-        loss = total / max(1, int(dataset.target_counts.sum()))
-        self.reporter.evaluation(self.done, loss)
+        total, changed = 0.0, None
+        for batch in self._evaluation_batches():
+            loss, choices = self.program.evaluate(self.state.parameters, self.program.frozen, batch)
+            total += float(loss)
+            if changed is None:
+                changed = jax.jit(changed_choices)(choices, self.first_choices, batch.segment_ids)
+        loss = total / max(1, int(self.datasets.evaluation.target_counts.sum()))
+        self.reporter.evaluation(self.done, loss, float(changed))
         self.last_report = time.monotonic()
         return loss
+
+    def _evaluation_batches(self) -> Iterator[DeviceBatch]:
+        layout = row_layout(self.config, self.datasets, self.program.mesh)
+        batches = data.evaluation_batches(self.datasets.evaluation, **layout)
+        return map(self.program.to_devices, batches)
+
+    def _choices(self) -> jax.Array | None:
+        """The experts of the first evaluation batch's tokens."""
+        if self.datasets.evaluation is None:
+            return None
+        batch = next(self._evaluation_batches())
+        return self.program.evaluate(self.state.parameters, self.program.frozen, batch)[1]
 
     def _save(self, eval_loss: float | None) -> None:
         """Saves; what was reported up to here is on disk first, since a continued run skips it."""
         self.reporter.flush()
-        self.checkpoints.save(
-            self.done, self.state, self.kept_frozen, self.iterator.get_state(), eval_loss
-        )
+        with self.clock.part("checkpoint"):
+            self.checkpoints.save(
+                self.done, self.state, self.kept_frozen, self.iterator.get_state(), eval_loss
+            )
         self.saved = self.done
 
     def _report_pending(self) -> None:
         if self.pending is None:
             return
-        step, metrics = self.pending.step, jax.device_get(self.pending.metrics)
+        with self.clock.part("devices"):
+            step, metrics = self.pending.step, jax.device_get(self.pending.metrics)
         self.preemption.settle(self.pending.stop)
         self.pending = None
         now = time.monotonic()
@@ -256,6 +284,7 @@ class _Run:
             "tokens": step.tokens,
             "seconds": round(seconds, 4),
         }
+        self.expert_load += metrics.statistics.load
         self.reporter.step(line, self._scalars(step, metrics, seconds))
         self._check_finite(step, metrics)
 
@@ -282,7 +311,13 @@ class _Run:
             "speed/tokens_per_second": speed,
             "speed/model_teraflops_per_second": flops * speed / 1e12,
             **router_scalars(statistics.load, statistics.entropy, step.tokens),
+            **self.clock.take(),
+            **memory_scalars(),
         }
+
+    def _say_if(self, message: str | None) -> None:
+        if message:
+            self.reporter.say(message)
 
     def _check_finite(self, step: data.Step, metrics: StepMetrics) -> None:
         in_a_row, limit = int(metrics.skipped_in_a_row), self.config.train.max_nonfinite_steps
@@ -343,7 +378,8 @@ def _finite(value: np.ndarray) -> float | None:
 
 def _finish(config: Config, output: Path, step: int) -> None:
     """The loss curve and the exports of a finished run, from its checkpoints."""
-    plot_losses(output)
+    lines = run_directory.read_metrics(output)
+    plot_losses(lines, output.name, output / run_directory.LOSS_PLOT)
     options = config.train
     wanted = {"": step} if options.export_hf else {}
     if options.export_best:

@@ -1,6 +1,7 @@
-"""What a run tells: metrics.jsonl, TensorBoard, the terminal, and the loss curve at the end."""
+"""What a run tells while it runs: metrics.jsonl, TensorBoard, Weights & Biases, the terminal."""
 
 import functools
+import io
 import json
 import math
 import sys
@@ -10,49 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboard.compat.proto import event_pb2, summary_pb2
-from tensorboard.plugins.text import metadata as text_metadata
-from tensorboard.summary import DirectoryOutput, Writer
-from tensorboard.util import tensor_util
+from tensorboard.summary import Writer
 from tqdm import tqdm
 
-from olmoe_jax.training.run_directory import METRICS, read_metrics
+from olmoe_jax.plots import heat_maps
+from olmoe_jax.training.event_files import EventFiles
+from olmoe_jax.training.run_directory import FREE_FIELDS, METRICS
+from olmoe_jax.training.telemetry import WandB
 
+TENSORBOARD = "tensorboard"
 SECONDS_BETWEEN_LINES = 10.0
 """Without a terminal: how often progress is printed."""
-
-
-class EventFiles(DirectoryOutput):
-    """TensorBoard event files, with the events that `tensorboard.summary.Writer` lacks."""
-
-    def emit_scalar(self, *, tag: str, data, step, wall_time: float, **_) -> None:
-        """Overrides the way in which `Writer.add_scalar` stores a value.
-
-        As a plain value: of tensors, TensorBoard's EventAccumulator keeps the repeated steps.
-        """
-        event = event_pb2.Event(wall_time=wall_time, step=step)
-        event.summary.value.add(tag=tag, simple_value=data)
-        self._ev_writer.add_event(event)
-
-    def text(self, tag: str, text: str) -> None:
-        """Adds Markdown text at step 0."""
-        event = event_pb2.Event(wall_time=time.time(), step=0)
-        event.summary.value.add(
-            tag=tag,
-            tensor=tensor_util.make_tensor_proto([text]),
-            metadata=summary_pb2.SummaryMetadata(
-                plugin_data=text_metadata.create_summary_metadata("", None).plugin_data,
-                data_class=summary_pb2.DATA_CLASS_TENSOR,
-            ),
-        )
-        self._ev_writer.add_event(event)
-
-    def restart(self, step: int) -> None:
-        """Tells TensorBoard to forget what an interrupted run wrote for `step` and later."""
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._ev_writer.add_event(
-            event_pb2.Event(wall_time=time.time(), step=step, session_log=start)
-        )
 
 
 class Reporter:
@@ -62,17 +31,22 @@ class Reporter:
       output: the run's directory.
       first_step: updates already done.
       total_steps: of the whole run.
-      config_json: the resolved configuration, shown as text in TensorBoard.
+      config: the resolved configuration, {section: {field: value}}.
     """
 
-    def __init__(self, output: Path, first_step: int, total_steps: int, config_json: str):
+    def __init__(
+        self, output: Path, first_step: int, total_steps: int, config: dict[str, dict[str, Any]]
+    ):
         _silence_writer_threads()
         self.output = output
         self._metrics = (output / METRICS).open("a")
-        events = EventFiles(str(output / "tensorboard"))
-        self._board = Writer(events)
-        events.restart(first_step + 1)
-        events.text("config", f"```json\n{config_json}\n```")
+        self._events = EventFiles(str(output / TENSORBOARD))
+        self._board = Writer(self._events)
+        self._events.restart(first_step + 1)
+        self._events.text("config", f"```json\n{json.dumps(config, indent=2)}\n```")
+        self._events.hyperparameters(hyperparameters(config), output.name)
+        project = config["train"]["wandb_project"]
+        self._wandb = WandB(project, output, config) if project else None
         self._is_terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=total_steps,
@@ -95,21 +69,32 @@ class Reporter:
         """Reports a step: `line` goes to metrics.jsonl, both to TensorBoard."""
         self._write(line)
         step = line["step"]
-        for tag, value in scalars.items():
-            self._board.add_scalar(tag, value, step)
+        self._scalars(scalars, step)
         speed = scalars["speed/tokens_per_second"]
         loss = scalars["train/loss"]
         self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
         self._bar.update(1)
         self._maybe_print(step, loss, line["learning_rate"], speed)
 
-    def evaluation(self, step: int, loss: float) -> None:
-        """Reports the mean loss per token on the evaluation data."""
+    def evaluation(self, step: int, loss: float, changed_choices: float) -> None:
+        """Reports the mean loss per token on the evaluation data, and the change of the routing."""
         perplexity = math.exp(min(loss, 700.0))
         self._write({"step": step, "eval_loss": loss})
-        self._board.add_scalar("eval/loss", loss, step)
-        self._board.add_scalar("eval/perplexity", perplexity, step)
+        scalars = {
+            "eval/loss": loss,
+            "eval/perplexity": perplexity,
+            "router/changed_choices": changed_choices,
+        }
+        self._scalars(scalars, step)
         self.say(f"step {step}: eval loss {loss:.4f}, perplexity {perplexity:.3f}")
+
+    def expert_load(self, step: int, load: np.ndarray) -> None:
+        """Reports which experts the tokens [L, E] since the last time went to."""
+        share = load / np.maximum(1, load.sum(axis=1, keepdims=True)) * load.shape[1]
+        png = io.BytesIO()
+        heat_maps({"tokens of an expert / mean of its layer's": share}, png)
+        self._events.image("router/expert_load", png.getvalue(), step)
+        self._scalars({"router/dead_experts": float((load == 0).sum())}, step)
 
     def flush(self) -> None:
         """Everything reported so far is on disk when this returns."""
@@ -120,6 +105,14 @@ class Reporter:
         self._bar.close()
         self._metrics.close()
         self._board.close()
+        if self._wandb:
+            self._wandb.close()
+
+    def _scalars(self, scalars: dict[str, float], step: int) -> None:
+        for tag, value in scalars.items():
+            self._board.add_scalar(tag, value, step)
+        if self._wandb:
+            self._wandb.scalars(scalars, step)
 
     def _write(self, line: dict[str, Any]) -> None:
         self._metrics.write(json.dumps(line) + "\n")
@@ -145,7 +138,7 @@ class Silence:
     def _nothing(self, *_) -> None:
         pass
 
-    say = step = evaluation = flush = close = _nothing
+    say = step = evaluation = expert_load = flush = close = _nothing
 
 
 @functools.cache
@@ -182,20 +175,11 @@ def router_scalars(load, entropy, tokens: int) -> dict[str, float]:
     return scalars
 
 
-def plot_losses(output: Path) -> None:
-    """Draws training and evaluation loss over steps into OUTPUT_DIR/loss.png."""
-    from matplotlib.figure import Figure
-
-    lines = read_metrics(output)
-    train = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
-    evaluation = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    if train:
-        axes.plot(*zip(*train, strict=True), linewidth=1, color="tab:blue", label="training")
-    if evaluation:
-        axes.plot(*zip(*evaluation, strict=True), "o-", color="tab:orange", label="evaluation")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=output.name)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(output / "loss.png", dpi=120)
+def hyperparameters(config: dict[str, dict[str, Any]]) -> dict[str, bool | float | str]:
+    """The columns of TensorBoard's HPARAMS page: what can make one run better than another."""
+    columns = {}
+    for section in ("model", "data", "method", "optimizer", "train"):
+        for name, value in config[section].items():
+            if f"{section}.{name}" not in FREE_FIELDS and value is not None:
+                columns[f"{section}.{name}"] = value
+    return columns

@@ -33,6 +33,7 @@ from olmoe_jax.hf.source import MODEL_DIRECTORY
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
+LOSS_PLOT = "loss.png"
 PARTIAL_MODEL = ".model.partial"
 LOCK = ".lock"
 UNFINISHED_START = {PARTIAL_MODEL, f".{CONFIG}.partial", LOCK}
@@ -46,6 +47,8 @@ FREE_FIELDS = {
     "train.export_hf",
     "train.export_best",
     "train.export_dtype",
+    "train.profile_steps",
+    "train.wandb_project",
     "data.cache_dir",
     "model.grouped_matmul",
     "model.attention",

@@ -269,7 +269,7 @@ def step_functions(
         update=jax.jit(
             trainer.update, donate_argnums=0, out_shardings=(state_shardings, replicated)
         ),
-        evaluate=jax.jit(lambda *arguments: trainer.loss(*arguments)[1][0]),
+        evaluate=jax.jit(trainer.evaluate),
     )
 
 

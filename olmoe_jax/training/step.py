@@ -69,6 +69,18 @@ class StepMetrics(NamedTuple):
     statistics: RouterStatistics
 
 
+def changed_choices(chosen: jax.Array, before: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """The share of the tokens' experts that were not among these tokens' experts before.
+
+    Args:
+      chosen, before: [L, B, S, K] int32.
+      segment_ids: [B, S] int32, 0 for padding, which does not count.
+    """
+    is_new = ~(chosen[..., :, None] == before[..., None, :]).any(-1)
+    is_token = jnp.broadcast_to((segment_ids > 0)[..., None], is_new.shape)
+    return jnp.sum(is_new & is_token) / jnp.maximum(1, jnp.sum(is_token))
+
+
 def initial_state(parameters: Parameters, optimizer: Optimizer) -> TrainState:
     """The state before the first update."""
     zero = jnp.int32(0)
@@ -122,6 +134,17 @@ class Trainer:
             balance = load_balancing_loss(statistics, self.config)
             objective += self.aux_loss_coefficient * share * balance
         return objective, (loss, statistics)
+
+    def evaluate(
+        self, trained: Parameters, frozen: Parameters, batch: DeviceBatch
+    ) -> tuple[jax.Array, jax.Array]:
+        """A batch's loss, and which experts are chosen: [L, B, S, K] int32, the best first."""
+        model = merge(self.graph, trained | frozen)
+        hidden, statistics = model.hidden(
+            batch.tokens, batch.segment_ids, batch.positions, with_router_logits=True
+        )
+        loss = weighted_cross_entropy(hidden, model.head(), batch.targets, batch.loss_weights)
+        return loss, jax.lax.top_k(statistics.logits, self.config.num_experts_per_token)[1]
 
     def zero_sums(self, trained: Parameters) -> Accumulated:
         """What `accumulate` adds a step's first micro-batch to; `trained` may be shapes."""

@@ -16,7 +16,8 @@ from olmoe_jax.hf.opening import RunCheckpoint
 from olmoe_jax.hf.source import read_model_config
 from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.model.loading import random_parameters
-from olmoe_jax.training import loop, setup
+from olmoe_jax.training import loop, reporting, setup
+from olmoe_jax.training.step import changed_choices
 
 STEPS = 12
 OPTIONS = {
@@ -145,11 +146,19 @@ def test_tensorboard(output, config):
         "router_load_min/layer_01",
         "router_entropy/layer_00",
         "router_entropy/layer_01",
+        "router/changed_choices",
+        "router/dead_experts",
+        "time/data_seconds",
+        "time/devices_seconds",
+        "time/evaluation_seconds",
+        "time/checkpoint_seconds",
+        "memory/host_gib",
         "eval/loss",
         "eval/perplexity",
     }
     for tag, values in scalars.items():
-        assert list(values) == list(range(1, STEPS + 1)), tag
+        if tag not in ("time/evaluation_seconds", "time/checkpoint_seconds"):
+            assert list(values) == list(range(1, STEPS + 1)), tag
         assert np.isfinite(list(values.values())).all(), tag
     for line in metrics(output):
         if "loss" in line:
@@ -164,6 +173,42 @@ def test_tensorboard(output, config):
     assert all(1 <= load <= 8 for load in scalars["router_load_max/layer_00"].values())
     assert len(texts) == 1
     assert json.loads(texts[0].removeprefix("```json").removesuffix("```")) == to_dict(config)
+
+
+def test_tensorboard_images_and_hyperparameters(output, config):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.metadata import (
+        SESSION_START_INFO_TAG,
+        parse_session_start_info_plugin_data,
+    )
+
+    events = EventAccumulator(str(output / "tensorboard"), {"images": 0}).Reload()
+    maps = events.Images("router/expert_load")
+    assert [image.step for image in maps] == list(range(1, STEPS + 1))
+    assert all(image.encoded_image_string.startswith(b"\x89PNG\r\n\x1a\n") for image in maps)
+    content = events.SummaryMetadata(SESSION_START_INFO_TAG).plugin_data.content
+    columns = parse_session_start_info_plugin_data(content).hparams
+    assert columns["optimizer.learning_rate"].number_value == config.optimizer.learning_rate
+    assert columns["method.name"].string_value == "densemixer"
+    assert "train.output_dir" not in columns
+
+
+def test_changed_choices():
+    """The second token's experts are {1, 2} and were {2, 3}; the third is padding."""
+    chosen = np.array([[[[0, 1], [1, 2], [0, 1]]], [[[4, 5], [6, 7], [0, 1]]]])
+    before = np.array([[[[1, 0], [2, 3], [6, 7]]], [[[4, 5], [6, 7], [2, 3]]]])
+    assert changed_choices(chosen, before, np.array([[1, 1, 0]])) == pytest.approx(1 / 8)
+    assert changed_choices(chosen, chosen, np.array([[1, 1, 0]])) == 0
+
+
+def test_a_heat_map_is_of_the_tokens_since_the_last(output, run, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(reporting, "heat_maps", lambda maps, file: drawn.extend(maps.values()))
+    reporter = reporting.Reporter(tmp_path, 0, 3, json.loads((output / "config.json").read_text()))
+    reporter.expert_load(1, np.array([[30, 0, 10], [4, 4, 4]]))
+    reporter.close()
+    assert drawn[0].tolist() == [[2.25, 0, 0.75], [1, 1, 1]]
+    assert board(tmp_path)[0]["router/dead_experts"] == {1: 1}
 
 
 def test_checkpoints_kept_are_the_last_two_and_the_best(output, eval_losses):

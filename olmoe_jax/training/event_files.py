@@ -1,0 +1,55 @@
+"""TensorBoard's event files: the events that `tensorboard.summary.Writer` lacks."""
+
+import time
+from collections.abc import Mapping
+
+from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+from tensorboard.plugins.text import metadata as text_metadata
+from tensorboard.summary import DirectoryOutput
+from tensorboard.util import tensor_util
+
+
+class EventFiles(DirectoryOutput):
+    """A directory of event files, for `tensorboard.summary.Writer` and beside it."""
+
+    def emit_scalar(self, *, tag: str, data, step, wall_time: float, **_) -> None:
+        """Overrides the way in which `Writer.add_scalar` stores a value.
+
+        As a plain value: of tensors, TensorBoard's EventAccumulator keeps the repeated steps.
+        """
+        self._add(step, wall_time, tag=tag, simple_value=data)
+
+    def text(self, tag: str, text: str, step: int = 0) -> None:
+        """Adds Markdown text."""
+        self._add(
+            step,
+            tag=tag,
+            tensor=tensor_util.make_tensor_proto([text]),
+            metadata=summary_pb2.SummaryMetadata(
+                plugin_data=text_metadata.create_summary_metadata("", None).plugin_data,
+                data_class=summary_pb2.DATA_CLASS_TENSOR,
+            ),
+        )
+
+    def image(self, tag: str, png: bytes, step: int) -> None:
+        """Adds a PNG."""
+        self._add(step, tag=tag, image=summary_pb2.Summary.Image(encoded_image_string=png))
+
+    def hyperparameters(self, values: Mapping[str, bool | float | str], run: str) -> None:
+        """Adds the row of TensorBoard's HPARAMS page; one run's sessions share it."""
+        event = event_pb2.Event(wall_time=time.time(), step=0)
+        event.summary.MergeFrom(hparams_pb(dict(values), trial_id=run))
+        self._ev_writer.add_event(event)
+
+    def restart(self, step: int) -> None:
+        """Tells TensorBoard to forget what an interrupted run wrote for `step` and later."""
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._ev_writer.add_event(
+            event_pb2.Event(wall_time=time.time(), step=step, session_log=start)
+        )
+
+    def _add(self, step: int, wall_time: float | None = None, **value) -> None:
+        event = event_pb2.Event(wall_time=wall_time or time.time(), step=step)
+        event.summary.value.add(**value)
+        self._ev_writer.add_event(event)

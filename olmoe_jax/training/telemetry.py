@@ -1,0 +1,137 @@
+"""Where a run's time and memory go: the parts of a step, memory, a profiler's trace, W&B."""
+
+import collections
+import contextlib
+import importlib.util
+import os
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from olmoe_jax.errors import UserError
+
+GIB = 2**30
+WARM_UP_STEPS = 2
+"""Steps of a start before a trace: they compile."""
+
+
+class Breakdown:
+    """Seconds that the host spends on each part of a step."""
+
+    def __init__(self):
+        self._seconds: collections.Counter[str] = collections.Counter()
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Counts what is inside as `name`'s."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._seconds[name] += time.monotonic() - started
+
+    def take(self) -> dict[str, float]:
+        """TensorBoard scalars of the time since the last call."""
+        scalars = {f"time/{name}_seconds": value for name, value in self._seconds.items()}
+        self._seconds.clear()
+        return scalars
+
+
+def memory_scalars() -> dict[str, float]:
+    """TensorBoard scalars, GiB: this process's resident memory, and of its first device.
+
+    Of the device: what is in use now, and what was at most. CPUs do not say.
+    """
+    scalars = {}
+    with contextlib.suppress(OSError):
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        scalars["memory/host_gib"] = pages * os.sysconf("SC_PAGE_SIZE") / GIB
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    for name, key in {"device": "bytes_in_use", "device_peak": "peak_bytes_in_use"}.items():
+        if key in statistics:
+            scalars[f"memory/{name}_gib"] = statistics[key] / GIB
+    return scalars
+
+
+class Profile:
+    """A `jax.profiler` trace of some steps after the first ones, which compile.
+
+    Args:
+      directory: TensorBoard's; its profile page, or Perfetto, shows the trace.
+      steps: how many; 0: no trace.
+    """
+
+    def __init__(self, directory: Path, steps: int):
+        self._directory, self._steps = directory, steps
+        self._begun = 0  # steps of this start
+        self._tracing = False
+
+    def next_step(self, pending: Any) -> str | None:
+        """Call before each step with what the one before computes; says when a trace is there."""
+        self._begun += 1
+        if not self._steps or self._begun not in (WARM_UP_STEPS + 1, self._end):
+            return None
+        jax.block_until_ready(pending)
+        if self._begun == self._end:
+            return self.close()
+        jax.profiler.start_trace(str(self._directory))
+        self._tracing = True
+        return None
+
+    def close(self) -> str | None:
+        """Ends a trace that the run's end cuts short; says where it is."""
+        if not self._tracing:
+            return None
+        jax.profiler.stop_trace()
+        self._tracing = False
+        steps = min(self._begun - WARM_UP_STEPS, self._steps)
+        return f"profile of {steps} steps: {self._directory}"
+
+    @property
+    def _end(self) -> int:
+        return WARM_UP_STEPS + 1 + self._steps
+
+
+class WandB:
+    """Weights & Biases, where a project is given: what TensorBoard gets, under the same names.
+
+    Raises:
+      UserError: the package is not installed.
+    """
+
+    def __init__(self, project: str, output: Path, config: Mapping[str, Any]):
+        check_wandb(project)
+        import wandb
+
+        # One W&B run for all its starts.
+        name = output / "wandb_run_id"
+        if not name.exists():
+            name.write_text(uuid.uuid4().hex)
+        self._run = wandb.init(
+            project=project,
+            name=output.name,
+            id=name.read_text(),
+            resume="allow",
+            dir=str(output),
+            config=dict(config),
+        )
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Adds to what is known of a step."""
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def check_wandb(project: str | None) -> None:
+    """Raises a `UserError` where a project is given and the package is not installed."""
+    if project and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            f"train.wandb_project={project}: wandb is not installed; run pip install wandb, or "
+            "write none"
+        )
