@@ -29,7 +29,7 @@ def rows_by_weights(x, w, group_sizes, contract_last: bool):
     width = w.shape[1] if contract_last else w.shape[2]
     out = jnp.zeros((rows + block, width), x.dtype)
     ends = jnp.cumsum(group_sizes)
-    return _for_each_block(group_sizes, ends, w, block, out, body)[0][:rows]
+    return _for_each_block(group_sizes, ends, w, block, out, body)[:rows]
 
 
 def rows_by_rows(x, g, sizes, ends, dtype):
@@ -37,21 +37,37 @@ def rows_by_rows(x, g, sizes, ends, dtype):
     block = _block_rows(x.shape[0], sizes.shape[0])
     x_padded, g_padded = _padded(x, block), _padded(g, block)
 
-    def body(total, _, first, valid):
-        slice_rows = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=valid.size)
-        x_rows = jnp.where(valid[:, None], slice_rows(x_padded, first), 0)
-        return total + jax.lax.dot_general(
-            x_rows,
-            slice_rows(g_padded, first),
+    def product(rows, first, end):
+        x_rows, g_rows = (
+            jax.lax.dynamic_slice_in_dim(padded, first, rows) for padded in (x_padded, g_padded)
+        )
+        return jax.lax.dot_general(
+            jnp.where((first + jnp.arange(rows) < end)[:, None], x_rows, 0),
+            g_rows,
             (((0,), (0,)), ((), ())),
             preferred_element_type=jnp.float32,
         )
 
-    zero = jnp.zeros((x.shape[1], g.shape[1]), jnp.float32)
-    # Rounded group by group, so that one matrix is in float32 and not all of them.
-    return _for_each_block(
-        sizes, ends, None, block, zero, body, finish=lambda total: (zero, total.astype(dtype))
-    )[1]
+    def nothing(first, end):
+        return jnp.zeros((x.shape[1], g.shape[1]), jnp.float32)
+
+    parts = _parts(block)
+    last_blocks = [nothing, *(functools.partial(product, rows) for rows in parts)]
+
+    def group(_, inputs):
+        size, end = inputs
+        whole = jnp.maximum(0, size - 1) // block
+        rest = size - whole * block
+        # The last block first: most groups have no other, and need no zeros to add to.
+        total = jax.lax.switch(-(-rest // parts[0]), last_blocks, end - rest, end)
+
+        def add_block(index, total):
+            return total + product(block, end - size + index * block, end)
+
+        # Rounded group by group, so that one matrix is in float32 and not all of them.
+        return None, jax.lax.fori_loop(0, whole, add_block, total).astype(dtype)
+
+    return jax.lax.scan(group, None, (sizes, ends))[1]
 
 
 def _block_rows(rows: int, groups: int) -> int:
@@ -60,14 +76,19 @@ def _block_rows(rows: int, groups: int) -> int:
     return min(256, max(16, 2 << math.ceil(math.log2(mean))))
 
 
-def _for_each_block(sizes, ends, weights, block, carry, body, finish=lambda carry: (carry, None)):
+def _parts(block: int) -> range:
+    """How many rows a group's last block may have: eighths of a block, or 16, 32, ..."""
+    return range(max(16, block // 8), block + 1, max(16, block // 8))
+
+
+def _for_each_block(sizes, ends, weights, block, carry, body):
     """Scans over groups and, inside, over blocks of a group's rows, in row order.
 
     A group's rows are ends - sizes … ends. `body(carry, weight, first_row, valid)` sees a block
     that starts at `first_row`; `valid` [rows of the block] marks the rows of this group. Blocks
-    have `block` rows, but the last some eighths of it; it may also cover rows of later groups.
+    have `block` rows, but the last one of `_parts`; it may also cover rows of later groups.
     """
-    part = max(16, block // 8)
+    part, *_ = parts = _parts(block)
 
     def group(carry, inputs):
         weight, size, end = inputs
@@ -82,13 +103,13 @@ def _for_each_block(sizes, ends, weights, block, carry, body, finish=lambda carr
         whole = (size + part - 1) // block
         carry = blocks(block, end - size, whole, carry)
         rest = size - whole * block
-        for rows in range(part, block, part):
+        for rows in parts[:-1]:
             # A loop of at most one turn: `lax.switch` would copy the carry.
             count = ((rest > rows - part) & (rest <= rows)).astype(jnp.int32)
             carry = blocks(rows, end - rest, count, carry)
-        return finish(carry)
+        return carry, None
 
-    return jax.lax.scan(group, carry, (weights, sizes, ends))
+    return jax.lax.scan(group, carry, (weights, sizes, ends))[0]
 
 
 def _padded(x, block):
