@@ -3,7 +3,7 @@
 OUTPUT/model.json              the model and how it computes
 OUTPUT/TASK/settings.json      what was asked
 OUTPUT/TASK/predictions.jsonl  the model's texts, in the order in which they were decoded
-OUTPUT/TASK/rows.jsonl         in the data's order: text, what was scored of it, its scores
+OUTPUT/TASK/rows.jsonl         in the data's order: prompt, text, what was scored of it, its scores
 OUTPUT/TASK/result.json        the metrics with their intervals
 """
 
@@ -219,6 +219,7 @@ def _write_rows(file: Path, predictions: Sequence[Prediction], scores: Scores) -
         for prediction, row in zip(predictions, scores.rows, strict=True):
             line = {
                 "id": prediction.example.id,
+                "prompt": prediction.example.prompt,
                 "output": prediction.output,
                 "answer": prediction.answer,
                 "reference": prediction.example.reference,

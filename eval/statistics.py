@@ -1,4 +1,4 @@
-"""Scores over rows: means with bootstrap intervals, pass@k, ROUGE-L, BLEU and chrF."""
+"""Scores over rows: means with bootstrap intervals, paired tests, pass@k, ROUGE-L, BLEU, chrF."""
 
 import math
 import re
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-RESAMPLES = 1000
+RESAMPLES, PERMUTATIONS = 1000, 10_000
 _SEED = 0
 
 
@@ -42,6 +42,69 @@ def mean_metric(values: Sequence[float]) -> Metric:
     """The mean of the rows' scores (0 to 1) in percent."""
     rows = np.asarray(values, np.float64)
     return bootstrap(rows, lambda total: 100 * total / len(rows))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference of paired scores, in percent.
+
+    `low` and `high` bound its 95% bootstrap interval; `p` is that of the two-sided `test`.
+    """
+
+    value: float
+    low: float
+    high: float
+    p: float
+    test: str
+    rows: int
+
+
+def paired_difference(a: Sequence[float], b: Sequence[float]) -> Difference:
+    """How much better `a` is than `b`, scores (0 to 1) of the same rows in the same order.
+
+    Scores that are all 0 or 1 are compared by McNemar's exact test, others by a permutation test.
+    """
+    first, second = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    differences = first - second
+    metric = mean_metric(differences)
+    if np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all():
+        test, p = "McNemar", mcnemar(int((differences > 0).sum()), int((differences < 0).sum()))
+    else:
+        test, p = "permutation", permutation_test(differences)
+    return Difference(metric.value, metric.low, metric.high, p, test, metric.rows)
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """McNemar's exact two-sided test: p of so uneven a split of the rows that one alone got right.
+
+    McNemar 1947; the binomial test of the discordant pairs with probability 1/2.
+    """
+    discordant, fewer = only_first + only_second, min(only_first, only_second)
+    tail = sum(math.comb(discordant, k) for k in range(fewer + 1))
+    return min(1.0, 2 * tail / 2**discordant)
+
+
+def permutation_test(differences: np.ndarray, permutations: int = PERMUTATIONS) -> float:
+    """Two-sided p of a mean difference: how often random signs give one as far from 0.
+
+    The paired (sign-flip) randomisation test of Fisher 1935, with random permutations from a fixed
+    seed; (hits + 1) / (permutations + 1), so that p is never 0.
+    """
+    random = np.random.default_rng(_SEED)
+    signs = random.integers(0, 2, (permutations, len(differences)), np.int8) * 2 - 1
+    observed = abs(differences.sum())
+    # Sums of the same numbers in another order must count as equal.
+    hits = np.count_nonzero(np.abs(signs @ differences) >= observed - 1e-9)
+    return (hits + 1) / (permutations + 1)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p values adjusted for their number (Holm 1979), in the same order."""
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = highest
+    return adjusted
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:

@@ -1,0 +1,54 @@
+"""Writes a report that sets evaluated methods side by side, as Markdown and as one HTML page."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from eval.report.contents import report
+from eval.report.document import Pictures, to_html, to_markdown
+from eval.report.inputs import read_inputs
+from olmoe_jax.errors import ArgumentParser, UserError, run_command
+from olmoe_jax.hf import directory
+
+MARKDOWN, HTML = "report.md", "report.html"
+EXAMPLE = """example:
+  python -m eval.report runs/frozen_gsm runs/densemixer_gsm base=results_base --output report
+
+RUNS are directories that eval.run wrote (--output) or train.py (train.output_dir), with the
+evaluations in them. A row of the tables is a method: that of the training run that an evaluation's
+model comes from, "base" for the model that the runs started from, else the directory's name;
+NAME=DIR names it. Evaluations of one method on several tasks are one row.
+"""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command line."""
+    parser = ArgumentParser(prog="python -m eval.report", description=__doc__, epilog=EXAMPLE)
+    parser.add_argument("runs", nargs="+", metavar="RUNS", help="DIR or NAME=DIR")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    parser.add_argument(
+        "--samples", type=int, default=3, metavar="N", help="rows of each task to show (3)"
+    )
+    args = parser.parse_args(arguments)
+    if args.samples < 0:
+        raise UserError(f"--samples={args.samples}: must be 0 or more")
+    blocks = report(read_inputs(args.runs), args.samples)
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--output {args.output}: cannot write there ({error.strerror}); write a directory"
+        ) from None
+    for block in blocks:
+        for picture in block.pictures if isinstance(block, Pictures) else ():
+            _write(args.output / picture.name, picture.content)
+    _write(args.output / MARKDOWN, to_markdown(blocks).encode())
+    _write(args.output / HTML, to_html(blocks).encode())
+    print(f"wrote {args.output / MARKDOWN} and {args.output / HTML}")
+
+
+def _write(file: Path, content: bytes) -> None:
+    directory.write_file_atomically(file, lambda partial: partial.write_bytes(content))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,114 @@
+"""The numbers of a report: one metric per task, scores of rows, differences between methods."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from eval.report.inputs import Inputs, Result
+from eval.statistics import Difference, holm, paired_difference
+from olmoe_jax.errors import UserError
+
+_ROW_SCORES = {"pass@1": "passed"}
+"""Metrics whose scores have another name in rows.jsonl."""
+_IGNORED_SETTINGS = ("task", "data", "examples", "limit", "batch_size", "seed")
+"""What may differ between compared results; the data is compared apart from the others."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two methods on the same rows of a task: the first's scores minus the second's.
+
+    `adjusted`: the difference's p, adjusted by Holm for the pairs of the task.
+    """
+
+    first: str
+    second: str
+    difference: Difference
+    adjusted: float
+
+
+def main_metric(task: str, results: Mapping[str, Result]) -> str:
+    """The first metric that all of a task's results have: without a judge in one, no judge.
+
+    Raises:
+      UserError: they have none in common.
+    """
+    first, *others = results.values()
+    for metric in first.metrics:
+        if all(metric in other.metrics for other in others):
+            return metric
+    raise UserError(
+        f"the results of {task} have no metric in common ({', '.join(map(str, results))}); leave "
+        "one out"
+    )
+
+
+def row_scores(result: Result, metric: str) -> dict[str, float]:
+    """{row id: its score, the mean of its samples}; a row without a score is left out.
+
+    Metrics of the whole set that have no scores of rows give none.
+    """
+    name = _ROW_SCORES.get(metric, metric)
+    scores = {}
+    for row, samples in result.rows.items():
+        values = [sample[name] for sample in samples if sample.get(name) is not None]
+        if values:
+            scores[row] = sum(values) / len(values)
+    return scores
+
+
+def pairs(inputs: Inputs, task: str, metric: str) -> list[Pair]:
+    """All pairs of methods whose rows of a task are the same data, the clearest first."""
+    results = inputs.results[task]
+    methods = [name for name in inputs.methods if name in results]
+    scores = {name: row_scores(results[name], metric) for name in methods}
+    found: list[tuple[str, str, Difference]] = []
+    # The later in the order of the methods first: densemixer minus frozen, not the reverse.
+    for second, first in itertools.combinations(methods, 2):
+        common = scores[first].keys() & scores[second].keys()
+        if not common or _data(results[first]) != _data(results[second]):
+            continue
+        rows = sorted(common)
+        a, b = ([scores[name][row] for row in rows] for name in (first, second))
+        found.append((first, second, paired_difference(a, b)))
+    adjusted = holm([difference.p for *_, difference in found])
+    result = [Pair(*pair, p) for pair, p in zip(found, adjusted, strict=True)]
+    return sorted(result, key=lambda pair: pair.difference.p)
+
+
+def _data(result: Result) -> Any:
+    return result.settings.get("data")
+
+
+def remarks(inputs: Inputs) -> Iterator[str]:
+    """What a reader must know of how the results came about, a sentence each."""
+    for path in inputs.unfinished:
+        yield f"{path} was begun and has no result yet: the same eval.run command finishes it."
+    for task, results in inputs.results.items():
+        names, values = list(results), list(results.values())
+        if len({_data(result) for result in values}) > 1:
+            groups = _grouped(names, [_data(result) for result in values])
+            yield (
+                f"{task}: not all methods were evaluated on the same rows ({groups}); only those "
+                "on the same rows are tested against each other."
+            )
+        elif limit := values[0].settings.get("limit"):
+            yield f"{task}: only the first {limit} rows were evaluated."
+        for setting in values[0].settings:
+            found = [result.settings.get(setting) for result in values]
+            if setting not in _IGNORED_SETTINGS and len(set(map(str, found))) > 1:
+                yield f"{task}: {setting} is not the same everywhere: {_grouped(names, found)}."
+    models = {name: r.model for column in inputs.results.values() for name, r in column.items()}
+    for field in ("backend", "compute_dtype"):
+        found = [model.get(field) for model in models.values()]
+        if len(set(found)) > 1:
+            yield f"Not all were decoded with the same {field}: {_grouped(list(models), found)}."
+
+
+def _grouped(names: Sequence[str], values: Sequence[Any]) -> str:
+    """In words, who has which value: "a, b: 1; c: 2"."""
+    groups: dict[Any, list[str]] = {}
+    for name, value in zip(names, values, strict=True):
+        groups.setdefault(value, []).append(name)
+    return "; ".join(f"{', '.join(group)}: {value}" for value, group in groups.items())

@@ -1,0 +1,205 @@
+"""What a report says, in its order: scores, published scores, tests, curves, routers, outputs."""
+
+import json
+from collections.abc import Iterator, Sequence
+
+from eval.published import METRICS as PUBLISHED_METRICS
+from eval.published import published
+from eval.report.comparison import Pair, main_metric, pairs, remarks, row_scores
+from eval.report.document import (
+    Block,
+    Heading,
+    Items,
+    Output,
+    Paragraph,
+    Picture,
+    Pictures,
+    Strong,
+    Table,
+)
+from eval.report.figures import Named, loss_curves, match_curves, router_curves
+from eval.report.inputs import Inputs
+from olmoe_jax.hf.opening import EXPERTS
+
+SIGNIFICANT = 0.05
+_PROMPT_END = 600
+"""Characters of a prompt that are shown: its end, which holds the question."""
+
+
+def report(inputs: Inputs, samples: int) -> list[Block]:
+    """The whole report; `samples` rows of each task are shown with what the methods wrote."""
+    metrics = {task: main_metric(task, column) for task, column in inputs.results.items()}
+    return [
+        Heading(1, "Evaluation report"),
+        *_scores(inputs, metrics),
+        *_published(inputs, metrics),
+        *_tests(inputs, metrics),
+        *_training(inputs),
+        *_outputs(inputs, metrics, samples),
+    ]
+
+
+def _scores(inputs: Inputs, metrics: dict[str, str]) -> Iterator[Block]:
+    if not metrics:
+        return
+    yield Heading(2, "Scores")
+    yield Paragraph(
+        "In percent, with the 95% bootstrap interval over the rows; the highest of a task is bold."
+    )
+    head = ["method", *(f"{task} ({metric})" for task, metric in metrics.items())]
+    rows = [[name, *_score_cells(inputs, metrics, name)] for name in inputs.methods]
+    yield Table(head, rows)
+    if notes := list(remarks(inputs)):
+        yield Items(notes)
+
+
+def _score_cells(inputs: Inputs, metrics: dict[str, str], name: str) -> Iterator[str]:
+    for task, metric in metrics.items():
+        column = {method: result.metrics[metric] for method, result in inputs.results[task].items()}
+        if name not in column:
+            yield "–"
+            continue
+        value, low, high = (column[name][key] for key in ("value", "low", "high"))
+        text = f"{value:.2f} ({low:.1f} to {high:.1f})"
+        highest = max(cell["value"] for cell in column.values())
+        yield Strong(text) if value == highest and len(column) > 1 else text
+
+
+def _published(inputs: Inputs, metrics: dict[str, str]) -> Iterator[Block]:
+    rows = []
+    for name in inputs.methods:
+        cells = []
+        for task, metric in metrics.items():
+            result, known = inputs.results[task].get(name), published(name, task, metric)
+            missing = result is None or known is None
+            value = None if missing else result.metrics[metric]["value"]
+            cells.append("–" if missing else f"{value - known:+.2f} ({known:.2f})")
+        if set(cells) != {"–"}:
+            rows.append([name, *cells])
+    if not rows:
+        return
+    yield Heading(2, "Difference to the published scores")
+    yield Paragraph(
+        "Score here minus the published one, which is in brackets. Published are those of "
+        "OLMoE-1B-7B-0125 in the README of DenseMixer (yaof20/DenseMixer); law, summary and "
+        "translation depend on the judge."
+    )
+    yield Table(["method", *(f"{task} ({metric})" for task, metric in metrics.items())], rows)
+    other = [t for t, metric in metrics.items() if PUBLISHED_METRICS.get(t, metric) != metric]
+    if other:
+        yield Paragraph(f"Without a judge there is nothing to compare for {', '.join(other)}.")
+
+
+def _tests(inputs: Inputs, metrics: dict[str, str]) -> Iterator[Block]:
+    found = {task: pairs(inputs, task, metric) for task, metric in metrics.items()}
+    if not any(found.values()):
+        return
+    yield Heading(2, "Differences between methods")
+    yield Paragraph(
+        "On the same rows: the first method's mean score minus the second's, with the 95% "
+        "bootstrap interval. p is two-sided, of McNemar's exact test where a row is right or "
+        "wrong, else of a permutation test with random signs; Holm's method adjusts it for the "
+        f"pairs of the task. Differences with an adjusted p below {SIGNIFICANT} are bold."
+    )
+    for task, metric in metrics.items():
+        if found[task]:
+            yield Heading(3, f"{task}: {metric}{_of_rows(metric)}")
+            head = ["methods", "difference", "95% interval", "p", "p (Holm)", "test", "rows"]
+            yield Table(head, list(map(_pair_row, found[task])))
+
+
+def _of_rows(metric: str) -> str:
+    return " (mean over the rows, not of the whole set)" if metric == "chrf" else ""
+
+
+def _pair_row(pair: Pair) -> list[str]:
+    found = pair.difference
+    value = f"{found.value:+.2f}"
+    return [
+        f"{pair.first} − {pair.second}",
+        Strong(value) if pair.adjusted < SIGNIFICANT else value,
+        f"{found.low:+.2f} to {found.high:+.2f}",
+        _p(found.p),
+        _p(pair.adjusted),
+        found.test,
+        str(found.rows),
+    ]
+
+
+def _p(value: float) -> str:
+    return f"{value:.4f}" if value >= 0.0001 else "< 0.0001"
+
+
+def _training(inputs: Inputs) -> Iterator[Block]:
+    by_data: dict[str, Named] = {}
+    for name, run in inputs.runs:
+        by_data.setdefault(run.data, []).append((name, run))
+    if by_data:
+        yield Heading(2, "Training")
+    for data, runs in by_data.items():
+        yield Heading(3, data)
+        drawn = {"loss": loss_curves(runs), "right_answers": match_curves(runs)}
+        drawn |= router_curves(runs)
+        pictures = [
+            Picture(_file_name(what, data, "svg"), content, f"{what.replace('_', ' ')}, {data}")
+            for what, content in drawn.items()
+            if content
+        ]
+        pictures += _expert_scores(data, runs)
+        if pictures:
+            yield Pictures(pictures)
+        else:
+            yield Paragraph("No step has been reported yet.")
+
+
+def _expert_scores(data: str, runs: Named) -> list[Picture]:
+    """Of ESFT runs that scored the experts themselves."""
+    return [
+        Picture(
+            _file_name(f"experts_{name}", data, "png"),
+            (run.path / "scores.png").read_bytes(),
+            f"scores of the experts, {name}, {data}",
+        )
+        for name, run in runs
+        if (run.path / EXPERTS).exists() and (run.path / "scores.png").exists()
+    ]
+
+
+def _file_name(what: str, data: str, suffix: str) -> str:
+    """A name that is safe in a path and in a link."""
+    kept = (c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in f"{what}_{data}")
+    return f"{''.join(kept)}.{suffix}"
+
+
+def _outputs(inputs: Inputs, metrics: dict[str, str], samples: int) -> Iterator[Block]:
+    if not (samples and metrics):
+        return
+    yield Heading(2, "Sample outputs")
+    for task, metric in metrics.items():
+        results = inputs.results[task]
+        names = [name for name in inputs.methods if name in results]
+        scores = {name: row_scores(results[name], metric) for name in names}
+        # The methods' common rows; where they have none, those of the first.
+        common = set.intersection(*(set(results[name].rows) for name in names))
+        ids = [id_ for id_ in results[names[0]].rows if id_ in common or not common]
+        for id_ in _spread(ids, samples):
+            first = results[names[0]].rows[id_][0]
+            yield Heading(3, f"{task}, row {id_}")
+            if prompt := first.get("prompt"):
+                yield Output("prompt (its end)", prompt[-_PROMPT_END:])
+            yield Output("expected", _text(first.get("reference")))
+            for name in names:
+                if id_ in results[name].rows:
+                    score = scores[name].get(id_)
+                    label = name if score is None else f"{name} ({metric} {100 * score:.0f}%)"
+                    yield Output(label, results[name].rows[id_][0]["output"].strip())
+
+
+def _spread(ids: Sequence[str], count: int) -> list[str]:
+    """At most `count` of the ids, evenly over all."""
+    count = min(count, len(ids))
+    return [ids[place * len(ids) // count] for place in range(count)]
+
+
+def _text(value) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,118 @@
+"""The plots of a report: losses, the router's entropy and load, as SVG with real text."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from configs.table import METHODS
+from eval.report.inputs import TrainingRun
+
+_POINTS = 150
+"""Points of a curve; each is the mean over its share of the steps."""
+
+Curve = tuple[Sequence[float], Sequence[float]]
+"""Steps and values."""
+Named = Sequence[tuple[str, TrainingRun]]
+
+
+def loss_curves(runs: Named) -> bytes | None:
+    """Training loss (a line) and evaluation loss (points) of runs on one data set."""
+    training = {name: _curve(run, "loss") for name, run in runs}
+    evaluation = {name: _curve(run, "eval_loss") for name, run in runs}
+    return _draw("loss (nats per token)", training, evaluation)
+
+
+def match_curves(runs: Named) -> bytes | None:
+    """Right answers while training, of the runs that decoded them."""
+    found = {name: _curve(run, "exact_match", 100) for name, run in runs}
+    return _draw("right answers (%)", {}, found)
+
+
+def router_curves(runs: Named) -> dict[str, bytes]:
+    """{what: picture} of the routers over the steps, from the runs' TensorBoard files."""
+    entropy, load = {}, {}
+    for name, run in runs:
+        scalars = _scalars(run.path / "tensorboard")
+        entropy[name] = scalars.get("router/entropy_mean", ((), ()))
+        heaviest = [curve for tag, curve in scalars.items() if tag.startswith("router_load_max/")]
+        if heaviest:
+            steps = min((curve[0] for curve in heaviest), key=len)
+            values = np.max([curve[1][: len(steps)] for curve in heaviest], axis=0)
+            load[name] = (steps, values)
+    drawn = {
+        "router_entropy": _draw("router's entropy (nats, mean of layers)", entropy, {}),
+        "router_load": _draw("heaviest load of an expert (1: even)", load, {}),
+    }
+    return {what: picture for what, picture in drawn.items() if picture}
+
+
+def _curve(run: TrainingRun, field: str, factor: float = 1) -> Curve:
+    points = [(m["step"], factor * m[field]) for m in run.metrics if m.get(field) is not None]
+    return tuple(zip(*points, strict=True)) if points else ((), ())
+
+
+def _scalars(path: Path) -> dict[str, Curve]:
+    """The router's scalars in a directory of event files."""
+    if not path.is_dir():
+        return {}
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(path), {"scalars": 0})
+    events.Reload()
+    return {
+        tag: tuple(zip(*((event.step, event.value) for event in events.Scalars(tag)), strict=True))
+        for tag in events.Tags()["scalars"]
+        if tag.startswith("router")
+    }
+
+
+def _draw(title: str, lines: Mapping[str, Curve], points: Mapping[str, Curve]) -> bytes | None:
+    """One panel with a color for each name; None: there is nothing to draw."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    names = [n for n in dict.fromkeys([*lines, *points]) if any(map(len, _of(n, lines, points)))]
+    if not names:
+        return None
+    # Small enough that its text can be read on a telephone, where it is scaled down little.
+    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for name in names:
+        color = _color(name, names)
+        line, dots = _of(name, lines, points)
+        # A name is no formula; and matplotlib leaves names with an underscore out.
+        label = f"\N{ZERO WIDTH SPACE}{name}".replace("$", r"\$")
+        if len(line):
+            axes.plot(*_thinned(line), color=color, linewidth=1.3, label=label)
+            label = None
+        if len(dots):
+            axes.plot(*dots, "o--", color=color, linewidth=0.8, markersize=3.5, label=label)
+    axes.set(xlabel="step", ylabel=title)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize="small", frameon=False)
+    buffer = io.BytesIO()
+    # Text stays text, and the same data gives the same bytes.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "olmoe_jax"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def _of(name: str, lines: Mapping[str, Curve], points: Mapping[str, Curve]) -> list[Curve]:
+    """The name's line and points; empty where there are none."""
+    curves = (lines.get(name, ((), ())), points.get(name, ((), ())))
+    return [curve if len(curve[0]) else () for curve in curves]
+
+
+def _color(name: str, names: Sequence[str]) -> str:
+    """The same for a method in every plot."""
+    return f"C{METHODS.index(name) if name in METHODS else len(METHODS) + names.index(name)}"
+
+
+def _thinned(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
+    """The means over at most _POINTS stretches of the curve."""
+    steps, values = (np.asarray(part, float) for part in curve)
+    stretches = np.array_split(np.arange(len(steps)), min(_POINTS, len(steps)))
+    return tuple(np.array([part[s].mean() for s in stretches]) for part in (steps, values))

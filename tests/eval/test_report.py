@@ -1,0 +1,287 @@
+"""The report: its numbers from hand-made predictions, what it joins, escapes and refuses."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import asdict
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import message_of
+
+from eval.published import published
+from eval.report.__main__ import main
+from eval.report.comparison import pairs
+from eval.report.document import Heading, Output, Strong, Table, to_html, to_markdown
+from eval.report.inputs import data_name, read_inputs
+from eval.statistics import holm, mcnemar, mean_metric, paired_difference, permutation_test
+from olmoe_jax.config import Config, MethodOptions, to_dict
+
+RIGHT = {
+    "base": [0, 0, 0, 1, 0, 0, 0, 0, 0, 0],
+    "frozen": [1, 0, 0, 1, 0, 0, 0, 0, 0, 0],
+    "densemixer": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0],
+}
+NASTY = (
+    '<script>alert("1")</script>\n```\n| a | \x00\u202e & </pre> $x$ <img src=x onerror=alert(2)>'
+)
+
+
+def write_json(file: Path, value) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(value))
+
+
+def write_result(path: Path, task: str, metric: str, scores, data="d", output="It is 4.") -> None:
+    """A task's files, as eval.run writes them."""
+    rows = [
+        {"id": str(i), "prompt": f"{i}?", "output": output, "answer": "4", "reference": "5"}
+        | {metric: score}
+        for i, score in enumerate(scores)
+    ]
+    (path / task).mkdir(parents=True)
+    (path / task / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"task": task, "data": data, "limit": None, "max_new_tokens": 512}
+    known = {metric: asdict(mean_metric([score for score in scores if score is not None]))}
+    write_json(path / task / "settings.json", settings)
+    write_json(path / task / "result.json", {"settings": settings, "metrics": known})
+
+
+def write_evaluation(path: Path, model: str = "m", **tasks) -> Path:
+    write_json(path / "model.json", {"model": model, "backend": "jax", "compute_dtype": "float32"})
+    for task, scores in tasks.items():
+        write_result(path, task, "judge" if task == "law" else "exact_match", scores)
+    return path
+
+
+def write_run(path: Path, method: str, data: str = "RoxanneWsyw/gsm:train.jsonl") -> Path:
+    config = to_dict(Config(method=MethodOptions(method.removesuffix("_lora"))))
+    config["method"]["lora_rank"] = 8 if method.endswith("_lora") else None
+    config["data"]["train_path"] = data
+    write_json(path / "config.json", config)
+    lines = [{"step": step, "loss": 3 / step, "grad_norm": 1.0} for step in range(1, 400)]
+    lines += [{"step": 200, "eval_loss": 0.5}, {"step": 200, "exact_match": 0.25}]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two training runs with their evaluations, and the base's."""
+    paths = []
+    for method in ("densemixer", "frozen"):
+        path = write_run(tmp_path / f"{method}_gsm", method)
+        write_evaluation(path / "eval", str(path / "hf"), gsm=RIGHT[method])
+        paths.append(path)
+    base = write_evaluation(tmp_path / "first", "allenai/OLMoE-1B-7B-0125", gsm=RIGHT["base"])
+    return [str(base), *map(str, paths)]
+
+
+def report(output: Path, *arguments: str) -> tuple[str, str]:
+    main([*arguments, "--output", str(output)])
+    return (output / "report.md").read_text(), (output / "report.html").read_text()
+
+
+class Page(HTMLParser):
+    """The tables' cells, and every tag with its attributes."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.tables, self.open = [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> closes another"
+
+    def handle_data(self, data):
+        if self.open and {"td", "th"} & {*self.open}:
+            self.tables[-1][-1][-1] += data
+
+
+def test_numbers_of_the_tables(tmp_path, runs):
+    markdown, text = report(tmp_path / "report", *runs)
+    page = Page(text)
+    assert not page.open
+    scores, known, tests = page.tables
+    interval = {name: mean_metric(values) for name, values in RIGHT.items()}
+    assert scores == [
+        ["method", "gsm (exact_match)"],
+        *([n, f"{m.value:.2f} ({m.low:.1f} to {m.high:.1f})"] for n, m in interval.items()),
+    ]
+    assert scores[3][1].startswith("90.00 (")
+    assert known == [
+        ["method", "gsm (exact_match)"],
+        ["base", "-5.85 (15.85)"],
+        ["frozen", "-24.88 (44.88)"],
+        ["densemixer", "+41.00 (49.00)"],
+    ]
+    # 8 rows only densemixer gets right and none only base: 2 / 2^8; 7 and none: 2 / 2^7.
+    assert [(row[0], row[1], *row[3:]) for row in tests[1:]] == [
+        ("densemixer − base", "+80.00", "0.0078", "0.0234", "McNemar", "10"),
+        ("densemixer − frozen", "+70.00", "0.0156", "0.0312", "McNemar", "10"),
+        ("frozen − base", "+10.00", "1.0000", "1.0000", "McNemar", "10"),
+    ]
+    assert "| densemixer | **90.00" in markdown
+    assert "| densemixer − frozen | **+70.00** |" in markdown
+    assert "**+10.00**" not in markdown
+
+
+def test_page_is_one_file_and_the_markdown_links_exist(tmp_path, runs):
+    markdown, text = report(tmp_path / "report", *runs)
+    for tag, attributes in Page(text).tags:
+        assert tag not in ("script", "link", "iframe", "object")
+        assert not {"href", "onclick", "onerror"} & attributes.keys()
+        assert attributes.get("src", "data:").startswith("data:")
+    assert "url(" not in text
+    assert "http" not in re.sub(r"data:[^\"]*", "", text.replace("http-equiv", ""))
+    links = re.findall(r"!\[.*?\]\((.*?)\)", markdown)
+    assert links == ["loss_gsm.svg", "right_answers_gsm.svg"]
+    for link in links:
+        assert b"densemixer" in (tmp_path / "report" / link).read_bytes()
+    again = report(tmp_path / "again", *runs)
+    assert again == (markdown, text)
+
+
+def test_what_a_model_wrote_stays_text(tmp_path):
+    path = write_evaluation(tmp_path / "a|<b>")
+    write_result(path, "gsm", "exact_match", [1.0, 0.0], output=NASTY)
+    markdown, text = report(tmp_path / "report", str(path))
+    tags = {tag for tag, _ in Page(text).tags}
+    assert not {"script", "img"} & tags
+    shown = NASTY.replace("\x00", "\\u0000").replace("\u202e", "\\u202e")
+    assert html.escape(shown) in text
+    assert "\x00" not in text
+    assert "\u202e" not in markdown
+    assert f"````text\n{shown}\n````" in markdown
+    assert r"| a\|\<b\> |" in markdown
+
+
+def test_html_and_markdown_of_every_block():
+    blocks = [Heading(1, "a < b"), Table(["x|", "y"], [["*", Strong("<1>")]]), Output("l", "")]
+    assert "<b>&lt;1&gt;</b>" in to_html(blocks)
+    assert to_markdown(blocks) == (
+        "# a \\< b\n\n| x\\| | y |\n| --- | --- |\n| \\* | **\\<1\\>** |\n\nl\n\n```text\n\n```\n"
+    )
+
+
+def test_evaluations_find_their_training_runs(tmp_path, runs):
+    """By the directory, by the model's path, by name; one method over several tasks is a row."""
+    lora = write_run(tmp_path / "x", "densemixer_lora", "some/esft/train/law.jsonl")
+    by_model = write_evaluation(tmp_path / "y", str(lora), law=[0.5, 0.25, None])
+    other = write_evaluation(tmp_path / "z", "elsewhere", law=[0.5, 0.5, 0.0])
+    more = write_evaluation(tmp_path / "w", str(tmp_path / "densemixer_gsm"), law=[1.0, 1.0, 1.0])
+    inputs = read_inputs([*runs, str(by_model), f"mine={other}", str(more)])
+    assert inputs.methods == ["base", "frozen", "densemixer", "densemixer_lora", "mine"]
+    assert list(inputs.results["law"]) == ["densemixer_lora", "mine", "densemixer"]
+    assert [(name, run.data) for name, run in inputs.runs] == [
+        ("densemixer", "gsm"),
+        ("frozen", "gsm"),
+        ("densemixer_lora", "law"),
+    ]
+    found = {(p.first, p.second): p.difference for p in pairs(inputs, "law", "judge")}
+    assert found["densemixer_lora", "densemixer"].rows == 2
+    assert found["mine", "densemixer"].test == "permutation"
+    assert found["mine", "densemixer"].value == pytest.approx(100 * (1 / 3 - 1))
+
+
+def test_other_rows_are_not_compared(tmp_path):
+    for name, data in (("a", "1"), ("b", "1"), ("c", "2")):
+        path = write_evaluation(tmp_path / name)
+        write_result(path, "gsm", "exact_match", [1.0, 0.0], data=data)
+    (tmp_path / "a/intent").mkdir()
+    (tmp_path / "a/intent/settings.json").write_text("{}")
+    arguments = [str(tmp_path / name) for name in "abc"]
+    assert [(p.first, p.second) for p in pairs(read_inputs(arguments), "gsm", "exact_match")] == [
+        ("b", "a")
+    ]
+    markdown, _ = report(tmp_path / "report", *arguments)
+    assert "not all methods were evaluated on the same rows (a, b: 1; c: 2)" in markdown
+    assert "intent was begun and has no result yet" in markdown
+
+
+def test_errors_are_one_line(tmp_path, runs):
+    (tmp_path / "empty").mkdir()
+    write_json(tmp_path / "hf/config.json", {"model_type": "olmoe"})
+    for name in ("empty", "hf"):
+        message = message_of(read_inputs, [str(tmp_path / name)])
+        assert message.startswith(f"{tmp_path / name}: neither an evaluation")
+    assert "no such directory" in message_of(read_inputs, ["nowhere"])
+    assert "name before = is empty" in message_of(read_inputs, ["=x"])
+    twice = write_evaluation(tmp_path / "twice", str(tmp_path / "frozen_gsm"), gsm=[1.0])
+    message = message_of(read_inputs, [*runs, str(twice)])
+    assert f"frozen_2={twice}" in message
+    assert read_inputs([*runs, f"frozen_2={twice}"]).methods[-1] == "frozen_2"
+    (twice / "gsm/result.json").write_text('{"metrics": {"exact_match": {"value": 1}}}')
+    assert "damaged (KeyError" in message_of(read_inputs, [str(twice)])
+    (tmp_path / "file").touch()
+    assert "cannot write there" in message_of(main, [*runs, "--output", str(tmp_path / "file")])
+    assert "must be 0 or more" in message_of(main, [*runs, "--output", "x", "--samples", "-1"])
+
+
+def test_names_of_data():
+    assert data_name("RoxanneWsyw/ESFT-law:train.jsonl") == "law"
+    assert data_name("data/gsm/train.jsonl") == "gsm"
+    assert data_name("data/esft/train/intent.jsonl") == "intent"
+    assert data_name("train.jsonl") == "train"
+
+
+def test_published_numbers():
+    assert published("base", "gsm", "exact_match") == 15.85
+    assert published("densemixer", "humaneval", "pass@1") == 20.73
+    assert published("densemixer_lora", "translation", "judge") == 29.43
+    assert published("densemixer_lora", "translation", "chrf") is None
+    assert published("esft_gate", "gsm", "exact_match") is None
+
+
+def test_paired_tests_by_hand():
+    assert mcnemar(0, 0) == mcnemar(3, 3) == 1
+    assert mcnemar(1, 4) == pytest.approx(2 * (1 + 5) / 2**5)
+    found = paired_difference([1, 1, 0, 1], [0, 1, 1, 0])
+    assert (found.value, found.test, found.rows, found.p) == (25, "McNemar", 4, 1)
+    # Of the 2^5 signs of five equal differences, two give one as large.
+    equal = np.full(5, 0.25)
+    assert permutation_test(equal) == pytest.approx(2 / 32, abs=0.01)
+    assert permutation_test(equal) == permutation_test(equal)
+    assert permutation_test(0 * equal) == 1
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert holm([]) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [400, 1400])
+def test_page_fits_its_window(tmp_path, runs, width):
+    """In a browser: the page is no wider than the window, wide tables scroll in their box."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
+    if not browser:
+        pytest.skip("needs chromium")
+    wide = {t: [0.5] for t in ("law", "summary", "translation", "intent", "mbpp", "humaneval")}
+    others = [str(write_evaluation(tmp_path / f"a_method_{i}", **wide)) for i in range(3)]
+    report(tmp_path / "report", *runs, *others)
+    page = (tmp_path / "report/report.html").read_text()
+    # In a frame, since the browser's own window has a least width.
+    (tmp_path / "frame.html").write_text(
+        f'<iframe width="{width}" height="900" style="border: 0" srcdoc="{html.escape(page)}">'
+        "</iframe><script>onload = () => { const root = frames[0].document.documentElement;"
+        "document.title = root.scrollWidth + ' ' + frames[0].innerWidth }</script>"
+    )
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command.append(f"file://{tmp_path}/frame.html")
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    content, window = map(int, re.search(r"<title>(\d+) (\d+)</title>", dom).groups())
+    assert content <= window == width
