@@ -51,6 +51,11 @@ class ModelOptions:
     compute_dtype: Literal["bfloat16", "float32"] = option(
         "bfloat16", "type of activations and matmuls"
     )
+    base_quantization: Literal["nf4", "int8"] | None = option(
+        None,
+        "LoRA only: how the frozen matrices of attention and experts are stored (QLoRA), 4 or 8 "
+        "bits a weight and a scale for each block of 64; default: in compute_dtype",
+    )
     remat: Literal["full", "selective", "none"] = option(
         "full",
         "what the backward recomputes: full: every layer (least memory); selective: what is cheap, "

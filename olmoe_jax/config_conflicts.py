@@ -15,7 +15,7 @@ _LORA_DETAILS = ("lora_alpha", "lora_dropout", "lora_targets", "lora_rslora")
 
 def conflicts(config: "Config") -> Iterator[str]:
     """One line for each, which says what to write instead."""
-    for of_section in (_model, _optimizer, _router_gradient, _method, _evaluation):
+    for of_section in (_model, _quantization, _optimizer, _router_gradient, _method, _evaluation):
         yield from of_section(config)
 
 
@@ -27,6 +27,25 @@ def _model(config: "Config") -> Iterator[str]:
         yield (
             f"model.config_path={model.config_path}: only read with model.init=random; "
             "write none, since the pretrained model.path has its own config.json"
+        )
+
+
+def _quantization(config: "Config") -> Iterator[str]:
+    model, method = config.model, config.method
+    if model.base_quantization is None:
+        return
+    asked = f"model.base_quantization={model.base_quantization}"
+    if method.lora_rank is None:
+        yield (
+            f"{asked}: what is quantized cannot train; write none, or train adapters: "
+            "method.lora_rank=64, with method.name=frozen, conventional or densemixer"
+        )
+    if model.init == "random":
+        yield f"{asked}: only for a pretrained base; write none, or model.init=pretrained"
+    if model.remat == "none":
+        yield (
+            f"{asked}: model.remat=none would keep every layer's weights in "
+            f"{model.compute_dtype} for the backward; write model.remat=full or selective"
         )
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from olmoe_jax import sharding
@@ -15,9 +16,11 @@ from olmoe_jax.hf import names
 from olmoe_jax.hf.opening import open_source
 from olmoe_jax.hf.source import Source
 from olmoe_jax.model.config import ModelConfig, ModelSettings
+from olmoe_jax.model.lora import is_target
 from olmoe_jax.model.olmoe import Olmoe, graph_of, parameter_specs
-from olmoe_jax.model.parameters import ROUTER, Parameters, merge, split
+from olmoe_jax.model.parameters import ROUTER, Parameters, ParameterSpec, merge, split
 from olmoe_jax.model.selected import NAMES, places
+from olmoe_jax.ops.quantization import Quantized, Scheme, quantize, quantized_shapes
 
 
 def random_parameters(
@@ -41,23 +44,62 @@ def random_parameters(
 
 
 def load_parameters(
-    source: Source, mesh, dtype: Callable[[str], DTypeLike] = lambda name: jnp.float32
+    source: Source,
+    mesh,
+    dtype: Callable[[str], DTypeLike] = lambda name: jnp.float32,
+    quantization: Scheme | None = None,
 ) -> Parameters:
     """A checkpoint's parameters, sharded; each process reads only its own experts.
 
-    `dtype` gives the dtype in which to keep a parameter, by name.
+    Args:
+      source: the checkpoint.
+      mesh: where they go.
+      dtype: gives the dtype in which to keep a parameter, by name.
+      quantization: of the matrices that can have an adapter (`is_target`), whatever `dtype` says.
     """
-    config = source.config
-    specs = parameter_specs(config)
+    specs = parameter_specs(source.config)
     shardings = sharding.parameter_shardings(specs, mesh)
-    return {
-        row.ours: jax.make_array_from_callback(
-            specs[row.ours].shape,
-            shardings[row.ours],
-            functools.partial(_read_shard, source, row, np.dtype(dtype(row.ours))),
-        )
-        for row in names.rows(config)
-    }
+
+    def load(row: names.Row):
+        spec = specs[row.ours]
+        if quantization and is_target(row.ours):
+            return _load_quantized(
+                source, row, quantization, quantized_like(spec, quantization, mesh)
+            )
+        read = functools.partial(source.read, row)
+        shard = functools.partial(_read_shard, read, source.config, row, np.dtype(dtype(row.ours)))
+        return jax.make_array_from_callback(spec.shape, shardings[row.ours], shard)
+
+    return {row.ours: load(row) for row in names.rows(source.config)}
+
+
+def quantized_like(spec: ParameterSpec, scheme: Scheme, mesh) -> Quantized:
+    """Shapes, dtypes and shardings of a quantized parameter: its axes', as far as they divide."""
+
+    def place(part):
+        where = NamedSharding(mesh, sharding.partition_spec(part.shape, spec.axes, mesh))
+        return jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=where)
+
+    return jax.tree.map(place, quantized_shapes(spec.shape, scheme))
+
+
+def _load_quantized(source: Source, row: names.Row, scheme: Scheme, like: Quantized) -> Quantized:
+    """A parameter of which the host never holds more than one layer before quantization."""
+
+    @functools.cache  # for codes and scales, and all devices
+    def layer_part(layer: int, *experts: tuple[int, int]) -> Quantized:
+        return quantize(source.read(row, layer, *(slice(*bounds) for bounds in experts)), scheme)
+
+    def load(part: str) -> jax.Array:
+        def read(layer: int, *experts: slice) -> np.ndarray:
+            bounds = (chosen.indices(source.config.num_experts)[:2] for chosen in experts)
+            return getattr(layer_part(layer, *bounds), part)
+
+        shape = getattr(like, part)
+        shard = functools.partial(_read_shard, read, source.config, row, np.dtype(shape.dtype))
+        return jax.make_array_from_callback(shape.shape, shape.sharding, shard)
+
+    return Quantized(load("codes"), load("scales"), like.width)
 
 
 def pack_selected(
@@ -89,15 +131,20 @@ def load_selected(
     }
 
 
-def _read_shard(source: Source, row: names.Row, dtype: np.dtype, index) -> np.ndarray:
-    """The part `index` (a tuple of slices of the stacked shape) of one parameter."""
+def _read_shard(
+    read: Callable[..., np.ndarray], config: ModelConfig, row: names.Row, dtype: np.dtype, index
+) -> np.ndarray:
+    """The part `index` (a tuple of slices of the stacked shape) of one parameter.
+
+    `read` gives a layer's (and of experts, these): as `Source.read` without the row.
+    """
     if not row.per_layer:
-        return source.read(row, None)[index].astype(dtype)
-    layers = range(*index[0].indices(source.config.num_layers))
+        return read(None)[index].astype(dtype)
+    layers = range(*index[0].indices(config.num_layers))
     experts, rest = ([index[1]], (slice(None), *index[2:])) if row.per_expert else ([], index[1:])
     out = None
     for position, layer in enumerate(layers):
-        part = source.read(row, layer, *experts)[rest]
+        part = read(layer, *experts)[rest]
         out = np.empty((len(layers), *part.shape), dtype) if out is None else out
         out[position] = part
     return out

@@ -17,6 +17,11 @@ from olmoe_jax.ops.projection import Projection
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
+def is_target(name: str) -> bool:
+    """Whether a parameter of the base is a matrix that can have an adapter."""
+    return name.startswith("layers.") and name.rpartition(".")[2] in TARGETS
+
+
 @dataclasses.dataclass(frozen=True)
 class LoraSettings:
     """Which matrices have an adapter, and its size.

@@ -16,6 +16,7 @@ from olmoe_jax.model.moe import MoE, RouterStatistics
 from olmoe_jax.model.parameters import ParameterSpec, matrix, scale, specs
 from olmoe_jax.model.selected import LayerSelection, SelectedExperts
 from olmoe_jax.ops.embedding import embedding_lookup
+from olmoe_jax.ops.quantization import dequantized
 from olmoe_jax.ops.remat import keep, rematerialised
 from olmoe_jax.sharding import gathered, shard_batch
 
@@ -177,6 +178,8 @@ class Olmoe(nnx.Module):
                 inside = context._replace(
                     dropout_keys=jax.vmap(jax.random.fold_in, (0, None))(keys, index)
                 )
+            # Here, so that only one layer's weights ever lie there in full, in the backward too.
+            weights = dequantized(weights, self.settings.compute_dtype)
             return nnx.merge(graph, weights)(x, inside, cache, selection, with_router_logits)
 
         selection = None

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 Parameters = dict[str, jax.Array]
+"""Frozen matrices may be `olmoe_jax.ops.quantization.Quantized` instead of arrays."""
 
 ROUTER = "layers.moe.router"
 """The parameter that is kept in float32 whatever the compute dtype: small, and easily upset."""

@@ -19,6 +19,8 @@ from olmoe_jax import sharding
 from olmoe_jax.config import Config
 from olmoe_jax.esft.selection import ExpertConfig
 from olmoe_jax.model.config import ModelConfig, ModelSettings
+from olmoe_jax.model.loading import quantized_like
+from olmoe_jax.model.lora import is_target
 from olmoe_jax.model.olmoe import parameter_specs
 from olmoe_jax.model.parameters import Parameters
 from olmoe_jax.plan.collectives import Communication, communication
@@ -95,6 +97,12 @@ class StepPrograms:
             name: jax.ShapeDtypeStruct(spec.shape, dtype(name), sharding=places[name])
             for name, spec in specs.items()
         }
+        if scheme := config.model.base_quantization:
+            parameters |= {
+                name: quantized_like(spec, scheme, mesh)
+                for name, spec in specs.items()
+                if is_target(name)
+            }
         trained, frozen = split_trained(self.trains, parameters)
         self.functions = step_functions(config, model_config, settings, trained, mesh, _STEPS)
         self.shapes = _shapes(self.functions, config, trained, frozen, mesh)

@@ -110,6 +110,8 @@ def advice(plan: Plan) -> list[str]:
         to_state.append(f"more devices: about {max(needed, 2 * count)} of this kind")
     if config.method.lora_rank is None and not config.method.name.startswith("esft_"):
         to_state.append("method.lora_rank=64 (trains adapters: 9% of the state)")
+    elif config.method.lora_rank and not config.model.base_quantization:
+        to_state.append("model.base_quantization=nf4 (the frozen matrices in 4 bits)")
     elif (config.method.lora_rank or 0) > 8:
         to_state.append(f"method.lora_rank={config.method.lora_rank // 2}")
     if leaner := _leaner_state(config):
@@ -145,6 +147,7 @@ def to_text(plan: Plan) -> str:
 def _head(plan: Plan) -> list[str]:
     config, settings, mesh = plan.config, plan.settings, plan.mesh
     lora = f", LoRA rank {config.method.lora_rank}" if config.method.lora_rank else ""
+    lora += f" on {scheme}" if (scheme := config.model.base_quantization) else ""
     total = plan.trained + plan.frozen
     return [
         f"{config.method.name}{lora} on {plan.topology.count} x {plan.topology.kind.name} "

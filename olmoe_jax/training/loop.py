@@ -337,7 +337,9 @@ class _Run:
         lora = self.model.settings.lora
         if not lora:
             return ""
-        return f" with LoRA: rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}"
+        scheme = self.config.model.base_quantization
+        base = f", base quantized to {scheme}" if scheme else ""
+        return f" with LoRA: rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}{base}"
 
     def _introduce(self) -> None:
         say, report, mesh = self.reporter.say, data.describe(self.steps), self.program.mesh

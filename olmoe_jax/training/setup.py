@@ -33,6 +33,7 @@ from olmoe_jax.model.lora import LoraSettings
 from olmoe_jax.model.olmoe import parameter_specs
 from olmoe_jax.model.parameters import ROUTER, Parameters
 from olmoe_jax.ops import attention, grouped_matmul
+from olmoe_jax.ops.quantization import Quantized
 from olmoe_jax.training.methods import (
     is_adapter,
     method_trains,
@@ -304,7 +305,8 @@ def initial_parameters(config: Config, model: Model, mesh: Mesh) -> tuple[Parame
         return random_parameters(model.config, model.settings, seed, mesh, wanted)
 
     if model.source:
-        parameters = load_parameters(model.source, mesh, dtype)
+        quantization = config.model.base_quantization
+        parameters = load_parameters(model.source, mesh, dtype, quantization)
         pack = load_selected(model.source, chosen) if chosen else {}
     else:
         drawn = random(lambda name: not is_adapter(name) and not name.startswith("selected."))
@@ -315,7 +317,10 @@ def initial_parameters(config: Config, model: Model, mesh: Mesh) -> tuple[Parame
     elif model.settings.lora:
         parameters |= random(is_adapter)
     parameters |= jax.device_put(pack, {name: shardings[name] for name in pack})
-    parameters = {name: value.astype(dtype(name)) for name, value in parameters.items()}
+    parameters = {
+        name: value if isinstance(value, Quantized) else value.astype(dtype(name))
+        for name, value in parameters.items()
+    }
     return split_trained(trains, parameters)
 
 

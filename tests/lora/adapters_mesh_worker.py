@@ -17,9 +17,10 @@ from olmoe_jax.data import Batch
 from olmoe_jax.esft.scoring import expert_scores
 from olmoe_jax.hf.checkpoint import HFCheckpoint
 from olmoe_jax.model.config import ModelSettings
-from olmoe_jax.model.loading import load_parameters, pack_selected
-from olmoe_jax.model.lora import LoraSettings
+from olmoe_jax.model.loading import load_parameters, pack_selected, quantized_like
+from olmoe_jax.model.lora import LoraSettings, is_target
 from olmoe_jax.model.olmoe import graph_of, parameter_specs
+from olmoe_jax.ops.quantization import quantize
 from olmoe_jax.training.optimizer import adamw, schedule
 from olmoe_jax.training.step import Trainer, place_batch
 
@@ -27,6 +28,7 @@ EXPERTS = ((1, 4, 7), (0,))
 LORA = LoraSettings(4, 8.0, dropout=0.3)
 KINDS = {
     "lora": ModelSettings(router_method="densemixer", remat="full", lora=LORA),
+    "nf4": ModelSettings(router_method="densemixer", remat="full", lora=LORA),
     "esft": ModelSettings(router_method="densemixer", selected_experts=EXPERTS),
 }
 
@@ -50,11 +52,17 @@ def run(kind, config, mesh):
     """Loss and gradients of the trained parameters, on a mesh."""
     settings = KINDS[kind]
     weights = random_weights(config)
-    weights |= random_adapters(config, LORA) if kind == "lora" else pack_selected(weights, EXPERTS)
+    weights |= pack_selected(weights, EXPERTS) if kind == "esft" else random_adapters(config, LORA)
     trainer = Trainer(
         config, settings, adamw(0.9, 0.999, 1e-8, 0.0), schedule("constant", 1.0, 0, 1), 1.0
     )
-    shardings = sharding.parameter_shardings(parameter_specs(config, settings), mesh)
+    specs = parameter_specs(config, settings)
+    shardings = sharding.parameter_shardings(specs, mesh)
+    if kind == "nf4":
+        for name in filter(is_target, weights):
+            weights[name] = quantize(weights[name], kind)
+            like = quantized_like(specs[name], kind, mesh)
+            shardings[name] = jax.tree.map(lambda part: part.sharding, like)
     marks = (".lora.", "selected.", "router", "lm_head")
     with jax.set_mesh(mesh):
         placed = jax.device_put(weights, {name: shardings[name] for name in weights})
@@ -65,6 +73,13 @@ def run(kind, config, mesh):
         zero = trainer.zero_sums(trained)
         result = jax.jit(trainer.accumulate)(trained, frozen, zero, batch, position)
     return jax.device_get({"loss": result.loss, **result.gradients})
+
+
+def loaded(base, mesh):
+    """A base's weights, quantized as they are read; every number as float32."""
+    parameters = load_parameters(HFCheckpoint(Path(base)), mesh, quantization="nf4")
+    leaves = jax.tree_util.tree_leaves_with_path(parameters)
+    return {jax.tree_util.keystr(path): np.asarray(leaf, np.float32) for path, leaf in leaves}
 
 
 def scores(base, mesh, rows_per_device):
@@ -98,6 +113,10 @@ def main():
             errors[f"{kind} {name}"] = {
                 key: relative_error(sharded[key], alone[key]) for key in alone
             }
+    alone = loaded(sys.argv[1], one)
+    for name, mesh in meshes.items():
+        sharded = loaded(sys.argv[1], mesh)
+        errors[f"loaded {name}"] = {key: relative_error(sharded[key], alone[key]) for key in alone}
     alone, sharded = scores(sys.argv[1], one, 4), scores(sys.argv[1], meshes["data=2,fsdp=4"], 1)
     errors["scores"] = {key: relative_error(sharded[key], alone[key]) for key in alone}
     assert BYTES["pad_token_id"] == PAD

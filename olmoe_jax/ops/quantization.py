@@ -1,0 +1,123 @@
+"""Frozen weights in 8 or 4 bits, each block of 64 numbers with a scale of its own.
+
+The storage of QLoRA (https://arxiv.org/abs/2305.14314): a block is divided by its largest magnitude
+and each number becomes the nearest of 16 values. These are NF4, quantiles of a normal distribution
+(which trained weights nearly have) and zero. "int8" has 255 equidistant values instead. Blocks lie
+along a matrix's input, as bitsandbytes' do, whose matrices are [out, in]. Unlike there, scales are
+bfloat16, a quarter of a bit per number; codes are chosen for the rounded scale.
+
+Shapes: matrices [..., D, F] in blocks [..., n, 64, F], the last of which may be filled up.
+"""
+
+import dataclasses
+import functools
+import itertools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+Scheme = Literal["int8", "nf4"]
+BLOCK = 64
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+"""The 16 values of QLoRA's appendix E."""
+_MIDDLES = np.array([(low + high) / 2 for low, high in itertools.pairwise(NF4)], np.float32)
+_LARGEST = {"int8": 127, "nf4": 1}
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["codes", "scales"], meta_fields=["width"]
+)
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """Matrices in blocks, as arrays of numpy or jax, or their shapes.
+
+    Attributes:
+      codes: int8 [..., 64 n, F], or of NF4 two to a byte: uint8 [..., 32 n, F], the first low.
+      scales: bfloat16 [..., n, F].
+      width: D.
+    """
+
+    codes: Any
+    scales: Any
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrices: [..., D, F]."""
+        *outer, _, columns = self.codes.shape
+        return (*outer, self.width, columns)
+
+
+def quantized_shapes(shape: tuple[int, ...], scheme: Scheme) -> Quantized:
+    """Shapes and dtypes of what `quantize` makes of matrices of this shape."""
+    *outer, width, columns = shape
+    blocks = -(-width // BLOCK)
+    rows, dtype = {"int8": (BLOCK, jnp.int8), "nf4": (BLOCK // 2, jnp.uint8)}[scheme]
+    return Quantized(
+        jax.ShapeDtypeStruct((*outer, blocks * rows, columns), dtype),
+        jax.ShapeDtypeStruct((*outer, blocks, columns), jnp.bfloat16),
+        width,
+    )
+
+
+def quantize(weight: np.ndarray, scheme: Scheme) -> Quantized:
+    """Matrices [..., D, F] of any float dtype, on the host."""
+    if weight.ndim > 2:
+        # One matrix at a time: what lies between is never as large as the model's.
+        parts = [quantize(matrix, scheme) for matrix in weight]
+        return jax.tree.map(lambda *same: np.stack(same), *parts)
+    width, columns = weight.shape
+    blocks = -(-width // BLOCK)
+    values = np.zeros((blocks * BLOCK, columns), np.float32)
+    values[:width] = weight
+    values = values.reshape(blocks, BLOCK, columns)
+    scales = (np.abs(values).max(axis=1) / _LARGEST[scheme]).astype(jnp.bfloat16)
+    values /= np.where(scales == 0, 1, scales).astype(np.float32)[:, None]
+    if scheme == "int8":
+        codes = np.rint(values).clip(-127, 127).astype(np.int8)
+    else:
+        nearest = np.zeros(values.shape, np.uint8)
+        for middle in _MIDDLES:
+            nearest += values > middle
+        codes = nearest[:, 0::2] | nearest[:, 1::2] << 4
+    return Quantized(codes.reshape(-1, columns), scales, width)
+
+
+def dequantize(weight: Quantized, dtype: DTypeLike) -> jax.Array:
+    """The matrices [..., D, F] that the codes stand for, computed in float32."""
+    *outer, blocks, columns = weight.scales.shape
+    values = weight.codes
+    if values.dtype == jnp.uint8:
+        shifts = jnp.array([[0], [4]], jnp.uint8)
+        values = _nf4((values[..., None, :] >> shifts) & 15)
+    values = values.reshape(*outer, blocks, BLOCK, columns).astype(jnp.float32)
+    values *= weight.scales[..., None, :].astype(jnp.float32)
+    return values.reshape(*outer, -1, columns)[..., : weight.width, :].astype(dtype)
+
+
+def dequantized(tree: Any, dtype: DTypeLike) -> Any:
+    """The tree with arrays in the place of what is `Quantized`."""
+
+    def is_quantized(leaf):
+        return isinstance(leaf, Quantized)
+
+    def in_full(leaf):
+        return dequantize(leaf, dtype) if is_quantized(leaf) else leaf
+
+    return jax.tree.map(in_full, tree, is_leaf=is_quantized)
+
+
+def _nf4(codes: jax.Array) -> jax.Array:
+    """NF4[codes], float32: elementwise, since TPUs gather slowly.
+
+    By selecting (`jnp.where`), the constants to choose from would be stored as whole arrays.
+    """
+    return sum(jnp.float32(value) * (codes == code) for code, value in enumerate(NF4))
