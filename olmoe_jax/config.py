@@ -275,13 +275,24 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class MeshOptions:
-    """How the devices are arranged; data x fsdp is their number."""
+    """How the devices are arranged; data x fsdp x expert is their number."""
 
     data: int = option(1, "groups of devices that each hold a full copy of the state", at_least(1))
     fsdp: int = option(
         -1,
         "devices over which parameters and optimizer state are sharded; -1: all the remaining",
         Rule("must be positive, or -1", lambda value: value == -1 or value > 0, "-1"),
+    )
+    expert: int = option(
+        1,
+        "devices over which the experts (and, as over fsdp, all that is sharded) are split; must "
+        "divide their number",
+        at_least(1),
+    )
+    expert_exchange: Literal["tokens", "weights"] = option(
+        "tokens",
+        "what devices send each other over expert in every layer: the tokens to all experts' "
+        "devices and the outputs back, or the experts' weights to all tokens' devices",
     )
 
 

@@ -15,7 +15,8 @@ _LORA_DETAILS = ("lora_alpha", "lora_dropout", "lora_targets", "lora_rslora")
 
 def conflicts(config: "Config") -> Iterator[str]:
     """One line for each, which says what to write instead."""
-    for of_section in (_model, _quantization, _optimizer, _router_gradient, _method, _evaluation):
+    sections = (_model, _quantization, _optimizer, _router_gradient, _method, _evaluation, _mesh)
+    for of_section in sections:
         yield from of_section(config)
 
 
@@ -133,3 +134,13 @@ def _evaluation(config: "Config") -> Iterator[str]:
                 "train.export_best=true: the best model is the one with the lowest eval loss; "
                 "write false, or set data.eval_path or data.eval_fraction"
             )
+
+
+def _mesh(config: "Config") -> Iterator[str]:
+    mesh = config.mesh
+    default = type(mesh)().expert_exchange
+    if mesh.expert == 1 and mesh.expert_exchange != default:
+        yield (
+            f"mesh.expert_exchange={mesh.expert_exchange}: only read with mesh.expert above 1; "
+            f"set that, or write {default}"
+        )

@@ -1,12 +1,14 @@
 """Mesh axes and the one table that says which logical axis of a parameter lies on which.
 
-Axes `data` (replicas) and `fsdp` (parameters, gradients and optimizer state sharded; the batch is
-split over both). Parameters are gathered in the compute dtype where they are used; embedding and
-head, which have a row per token of the vocabulary, stay split (`ops/embedding.py`,
-`ops/cross_entropy.py`).
+Axes `data` (replicas), `fsdp` and `expert` (parameters, gradients and optimizer state sharded over
+both); the batch is split over all three. Parameters are gathered in the compute dtype where they
+are used; embedding and head, which have a row per token of the vocabulary, stay split
+(`ops/embedding.py`, `ops/cross_entropy.py`). The experts are gathered over `fsdp`, and over
+`expert` either they or the tokens travel (`ops/expert_parallel.py`).
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -16,68 +18,95 @@ from jax.sharding import PartitionSpec as P
 
 from olmoe_jax.errors import UserError
 
-AXES = ("data", "fsdp")
+EXPERT = "expert"
+AXES = ("data", "fsdp", EXPERT)
+"""The devices of an `expert` group are neighbours: what travels there, travels in every layer."""
 BATCH = P(AXES)
 """Spec of an array whose leading dimension is the batch."""
 
-RULES: dict[str, str | None] = {
-    "layer": None,
-    "expert": "fsdp",
-    "vocab": "fsdp",
-    "embed": "fsdp",
-    "heads": "fsdp",
-    "kv_heads": "fsdp",
-    "mlp": "fsdp",
-    "rank": None,
-    "selected": None,
-    "router": None,
-    "norm": None,
+_SHARDED = (EXPERT, "fsdp")
+"""Of parameters. `expert` first: gathered over `fsdp`, a device's experts follow each other."""
+
+RULES: dict[str, tuple[str, ...]] = {
+    "layer": (),
+    "expert": _SHARDED,
+    "vocab": _SHARDED,
+    "embed": _SHARDED,
+    "heads": _SHARDED,
+    "kv_heads": _SHARDED,
+    "mlp": _SHARDED,
+    "rank": (),
+    "selected": (),
+    "router": (),
+    "norm": (),
 }
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, devices=None) -> Mesh:
-    """A mesh [data, fsdp] over all devices; -1 stands for "all the remaining ones".
+def make_mesh(data: int = 1, fsdp: int = -1, expert: int = 1, *, devices=None) -> Mesh:
+    """A mesh [data, fsdp, expert] over all devices; -1 stands for "all the remaining ones".
 
     Raises:
       UserError: the axes' product is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    count = len(devices)
-    sizes = [data, fsdp]
+    count, sizes = len(devices), [data, fsdp, expert]
+    asked = f"mesh.data={data} mesh.fsdp={fsdp}" + (f" mesh.expert={expert}" * (expert != 1))
+    known = math.prod(size for size in sizes if size != -1)
     if -1 in sizes:
-        known = -data * fsdp if sizes.count(-1) == 1 else 1
         if count % known:
             raise UserError(
-                f"mesh.data={data} mesh.fsdp={fsdp}: {known} does not divide the {count} devices; "
-                f"use a divisor of {count}"
+                f"{asked}: {known} does not divide the {count} devices; use a divisor of {count}"
             )
         sizes[sizes.index(-1)] = count // known
         sizes = [1 if size == -1 else size for size in sizes]
-    if sizes[0] * sizes[1] != count:
+    elif known != count:
         raise UserError(
-            f"mesh.data={data} mesh.fsdp={fsdp}: needs {sizes[0] * sizes[1]} devices, but there "
-            f"are {count}; set mesh.fsdp=-1 to use all of them"
+            f"{asked}: needs {known} devices, but there are {count}; set mesh.fsdp=-1 to use all "
+            "of them"
         )
     return Mesh(np.array(devices).reshape(sizes), AXES)
+
+
+def describe(mesh_shape: Mapping[str, int]) -> str:
+    """The axes and their sizes, for a person."""
+    return " ".join(f"{axis}={size}" for axis, size in mesh_shape.items())
+
+
+def check_experts(expert: int, num_experts: int) -> None:
+    """Raises `UserError` when `mesh.expert` does not divide the model's experts."""
+    if num_experts % expert:
+        raise UserError(
+            f"mesh.expert={expert}: does not divide the model's {num_experts} experts; use a "
+            f"divisor of {num_experts}"
+        )
 
 
 def partition_spec(shape: tuple[int, ...], axes: tuple[str, ...], mesh) -> P:
     """Where a parameter of this shape and these logical axes lies on the mesh.
 
-    The leading dimension that a rule shards and the mesh axis divides gets the axis (leading
+    The leading dimension that a rule shards and a mesh axis divides gets the axis (leading
     dimensions reshard cheapest); a mesh axis is used once, and what cannot be split is replicated.
     """
-    spec: list[str | None] = [None] * len(shape)
-    for dimension, (size, axis) in enumerate(zip(shape, axes, strict=True)):
-        mesh_axis = RULES[axis]
-        if mesh_axis and mesh_axis not in spec and size % mesh.shape[mesh_axis] == 0:
-            spec[dimension] = mesh_axis
+    free = {axis: size for axis, size in mesh.shape.items() if size > 1}
+    spec = []
+    for size, axis in zip(shape, axes, strict=True):
+        taken, parts = [], 1
+        for mesh_axis in RULES[axis]:
+            if mesh_axis in free and size % (parts * free[mesh_axis]) == 0:
+                parts *= free.pop(mesh_axis)
+                taken.append(mesh_axis)
+        spec.append(tuple(taken) if len(taken) > 1 else taken[0] if taken else None)
     return P(*spec)
 
 
-def vocabulary_axis(shape: tuple[int, int], mesh) -> str | None:
-    """The mesh axis that splits the rows of a [V, D] parameter; None: V does not divide."""
-    return partition_spec(shape, ("vocab", "embed"), mesh)[0]
+def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes that split a dimension, from its entry in a `PartitionSpec`."""
+    return entry if isinstance(entry, tuple) else (entry,) if entry else ()
+
+
+def vocabulary_axes(shape: tuple[int, int], mesh) -> tuple[str, ...]:
+    """The mesh axes that split the rows of a [V, D] parameter; none: V does not divide."""
+    return mesh_axes(partition_spec(shape, ("vocab", "embed"), mesh)[0])
 
 
 def parameter_shardings(specs, mesh: Mesh) -> dict[str, NamedSharding]:

@@ -31,7 +31,7 @@ SIZES = [
 def lower(*flags):
     """The shape, and the lowered program that adds up gradients."""
     args = make_parser().parse_args(["--shape=tiny", "--rows=4", *SIZES, *flags])
-    shape, mesh = shape_of(args), sharding.make_mesh(1, 1, jax.devices()[:1])
+    shape, mesh = shape_of(args), sharding.make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         program, _ = build(args, shape, mesh)
         state, batch = program.state, program.to_devices(random_batch(shape))

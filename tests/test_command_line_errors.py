@@ -155,6 +155,7 @@ def test_configuration_file(monkeypatch, capsys, tmp_path):
     [
         ({"mesh__fsdp": 3}, "mesh.data=1 mesh.fsdp=3: needs 3 devices, but there "),
         ({"mesh__data": 2, "mesh__fsdp": -1}, "mesh.data=2 mesh.fsdp=-1: 2 does not divide the "),
+        ({"mesh__fsdp": 1, "mesh__expert": 2}, "mesh.data=1 mesh.fsdp=1 mesh.expert=2: needs 2 "),
     ],
 )
 def test_mesh(error_of, mesh, expected):

@@ -114,7 +114,9 @@ def test_unknown_field_names_the_nearest(unknown, nearest):
 
 def test_a_section_is_not_a_field():
     message = override_error("mesh", "8")
-    assert message == "mesh is a section, not a field: set one of mesh.data, mesh.fsdp"
+    assert message.startswith(
+        "mesh is a section, not a field: set one of mesh.data, mesh.fsdp, mesh.expert"
+    )
 
 
 # Ranges and combinations
@@ -168,6 +170,7 @@ def test_a_section_is_not_a_field():
         ("train.max_nonfinite_steps", "0", "must be 1 or more; write e.g. 5"),
         ("mesh.data", "0", "must be 1 or more; write e.g. 1"),
         ("mesh.fsdp", "0", "must be positive, or -1; write e.g. -1"),
+        ("mesh.expert", "-1", "must be 1 or more; write e.g. 1"),
     ],
 )
 def test_range(path, text, expected):
@@ -233,6 +236,11 @@ def test_every_number_has_a_range():
             "optimizer.master_dtype=bfloat16: gradients are added up in the weights' dtype",
         ),
         ({"method.adapter_path": "a"}, "method.adapter_path=a: only read with method.lora_rank"),
+        (
+            {"mesh.expert_exchange": "weights"},
+            "mesh.expert_exchange=weights: only read with mesh.expert above 1; set that, or write "
+            "tokens",
+        ),
         ({"method.lora_alpha": "8.0"}, "method.lora_alpha=8.0: only read with method.lora_rank"),
         (
             {"data.eval_path": "none", "data.eval_fraction": "0", "train.eval_every": "5"},

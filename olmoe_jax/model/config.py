@@ -50,6 +50,7 @@ class ModelSettings:
         (`selected.*`) and replace the base's; None: no such parameters.
       grouped_matmul: backend name of `olmoe_jax.ops.grouped_matmul`; None: the platform's.
       attention: backend name of `olmoe_jax.ops.attention`; None: the platform's.
+      expert_exchange: what travels over the mesh's `expert` axis (`olmoe_jax.ops.expert_parallel`).
     """
 
     compute_dtype: Any = jnp.float32
@@ -61,6 +62,7 @@ class ModelSettings:
     selected_experts: tuple[tuple[int, ...], ...] | None = None
     grouped_matmul: str | None = None
     attention: str | None = None
+    expert_exchange: Literal["tokens", "weights"] = "tokens"
 
 
 _REQUIRED = {

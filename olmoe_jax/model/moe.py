@@ -5,6 +5,7 @@ per token.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from olmoe_jax.model.config import ModelConfig, ModelSettings
 from olmoe_jax.model.lora import TARGETS, Adapters, dropout, projection
 from olmoe_jax.model.parameters import matrix
 from olmoe_jax.model.selected import LayerSelection
+from olmoe_jax.ops.expert_parallel import ExpertGroup
 from olmoe_jax.ops.projection import grouped_project
 from olmoe_jax.ops.remat import keep
 from olmoe_jax.ops.router_gradient import ExpertProjections, router_gradient
@@ -134,13 +136,20 @@ class MoE(nnx.Module):
         router = self.router[...].astype(jnp.float32)
         experts = with_selection(self.experts.projections(self.settings), selection)
         mesh = sharding.active_mesh()
+        group = ExpertGroup(None)
         if mesh is None:
-            return self._local(x, is_token, dropout_keys, router, experts, with_logits)
+            return self._local(x, is_token, dropout_keys, router, experts, with_logits, group)
         specs = self.experts.specs(self.settings, mesh, selection)
+        sharding.check_experts(mesh.shape[sharding.EXPERT], self.config.num_experts)
+        if mesh.shape[sharding.EXPERT] > 1 and self.settings.expert_exchange == "tokens":
+            group = ExpertGroup(sharding.EXPERT)
 
         def on_device(x, is_token, dropout_keys, router, experts):
-            whole = jax.tree.map(_all_gather, experts, specs)
-            y, statistics = self._local(x, is_token, dropout_keys, router, whole, with_logits)
+            experts = jax.tree.map(functools.partial(_all_gather, apart=group.axis), experts, specs)
+            experts = _of_group(experts, group, self.config.num_experts)
+            y, statistics = self._local(
+                x, is_token, dropout_keys, router, experts, with_logits, group
+            )
             summed = jax.tree.map(
                 lambda value: jax.lax.psum(value, sharding.AXES), statistics._replace(logits=None)
             )
@@ -156,10 +165,12 @@ class MoE(nnx.Module):
             check_vma=False,
         )(x, is_token, dropout_keys, *jax.tree.map(sharding.by_value, (router, experts)))
 
-    def _local(self, x, is_token, dropout_keys, router, experts, with_logits):
-        """The block on the tokens of one device, with all experts at hand."""
+    def _local(self, x, is_token, dropout_keys, router, experts, with_logits, group):
+        """The block on the tokens of one device, with all experts at hand or in its group."""
         config, shape = self.config, x.shape
-        dropped = self._dropped(x, dropout_keys, "gate").reshape(-1, shape[-1])
+        in_group, dropout_keys = group.gather(x), group.gather(dropout_keys)
+        dropped = self._dropped(in_group, dropout_keys, "gate").reshape(-1, shape[-1])
+        in_group = in_group.reshape(-1, shape[-1])
         x, is_token = x.reshape(-1, shape[-1]), is_token.reshape(-1)
         with jax.named_scope("router"):
             if self.settings.router_method == "frozen":
@@ -173,11 +184,18 @@ class MoE(nnx.Module):
                 weights = weights / weights.sum(axis=-1, keepdims=True)
             chosen = jnp.where(is_token[:, None], chosen, config.num_experts)
         with jax.named_scope("experts"):
-            y, load = self._run_experts(x, dropped, weights, chosen, experts, dropout_keys)
+            own = group.own(group.gather(chosen), config.num_experts)
+            y = self._run_experts(
+                in_group, dropped, group.gather(weights), own, experts, dropout_keys
+            )
         if self.settings.router_method == "densemixer":
-            y = y + self._dense_router_term(x, probabilities, chosen, is_token, experts)
+            y = y + self._dense_router_term(
+                in_group, probabilities, chosen, is_token, experts, group
+            )
+        y = group.scatter_sum(y)
+        load = jnp.bincount(chosen.reshape(-1), length=config.num_experts + 1)[:-1]
         statistics = RouterStatistics(
-            load=load,
+            load=load.astype(jnp.float32),
             probability=jnp.sum(probabilities * is_token[:, None], axis=0),
             entropy=-jnp.sum(jax.nn.log_softmax(logits) * probabilities * is_token[:, None]),
             logits=logits.reshape(*shape[:-1], -1) if with_logits else None,
@@ -190,8 +208,10 @@ class MoE(nnx.Module):
         return dropout(x, keys, rate, TARGETS.index(target))
 
     def _run_experts(self, x, dropped, weights, chosen, experts, dropout_keys):
+        """The weighted sum of the chosen experts' outputs; experts beyond the given ones give 0."""
         per_token, backend = chosen.shape[1], self.settings.grouped_matmul
-        order, inverse, group_sizes = map(keep, sort_by_expert(chosen, self.config.num_experts))
+        num_experts = experts.gate.weight.shape[0]
+        order, inverse, group_sizes = map(keep, sort_by_expert(chosen, num_experts))
         rows = to_experts(x, order, inverse, per_token)
         # One draw per token serves gate and up and all its experts; PEFT draws for each.
         low_rows = to_experts(dropped, order, inverse, per_token)
@@ -211,11 +231,13 @@ class MoE(nnx.Module):
             low_hidden = self._dropped(by_row, dropout_keys, "down").reshape(hidden.shape)
             low_hidden = permute(low_hidden, order, inverse)
         rows = grouped_project(hidden, experts.down, low_hidden, group_sizes, backend)
-        y = from_experts(rows, order, inverse, per_token)
-        return y, group_sizes.astype(jnp.float32)
+        return from_experts(rows, order, inverse, per_token)
 
-    def _dense_router_term(self, x, probabilities, chosen, is_token, experts):
-        """Zeros that carry the router gradient of the experts that were not selected."""
+    def _dense_router_term(self, x, probabilities, chosen, is_token, experts, group):
+        """Zeros that carry the router gradient of the experts that were not selected.
+
+        x and the zeros: the group's tokens; the rest: those of this device.
+        """
         config, limit = self.config, self.settings.router_gradient_experts
         per_token = config.num_experts_per_token
         is_selected = jax.nn.one_hot(chosen, config.num_experts, dtype=bool).any(axis=1)
@@ -237,16 +259,30 @@ class MoE(nnx.Module):
             limit,
             settings.router_gradient_dtype,
             settings.grouped_matmul,
-            unselected,
+            group.by_expert(unselected),
             x,
             experts,
-            candidates,
+            group.own(group.gather(candidates), config.num_experts),
         )
 
 
-def _all_gather(weight: jax.Array, spec: P) -> jax.Array:
-    """Joins a weight's shards; transposed, it sums and scatters the gradient."""
-    for dimension, axis in enumerate(spec):
-        if axis is not None:
-            weight = jax.lax.all_gather(weight, axis, axis=dimension, tiled=True)
+def _of_group(
+    experts: ExpertProjections, group: ExpertGroup, num_experts: int
+) -> ExpertProjections:
+    """The projections of a device's own experts, among which the selected ones are looked for."""
+    if experts.gate.indices is None:
+        return experts
+    indices = group.own(experts.gate.indices, num_experts)
+    return ExpertProjections(*(dataclasses.replace(part, indices=indices) for part in experts))
+
+
+def _all_gather(weight: jax.Array, spec: P, apart: str | None) -> jax.Array:
+    """Joins a weight's shards; transposed, it sums and scatters the gradient.
+
+    Along the mesh axis `apart` the experts, a weight's first dimension, are not joined.
+    """
+    for dimension, entry in enumerate(spec):
+        axes = [axis for axis in sharding.mesh_axes(entry) if dimension or axis != apart]
+        if axes:
+            weight = jax.lax.all_gather(weight, tuple(axes), axis=dimension, tiled=True)
     return weight

@@ -7,9 +7,9 @@ backward pass that computes the logits anew, and nothing to keep but the gradien
 Under a mesh the head stays split over its V rows (as in Megatron-LM's vocabulary-parallel loss,
 https://arxiv.org/abs/1909.08053): a chunk's hidden states are gathered, every device computes the
 logits of its own rows, and the softmax' sums travel. A device so receives and sends 6 D bytes for
-each position of the devices along the axis (bfloat16 hidden states, float32 gradients); to gather
+each position of the devices along the axes (bfloat16 hidden states, float32 gradients); to gather
 the head and scatter its gradient takes 6 D bytes for each of the V rows, and memory for both.
-A head whose V the mesh axis does not divide is gathered.
+A head whose V no mesh axis divides is gathered.
 
 Shapes: B rows, S positions, D model width, V vocabulary; on one device: N positions of a chunk (of
 all devices among which the vocabulary is split), W rows of the head.
@@ -68,23 +68,23 @@ def _loss_and_gradients(hidden, head, targets, weights, differentiate=False, tra
     run = functools.partial(_on_device, differentiate=differentiate, train_head=train_head)
     mesh = sharding.active_mesh()
     if mesh is None:
-        return run(hidden, head, targets, weights, axes=(), axis=None)
-    axis = sharding.vocabulary_axis(head.shape, mesh)
+        return run(hidden, head, targets, weights, axes=(), vocabulary=())
+    vocabulary = sharding.vocabulary_axes(head.shape, mesh)
     batch = sharding.BATCH
     in_batch = batch if differentiate else None
     return jax.shard_map(
-        functools.partial(run, axes=sharding.AXES, axis=axis),
+        functools.partial(run, axes=sharding.AXES, vocabulary=vocabulary),
         mesh=mesh,
-        in_specs=(batch, P(axis), batch, batch),
-        out_specs=(P(), in_batch, P(axis) if train_head else None, in_batch),
+        in_specs=(batch, P(vocabulary), batch, batch),
+        out_specs=(P(), in_batch, P(vocabulary) if train_head else None, in_batch),
         check_vma=False,
     )(hidden, head, targets, weights)
 
 
-def _on_device(hidden, head, targets, weights, *, axes, axis, differentiate, train_head):
+def _on_device(hidden, head, targets, weights, *, axes, vocabulary, differentiate, train_head):
     """As `_loss_and_gradients`, on one device's positions and rows of the head.
 
-    axes: those of the mesh; axis: the one that splits the vocabulary.
+    axes: those of the mesh; vocabulary: those that split the vocabulary.
     """
     positions = targets.size
     count = -(-positions // CHUNK)
@@ -99,12 +99,12 @@ def _on_device(hidden, head, targets, weights, *, axes, axis, differentiate, tra
         return chunks.reshape(-1, *like.shape[2:])[:positions].reshape(like.shape)
 
     def body(d_head, inputs):
-        losses, logit_gradient, hidden = _chunk(*inputs, head, axis)
+        losses, logit_gradient, hidden = _chunk(*inputs, head, vocabulary)
         d_hidden = None
         if differentiate:
             d_hidden = _matmul("nw,wd->nd", logit_gradient, head)
-            if axis:
-                d_hidden = jax.lax.psum_scatter(d_hidden, axis, tiled=True)
+            if vocabulary:
+                d_hidden = jax.lax.psum_scatter(d_hidden, vocabulary, tiled=True)
             d_hidden = d_hidden.astype(hidden.dtype)
         if train_head:
             d_head += _matmul("nw,nd->wd", logit_gradient, hidden)
@@ -117,36 +117,36 @@ def _on_device(hidden, head, targets, weights, *, axes, axis, differentiate, tra
     loss = jnp.sum(weights * losses)
     if axes:
         loss = jax.lax.psum(loss, axes)
-        d_head = jax.lax.psum(d_head, tuple(name for name in axes if name != axis))
+        d_head = jax.lax.psum(d_head, tuple(name for name in axes if name not in vocabulary))
     if not differentiate:
         return loss, None, None, None
     return loss, joined(d_hidden, hidden), d_head, losses
 
 
-def _chunk(hidden, targets, weights, head, axis):
+def _chunk(hidden, targets, weights, head, axes):
     """Losses of a device's positions in a chunk; of all N, the gradient in the logits [N, W] and
     the hidden states [N, D]."""
     size, first = len(targets), 0
-    if axis:
-        gather = functools.partial(jax.lax.all_gather, axis_name=axis, tiled=True)
+    if axes:
+        gather = functools.partial(jax.lax.all_gather, axis_name=axes, tiled=True)
         hidden, targets, weights = gather(hidden), gather(targets), gather(weights)
-        first = jax.lax.axis_index(axis) * len(head)
+        first = jax.lax.axis_index(axes) * len(head)
     # Here and not in the loss alone: 0 * inf in the head's gradient is not a number.
     hidden = jnp.where(weights[:, None] != 0, hidden, 0)
     logits = _matmul("nd,wd->nw", hidden, head)
     is_target = first + jnp.arange(len(head)) == targets[:, None]
     largest = jnp.max(logits, axis=1)
-    if axis:
-        largest = jax.lax.pmax(largest, axis)
+    if axes:
+        largest = jax.lax.pmax(largest, axes)
     exponentials = jnp.exp(logits - largest[:, None])
     sums = jnp.sum(exponentials, axis=1), jnp.sum(jnp.where(is_target, logits, 0), axis=1)
-    if axis:
-        sums = jax.lax.psum(sums, axis)
+    if axes:
+        sums = jax.lax.psum(sums, axes)
     normalizer, target_logits = sums
     losses = jnp.where(weights != 0, jnp.log(normalizer) + largest - target_logits, 0)
     gradient = weights[:, None] * (exponentials / normalizer[:, None] - is_target)
-    if axis:
-        own = jax.lax.axis_index(axis) * size
+    if axes:
+        own = jax.lax.axis_index(axes) * size
         losses = jax.lax.dynamic_slice_in_dim(losses, own, size)
     return losses, gradient.astype(hidden.dtype), hidden
 

@@ -16,28 +16,28 @@ def embedding_lookup(table: jax.Array, tokens: jax.Array, dtype) -> jax.Array:
     the tokens' devices, as in Megatron-LM's vocabulary-parallel embedding
     (https://arxiv.org/abs/1909.08053); backward, the gradients in `dtype` are gathered and added up
     in the table's dtype. Each way that moves a row per token instead of the table. A table whose V
-    the mesh axis does not divide is gathered.
+    no mesh axis divides is gathered.
     """
     mesh = sharding.active_mesh()
     if mesh is None:
         return _rows(table, tokens).astype(dtype)
-    axis = sharding.vocabulary_axis(table.shape, mesh)
+    axes = sharding.vocabulary_axes(table.shape, mesh)
     return jax.shard_map(
-        functools.partial(_on_device, dtype=dtype, axis=axis),
+        functools.partial(_on_device, dtype=dtype, axes=axes),
         mesh=mesh,
-        in_specs=(P(axis), sharding.BATCH),
+        in_specs=(P(axes), sharding.BATCH),
         out_specs=sharding.BATCH,
         check_vma=False,
     )(sharding.by_value(jnp.asarray(table)), tokens)
 
 
-def _on_device(table, tokens, dtype, axis):
-    if axis is None:
+def _on_device(table, tokens, dtype, axes):
+    if not axes:
         return _rows(table, tokens).astype(dtype)
-    tokens = jax.lax.all_gather(tokens, axis, tiled=True)
-    rows = _rows(table, tokens - jax.lax.axis_index(axis) * len(table)).astype(dtype)
+    tokens = jax.lax.all_gather(tokens, axes, tiled=True)
+    rows = _rows(table, tokens - jax.lax.axis_index(axes) * len(table)).astype(dtype)
     # Exact in any dtype: all but one of the summands are zero.
-    return jax.lax.psum_scatter(rows, axis, tiled=True)
+    return jax.lax.psum_scatter(rows, axes, tiled=True)
 
 
 def _rows(table, indices):

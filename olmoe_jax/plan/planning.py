@@ -107,7 +107,9 @@ def plan(
         model_config,
         where.kind.platform,
     )
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, open_devices(where))
+    sharding.check_experts(config.mesh.expert, model_config.num_experts)
+    axes = config.mesh.data, config.mesh.fsdp, config.mesh.expert
+    mesh = sharding.make_mesh(*axes, devices=open_devices(where))
     rows = config.train.rows_per_device * where.count
     rows_per_step = rows_per_step or rows
     microbatches = math.ceil(rows_per_step / rows)

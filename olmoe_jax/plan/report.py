@@ -7,6 +7,7 @@ from olmoe_jax.config import Config
 from olmoe_jax.plan.devices import GIB
 from olmoe_jax.plan.planning import Plan
 from olmoe_jax.plan.programs import CompiledProgram
+from olmoe_jax.sharding import describe
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
@@ -145,13 +146,13 @@ def to_text(plan: Plan) -> str:
 
 
 def _head(plan: Plan) -> list[str]:
-    config, settings, mesh = plan.config, plan.settings, plan.mesh
+    config, settings = plan.config, plan.settings
     lora = f", LoRA rank {config.method.lora_rank}" if config.method.lora_rank else ""
     lora += f" on {scheme}" if (scheme := config.model.base_quantization) else ""
     total = plan.trained + plan.frozen
     return [
         f"{config.method.name}{lora} on {plan.topology.count} x {plan.topology.kind.name} "
-        f"(mesh data={mesh['data']} fsdp={mesh['fsdp']})",
+        f"(mesh {describe(plan.mesh)})",
         f"compute {config.model.compute_dtype}, remat {config.model.remat}, grouped matmul "
         f"{settings.grouped_matmul}, attention {settings.attention}",
         f"parameters: {plan.trained:,} trained, {plan.frozen:,} frozen, {total:,} in all",

@@ -57,7 +57,7 @@ def train(config: Config) -> TrainResult:
     """
     config = validate(config)
     check_wandb(config.train.wandb_project)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.expert)
     with distributed.writer_first("download, tokenise"):
         if distributed.is_writer():
             run_directory.check(config)
@@ -346,7 +346,7 @@ class _Run:
         settings = self.model.settings
         say(
             f"devices: {mesh.size} x {jax.default_backend()}{_processes()} "
-            f"(mesh data={mesh.shape['data']} fsdp={mesh.shape['fsdp']}), "
+            f"(mesh {sharding.describe(mesh.shape)}), "
             f"grouped matmul: {settings.grouped_matmul}, attention: {settings.attention}, "
             f"compute {self.config.model.compute_dtype}"
         )

@@ -54,6 +54,8 @@ FREE_FIELDS = {
     "model.attention",
     "mesh.data",
     "mesh.fsdp",
+    "mesh.expert",
+    "mesh.expert_exchange",
 }
 """What may change between a run and its continuation: no field that changes the mathematics."""
 

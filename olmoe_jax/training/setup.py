@@ -121,6 +121,7 @@ def open_model(config: Config) -> Model:
             )
         source, files = None, path if path.is_dir() else path.parent
         model_config = read_model_config(files)
+    sharding.check_experts(config.mesh.expert, model_config.num_experts)
     tokenizer = config.data.tokenizer_path or options.path
     settings = with_backends(model_settings(config), model_config, jax.default_backend())
     model = Model(model_config, settings, source, files, directory.resolve(tokenizer))
@@ -140,6 +141,7 @@ def model_settings(config: Config) -> ModelSettings:
         grouped_matmul=config.model.grouped_matmul,
         attention=config.model.attention,
         lora=LoraSettings.of_method(vars(config.method)),
+        expert_exchange=config.mesh.expert_exchange,
     )
 
 

@@ -56,7 +56,7 @@ def main():
     meshes = {
         "data=2,fsdp=4": (eight, sharding.make_mesh(2, 4)),
         "tied,fsdp=8": (tied, sharding.make_mesh(1, 8)),
-        "6 experts,fsdp=4": (six, sharding.make_mesh(1, 4, devices[:4])),
+        "6 experts,fsdp=4": (six, sharding.make_mesh(1, 4, devices=devices[:4])),
     }
     errors, alone = {}, {}
     for name, (config, mesh) in meshes.items():

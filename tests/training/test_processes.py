@@ -34,8 +34,18 @@ METHODS = {
     "esft_gate": ESFT,
     "esft_token": ESFT,
 }
-MESHES = [(1, 8), (2, 4), (4, 2), (8, 1)]
-"""data, fsdp"""
+MESHES = [(1, 8, 1), (2, 4, 1), (4, 2, 1), (8, 1, 1)]
+"""data, fsdp, expert"""
+EXPERT_MESHES = [(2, 2, 2), (1, 2, 4), (1, 1, 8), (1, 4, 2)]
+
+
+def mesh_options(data: int, fsdp: int, expert: int, exchange: str = "tokens") -> dict:
+    return {
+        "mesh__data": data,
+        "mesh__fsdp": fsdp,
+        "mesh__expert": expert,
+        "mesh__expert_exchange": exchange,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -87,19 +97,26 @@ def on_one_device(sums, tmp_path_factory, environment):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "shift"), [(1, 0), (2, 1)], ids=["1x8", "2x4"])
+@pytest.mark.parametrize(
+    ("count", "shift", "meshes", "exchange"),
+    [
+        (1, 0, MESHES, "tokens"),
+        (2, 1, MESHES, "tokens"),
+        (2, 0, EXPERT_MESHES, "tokens"),
+        (1, 1, EXPERT_MESHES, "weights"),
+    ],
+    ids=["1x8", "2x4", "2x4 tokens to experts", "1x8 experts to tokens"],
+)
 def test_all_methods_give_the_losses_of_one_device(
-    sums, tmp_path, environment, on_one_device, count, shift
+    sums, tmp_path, environment, on_one_device, count, shift, meshes, exchange
 ):
-    """Mesh shapes take turns: every method on two of them, every shape under several methods."""
+    """Mesh shapes take turns: every method on four of them, every shape under several methods."""
     runs = []
     for index, (method, options) in enumerate(METHODS.items()):
-        data, fsdp = MESHES[(index + shift) % len(MESHES)]
         changes = {
             **options,
+            **mesh_options(*meshes[(index + shift) % len(meshes)], exchange),
             "method__name": method.removesuffix("_lora"),
-            "mesh__data": data,
-            "mesh__fsdp": fsdp,
         }
         runs.append(run_of(sums, tmp_path / method, train__rows_per_device=1, **changes))
     train(runs, tmp_path / "log", environment, count=count, devices=8 // count)
@@ -114,8 +131,14 @@ def test_a_run_moves_between_devices_and_processes(sums, tmp_path, environment):
     """Its data order stays, and its losses are those of a run that stayed on one device."""
     output, stayed = tmp_path / "run", tmp_path / "stayed"
     options = {"train__rows_per_device": 1}
-    for count, devices, stop_after in [(1, 8, 4), (1, 4, 8), (1, 2, 12), (1, 1, 15), (2, 4, None)]:
-        runs = [run_of(sums, output, stop_after, **options)]
+    for count, devices, stop_after, mesh in [
+        (1, 8, 4, (1, 8, 1)),
+        (1, 4, 8, (1, 1, 4)),
+        (1, 2, 12, (1, 1, 2, "weights")),
+        (1, 1, 15, (1, 1, 1)),
+        (2, 4, None, (1, 4, 2)),
+    ]:
+        runs = [run_of(sums, output, stop_after, **mesh_options(*mesh), **options)]
         if count * devices == 1:
             runs.append(run_of(sums, stayed, **options))
         log = tmp_path / f"log{count}x{devices}"
