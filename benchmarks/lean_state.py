@@ -38,6 +38,7 @@ from olmoe_jax.training.setup import (
 VARIANTS = {
     "float32": {},
     "bfloat16 moments": {"moments_dtype": "bfloat16"},
+    "int8 moments": {"moments_dtype": "int8"},
     "and gradients": {"moments_dtype": "bfloat16", "gradients_dtype": "bfloat16"},
     "and master": dict.fromkeys(("moments_dtype", "gradients_dtype", "master_dtype"), "bfloat16"),
 }
@@ -58,6 +59,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--batch_size", type=int, default=64, help="examples per step")
+    parser.add_argument(
+        "--states", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="besides float32"
+    )
     parser.add_argument("--json", action="store_true", help="print all curves as one line")
     args = parser.parse_args(arguments)
     if min(args.steps, args.batch_size) < 1:
@@ -66,17 +70,20 @@ def main(arguments: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as compiled:
         jax.config.update("jax_compilation_cache_dir", compiled)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        curves = measure(args.steps, args.seeds, args.batch_size)
+        variants = {n: o for n, o in VARIANTS.items() if n in ("float32", *args.states)}
+        curves = measure(args.steps, args.seeds, args.batch_size, variants)
     print(json.dumps(curves) if args.json else report(curves))
 
 
-def measure(steps: int, seeds: Sequence[int], batch_size: int) -> dict[str, dict[str, list[dict]]]:
+def measure(
+    steps: int, seeds: Sequence[int], batch_size: int, variants: dict[str, dict[str, str]]
+) -> dict[str, dict[str, list[dict]]]:
     """{experiment: {variant: a dict of a `Curve`'s numbers for each seed}}."""
-    curves = {name: {v: [] for v in VARIANTS} for name in ("scratch", "fine-tuning")}
+    curves = {name: {v: [] for v in variants} for name in ("scratch", "fine-tuning")}
     for seed in seeds:
         base = None
         for experiment, rate in (("scratch", SCRATCH_RATE), ("fine-tuning", FINE_TUNING_RATE)):
-            for variant, options in VARIANTS.items():
+            for variant, options in variants.items():
                 config = _config(steps, seed, batch_size, rate, options)
                 start = base if experiment == "fine-tuning" else None
                 curve = run(config, start)

@@ -190,8 +190,10 @@ class OptimizerOptions:
     beta2: float = option(0.999, "decay per step of the second moment", SHARE_BELOW_ONE)
     epsilon: float = option(1e-8, "added to the root of the second moment", POSITIVE)
     max_grad_norm: float = option(1.0, "global norm to which gradients are clipped", POSITIVE)
-    moments_dtype: Literal["float32", "bfloat16"] = option(
-        "float32", "how both moments are stored; bfloat16: rounded stochastically"
+    moments_dtype: Literal["float32", "bfloat16", "int8"] = option(
+        "float32",
+        "how both moments are stored; bfloat16 and int8 (with a scale for each block of 256) are "
+        "rounded stochastically",
     )
     gradients_dtype: Literal["float32", "bfloat16"] = option(
         "float32",

@@ -10,6 +10,8 @@ import optax
 from jax.typing import DTypeLike
 
 from olmoe_jax.model.parameters import Parameters
+from olmoe_jax.training import eight_bits
+from olmoe_jax.training.eight_bits import EightBits, is_eight_bits
 from olmoe_jax.training.rounding import join_float32, split_float32, stochastic_round
 
 Schedule = Callable[[jax.Array], jax.Array]
@@ -50,7 +52,7 @@ class Optimizer:
 
     Attributes:
       direction: what to subtract from the weights, but for the learning rate.
-      moments_dtype: bfloat16 is rounded stochastically.
+      moments_dtype: float32, or rounded stochastically: bfloat16, or int8 in `EightBits`.
       master_dtype: of the weights that updates add up in, where the parameters are bfloat16:
         float32 keeps their remainders in the state, bfloat16 rounds them stochastically.
     """
@@ -61,9 +63,13 @@ class Optimizer:
 
     def init(self, parameters: Parameters) -> Any:
         """The state before the first update."""
+        in_8_bits = self.moments_dtype == jnp.int8
+        dtype = jnp.float32 if in_8_bits else self.moments_dtype
         moments = self.direction.init(
-            {name: jnp.zeros(p.shape, self.moments_dtype) for name, p in parameters.items()}
+            {name: jnp.zeros(p.shape, dtype) for name, p in parameters.items()}
         )
+        if in_8_bits:
+            moments = jax.tree_util.tree_map_with_path(_zeros_in_8_bits, moments)
         remainders = {}
         if self.master_dtype == jnp.float32:
             remainders = {
@@ -94,30 +100,72 @@ class Optimizer:
             for name, p in parameters.items()
         }
         direction, moments = self.direction.update(
-            gradients, jax.tree.map(_float32, old_moments), weights
+            gradients, jax.tree.map(_float32, old_moments, is_leaf=is_eight_bits), weights
         )
         weights = jax.tree.map(lambda w, d: w - learning_rate * d, weights, direction)
         moments_key, weights_key = jax.random.split(key)
-        moments = _stored_as(old_moments, moments, moments_key)
+        scales = None
+        if self.moments_dtype == jnp.int8:
+            scales = self._scales(gradients, old_moments, weights)
+        moments = _stored_as(old_moments, moments, moments_key, scales)
         if not is_split:
             return _stored_as(parameters, weights, weights_key), moments
         halves = {name: split_float32(weights[name]) for name in remainders}
         parameters = weights | {name: upper for name, (upper, _) in halves.items()}
         return parameters, SplitState(moments, {name: low for name, (_, low) in halves.items()})
 
+    def _scales(
+        self, gradients: Parameters, old_moments: Any, weights: Parameters
+    ) -> list[jax.Array | None]:
+        """The scales of the new moments, for each leaf; None: it is not stored in 8 bits.
 
-def _float32(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        The moments are computed once more for that: kept until the scales are known, all of them
+        would be stored in float32. (A barrier, or XLA would see that they are the same.)
+        """
+        again = jax.lax.optimization_barrier(old_moments)
+        again = jax.tree.map(_float32, again, is_leaf=is_eight_bits)
+        moments = jax.tree.leaves(self.direction.update(gradients, again, weights)[1])
+        before = jax.tree.leaves(old_moments, is_leaf=is_eight_bits)
+        return [
+            eight_bits.scales_of(moment) if is_eight_bits(old) else None
+            for moment, old in zip(moments, before, strict=True)
+        ]
 
 
-def _stored_as(old: Any, new: Any, key: jax.Array) -> Any:
-    """`new`, each leaf in the dtype of `old`'s; what must be rounded is rounded stochastically."""
+def _is_floating(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _float32(x: jax.Array | EightBits) -> jax.Array:
+    if is_eight_bits(x):
+        return eight_bits.decode(x)
+    return x.astype(jnp.float32) if _is_floating(x) else x
+
+
+def _zeros_in_8_bits(path: tuple, moment: jax.Array) -> jax.Array | EightBits:
+    if not _is_floating(moment):
+        return moment
+    is_second = jax.tree_util.GetAttrKey("nu") in path
+    return eight_bits.zeros(moment.shape, jnp.uint8 if is_second else jnp.int8)
+
+
+def _stored_as(
+    old: Any, new: Any, key: jax.Array, scales: list[jax.Array | None] | None = None
+) -> Any:
+    """`new`, each leaf stored as `old`'s; what must be rounded is rounded stochastically.
+
+    `scales`: of the leaves in 8 bits.
+    """
     leaves, tree = jax.tree.flatten(new)
     keys = jax.random.bits(key, (len(leaves), 2), jnp.uint32)
-    return tree.unflatten(
-        value if value.dtype == before.dtype else stochastic_round(value, leaf_key)
-        for value, before, leaf_key in zip(leaves, jax.tree.leaves(old), keys, strict=True)
-    )
+
+    def store(value, before, scales, key):
+        if is_eight_bits(before):
+            return eight_bits.encode(value, scales, before.codes.dtype, key)
+        return value if value.dtype == before.dtype else stochastic_round(value, key)
+
+    before = jax.tree.leaves(old, is_leaf=is_eight_bits)
+    return tree.unflatten(map(store, leaves, before, scales or [None] * len(leaves), keys))
 
 
 def adamw(

@@ -21,7 +21,7 @@ def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
       key: [2] uint32. The draws depend on it and an element's index alone.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    return _upper(bits + (_hash(_indices(x.shape), key) & _LOW))
+    return _upper(bits + (random_bits(x.shape, key) & _LOW))
 
 
 def split_float32(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -39,6 +39,22 @@ def join_float32(upper: jax.Array, lower: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
+def random_bits(shape: tuple[int, ...], key: jax.Array) -> jax.Array:
+    """A uniform uint32 for each element; it depends on `key` and the element's index alone.
+
+    `key`: [2] uint32. Counters are hashed by lowbias32, twice
+    (https://github.com/skeeto/hash-prospector). A cryptographic generator would cost more than the
+    update, and on GPUs jax's is a kernel call whose results are stored.
+    """
+    x = _indices(shape)
+    for word in key:
+        x = x ^ word
+        x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+        x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+        x = x ^ (x >> 16)
+    return x
+
+
 def _upper(bits: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
 
@@ -49,17 +65,3 @@ def _indices(shape: tuple[int, ...]) -> jax.Array:
     for dimension, size in enumerate(shape):
         place = place * size + jax.lax.broadcasted_iota(jnp.uint32, shape, dimension)
     return place
-
-
-def _hash(x: jax.Array, key: jax.Array) -> jax.Array:
-    """Counters to random bits: twice lowbias32 (https://github.com/skeeto/hash-prospector).
-
-    A cryptographic generator would cost more than the update, and on GPUs jax's is a kernel call
-    whose results are stored.
-    """
-    for word in key:
-        x = x ^ word
-        x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-        x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-        x = x ^ (x >> 16)
-    return x

@@ -349,12 +349,18 @@ def _read_adapter(path: str, model: Model) -> dict[str, np.ndarray]:
 
 
 def _state_shardings(trainer: Trainer, trained: Parameters, by_name, mesh: Mesh) -> TrainState:
-    """Moments lie where their parameters lie, scalars everywhere."""
+    """Moments lie where their parameters lie (blocks' scales nearly so), scalars everywhere."""
     replicated = NamedSharding(mesh, P())
 
     def place(path, _):
         names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
-        return by_name[names[-1]] if names else replicated
+        if not names:
+            return replicated
+        where = by_name[names[-1]]
+        if path[-1] == jax.tree_util.GetAttrKey("scales"):
+            # One for each block of the last dimension, which need not divide.
+            return NamedSharding(mesh, P(*where.spec[:-1]))
+        return where
 
     state = jax.eval_shape(lambda p: initial_state(p, trainer.optimizer), trained)
     return jax.tree_util.tree_map_with_path(place, state)

@@ -126,12 +126,15 @@ def test_with_accumulation_unpacked(files, tmp_path, at_step):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("master", ["float32", "bfloat16"])
-def test_with_a_lean_state(files, tmp_path, at_step, master):
+@pytest.mark.parametrize(
+    ("moments", "master"),
+    [("bfloat16", "float32"), ("bfloat16", "bfloat16"), ("int8", "float32")],
+)
+def test_with_a_lean_state(files, tmp_path, at_step, moments, master):
     """Stochastic rounding draws the same again; several micro-batches in a step."""
     options = {
         "model__compute_dtype": "bfloat16",
-        "optimizer__moments_dtype": "bfloat16",
+        "optimizer__moments_dtype": moments,
         "optimizer__gradients_dtype": "bfloat16",
         "optimizer__master_dtype": master,
         "train__rows_per_device": 1,
@@ -145,7 +148,7 @@ def test_with_a_lean_state(files, tmp_path, at_step, master):
     output = olmoe_jax.train(config).output_dir
     assert without_seconds(metrics(output)) == without_seconds(metrics(expected))
     assert exported_bytes(output) == exported_bytes(expected)
-    with pytest.raises(UserError, match=r"optimizer\.moments_dtype: the run has bfloat16"):
+    with pytest.raises(UserError, match=rf"optimizer\.moments_dtype: the run has {moments}"):
         olmoe_jax.train(files.config(output, **options | {"optimizer__moments_dtype": "float32"}))
 
 

@@ -19,7 +19,7 @@ from olmoe_jax.training.rounding import join_float32
 from olmoe_jax.training.setup import kept_dtype
 from olmoe_jax.training.step import Accumulated, Trainer, initial_state
 
-BFLOAT16, FLOAT32 = jnp.dtype("bfloat16"), jnp.dtype("float32")
+BFLOAT16, FLOAT32, INT8 = map(jnp.dtype, ("bfloat16", "float32", "int8"))
 SHAPES = {"a": (64, 64), "b": (3, 5, 7), "layers.moe.router": (8, 4)}
 STEPS = 30
 
@@ -126,9 +126,11 @@ def test_draws_depend_on_the_key_alone():
     assert not np.array_equal(other["a"], once["a"])
 
 
-@pytest.mark.parametrize("master", [FLOAT32, BFLOAT16])
-def test_skipped_updates_change_no_bit(master):
-    trainer = Trainer(None, None, make(BFLOAT16, master), lambda step: 1e-3, 1.0, seed=3)
+@pytest.mark.parametrize(
+    ("moments", "master"), [(BFLOAT16, FLOAT32), (BFLOAT16, BFLOAT16), (INT8, FLOAT32)]
+)
+def test_skipped_updates_change_no_bit(moments, master):
+    trainer = Trainer(None, None, make(moments, master), lambda step: 1e-3, 1.0, seed=3)
     update, parameters = jax.jit(trainer.update), start(BFLOAT16)
 
     def sums(step, loss=1.0):
@@ -155,6 +157,8 @@ def test_skipped_updates_change_no_bit(master):
         ("bfloat16", "float32", "float32", 12),
         ("bfloat16", "bfloat16", "float32", 10),
         ("bfloat16", "bfloat16", "bfloat16", 8),
+        # And a scale for each block of a row; the tiny model's rows are a block of 32.
+        ("int8", "bfloat16", "float32", 8 + 2 * 4 / 80),
     ],
 )
 def test_bytes_per_trained_parameter(moments, summed, master, expected):
@@ -175,7 +179,8 @@ def test_bytes_per_trained_parameter(moments, summed, master, expected):
 
 @pytest.mark.slow
 def test_the_mesh_changes_no_bit():
-    assert on_eight_devices(Path(__file__).with_name("storage_worker.py")) == {"same": True}
+    same = on_eight_devices(Path(__file__).with_name("storage_worker.py"))
+    assert same == {"bfloat16": True, "int8": True}
 
 
 def test_the_defaults_are_float32():
