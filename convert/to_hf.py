@@ -7,6 +7,7 @@ from pathlib import Path
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
 from olmoe_jax.hf.export import export_adapter, export_hf
 from olmoe_jax.hf.opening import RunCheckpoint, open_source
+from olmoe_jax.training.best import best_step
 
 EXAMPLE = """example:
   python -m convert.to_hf --checkpoint runs/densemixer_gsm --output olmoe_gsm
@@ -15,6 +16,7 @@ The output loads with transformers' AutoModelForCausalLM and serves with vLLM: p
 config.json, generation config and tokenizer, an index when the weights need several files.
 """
 
+BEST = "best"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -28,14 +30,20 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--adapter", action="store_true", help="of a LoRA or ESFT run: what it trained, not merged"
     )
-    parser.add_argument("--step", type=int, help="of a run: which checkpoint (default: the latest)")
+    parser.add_argument(
+        "--step",
+        type=_step,
+        metavar="N|best",
+        help="of a run: which checkpoint, by number or by train.best_metric (default: the latest)",
+    )
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float32"], help="default: the base checkpoint's"
     )
     parser.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="e.g. 500MB")
     args = parser.parse_args(arguments)
     max_shard_bytes = parse_size(args.max_shard_size)
-    source = open_source(args.checkpoint, args.step)
+    step = best_step(Path(args.checkpoint)) if args.step == BEST else args.step
+    source = open_source(args.checkpoint, step)
     if not args.adapter:
         export_hf(source, args.output, args.dtype, max_shard_bytes)
     elif isinstance(source, RunCheckpoint):
@@ -43,6 +51,10 @@ def main(arguments: Sequence[str]) -> None:
     else:
         raise UserError(f"{args.checkpoint}: --adapter needs the directory of a LoRA or ESFT run")
     print(f"wrote {args.output}")
+
+
+def _step(text: str) -> int | str:
+    return BEST if text == BEST else int(text)
 
 
 def parse_size(text: str) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from olmoe_jax.config_conflicts import conflicts
+from olmoe_jax.config_evaluation import GenerateOptions
 from olmoe_jax.config_schema import (
     LORA_TARGETS,
     POSITIVE,
@@ -240,7 +241,18 @@ class TrainOptions:
     )
     checkpoint_every: int = option(100, "steps between checkpoints", at_least(1))
     keep_checkpoints: int = option(
-        2, "latest checkpoints to keep; the best by eval loss is kept besides", at_least(1)
+        2, "latest checkpoints to keep; the best is kept besides", at_least(1)
+    )
+    best_metric: Literal[
+        "eval_loss", "exact_match", "loss", "grad_norm", "router_entropy", "unused_experts"
+    ] = option(
+        "eval_loss",
+        "which number names the best checkpoint; looked at after every evaluation (exact_match: "
+        "generate.every; loss, grad_norm, router_entropy, unused_experts: of the step before)",
+    )
+    best_metric_mode: Literal["min", "max"] | None = option(
+        None,
+        "whether low or high is best; default: max for exact_match and router_entropy, else min",
     )
     max_nonfinite_steps: int = option(
         5,
@@ -267,7 +279,7 @@ class TrainOptions:
         True, "write the final model as a Hugging Face checkpoint to OUTPUT_DIR/hf"
     )
     export_best: bool = option(
-        False, "write the model with the lowest eval loss to OUTPUT_DIR/hf_best"
+        False, "write the best model by train.best_metric to OUTPUT_DIR/hf_best"
     )
     export_dtype: Literal["bfloat16", "float32"] | None = option(
         None,
@@ -308,6 +320,7 @@ class Config:
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     mesh: MeshOptions = field(default_factory=MeshOptions)
+    generate: GenerateOptions = field(default_factory=GenerateOptions)
 
 
 SECTIONS: dict[str, type] = typing.get_type_hints(Config)

@@ -123,6 +123,7 @@ def _method(config: "Config") -> Iterator[str]:
 
 def _evaluation(config: "Config") -> Iterator[str]:
     data, train = config.data, config.train
+    yield from _generate(config)
     if data.eval_path is None and data.eval_fraction == 0:
         if train.eval_every is not None:
             yield (
@@ -131,8 +132,30 @@ def _evaluation(config: "Config") -> Iterator[str]:
             )
         if train.export_best:
             yield (
-                "train.export_best=true: the best model is the one with the lowest eval loss; "
+                "train.export_best=true: the best model is known by evaluations; "
                 "write false, or set data.eval_path or data.eval_fraction"
+            )
+        if config.generate.every is not None:
+            yield (
+                f"generate.every={config.generate.every}: there is nothing to decode; write none, "
+                "or set data.eval_path or data.eval_fraction"
+            )
+
+
+def _generate(config: "Config") -> Iterator[str]:
+    generate, train = config.generate, config.train
+    if generate.every is not None:
+        return
+    if train.best_metric == "exact_match":
+        yield (
+            "train.best_metric=exact_match: nothing is decoded while training; set generate.every, "
+            "or write eval_loss"
+        )
+    for name, default in vars(type(generate)()).items():
+        if (value := getattr(generate, name)) != default:
+            yield (
+                f"generate.{name}={show(value)}: only read with generate.every; set that, or "
+                f"write {show(default)}"
             )
 
 

@@ -168,6 +168,7 @@ def test_a_section_is_not_a_field():
         ("train.checkpoint_every", "-5", "must be 1 or more; write e.g. 100"),
         ("train.keep_checkpoints", "0", "must be 1 or more; write e.g. 2"),
         ("train.max_nonfinite_steps", "0", "must be 1 or more; write e.g. 5"),
+        ("generate.every", "0", "must be 1 or more; write e.g. 1 or none"),
         ("mesh.data", "0", "must be 1 or more; write e.g. 1"),
         ("mesh.fsdp", "0", "must be positive, or -1; write e.g. -1"),
         ("mesh.expert", "-1", "must be 1 or more; write e.g. 1"),
@@ -250,6 +251,12 @@ def test_every_number_has_a_range():
             {"data.eval_path": "none", "data.eval_fraction": "0", "train.export_best": "true"},
             "train.export_best=true: the best model is",
         ),
+        (
+            {"data.eval_path": "none", "data.eval_fraction": "0", "generate.every": "5"},
+            "generate.every=5: there is nothing to decode",
+        ),
+        ({"train.best_metric": "exact_match"}, "train.best_metric=exact_match: nothing is decoded"),
+        ({"generate.examples": "5"}, "generate.examples=5: only read with generate.every"),
     ],
 )
 def test_combinations(overrides, expected):

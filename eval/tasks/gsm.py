@@ -1,15 +1,11 @@
 """gsm: grade school word problems (Cobbe et al. 2021), the last number is the answer."""
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from eval.statistics import mean_metric
 from eval.tasks.task import Example, Prediction, Scores, Task, Tools
-
-# A minus after a word or a bracket subtracts, it is no sign: 20-5.
-_NUMBER = re.compile(r"(?:(?<![\w)\]])-)?(?:\d*\.\d+|\d+)")
-_THOUSANDS = re.compile(r"(?<=\d),(?=\d)")
+from olmoe_jax.answers import NEXT_QUESTION, final_number, last_number
 
 
 class Gsm(Task):
@@ -17,22 +13,21 @@ class Gsm(Task):
     local_file = "gsm8k/test.jsonl"
     hub = (("RoxanneWsyw/gsm:test.jsonl", "train"),)
     fields = ("question", "answer")
-    stop = ("Question:",)
+    stop = (NEXT_QUESTION,)
 
     def examples(self, rows: Sequence[dict[str, Any]]) -> list[Example]:
         return [
             Example(
                 str(index),
                 f"Answer the following question.\n\nQuestion: {row['question'].strip()}\nAnswer:",
-                _THOUSANDS.sub("", row["answer"].rpartition("####")[2].strip()),
+                final_number(row["answer"]),
             )
             for index, row in enumerate(rows)
         ]
 
     def answer(self, output: str) -> str | None:
         """The last number of the text, as it is written but for thousands commas."""
-        numbers = _NUMBER.findall(_THOUSANDS.sub("", output))
-        return numbers[-1] if numbers else None
+        return last_number(output)
 
     def score(self, predictions: Sequence[Prediction], tools: Tools) -> Scores:
         correct = [float(p.answer == p.example.reference) for p in predictions]

@@ -18,6 +18,7 @@ from olmoe_jax import distributed
 from olmoe_jax.errors import UserError
 from olmoe_jax.hf.opening import CHECKPOINTS
 from olmoe_jax.model.parameters import Parameters
+from olmoe_jax.training.best import score_of
 from olmoe_jax.training.step import TrainState
 
 CHUNK_BYTES = 64 * 2**20
@@ -31,7 +32,7 @@ class Restored:
     step: int
     state: TrainState
     data: dict[str, Any]  # the Grain iterator's state
-    best_eval_loss: float | None
+    best_score: float | None  # of training.best
 
 
 class _DamagedError(Exception):
@@ -39,7 +40,7 @@ class _DamagedError(Exception):
 
 
 class Checkpointer:
-    """Saves in the background, keeps the latest few and the best by eval loss.
+    """Saves in the background, keeps the latest few and the best.
 
     Args:
       output: the run's directory.
@@ -52,7 +53,7 @@ class Checkpointer:
         self._identity = identity
         self._output = output
         best = preservation.BestN(
-            get_metric_fn=lambda metrics: -metrics["eval_loss"],
+            get_metric_fn=score_of,
             n=1,
             keep_checkpoints_without_metrics=False,
         )
@@ -60,6 +61,9 @@ class Checkpointer:
             (output / CHECKPOINTS).absolute(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=AnyPreservationPolicy([preservation.LatestN(keep), best]),
+                # The policy alone would forget the best when the run is continued: without this,
+                # a checkpoint's metrics are not written.
+                best_fn=score_of,
                 cleanup_tmp_directories=True,
             ),
         )
@@ -70,12 +74,13 @@ class Checkpointer:
         state: TrainState,
         kept_with_it: Parameters,
         data: dict[str, Any],
-        eval_loss: float | None,
+        best: dict[str, float] | None,
     ) -> None:
         """Starts saving; the arrays are copied before it returns.
 
         Args:
           kept_with_it: frozen parameters that could not be found again elsewhere.
+          best: of `Best.improvement`; None: this one is not the best so far.
         """
         tree = {**state._asdict(), "frozen": kept_with_it}
         save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
@@ -87,7 +92,7 @@ class Checkpointer:
                     data=ocp.args.JsonSave(data),
                     identity=ocp.args.JsonSave(self._identity),
                 ),
-                metrics=None if eval_loss is None else {"eval_loss": eval_loss},
+                metrics=best,
                 force=True,
             )
 
@@ -131,7 +136,7 @@ class Checkpointer:
             state=ocp.args.PyTreeRestore(tree, restore_args=restore_args, partial_restore=True),
             data=ocp.args.JsonRestore(),
         )
-        best = min(self._eval_losses().values(), default=None)
+        best = max(map(score_of, self._best_metrics()), default=None)
         return Restored(step, TrainState(**restored.state), restored.data, best)
 
     def _read(self, step: int, **items):
@@ -175,13 +180,8 @@ class Checkpointer:
                     "bring it back, write another train.output_dir, or train.resume=restart"
                 )
 
-    def _eval_losses(self) -> dict[int, float]:
-        losses = {}
-        for step in self._manager.all_steps():
-            metrics = self._manager.metrics(step)
-            if metrics:
-                losses[step] = metrics["eval_loss"]
-        return losses
+    def _best_metrics(self) -> list[dict[str, float]]:
+        return list(filter(None, map(self._manager.metrics, self._manager.all_steps())))
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:

@@ -3,7 +3,6 @@
 import dataclasses
 import errno
 import json
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,14 +14,14 @@ from olmoe_jax import data, distributed, sharding
 from olmoe_jax.config import Config, first_difference, to_dict, validate
 from olmoe_jax.errors import UserError
 from olmoe_jax.hf import opening
-from olmoe_jax.hf.export import export_adapter, export_hf
-from olmoe_jax.hf.opening import RunCheckpoint
 from olmoe_jax.model.flops import train_flops_per_token
-from olmoe_jax.plots import plot_losses
 from olmoe_jax.training import run_directory
+from olmoe_jax.training.best import Best
 from olmoe_jax.training.checkpoint import Checkpointer
+from olmoe_jax.training.decoding import HeldOut, held_out_sample
 from olmoe_jax.training.experts import given_experts, settle_experts
-from olmoe_jax.training.methods import parameter_table
+from olmoe_jax.training.finishing import finish
+from olmoe_jax.training.introduction import introduction
 from olmoe_jax.training.preemption import Preemption
 from olmoe_jax.training.reporting import TENSORBOARD, Reporter, Silence, router_scalars
 from olmoe_jax.training.setup import (
@@ -65,6 +64,7 @@ def train(config: Config) -> TrainResult:
         datasets = load_datasets(config, model)
     steps = training_data(config, datasets, mesh)
     given = given_experts(config, model.config)
+    held_out = held_out_sample(config, model, datasets)
     _check_same_everywhere(config, datasets)
     try:
         with run_directory.opened(config, model.files, model.tokenizer_files) as output:
@@ -72,9 +72,10 @@ def train(config: Config) -> TrainResult:
                 model = settle_experts(config, model, datasets, mesh, output, given)
             with jax.set_mesh(mesh):
                 program = build_program(config, model, mesh, steps.total_steps)
-                result = _Run(config, model, datasets, steps, program, output).execute()
+                run = _Run(config, model, datasets, held_out, steps, program, output)
+                result = run.execute()
             if result.finished and distributed.is_writer():
-                _finish(config, output, result.step)
+                finish(config, output, result.step)
     except OSError as error:
         raise _cannot_write(Path(config.train.output_dir), error) from error
     return result
@@ -125,14 +126,15 @@ class _Run:
         config: Config,
         model: Model,
         datasets: Datasets,
+        held_out: HeldOut | None,
         steps: data.TrainingData,
         program: Program,
         output: Path,
     ):
         self.config, self.model, self.datasets, self.program = config, model, datasets, program
-        self.output = output
+        self.output, self.held_out = output, held_out
         self.steps, self.iterator = steps, steps.iterator()
-        self.state, self.best_eval_loss = program.state, math.inf
+        self.state, self.best = program.state, Best(config.train)
         identity = {"model": dataclasses.asdict(model.config), **datasets.identity()}
         self.checkpoints = Checkpointer(output, config.train.keep_checkpoints, identity)
         # Weights drawn at random are nowhere else: a checkpoint keeps the frozen ones too.
@@ -146,11 +148,15 @@ class _Run:
         profile_steps = config.train.profile_steps if distributed.is_writer() else 0
         self.profile = Profile(output / TENSORBOARD, profile_steps)
         self.expert_load = np.zeros((model.config.num_layers, model.config.num_experts))
+        self.reported: dict[str, float] = {}  # of the last step that was, for train.best_metric
         self.last_report = time.monotonic()
 
     def execute(self) -> TrainResult:
         """Runs the remaining steps."""
-        self._introduce()
+        for line in introduction(self.config, self.model, self.datasets, self.steps, self.program):
+            self.reporter.say(line)
+        if self.done:
+            self.reporter.say(f"continuing after step {self.done} of {self.steps.total_steps}")
         try:
             with self.preemption:
                 while self.done < self.steps.total_steps and not self.preemption.stop:
@@ -187,8 +193,8 @@ class _Run:
             return 0
         self.state = restored.state
         self.iterator.set_state(restored.data)
-        if restored.best_eval_loss is not None:
-            self.best_eval_loss = restored.best_eval_loss
+        if restored.best_score is not None:
+            self.best.score = restored.best_score
         return restored.step
 
     def _one_step(self) -> None:
@@ -217,21 +223,23 @@ class _Run:
         options, done = self.config.train, self.done
         last = done == self.steps.total_steps
         epoch_ends = last or done % self.steps.steps_per_epoch == 0
-        evaluate = epoch_ends or (options.eval_every and done % options.eval_every == 0)
-        eval_loss, improved = None, False
+        evaluate = epoch_ends or _due(options.eval_every, done)
+        found: dict[str, float] = {}
         if evaluate:
             self._report_pending()
             self.reporter.expert_load(done, self.expert_load)
             self.expert_load[:] = 0
         if self.datasets.evaluation is not None and evaluate:
             with self.clock.part("evaluation"):
-                eval_loss = self._evaluate()
-            improved = eval_loss < self.best_eval_loss
-            self.best_eval_loss = min(self.best_eval_loss, eval_loss)
-        if last or improved or done % options.checkpoint_every == 0:
+                found["eval_loss"] = self._evaluate()
+        if self.held_out and (last or _due(self.config.generate.every, done)):
             self._report_pending()
-            # Only an improvement counts as a candidate: of equal losses the first is the best.
-            self._save(eval_loss if improved else None)
+            with self.clock.part("decoding"):
+                found["exact_match"] = self._decode()
+        best = self.best.improvement(self.reported | found) if found else None
+        if last or best or done % options.checkpoint_every == 0:
+            self._report_pending()
+            self._save(best)
 
     def _evaluate(self) -> float:
         """Mean loss per target of the evaluation examples."""
@@ -258,12 +266,20 @@ class _Run:
         batch = next(self._evaluation_batches())
         return self.program.evaluate(self.state.parameters, self.program.frozen, batch)[1]
 
-    def _save(self, eval_loss: float | None) -> None:
+    def _decode(self) -> float:
+        """Share of the held-out sample that the model answers right."""
+        answers = self.held_out.answers(self.program, self.state.parameters)
+        right = sum(answer.right for answer in answers) / len(answers)
+        self.reporter.answers(self.done, right, answers)
+        self.last_report = time.monotonic()
+        return right
+
+    def _save(self, best: dict[str, float] | None) -> None:
         """Saves; what was reported up to here is on disk first, since a continued run skips it."""
         self.reporter.flush()
         with self.clock.part("checkpoint"):
             self.checkpoints.save(
-                self.done, self.state, self.kept_frozen, self.iterator.get_state(), eval_loss
+                self.done, self.state, self.kept_frozen, self.iterator.get_state(), best
             )
         self.saved = self.done
 
@@ -285,7 +301,12 @@ class _Run:
             "seconds": round(seconds, 4),
         }
         self.expert_load += metrics.statistics.load
-        self.reporter.step(line, self._scalars(step, metrics, seconds))
+        scalars = self._scalars(step, metrics, seconds)
+        self.reporter.step(line, scalars)
+        self.reported = line | {
+            "router_entropy": scalars["router/entropy_mean"],
+            "unused_experts": scalars["router/unused_experts"],
+        }
         self._check_finite(step, metrics)
 
     def _scalars(self, step: data.Step, metrics: StepMetrics, seconds: float) -> dict[str, float]:
@@ -333,73 +354,11 @@ class _Run:
                 f"last checkpoint is of step {self.saved}"
             )
 
-    def _lora_words(self) -> str:
-        lora = self.model.settings.lora
-        if not lora:
-            return ""
-        scheme = self.config.model.base_quantization
-        base = f", base quantized to {scheme}" if scheme else ""
-        return f" with LoRA: rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}{base}"
 
-    def _introduce(self) -> None:
-        say, report, mesh = self.reporter.say, data.describe(self.steps), self.program.mesh
-        settings = self.model.settings
-        say(
-            f"devices: {mesh.size} x {jax.default_backend()}{_processes()} "
-            f"(mesh {sharding.describe(mesh.shape)}), "
-            f"grouped matmul: {settings.grouped_matmul}, attention: {settings.attention}, "
-            f"compute {self.config.model.compute_dtype}"
-        )
-        say(f"method: {self.config.method.name}{self._lora_words()}")
-        for line in parameter_table(self.state.parameters, self.program.frozen):
-            say(line)
-        evaluation = self.datasets.evaluation
-        say(
-            f"data: {report.examples:,} examples ({report.dropped_rows} rows dropped), "
-            f"{report.tokens:,} tokens, rows of {report.row_length:,}, "
-            f"padding {report.padding_share:.1%}, "
-            f"{len(evaluation) if evaluation else 0:,} evaluation examples"
-        )
-        say(
-            f"steps: {report.total_steps:,} ({report.steps_per_epoch:,} per epoch of "
-            f"{self.config.train.batch_size} examples each); output: {self.output}"
-        )
-        if self.done:
-            say(f"continuing after step {self.done} of {report.total_steps}")
-
-
-def _processes() -> str:
-    count = jax.process_count()
-    return f" in {count} processes" if count > 1 else ""
+def _due(every: int | None, done: int) -> bool:
+    return every is not None and done % every == 0
 
 
 def _finite(value: np.ndarray) -> float | None:
     """JSON has no NaN."""
     return float(value) if np.isfinite(value) else None
-
-
-def _finish(config: Config, output: Path, step: int) -> None:
-    """The loss curve and the exports of a finished run, from its checkpoints."""
-    lines = run_directory.read_metrics(output)
-    plot_losses(lines, output.name, output / run_directory.LOSS_PLOT)
-    options = config.train
-    wanted = {"": step} if options.export_hf else {}
-    if options.export_best:
-        wanted["_best"] = _best_step(output)
-    for suffix, wanted_step in wanted.items():
-        run = RunCheckpoint(output, wanted_step)
-        target = output / f"{'adapter' if run.lora else 'hf'}{suffix}"
-        # A directory under its final name is complete: see hf.directory.new_directory.
-        if target.exists():
-            print(f"{target} is there already; remove it to export again")
-            continue
-        if run.lora:
-            export_adapter(run, target)
-        else:
-            export_hf(run, target, options.export_dtype)
-        print(f"exported step {wanted_step} to {target}")
-
-
-def _best_step(output: Path) -> int:
-    lines = [line for line in run_directory.read_metrics(output) if "eval_loss" in line]
-    return min(lines, key=lambda line: line["eval_loss"])["step"]

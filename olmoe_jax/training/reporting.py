@@ -7,6 +7,7 @@ import math
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tensorboard.summary import Writer
 from tqdm import tqdm
 
 from olmoe_jax.plots import heat_maps
+from olmoe_jax.training.decoding import Answer
 from olmoe_jax.training.event_files import EventFiles
 from olmoe_jax.training.run_directory import FREE_FIELDS, METRICS
 from olmoe_jax.training.telemetry import WandB
@@ -22,6 +24,8 @@ from olmoe_jax.training.telemetry import WandB
 TENSORBOARD = "tensorboard"
 SECONDS_BETWEEN_LINES = 10.0
 """Without a terminal: how often progress is printed."""
+SHOWN_ANSWERS = 4
+"""Of the decoded examples, in TensorBoard."""
 
 
 class Reporter:
@@ -96,6 +100,13 @@ class Reporter:
         self._events.image("router/expert_load", png.getvalue(), step)
         self._scalars({"router/dead_experts": float((load == 0).sum())}, step)
 
+    def answers(self, step: int, right: float, answers: Sequence[Answer]) -> None:
+        """Reports what the model wrote for held-out prompts, and the share that is right."""
+        self._write({"step": step, "exact_match": right})
+        self._scalars({"eval/exact_match": right}, step)
+        self._events.text("eval/answers", answers_text(answers), step)
+        self.say(f"step {step}: exact match {right:.1%} of {len(answers)} held-out examples")
+
     def flush(self) -> None:
         """Everything reported so far is on disk when this returns."""
         self._metrics.flush()
@@ -138,7 +149,7 @@ class Silence:
     def _nothing(self, *_) -> None:
         pass
 
-    say = step = evaluation = expert_load = flush = close = _nothing
+    say = step = evaluation = expert_load = answers = flush = close = _nothing
 
 
 @functools.cache
@@ -173,6 +184,22 @@ def router_scalars(load, entropy, tokens: int) -> dict[str, float]:
         scalars[f"router_load_min/layer_{layer:02}"] = float(share[layer].min() * load.shape[1])
         scalars[f"router_entropy/layer_{layer:02}"] = float(entropy[layer])
     return scalars
+
+
+def answers_text(answers: Sequence[Answer]) -> str:
+    """The first few, as Markdown."""
+    parts = []
+    for answer in answers[:SHOWN_ANSWERS]:
+        texts = {
+            "prompt": answer.prompt,
+            "expected": answer.expected,
+            "right" if answer.right else "wrong": answer.output,
+        }
+        for label, text in texts.items():
+            # Indented, it is code: nothing that a model writes can end it or be markup.
+            code = "\n".join(f"    {line}" for line in text.strip().splitlines())
+            parts.append(f"**{label}**\n\n{code}\n")
+    return "\n".join(parts)
 
 
 def hyperparameters(config: dict[str, dict[str, Any]]) -> dict[str, bool | float | str]:

@@ -56,6 +56,8 @@ FREE_FIELDS = {
     "mesh.fsdp",
     "mesh.expert",
     "mesh.expert_exchange",
+    "generate.every",
+    "generate.batch_size",
 }
 """What may change between a run and its continuation: no field that changes the mathematics."""
 

@@ -8,8 +8,8 @@ import pytest
 from helpers import message_of
 
 from eval.tasks import TASKS, tasks_of
-from eval.tasks.intent import matches, parse
 from eval.tasks.task import Example, Prediction, Tools, cut_at, read_examples
+from olmoe_jax.answers import intents_match, parse_intent
 
 GSM, INTENT, LAW = TASKS["gsm"], TASKS["intent"], TASKS["law"]
 HUMANEVAL, MBPP = TASKS["humaneval"], TASKS["mbpp"]
@@ -75,7 +75,7 @@ GOOD_TEXT = json.dumps(GOOD, ensure_ascii=False)
     ],
 )
 def test_intent_right(output):
-    assert matches(INTENT.answer(output), GOOD)
+    assert intents_match(INTENT.answer(output), GOOD)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_intent_right(output):
     ],
 )
 def test_intent_wrong(output):
-    assert not matches(INTENT.answer(output), GOOD)
+    assert not intents_match(INTENT.answer(output), GOOD)
 
 
 def test_intent_scores():
@@ -110,7 +110,7 @@ def test_intent_scores():
     scores = INTENT.score(made, Tools())
     assert scores.metrics["exact_match"].value == 50
     assert scores.counts == {"not_json": 1}
-    assert parse(GOOD_TEXT) == GOOD
+    assert parse_intent(GOOD_TEXT) == GOOD
     row = {"prompt": "", "answers": ["no JSON"]}
     assert "row 0 is not JSON" in message_of(INTENT.examples, [row])
 
