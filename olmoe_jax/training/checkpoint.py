@@ -114,12 +114,16 @@ class Checkpointer:
     def restore(self, like: TrainState) -> Restored | None:
         """Reads the newest checkpoint onto the shardings of `like`; None: there is none.
 
+        If there is one, the arrays of `like` are deleted first: the state is never there twice.
+
         One that cannot be read is set aside, and the one before it read. With several processes,
         of which others may have read theirs, the run ends instead, to be started again.
 
         Raises:
           UserError: it is of another model or other data, or no checkpoint can be read.
         """
+        if self._manager.latest_step() is not None:
+            like = jax.tree.map(_deleted, like)
         while (step := self._manager.latest_step()) is not None:
             try:
                 return self._restore(step, like)
@@ -228,3 +232,10 @@ def _silence_failed_saves() -> None:
             show(unraisable)
 
     sys.unraisablehook = show_others
+
+
+def _deleted(array: jax.Array) -> jax.ShapeDtypeStruct:
+    """What it was; its memory is free."""
+    shape = jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+    array.delete()
+    return shape

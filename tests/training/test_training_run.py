@@ -42,8 +42,7 @@ def config(files, options, tmp_path_factory):
     return files.config(tmp_path_factory.mktemp("runs") / "short", **options)
 
 
-@pytest.fixture(scope="module")
-def run(config):
+def train(config):
     """The run's result, and the program that it built."""
     programs = []
 
@@ -56,6 +55,11 @@ def run(config):
         result = olmoe_jax.train(config)
     (program,) = programs
     return result, program
+
+
+@pytest.fixture(scope="module")
+def run(config):
+    return train(config)
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +101,12 @@ def test_each_epoch_trains_on_every_example_once(output, files, eval_losses):
     assert sum(tokens[:6]) == sum(tokens[6:]) == total
     assert tokens[:6] != tokens[6:]
     assert eval_losses[5] != eval_losses[6]
+
+
+def test_a_continued_run_does_not_hold_its_state_twice(output, config):
+    result, program = train(config)  # from the last checkpoint, with nothing left to do
+    assert result.output_dir == output
+    assert all(array.is_deleted() for array in jax.tree.leaves(program.state))
 
 
 def test_config_is_resolved(output, config):
