@@ -3,12 +3,17 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+OUTPUT ?= runs/reproduce
 PIP := $(VENV)/bin/python -m pip install --quiet -c constraints.txt
 
-.PHONY: quickstart test test-slow lint
+.PHONY: quickstart reproduce test test-slow lint
 
 quickstart: $(VENV)/runtime.stamp
 	$(VENV)/bin/python -m olmoe_jax.quickstart
+
+# The paper's table, docs/reproduce.md; a small model on a CPU: make reproduce ARGS=--small
+reproduce: $(VENV)/runtime.stamp
+	$(VENV)/bin/python -m eval.reproduce --output $(OUTPUT) $(ARGS)
 
 test: $(VENV)/dev.stamp
 	$(VENV)/bin/python -m pytest -q -n 2 -m "not slow"

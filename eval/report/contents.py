@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from eval.published import METRICS as PUBLISHED_METRICS
 from eval.published import published
@@ -19,7 +20,6 @@ from eval.report.document import (
 )
 from eval.report.figures import Named, loss_curves, match_curves, router_curves
 from eval.report.inputs import Inputs
-from olmoe_jax.hf.opening import EXPERTS
 
 SIGNIFICANT = 0.05
 _PROMPT_END = 600
@@ -153,15 +153,18 @@ def _training(inputs: Inputs) -> Iterator[Block]:
 
 
 def _expert_scores(data: str, runs: Named) -> list[Picture]:
-    """Of ESFT runs that scored the experts themselves."""
+    """Those that the ESFT runs selected by; methods that share them show them once."""
+    shared: dict[Path, list[str]] = {}
+    for name, run in runs:
+        if run.scores:
+            shared.setdefault(run.scores.resolve(), []).append(name)
     return [
         Picture(
-            _file_name(f"experts_{name}", data, "png"),
-            (run.path / "scores.png").read_bytes(),
-            f"scores of the experts, {name}, {data}",
+            _file_name(f"experts_{'_'.join(names)}", data, "png"),
+            file.read_bytes(),
+            f"scores of the experts, {', '.join(names)}, {data}",
         )
-        for name, run in runs
-        if (run.path / EXPERTS).exists() and (run.path / "scores.png").exists()
+        for file, names in shared.items()
     ]
 
 

@@ -24,13 +24,18 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A train.output_dir: the method, the data set's name, and the lines of metrics.jsonl."""
+    """A train.output_dir.
+
+    data: a short name of the data set; metrics: the lines of metrics.jsonl; scores: the picture of
+    the experts' scores by which an ESFT run selected.
+    """
 
     path: Path
     method: str
     data: str
     base: str
     metrics: list[dict[str, Any]] = field(repr=False)
+    scores: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,12 @@ def open_run(path: Path) -> TrainingRun:
             f"{path}: {CONFIG} or {METRICS} is damaged ({type(error).__name__}: {error}); bring it "
             "back, or leave the run out"
         ) from None
-    return TrainingRun(path, f"{method}_lora" if lora else method, data_name(data), base, metrics)
+    name = f"{method}_lora" if lora else method
+    # Of its own, or beside the expert config that it was given.
+    given = config["method"].get("experts_path")
+    places = [path, *([Path(given).parent] if given else [])]
+    scores = next((p / "scores.png" for p in places if (p / "scores.png").exists()), None)
+    return TrainingRun(path, name, data_name(data), base, metrics, scores)
 
 
 def data_name(train_path: str) -> str:

@@ -1,0 +1,124 @@
+"""GPU hours of the cells of the paper's table, by arithmetic: python -m benchmarks.reproduce_hours
+
+Training: the FLOPs per token that `olmoe_jax.plan` counts (what is computed twice included) times
+the tokens of all epochs, and for ESFT the forward pass that scores the experts. Evaluation: the
+prompts' forward pass, and for each batch of 64 all of the task's new tokens, bound by reading the
+bfloat16 weights. Both at an assumed share of an H100's peak. Not counted: starting, loading,
+compiling, checkpoints, exports and the judge. Compiles and runs nothing.
+
+Tokens are those of OLMoE's tokenizer on the data files beside the project (shared/data). Of
+CodeAlpaca a sample's mean stands for all; the training files of summary and translation are not
+there, so that their hours are for 10,000 examples of 1,000 tokens.
+"""
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from configs.table import DATASETS, ESFT, METHODS, experiment
+from eval.reproduce import TASKS
+from eval.tasks import TASKS as BY_NAME
+from olmoe_jax.esft.selection import ExpertConfig
+from olmoe_jax.model.flops import StepFlops, forward_flops_per_token, step_flops_per_token
+from olmoe_jax.model.known import OLMOE_1B_7B as MODEL
+from olmoe_jax.model.olmoe import parameter_specs
+from olmoe_jax.plan.devices import KINDS
+from olmoe_jax.plan.planning import ESFT_EXPERTS
+from olmoe_jax.training.methods import method_trains
+from olmoe_jax.training.setup import model_settings
+
+H100 = KINDS["h100"]
+BATCH = 64  # prompts decoded together
+
+
+class Size(NamedTuple):
+    """Examples, and the tokens of all of them."""
+
+    examples: int
+    tokens: int
+
+
+TRAINING = {
+    "gsm": Size(7_473, 1_174_978),
+    "codealpaca": Size(18_020, 18_020 * 128),  # nine tenths of 20,022
+    "intent": Size(7_280, 675_877),
+    "law": Size(927, 449_226),
+    "summary": Size(10_000, 10_000_000),
+    "translation": Size(10_000, 10_000_000),
+}
+PROMPTS = {
+    "gsm": Size(1_319, 91_343),
+    "mbpp": Size(500, 325_948),
+    "humaneval": Size(164, 23_265),
+    "intent": Size(500, 774_254),
+    "law": Size(100, 230_285),
+    "summary": Size(100, 272_964),
+    "translation": Size(100, 324_812),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--utilisation", type=float, default=0.3, help="share of the peak (0.3)")
+    share = parser.parse_args(arguments).utilisation
+    print(f"GPU hours at {share:.0%} of an H100's peak")
+    print(f"| method | {' | '.join(DATASETS)} | all |")
+    print("| --- |" + " ---: |" * (len(DATASETS) + 1))
+    total = 0.0
+    for method in METHODS:
+        hours = [training_hours(method, dataset, share) for dataset in DATASETS]
+        total += sum(hours)
+        print(row(f"`{method}`", hours))
+    hours = [evaluation_hours(dataset, share) for dataset in DATASETS]
+    total += (len(METHODS) + 1) * sum(hours)
+    print(row("evaluation, of each method and the base", hours))
+    print(f"together: {total:.0f} GPU hours")
+
+
+def row(name: str, hours: list[float]) -> str:
+    """A row of the table with its sum."""
+    return f"| {name} | {' | '.join(f'{h:.3f}' for h in [*hours, sum(hours)])} |"
+
+
+def step_flops(method: str, dataset: str) -> StepFlops:
+    """Per token; an ESFT run is assumed to train ESFT_EXPERTS experts of each layer."""
+    config, experts = experiment(method, dataset), None
+    if method in ESFT:
+        experts = ExpertConfig((tuple(range(ESFT_EXPERTS)),) * MODEL.num_layers)
+    chosen = experts and experts.experts
+    settings = dataclasses.replace(model_settings(config), selected_experts=chosen)
+    size = TRAINING[dataset]
+    # Positions attend to half of their example on average.
+    context = size.tokens / size.examples / 2
+    trains = method_trains(config.method, MODEL, experts)
+    return step_flops_per_token(MODEL, settings, trains, context)
+
+
+def training_hours(method: str, dataset: str, share: float) -> float:
+    """Of one cell, scoring included."""
+    config, tokens = experiment(method, dataset), TRAINING[dataset].tokens
+    flops = step_flops(method, dataset)
+    work = config.train.epochs * tokens * flops.executed
+    if method in ESFT:
+        work += min(tokens, config.method.esft_score_tokens) * flops.forward
+    return work / (share * H100.flops) / 3600
+
+
+def evaluation_hours(dataset: str, share: float) -> float:
+    """Of one model on a data set's tasks, on one GPU."""
+    weights = 2 * sum(math.prod(spec.shape) for spec in parameter_specs(MODEL).values())
+    seconds = 0.0
+    for task in TASKS.get(dataset, (dataset,)):
+        examples, tokens = PROMPTS[task]
+        context = tokens / examples / 2
+        seconds += tokens * forward_flops_per_token(MODEL, context) / (share * H100.flops)
+        steps = math.ceil(examples / BATCH) * BY_NAME[task].max_new_tokens
+        seconds += steps * weights / (share * H100.bandwidth)
+    return seconds / 3600
+
+
+if __name__ == "__main__":
+    main()

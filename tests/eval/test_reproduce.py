@@ -1,0 +1,141 @@
+"""make reproduce: which commands it runs, what it refuses; and all of it with the small model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, assert_user_error, message_of, run_module
+
+from configs.table import DATASETS, METHODS
+from eval import reproduce
+from eval.reproduce import Plan, main
+
+
+def write(file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch()
+
+
+def plan(output: Path, methods, datasets, data=None, **config) -> Plan:
+    fields = {name.replace("__", "."): value for name, value in config.items()}
+    return Plan(output, methods, datasets, "m/x", data, fields, ["--limit=5"])
+
+
+def test_all_cells_of_the_table(tmp_path):
+    whole = plan(tmp_path, METHODS, list(DATASETS))
+    steps = list(whole.steps())
+    assert len(steps) == 1 + 6 * (6 * 3 + 2 * 5)
+    assert steps[0].command[2:8] == [
+        "--model", "m/x", "--tasks", "gsm,mbpp,humaneval,intent,law,summary,translation",
+        "--output", f"{tmp_path}/base/eval",
+    ]  # fmt: skip
+    assert all(not step.done() for step in steps)
+    for method in METHODS:
+        for dataset in DATASETS:
+            assert (
+                whole.resolved(method, dataset).train.output_dir == f"{tmp_path}/{method}_{dataset}"
+            )
+
+
+def test_steps_of_a_cell(tmp_path):
+    (tmp_path / "gsm").mkdir()
+    small = plan(tmp_path, ["esft_token"], ["gsm"], str(tmp_path), train__batch_size="8")
+    _, score, select, train, export, evaluate = small.steps()
+    experts, run = f"{tmp_path}/scores/gsm/esft_token.json", tmp_path / "esft_token_gsm"
+    assert score.name == "score gsm"
+    assert f"{tmp_path}/gsm/train.jsonl" in score.command
+    assert select.command[-4:] == ["token", "--top_p=0.2", "--output", experts]
+    assert f"--config.method.experts_path={experts}" in train.command
+    assert f"--config.data.eval_path={tmp_path}/gsm8k/test.jsonl" in train.command
+    assert train.command[-1] == "--config.train.batch_size=8"
+    assert export.command[-1] == str(run / "hf")
+    assert evaluate.command[-3:] == ["--data", str(tmp_path), "--limit=5"]
+    assert evaluate.weights == (run / "checkpoints", run / "hf")
+
+
+def test_what_is_there_is_done(tmp_path):
+    steps = {step.name: step for step in plan(tmp_path, ["frozen"], ["gsm"]).steps()}
+    train, export = steps["train frozen gsm"], steps["export frozen gsm"]
+    write(tmp_path / "frozen_gsm/loss.png")
+    assert train.done()
+    assert not export.done()
+    # An evaluated cell needs its weights no more.
+    write(tmp_path / "frozen_gsm/eval/gsm/result.json")
+    (tmp_path / "frozen_gsm/loss.png").unlink()
+    assert train.done()
+    assert export.done()
+    assert not steps["evaluate base"].done()
+
+
+def test_errors_come_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce.Runner, "run", lambda self, step: pytest.fail(step.name))
+    output = ["--output", str(tmp_path / "out"), "--model", "m/x"]
+    for arguments, expected in (
+        (["--methods", "dense"], "--methods: there is no 'dense'"),
+        (["--datasets", "gsm8k"], "--datasets: there is no 'gsm8k'"),
+        (["--datasets", "gsm", "--config.train.seed=x"], "train.seed=x: expected int"),
+        (["--datasets", "gsm", "--config.train.sed=1"], "did you mean train.seed?"),
+        (["--datasets", "gsm", "--eval.limt=1"], "--limt=1"),
+        (["--datasets", "gsm", "--eval.tasks=law"], "--eval.tasks=law: unknown"),
+        (["--datasets", "gsm", "--limit=1"], "--limit=1: unknown"),
+        ([], "add --eval.allow_code_execution"),
+        (["--datasets", "law", "--data", str(tmp_path)], "no esft/train/law.jsonl there for law"),
+        (["--small"], "--model: --small makes its own"),
+    ):
+        assert expected in message_of(main, [*output, *arguments])
+        assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/x").touch()
+    assert "not of this command" in message_of(main, [*output, "--datasets", "gsm"])
+    stored = {"model": "m/y", "data": None, "config": {}, "evaluation": []}
+    (tmp_path / "out/reproduce.json").write_text(json.dumps(stored))
+    assert 'with model="m/y", now it is "m/x"' in message_of(main, [*output, "--datasets", "gsm"])
+
+
+SMALL = ["--small", "--config.train.max_steps=20"]
+
+
+@pytest.mark.slow
+def test_small_from_score_to_report(tmp_path, capfd):
+    """Killed while it trains and continued: what was complete is not done again."""
+    output = tmp_path / "run"
+    arguments = ["eval.reproduce", "--output", str(output), *SMALL]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", *arguments],
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if line.startswith("step 1/20") and any("train esft_gate" in line for line in said):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert (output / "conventional_gsm/eval/gsm/result.json").exists()
+    assert not (output / "esft_gate_gsm/loss.png").exists()
+
+    code, said, stderr = run_module(*arguments, timeout=600)
+    assert code == 0, stderr
+    assert [line for line in said.splitlines() if line.startswith("[")] == [
+        "[7/9] train esft_gate gsm",
+        "[8/9] export esft_gate gsm",
+        "[9/9] evaluate esft_gate gsm",
+    ]
+    report = (output / "report/report.md").read_text()
+    for name in ("base", "conventional", r"esft\_gate"):
+        assert f"\n| {name} | " in report
+    assert "router_entropy_gsm.svg" in report
+    assert "experts_esft_gate_gsm.png" in report
+    run_module(*arguments, "--discard_weights", timeout=600)
+    assert not (output / "esft_gate_gsm/hf").exists()
+    assert not (output / "esft_gate_gsm/checkpoints").exists()
+    # The same report again, without the weights.
+    code, said, _ = run_module(*arguments, timeout=600)
+    assert code == 0
+    assert "[" not in said
+    assert (output / "report/report.md").read_text() == report
+    assert_user_error(run_module(*arguments, "--eval.limit=3"), "was begun with evaluation=")
