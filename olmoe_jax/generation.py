@@ -1,25 +1,59 @@
-"""Text from a model: batched decoding with a KV cache, one compiled prefill and decode loop.
+"""Text from a model: batched decoding with a KV cache, a compiled prefill and a compiled loop.
 
-Shapes: B prompts, P prompt columns (padded on the left), N new tokens, V vocabulary.
+Shapes: B rows, P prompt columns (padded on the left), N new tokens, V vocabulary.
+
+Sizes are rounded up to few (`bucket`), so that many prompts need few programs. The loop runs on the
+device for CHUNK tokens at a time; in between, the host looks for stop strings.
 """
 
 import functools
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from tqdm import tqdm
 
 from olmoe_jax.errors import UserError
 from olmoe_jax.model.olmoe import KVCache, Olmoe
 from olmoe_jax.model.parameters import Parameters, merge, split
+from olmoe_jax.sharding import active_mesh, gathered, shard_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_SHORTEST_PROMPT = 32
+CHUNK = 16
+_SHORTEST = 32
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How a token is taken from the logits; the numbers are arguments of the programs.
+
+    Attributes:
+      temperature: 0 takes the most probable token; above, draws from softmax(logits / temperature).
+      top_p: draws from the fewest most probable tokens that have this much probability together
+        (nucleus sampling, https://arxiv.org/abs/1904.09751); 1: from all.
+      seed: of the draws.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+class _State(NamedTuple):
+    """What the loop carries from token to token."""
+
+    cache: KVCache
+    new: jax.Array  # [B, N] int32; after a row's eos all eos
+    count: jax.Array  # [] int32: columns of `new` that are filled
+    ended: jax.Array  # [B] bool
+    lengths: jax.Array  # [B] int32: tokens of the prompts
+    keys: jax.Array  # [B] random keys, one per row
 
 
 def generate(
@@ -29,54 +63,143 @@ def generate(
     *,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
+    top_p: float = 1.0,
+    stop: Sequence[str] = (),
     seed: int = 0,
     batch_size: int = 64,
+    progress: bool = False,
 ) -> list[str]:
     """The model's continuations of the prompts, without the prompts and the end-of-text token.
+
+    What is drawn for a prompt depends on the seed and on its place among the prompts, not on what
+    it shares a batch with. Under `jax.set_mesh` the rows of a batch are split over the devices.
 
     Args:
       model: from `olmoe_jax.from_pretrained`.
       tokenizer: the model's; its eos token ends a text.
       prompts: non-empty texts.
       max_new_tokens: a text that has not ended by then is cut.
-      temperature: 0 takes the most probable token; above, tokens are drawn from
-        softmax(logits / temperature).
-      seed: of the draws.
+      temperature, top_p, seed: see `Draws`.
+      stop: strings that end a text, which is cut before the first of them.
       batch_size: prompts decoded together.
+      progress: shows a bar.
 
     Raises:
-      UserError: a prompt is empty.
+      UserError: a prompt is empty, or a number out of range.
     """
-    graph, parameters = split(model)
-    encoded = [tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
+    _check(max_new_tokens=max_new_tokens, batch_size=batch_size)
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"temperature={temperature}: must be 0 or more")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p={top_p}: must be above 0 and at most 1")
+    if not all(stop):
+        raise UserError("a stop string is empty; leave it out")
+    encoded = [tokenizer(p, add_special_tokens=False, verbose=False).input_ids for p in prompts]
     if not all(encoded):
         raise UserError("a prompt is empty; write at least one word")
-    texts: list[str] = []
-    for start in range(0, len(encoded), batch_size):
-        batch = encoded[start : start + batch_size]
-        tokens, segments = _left_padded(batch, tokenizer.eos_token_id)
-        new = _decode(
-            graph,
-            parameters,
-            tokens,
-            segments,
-            jax.random.fold_in(jax.random.key(seed), start),
-            jnp.float32(temperature),
-            max_new_tokens,
-            tokenizer.eos_token_id,
-        )
-        for row in np.asarray(new)[: len(batch)]:
-            ended = np.flatnonzero(row == tokenizer.eos_token_id)
-            texts.append(tokenizer.decode(row[: ended[0]] if len(ended) else row))
+    decoder = _Decoder(model, tokenizer, stop, Draws(temperature, top_p, seed))
+    texts = [""] * len(encoded)
+    # Prompts of like length share a batch, the longest first: if memory is short, it shows at once.
+    order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
+    with tqdm(total=len(encoded), unit="prompt", disable=not progress, leave=False) as bar:
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
+            prompts_ = [encoded[index] for index in indices]
+            batch = decoder.run(indices, prompts_, max_new_tokens, batch_size, bar.update)
+            for index, text in zip(indices, batch, strict=True):
+                texts[index] = text
     return texts
 
 
-def _left_padded(prompts: list[list[int]], pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and segments [B, P]; P is a power of two, so that few programs are compiled."""
-    longest, length = max(map(len, prompts)), _SHORTEST_PROMPT
-    while length < longest:
-        length *= 2
-    tokens = np.full((len(prompts), length), pad, np.int32)
+def bucket(size: int, smallest: int = 1) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, … times `smallest`."""
+    whole = smallest
+    while whole < size:
+        whole *= 2
+    between = whole // 4 * 3
+    return between if smallest < between and size <= between and whole >= 4 else whole
+
+
+class _Decoder:
+    """A model with all that its batches share."""
+
+    def __init__(self, model: Olmoe, tokenizer, stop: Sequence[str], draws: Draws):
+        self._graph, self._parameters = split(model)
+        self._tokenizer, self._stop, self._draws = tokenizer, tuple(stop), draws
+        # Static, since a greedy program needs no random numbers and a plain draw no sorting.
+        self._kind = "greedy" if draws.temperature == 0 else "all" if draws.top_p == 1 else "top_p"
+        self._numbers = jnp.float32(draws.temperature or 1), jnp.float32(draws.top_p)
+
+    def run(
+        self,
+        indices: Sequence[int],
+        prompts: Sequence[list[int]],
+        limit: int,
+        batch_size: int,
+        done,
+    ) -> list[str]:
+        """The texts of one batch; calls done(n) when n more rows have ended."""
+        eos = self._tokenizer.eos_token_id
+        mesh = active_mesh()
+        multiple = 1 if mesh is None else mesh.size
+        rows = min(bucket(len(prompts)), max(batch_size, len(prompts)))
+        rows = -(-rows // multiple) * multiple
+        tokens, segments = _left_padded(prompts, rows, eos)
+        seeds = np.array([*indices, *[0] * (rows - len(indices))], np.uint32)
+        state = _prefill(
+            self._graph,
+            self._kind,
+            bucket(limit, _SHORTEST),
+            eos,
+            self._parameters,
+            tokens,
+            segments,
+            jax.random.key(self._draws.seed),
+            seeds,
+            *self._numbers,
+        )
+        stopped, running, until = np.zeros(rows, bool), len(prompts), 1
+        while True:
+            new, count, ended = (np.asarray(part) for part in (state.new, state.count, state.ended))
+            if self._stop:
+                stopped |= [
+                    row < len(prompts)
+                    and any(s in self._text(new[row, :count]) for s in self._stop)
+                    for row in range(rows)
+                ]
+            ended = ended | stopped
+            still = rows - int(ended.sum())
+            done(running - still)
+            running = still
+            if not still or count >= limit:
+                break
+            until = min(until + CHUNK, limit)
+            state = _continue(
+                self._graph, self._kind, eos, self._parameters, state, ended, until, *self._numbers
+            )
+        done(running)
+        return [cut_at(self._text(row), self._stop) for row in new[: len(prompts), :count]]
+
+    def _text(self, tokens: np.ndarray) -> str:
+        ends = np.flatnonzero(tokens == self._tokenizer.eos_token_id)
+        return self._tokenizer.decode(tokens[: ends[0]] if len(ends) else tokens)
+
+
+def _check(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise UserError(f"{name}={value}: must be 1 or more")
+
+
+def cut_at(text: str, stop: Iterable[str]) -> str:
+    """The text before the first of the stop strings."""
+    return text[: min((place for s in stop if (place := text.find(s)) >= 0), default=len(text))]
+
+
+def _left_padded(prompts, rows: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and segments [rows, P]; rows past the prompts are all padding."""
+    length = bucket(max(map(len, prompts)), _SHORTEST)
+    tokens = np.full((rows, length), pad, np.int32)
     segments = np.zeros_like(tokens)
     for row, prompt in enumerate(prompts):
         tokens[row, length - len(prompt) :] = prompt
@@ -84,46 +207,94 @@ def _left_padded(prompts: list[list[int]], pad: int) -> tuple[np.ndarray, np.nda
     return tokens, segments
 
 
-@functools.partial(jax.jit, static_argnums=(0, 6, 7))
-def _decode(
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _prefill(
     graph: nnx.GraphDef,
+    kind: str,
+    room: int,
+    eos: int,
     parameters: Parameters,
     tokens: jax.Array,
     segments: jax.Array,
     key: jax.Array,
+    seeds: jax.Array,
     temperature: jax.Array,
-    max_new_tokens: int,
-    eos: int,
-) -> jax.Array:
-    """New tokens [B, N]; after a row's eos it is all eos. Stops when every row has ended."""
+    top_p: jax.Array,
+) -> _State:
+    """The state after the prompts [B, P] and one new token; rows without prompt have ended."""
     model: Olmoe = merge(graph, parameters)
     batch, length = tokens.shape
-    lengths = segments.sum(axis=1)
+    tokens, segments = shard_batch(tokens), shard_batch(segments)
     positions = jnp.maximum(0, jnp.cumsum(segments, axis=1) - 1)
-    cache = model.empty_cache(batch, length + max_new_tokens)
+    cache = model.empty_cache(batch, length + room)
     logits, cache = model.decode(tokens, segments, positions, cache)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, seeds)
+    first = choose(kind, logits, keys, jnp.int32(0), temperature, top_p)
+    lengths = segments.sum(axis=1)
+    ended = (lengths == 0) | (first == eos)
+    new = jnp.full((batch, room), eos, jnp.int32).at[:, 0].set(jnp.where(ended, eos, first))
+    return _on_all(_State(cache, new, jnp.int32(1), ended, lengths, keys))
 
-    def choose(logits: jax.Array, index: jax.Array) -> jax.Array:
-        drawn = jax.random.categorical(
-            jax.random.fold_in(key, index), logits / jnp.maximum(temperature, 1e-6)
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4,))
+def _continue(
+    graph: nnx.GraphDef,
+    kind: str,
+    eos: int,
+    parameters: Parameters,
+    state: _State,
+    ended: jax.Array,
+    until: jax.Array,
+    temperature: jax.Array,
+    top_p: jax.Array,
+) -> _State:
+    """Decodes until there are `until` new tokens or every row has ended."""
+    model: Olmoe = merge(graph, parameters)
+
+    def unfinished(state: _State) -> jax.Array:
+        return (state.count < until) & ~jnp.all(state.ended)
+
+    def one_token(state: _State) -> _State:
+        cache, new, count, ended, lengths, keys = state
+        last = jax.lax.dynamic_slice_in_dim(new, count - 1, 1, axis=1)
+        # A row that has ended is padding: no expert is read for it.
+        running = jnp.where(ended, 0, 1)[:, None]
+        logits, cache = model.decode(
+            shard_batch(last), shard_batch(running), (lengths + count - 1)[:, None], cache
         )
-        return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+        token = jnp.where(ended, eos, choose(kind, logits, keys, count, temperature, top_p))
+        new = jax.lax.dynamic_update_slice_in_dim(new, token[:, None], count, axis=1)
+        return _on_all(_State(cache, new, count + 1, ended | (token == eos), lengths, keys))
 
-    def unfinished(carry):
-        _, new, index, _ = carry
-        last = jax.lax.dynamic_index_in_dim(new, index - 1, axis=1, keepdims=False)
-        return (index < max_new_tokens) & jnp.any(last != eos)
+    return jax.lax.while_loop(unfinished, one_token, state._replace(ended=gathered(ended)))
 
-    def one_token(carry: tuple[KVCache, jax.Array, jax.Array, jax.Array]):
-        cache, new, index, ended = carry
-        last = jax.lax.dynamic_slice_in_dim(new, index - 1, 1, axis=1)
-        position = (lengths + index - 1)[:, None]
-        logits, cache = model.decode(last, jnp.ones_like(last), position, cache)
-        token = jnp.where(ended, eos, choose(logits, index))
-        new = jax.lax.dynamic_update_slice_in_dim(new, token[:, None], index, axis=1)
-        return cache, new, index + 1, ended | (token == eos)
 
-    first = choose(logits, jnp.int32(0))
-    new = jnp.full((batch, max_new_tokens), eos, jnp.int32).at[:, 0].set(first)
-    carry = (cache, new, jnp.int32(1), first == eos)
-    return jax.lax.while_loop(unfinished, one_token, carry)[1]
+def _on_all(state: _State) -> _State:
+    """The small arrays on every device, where every host can read them."""
+    return state._replace(new=gathered(state.new), ended=gathered(state.ended))
+
+
+def choose(
+    kind: str,
+    logits: jax.Array,
+    keys: jax.Array,
+    count: jax.Array,
+    temperature: jax.Array,
+    top_p: jax.Array,
+) -> jax.Array:
+    """Tokens [B] int32 from logits [B, V]; `kind` is "greedy", "all" or "top_p" (see `Draws`).
+
+    Each row draws with its own key of `keys` [B], folded with the number `count` of the token.
+    """
+    if kind == "greedy":
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / temperature
+    if kind == "top_p":
+        probabilities = jax.nn.softmax(logits)
+        descending = -jnp.sort(-probabilities, axis=-1)
+        # A token stays while those before it have less than top_p: the most probable always does.
+        before = jnp.cumsum(descending, axis=-1) - descending
+        least = jnp.min(jnp.where(before < top_p, descending, 1.0), axis=-1, keepdims=True)
+        logits = jnp.where(probabilities >= least, logits, -jnp.inf)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, count)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

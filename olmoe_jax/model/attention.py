@@ -27,10 +27,11 @@ class Context(NamedTuple):
     key_segments: jax.Array  # [B, T] int32: `segments`, or those of the cache
     first_query: jax.Array | int  # index of query 0 among the keys
     dropout_keys: jax.Array | None = None  # [B] random keys; None: no dropout
+    layer: jax.Array | int = 0  # which of the cache's
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer (stacked [L, …] for a model), both [B, T, G, d]."""
+    """Keys and values of all L layers, both [L, B, G, T, d]."""
 
     keys: jax.Array
     values: jax.Array
@@ -79,7 +80,10 @@ class Attention(nnx.Module):
     def __call__(
         self, x: jax.Array, context: Context, cache: LayerCache | None = None
     ) -> tuple[jax.Array, LayerCache | None]:
-        """x [B, S, D] -> [B, S, D]; with a cache, also the cache with this call's keys added."""
+        """x [B, S, D] -> [B, S, D]; with a cache, also the cache with this call's keys added.
+
+        The cache is that of all layers, which a scan carries: written in place, never copied.
+        """
         config = self.config
         epsilon = config.rms_norm_eps
         q = rms_norm(self._project(x, "q", context), self.q_norm[...], epsilon)
@@ -91,10 +95,10 @@ class Attention(nnx.Module):
         q = rotary(q, context.positions, config.rope_theta)
         k = rotary(k, context.positions, config.rope_theta)
         if cache is not None:
-            start = (0, context.first_query, 0, 0)
-            k = jax.lax.dynamic_update_slice(cache.keys, k.astype(cache.keys.dtype), start)
-            v = jax.lax.dynamic_update_slice(cache.values, v.astype(cache.values.dtype), start)
-            cache = LayerCache(k, v)
+            cache = LayerCache(
+                *(_written(part, new, context) for part, new in zip(cache, (k, v), strict=True))
+            )
+            k, v = (jnp.swapaxes(part[context.layer], 1, 2) for part in cache)
             y = cached_attention(
                 q, k, v, context.segments, context.key_segments, context.first_query
             )
@@ -115,3 +119,9 @@ class Attention(nnx.Module):
             return keep(project(x, whole, x))
         keys, rate = context.dropout_keys, settings.lora.dropout
         return keep(project(x, whole, dropout(x, keys, rate, TARGETS.index(name))))
+
+
+def _written(cache: jax.Array, new: jax.Array, context: Context) -> jax.Array:
+    """The cache [L, B, G, T, d] with new [B, S, G, d] in this layer, from the first query on."""
+    new = jnp.swapaxes(new, 1, 2)[None].astype(cache.dtype)
+    return jax.lax.dynamic_update_slice(cache, new, (context.layer, 0, 0, context.first_query, 0))

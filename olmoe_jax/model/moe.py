@@ -18,6 +18,7 @@ from olmoe_jax.model.config import ModelConfig, ModelSettings
 from olmoe_jax.model.lora import TARGETS, Adapters, dropout, projection
 from olmoe_jax.model.parameters import matrix
 from olmoe_jax.model.selected import LayerSelection
+from olmoe_jax.ops.decoding import decoding_backend, experts_by_gather, experts_by_loop
 from olmoe_jax.ops.expert_parallel import ExpertGroup
 from olmoe_jax.ops.projection import grouped_project
 from olmoe_jax.ops.remat import keep
@@ -164,6 +165,33 @@ class MoE(nnx.Module):
             out_specs=(batch, out),
             check_vma=False,
         )(x, is_token, dropout_keys, *jax.tree.map(sharding.by_value, (router, experts)))
+
+    def decoding_experts(self, tokens: int) -> ExpertProjections | None:
+        """All layers' experts where `decode` is the way for this many tokens, else None."""
+        if self._decoding_backend(tokens) is None:
+            return None
+        return self.experts.projections(self.settings)
+
+    def decode(
+        self, x: jax.Array, is_token: jax.Array, experts: ExpertProjections, layer: jax.Array
+    ) -> jax.Array:
+        """The block for x [B, 1, D], reading only the experts in use of all layers' `experts`."""
+        config = self.config
+        shape, x, router = x.shape, x[:, 0], self.router[...].astype(jnp.float32)
+        logits = jnp.dot(x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
+        weights, chosen = jax.lax.top_k(jax.nn.softmax(logits), config.num_experts_per_token)
+        if config.norm_topk_prob:
+            weights = weights / weights.sum(axis=-1, keepdims=True)
+        chosen = jnp.where(is_token, chosen, config.num_experts)
+        run = {"loop": experts_by_loop, "gather": experts_by_gather}
+        run = run[self._decoding_backend(len(x))]
+        return run(x, weights, chosen, experts, layer).reshape(shape)
+
+    def _decoding_backend(self, tokens: int) -> str | None:
+        config = self.config
+        return decoding_backend(
+            jax.default_backend(), tokens, config.num_experts_per_token, config.num_experts
+        )
 
     def _local(self, x, is_token, dropout_keys, router, experts, with_logits, group):
         """The block on the tokens of one device, with all experts at hand or in its group."""

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from olmoe_jax.model.attention import Attention, Context, LayerCache, rms_norm
 from olmoe_jax.model.config import ModelConfig, ModelSettings
@@ -16,15 +17,16 @@ from olmoe_jax.model.moe import MoE, RouterStatistics
 from olmoe_jax.model.parameters import ParameterSpec, matrix, scale, specs
 from olmoe_jax.model.selected import LayerSelection, SelectedExperts
 from olmoe_jax.ops.embedding import embedding_lookup
-from olmoe_jax.ops.quantization import dequantized
+from olmoe_jax.ops.quantization import dequantized, is_quantized
 from olmoe_jax.ops.remat import keep, rematerialised
-from olmoe_jax.sharding import gathered, shard_batch
+from olmoe_jax.ops.router_gradient import ExpertProjections
+from olmoe_jax.sharding import BATCH, active_mesh, gathered, shard_batch
 
 
 class KVCache(NamedTuple):
     """What decoding carries: keys and values of every layer and what lies where."""
 
-    layers: LayerCache  # [L, B, T, G, d] each
+    layers: LayerCache  # [L, B, G, T, d] each
     segments: jax.Array  # [B, T] int32, 0: empty or padding
     length: jax.Array  # [] int32: columns filled
 
@@ -50,20 +52,20 @@ class DecoderLayer(nnx.Module):
         cache: LayerCache | None,
         selection: LayerSelection | None,
         with_router_logits: bool,
+        experts: ExpertProjections | None = None,
     ):
         with jax.named_scope("attention"):
             normed = rms_norm(x, self.attention_norm[...], self.epsilon)
             y, cache = self.attention(normed, context, cache)
             x = keep(shard_batch(x + y))
         with jax.named_scope("moe"):
-            normed = rms_norm(x, self.moe_norm[...], self.epsilon)
-            y, statistics = self.moe(
-                normed,
-                context.segments > 0,
-                context.dropout_keys,
-                selection,
-                with_router_logits,
-            )
+            normed, is_token = rms_norm(x, self.moe_norm[...], self.epsilon), context.segments > 0
+            if experts is not None:
+                y, statistics = self.moe.decode(normed, is_token, experts, context.layer), None
+            else:
+                y, statistics = self.moe(
+                    normed, is_token, context.dropout_keys, selection, with_router_logits
+                )
         return shard_batch(x + y), (statistics, cache)
 
 
@@ -134,7 +136,14 @@ class Olmoe(nnx.Module):
     def decode(
         self, tokens: jax.Array, segments: jax.Array, positions: jax.Array, cache: KVCache
     ) -> tuple[jax.Array, KVCache]:
-        """Logits [B, V] after the last of these tokens [B, S], which are added to the cache."""
+        """Logits [B, V] after the last of these tokens [B, S], which are added to the cache.
+
+        Args:
+          tokens: [B, S] int.
+          segments: [B, S] int, 1, or 0 for padding: in front of a prompt, or a row that has ended.
+          positions: [B, S] int, of the tokens in their rows.
+          cache: `empty_cache`, or what this function returned before.
+        """
         start = (0, cache.length)
         key_segments = jax.lax.dynamic_update_slice(cache.segments, segments, start)
         context = Context(positions, segments, key_segments, cache.length)
@@ -145,8 +154,10 @@ class Olmoe(nnx.Module):
     def empty_cache(self, batch: int, length: int) -> KVCache:
         """A cache with room for `length` tokens in each of `batch` rows."""
         config = self.config
-        shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
+        shape = (config.num_layers, batch, config.num_kv_heads, length, config.head_dim)
         empty = jnp.zeros(shape, self.settings.compute_dtype)
+        if active_mesh() is not None:
+            empty = jax.lax.with_sharding_constraint(empty, P(None, *BATCH))
         return KVCache(
             LayerCache(empty, empty), jnp.zeros((batch, length), jnp.int32), jnp.int32(0)
         )
@@ -170,27 +181,42 @@ class Olmoe(nnx.Module):
 
     def _run_layers(self, tokens, context: Context, cache, with_router_logits: bool):
         graph, stacked = nnx.split(self.layers)
+        experts = None
+        if cache is not None and not is_quantized(stacked):
+            experts = self._stacked_experts(tokens)
 
-        def layer(x, inputs):
-            index, weights, cache, selection = inputs
-            inside = context
+        def layer(carry, inputs):
+            x, cache = carry
+            index, weights, selection = inputs
+            inside = context._replace(layer=index)
             if (keys := context.dropout_keys) is not None:
-                inside = context._replace(
+                inside = inside._replace(
                     dropout_keys=jax.vmap(jax.random.fold_in, (0, None))(keys, index)
                 )
             # Here, so that only one layer's weights ever lie there in full, in the backward too.
             weights = dequantized(weights, self.settings.compute_dtype)
-            return nnx.merge(graph, weights)(x, inside, cache, selection, with_router_logits)
+            x, (statistics, cache) = nnx.merge(graph, weights)(
+                x, inside, cache, selection, with_router_logits, experts
+            )
+            return (x, cache), statistics
 
         selection = None
         if self.selected:
             dtype = self.settings.compute_dtype
             selection = self.selected.by_layer(self.config.num_experts, dtype)
-        inputs = (jnp.arange(self.config.num_layers), stacked, cache, selection)
-        x, outputs = jax.lax.scan(
-            rematerialised(layer, self.settings.remat), self._embed(tokens), inputs
+        inputs = (jnp.arange(self.config.num_layers), stacked, selection)
+        (x, cache), statistics = jax.lax.scan(
+            rematerialised(layer, self.settings.remat), (self._embed(tokens), cache), inputs
         )
+        outputs = statistics, cache
         return rms_norm(x, self.norm[...], self.config.rms_norm_eps), outputs
+
+    def _stacked_experts(self, tokens: jax.Array) -> ExpertProjections | None:
+        """All layers' experts for a decode step that is to read only those in use."""
+        batch, length = tokens.shape
+        if length > 1 or self.selected or active_mesh() is not None:
+            return None
+        return self.layers.moe.decoding_experts(batch)
 
 
 def load_balancing_loss(statistics: RouterStatistics, config: ModelConfig) -> jax.Array:

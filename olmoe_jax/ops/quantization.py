@@ -106,13 +106,19 @@ def dequantize(weight: Quantized, dtype: DTypeLike) -> jax.Array:
 def dequantized(tree: Any, dtype: DTypeLike) -> Any:
     """The tree with arrays in the place of what is `Quantized`."""
 
-    def is_quantized(leaf):
-        return isinstance(leaf, Quantized)
-
     def in_full(leaf):
-        return dequantize(leaf, dtype) if is_quantized(leaf) else leaf
+        return dequantize(leaf, dtype) if _is_leaf(leaf) else leaf
 
-    return jax.tree.map(in_full, tree, is_leaf=is_quantized)
+    return jax.tree.map(in_full, tree, is_leaf=_is_leaf)
+
+
+def is_quantized(tree: Any) -> bool:
+    """Whether something in the tree is `Quantized`."""
+    return any(map(_is_leaf, jax.tree.leaves(tree, is_leaf=_is_leaf)))
+
+
+def _is_leaf(value: Any) -> bool:
+    return isinstance(value, Quantized)
 
 
 def _nf4(codes: jax.Array) -> jax.Array:

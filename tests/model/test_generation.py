@@ -1,0 +1,184 @@
+"""Decoding: greedy tokens, draws, stop strings, few programs; the experts in use."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close, make_model, message_of, tiny_config
+
+from olmoe_jax import generate, generation
+from olmoe_jax.generation import bucket, choose
+from olmoe_jax.model.lora import LoraSettings
+from olmoe_jax.ops.decoding import decoding_backend, experts_by_gather, experts_by_loop
+from olmoe_jax.ops.projection import Projection
+
+PROMPTS = ["a", "what is 3 + 4?", "the " * 9, "Question: 1 + 1?\nAnswer:", "xyz"]
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return make_model(tiny_config(vocab_size=len(tokenizer)))
+
+
+@pytest.fixture(scope="module")
+def greedy(model, tokenizer):
+    return generate(model, tokenizer, PROMPTS, max_new_tokens=20)
+
+
+def test_greedy_is_the_argmax_of_the_full_forward(model, tokenizer, greedy):
+    forward = jax.jit(model.__call__)
+    for prompt, text in zip(PROMPTS, greedy, strict=True):
+        start = tokenizer(prompt).input_ids
+        tokens = np.zeros((1, 64), np.int32)
+        tokens[0, : len(start)] = start
+        for index in range(len(start), len(start) + 20):
+            tokens[0, index] = int(jnp.argmax(forward(tokens)[0, index - 1]))
+        new = list(tokens[0, len(start) : len(start) + 20])
+        new = new[: new.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in new else new
+        assert tokenizer.decode(new) == text
+
+
+def test_a_prompt_does_not_see_its_batch(model, tokenizer, greedy):
+    draw = {"max_new_tokens": 20, "temperature": 1.0, "top_p": 0.9, "seed": 3}
+    together = generate(model, tokenizer, PROMPTS, **draw)
+    assert generate(model, tokenizer, PROMPTS, batch_size=2, **draw) == together
+    assert generate(model, tokenizer, PROMPTS, **draw) == together
+    assert generate(model, tokenizer, PROMPTS, **(draw | {"seed": 4})) != together
+    same = generate(model, tokenizer, [PROMPTS[1]] * 4, **draw)
+    assert len(set(same)) == 4  # each has its own draws
+    assert generate(model, tokenizer, PROMPTS, max_new_tokens=20, batch_size=2) == greedy
+
+
+def test_stop_strings(model, tokenizer, greedy, monkeypatch):
+    stop = [greedy[1][4:6], greedy[2][9:12]]
+    expected = [generation.cut_at(text, stop) for text in greedy]
+    assert expected != greedy
+    long = {"max_new_tokens": 60, "stop": stop}
+    cut = generate(model, tokenizer, PROMPTS, **long)
+    for short, text in zip(expected, cut, strict=True):
+        assert text.startswith(short)
+        assert not any(s in text for s in stop)
+    # All rows have stopped before: the loop does not go on to the limit.
+    counts = []
+    original = generation._continue
+
+    def counted(*arguments):
+        counts.append(arguments[6])
+        return original(*arguments)
+
+    monkeypatch.setattr(generation, "_continue", counted)
+    generate(model, tokenizer, [PROMPTS[1]], max_new_tokens=60, stop=stop)
+    assert counts == [1 + generation.CHUNK]
+
+
+def test_few_programs(model, tokenizer):
+    """Eleven calls of many sizes: a program for each pair of buckets, not for each size."""
+    generation._prefill.clear_cache()
+    generation._continue.clear_cache()
+    for count, length, new in itertools.product((3, 4), (5, 20, 30), (2, 5)):
+        generate(model, tokenizer, ["y" * length] * count, max_new_tokens=new)
+    assert generation._prefill._cache_size() == 2
+    assert generation._continue._cache_size() == 2
+
+
+def test_buckets():
+    assert [bucket(n) for n in (1, 2, 3, 4, 5, 7, 9, 13)] == [1, 2, 3, 4, 6, 8, 12, 16]
+    assert [bucket(n, 32) for n in (1, 32, 33, 49, 65, 97)] == [32, 32, 48, 64, 96, 128]
+    assert all(n <= bucket(n) <= 1.5 * n for n in range(2, 1000))
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.8), (2.0, 0.35)])
+def test_draws_have_their_probabilities(temperature, top_p):
+    logits = np.random.default_rng(0).normal(size=11).astype(np.float32) * 1.5
+    expected = np.exp(logits / temperature)
+    expected /= expected.sum()
+    order = np.argsort(-expected)
+    nucleus = order[: 1 + np.searchsorted(np.cumsum(expected[order]), top_p)]
+    kept = np.isin(np.arange(11), nucleus)
+    expected = np.where(kept, expected, 0) / expected[kept].sum()
+    count = 20_000
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(1), jnp.arange(count))
+    kind = "all" if top_p == 1 else "top_p"
+    rows = jnp.broadcast_to(logits, (count, 11))
+    drawn = choose(kind, rows, keys, jnp.int32(5), jnp.float32(temperature), jnp.float32(top_p))
+    observed = np.bincount(drawn, minlength=11) / count
+    assert not observed[~kept].any()
+    deviation = np.sqrt(expected * (1 - expected) / count)
+    assert (np.abs(observed - expected) <= 4.5 * deviation).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("lora", [False, True])
+def test_experts_in_use(tokens, lora):
+    """Loop and gather against every expert on every token; one token has no expert."""
+    layers, experts, width, hidden, per_token = 2, 5, 12, 7, 2
+    random = np.random.default_rng(tokens)
+
+    def normal(*shape):
+        return jnp.asarray(random.normal(size=shape), jnp.float32)
+
+    def part(width, out):
+        low = (normal(layers, experts, width, 3), normal(layers, experts, 3, out)) if lora else ()
+        return Projection(normal(layers, experts, width, out), *low, scale=0.5)
+
+    parts = part(width, hidden), part(width, hidden), part(hidden, width)
+    x, weights = normal(tokens, width), jnp.abs(normal(tokens, per_token))
+    chosen = np.stack([random.permutation(experts)[:per_token] for _ in range(tokens)])
+    chosen[tokens // 2] = experts if tokens > 1 else chosen[0]
+    gate, up, down = (p.weight[1] + (0.5 * p.a[1] @ p.b[1] if lora else 0) for p in parts)
+    outputs = jnp.einsum(
+        "tef,efd->ted",
+        jax.nn.silu(jnp.einsum("td,edf->tef", x, gate)) * jnp.einsum("td,edf->tef", x, up),
+        down,
+    )
+    one_hot = jax.nn.one_hot(chosen, experts)  # of `experts`: zeros
+    expected = jnp.einsum("tk,tke,ted->td", weights, one_hot, outputs)
+    for run in (experts_by_loop, experts_by_gather):
+        out = jax.jit(run)(x, weights, jnp.asarray(chosen), parts, jnp.int32(1))
+        assert_close(out, expected, 1e-5)
+
+
+def test_the_loop_reads_only_experts_in_use():
+    """Weights of the others may be anything."""
+    parts = [Projection(jnp.full((1, 4, 3, 3), jnp.nan).at[0, 2].set(1.0)) for _ in range(3)]
+    chosen = jnp.array([[2], [2], [4]])
+    for run in (experts_by_loop, experts_by_gather)[:1]:
+        out = run(jnp.ones((3, 3)), jnp.ones((3, 1)), chosen, parts, 0)
+        assert np.isfinite(out).all()
+        assert out[0].all()
+        assert not out[2].any()
+
+
+def test_how_experts_run():
+    assert decoding_backend("cpu", 16, 8, 64) == "loop"
+    assert decoding_backend("gpu", 4, 8, 64) == "gather"
+    assert decoding_backend("gpu", 5, 8, 64) is None
+
+
+def test_adapters_decode_unmerged(tokenizer):
+    """The cache with adapters everywhere: greedy as by the full forward of the same model."""
+    from helpers import random_weights
+    from lora.tiny_adapters import merged_weights, random_adapters
+
+    config, lora = tiny_config(vocab_size=len(tokenizer)), LoraSettings(2, 3.0)
+    weights, adapters = random_weights(config), random_adapters(config, lora)
+    adapted = make_model(config, weights | adapters, lora=lora)
+    merged = make_model(config, merged_weights(weights, adapters, lora.scale))
+    texts = generate(adapted, tokenizer, PROMPTS, max_new_tokens=12)
+    assert texts == generate(merged, tokenizer, PROMPTS, max_new_tokens=12)
+
+
+def test_mistakes(model, tokenizer):
+    for culprit, prompts, arguments in [
+        ("a prompt is empty", ["a", ""], {}),
+        ("max_new_tokens=0", ["a"], {"max_new_tokens": 0}),
+        ("batch_size=0", ["a"], {"batch_size": 0}),
+        ("temperature=-1", ["a"], {"temperature": -1}),
+        ("top_p=0", ["a"], {"top_p": 0}),
+        ("a stop string is empty", ["a"], {"stop": [""]}),
+    ]:
+        assert culprit in message_of(
+            lambda p, a: generate(model, tokenizer, p, **a), prompts, arguments
+        )
