@@ -1,5 +1,6 @@
 """Building models: parameters from a checkpoint or from a seed, straight into their shards."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -12,15 +13,20 @@ from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from olmoe_jax import sharding
-from olmoe_jax.hf import names
+from olmoe_jax.errors import UserError
+from olmoe_jax.hf import directory, names
+from olmoe_jax.hf.adapter import CONFIG, read_adapter
 from olmoe_jax.hf.opening import open_source
 from olmoe_jax.hf.source import Source
 from olmoe_jax.model.config import ModelConfig, ModelSettings
-from olmoe_jax.model.lora import is_target
+from olmoe_jax.model.lora import LoraSettings, is_target
 from olmoe_jax.model.olmoe import Olmoe, graph_of, parameter_specs
 from olmoe_jax.model.parameters import ROUTER, Parameters, ParameterSpec, merge, split
 from olmoe_jax.model.selected import NAMES, places
 from olmoe_jax.ops.quantization import Quantized, Scheme, quantize, quantized_shapes
+
+EXPORTED = "adapter"
+"""Where a LoRA run exports its adapter."""
 
 
 def random_parameters(
@@ -151,7 +157,11 @@ def _read_shard(
 
 
 def from_pretrained(
-    path_or_hub_id: str | Path, mesh=None, *, settings: ModelSettings | None = None
+    path_or_hub_id: str | Path,
+    mesh=None,
+    *,
+    settings: ModelSettings | None = None,
+    adapter: str | Path | None = None,
 ) -> Olmoe:
     """The model of a Hugging Face checkpoint (or one of ours).
 
@@ -160,6 +170,8 @@ def from_pretrained(
       mesh: from `olmoe_jax.sharding.make_mesh`; None: one device.
       settings: how to compute; float32 by default. The parameters are in the compute dtype, the
         router's in float32.
+      adapter: a PEFT adapter of that model, or the LoRA run that made it; it stays beside the
+        weights, unmerged.
 
     Raises:
       UserError: nothing is there, or it is damaged or not an OLMoE model.
@@ -171,4 +183,29 @@ def from_pretrained(
     def dtype(name: str) -> DTypeLike:
         return jnp.float32 if name == ROUTER else settings.compute_dtype
 
-    return merge(graph_of(source.config, settings), load_parameters(source, mesh, dtype))
+    added = {}
+    if adapter is not None:
+        lora, added = _read_adapter(str(adapter), source.config)
+        settings = dataclasses.replace(settings, lora=lora)
+    shardings = sharding.parameter_shardings(parameter_specs(source.config, settings), mesh)
+    parameters = load_parameters(source, mesh, dtype) | {
+        name: jax.device_put(value.astype(dtype(name)), shardings[name])
+        for name, value in added.items()
+    }
+    return merge(graph_of(source.config, settings), parameters)
+
+
+def _read_adapter(
+    path_or_hub_id: str, config: ModelConfig
+) -> tuple[LoraSettings, dict[str, np.ndarray]]:
+    """Settings and parameters of an adapter, with the router that trained beside it."""
+    path = directory.resolve(path_or_hub_id)
+    if (path / EXPORTED / CONFIG).exists():
+        path = path / EXPORTED
+    if not (path / CONFIG).exists():
+        raise UserError(
+            f"{path_or_hub_id}: holds no {CONFIG}; write a PEFT adapter's directory, or a LoRA "
+            "run's that has ended"
+        )
+    lora, parameters, router = read_adapter(path, config)
+    return lora, parameters if router is None else parameters | {ROUTER: router}

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, make_model, message_of, tiny_config
+from helpers import assert_close, make_model, message_of, random_weights, tiny_config
+from lora.tiny_adapters import merged_weights, random_adapters
 
 from olmoe_jax import generate, generation
 from olmoe_jax.generation import bucket, choose
@@ -40,6 +41,7 @@ def test_greedy_is_the_argmax_of_the_full_forward(model, tokenizer, greedy):
         assert tokenizer.decode(new) == text
 
 
+@pytest.mark.slow
 def test_a_prompt_does_not_see_its_batch(model, tokenizer, greedy):
     draw = {"max_new_tokens": 20, "temperature": 1.0, "top_p": 0.9, "seed": 3}
     together = generate(model, tokenizer, PROMPTS, **draw)
@@ -73,8 +75,9 @@ def test_stop_strings(model, tokenizer, greedy, monkeypatch):
     assert counts == [1 + generation.CHUNK]
 
 
+@pytest.mark.slow
 def test_few_programs(model, tokenizer):
-    """Eleven calls of many sizes: a program for each pair of buckets, not for each size."""
+    """Calls of many sizes: a program for each pair of buckets, not for each size."""
     generation._prefill.clear_cache()
     generation._continue.clear_cache()
     for count, length, new in itertools.product((3, 4), (5, 20, 30), (2, 5)):
@@ -141,14 +144,13 @@ def test_experts_in_use(tokens, lora):
 
 
 def test_the_loop_reads_only_experts_in_use():
-    """Weights of the others may be anything."""
+    """Weights of the others may be anything: no number of theirs reaches a result."""
     parts = [Projection(jnp.full((1, 4, 3, 3), jnp.nan).at[0, 2].set(1.0)) for _ in range(3)]
     chosen = jnp.array([[2], [2], [4]])
-    for run in (experts_by_loop, experts_by_gather)[:1]:
-        out = run(jnp.ones((3, 3)), jnp.ones((3, 1)), chosen, parts, 0)
-        assert np.isfinite(out).all()
-        assert out[0].all()
-        assert not out[2].any()
+    out = experts_by_loop(jnp.ones((3, 3)), jnp.ones((3, 1)), chosen, parts, 0)
+    assert np.isfinite(out).all()
+    assert out[0].all()
+    assert not out[2].any()
 
 
 def test_how_experts_run():
@@ -157,11 +159,9 @@ def test_how_experts_run():
     assert decoding_backend("gpu", 5, 8, 64) is None
 
 
+@pytest.mark.slow
 def test_adapters_decode_unmerged(tokenizer):
     """The cache with adapters everywhere: greedy as by the full forward of the same model."""
-    from helpers import random_weights
-    from lora.tiny_adapters import merged_weights, random_adapters
-
     config, lora = tiny_config(vocab_size=len(tokenizer)), LoraSettings(2, 3.0)
     weights, adapters = random_weights(config), random_adapters(config, lora)
     adapted = make_model(config, weights | adapters, lora=lora)

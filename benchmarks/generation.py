@@ -1,0 +1,152 @@
+"""Times greedy decoding against transformers' generate: python -m benchmarks.generation
+
+The same random float32 model and prompts, all new tokens of all rows, on the same CPU cores. In each
+round either side runs once, in a process of its own, one after the other; a side's time is the best
+of all its runs. PyTorch's threads spin while they wait: on a busy machine write --threads 1 and
+compare the CPU time. The first run makes PyTorch's virtual environment.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from benchmarks.compare_pytorch import ROOT, VENVS, busy_cores, make_venv, run_checked
+from benchmarks.shapes import Shape, add_shape_flags, shape_of
+from olmoe_jax.errors import ArgumentParser, UserError, run_command
+
+PYTORCH = "transformers5"
+
+
+def main(arguments: Sequence[str]) -> None:
+    args = parser().parse_args(arguments)
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < args.threads:
+        raise UserError(f"--threads={args.threads}: there are {len(cores)} cores")
+    os.sched_setaffinity(0, cores[: args.threads])
+    if args.model:
+        print(json.dumps(measure(args)))
+        return
+    python = args.venvs.absolute() / PYTORCH / "bin" / "python"
+    make_venv(args.venvs.absolute() / PYTORCH, VENVS[PYTORCH])
+    with tempfile.TemporaryDirectory() as model:
+        write_random_model(Path(model), shape_of(args))
+        same = shape_flags(shape_of(args)) + [
+            *(f"--model={model}", f"--new_tokens={args.new_tokens}"),
+            *(f"--repeats={args.repeats}", f"--threads={args.threads}"),
+        ]
+        sides = {
+            "ours": [sys.executable, "-m", "benchmarks.generation", *same],
+            "transformers 5.23.0": [python, "-m", "benchmarks.pytorch_generation", *same],
+        }
+        runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+        for turn in range(args.rounds):
+            for side, command in sides.items():
+                print(
+                    f"round {turn + 1} of {args.rounds}: {side}; busy with something else: "
+                    f"{busy_cores():.1f} cores",
+                    file=sys.stderr,
+                )
+                runs[side].append(json.loads(run_checked(command).splitlines()[-1]))
+    print(report(runs))
+
+
+def parser() -> ArgumentParser:
+    """All flags."""
+    result = ArgumentParser(prog="python -m benchmarks.generation", description=__doc__)
+    add_shape_flags(result)
+    result.set_defaults(rows=16, length=64)
+    result.add_argument("--new_tokens", type=int, default=128)
+    result.add_argument("--rounds", type=int, default=3)
+    result.add_argument("--repeats", type=int, default=2, help="timed runs of a process")
+    result.add_argument("--threads", type=int, default=2, help="CPU cores to use")
+    result.add_argument("--venvs", type=Path, default=ROOT / "build" / "pytorch")
+    result.add_argument("--model", help="measure only ours, on this Hugging Face directory")
+    return result
+
+
+def shape_flags(shape: Shape) -> list[str]:
+    """The flags that give this shape."""
+    sizes = dataclasses.asdict(shape).items()
+    return [f"--{name}={value}" for name, value in sizes if isinstance(value, int)]
+
+
+def write_random_model(path: Path, shape: Shape) -> None:
+    """A Hugging Face directory with weights from N(0, 0.02), norms of ones."""
+    from olmoe_jax.hf import directory, names, safetensors_file
+    from olmoe_jax.model.config import model_config_from_hf
+    from olmoe_jax.model.olmoe import parameter_specs
+
+    hf_config = shape.hf_config() | {
+        "architectures": ["OlmoeForCausalLM"],
+        "torch_dtype": "float32",
+    }
+    directory.write_json(path / "config.json", hf_config)
+    config, random = model_config_from_hf(hf_config), np.random.default_rng(0)
+    weights = {
+        name: np.ones(spec.shape, np.float32)
+        if name.endswith("norm")
+        else 0.02 * random.standard_normal(spec.shape, np.float32)
+        for name, spec in parameter_specs(config).items()
+    }
+    tensors = {n: np.ascontiguousarray(v) for n, v in names.all_to_hf(weights, config)}
+    safetensors_file.save(path / "model.safetensors", tensors)
+
+
+class Numbers:
+    """A tokenizer whose texts are token ids, separated by spaces; nothing ends a text."""
+
+    eos_token_id = -1
+
+    def __call__(self, text: str, **_):
+        return SimpleNamespace(input_ids=[int(number) for number in text.split()])
+
+    def decode(self, tokens) -> str:
+        return " ".join(map(str, tokens))
+
+
+def measure(args) -> dict[str, Any]:
+    """Our side: generates once (compiling), then `repeats` times."""
+    import olmoe_jax
+
+    shape = shape_of(args)
+    prompts = np.random.default_rng(0).integers(0, shape.vocab, (shape.rows, shape.length))
+    model, numbers = olmoe_jax.from_pretrained(args.model), Numbers()
+    texts = [numbers.decode(row) for row in prompts]
+    runs = []
+    for _ in range(args.repeats + 1):
+        cpu, start = time.process_time(), time.perf_counter()
+        new = olmoe_jax.generate(
+            model, numbers, texts, max_new_tokens=args.new_tokens, batch_size=shape.rows
+        )
+        runs.append((time.perf_counter() - start, time.process_time() - cpu))
+    return {
+        "seconds": [wall for wall, _ in runs[1:]],
+        "cpu_seconds": [cpu for _, cpu in runs[1:]],
+        "tokens": [numbers(text).input_ids for text in new],
+    }
+
+
+def report(runs: dict[str, list[dict[str, Any]]]) -> str:
+    """Best times, their ratios, and whether the tokens are the same."""
+    best = {
+        side: [min(min(run[what]) for run in of_side) for what in ("seconds", "cpu_seconds")]
+        for side, of_side in runs.items()
+    }
+    (ours, theirs), tokens = best.values(), [np.array(of[0]["tokens"]) for of in runs.values()]
+    lines = [f"{side}: {wall:.2f} s, {cpu:.2f} CPU seconds" for side, (wall, cpu) in best.items()]
+    lines.append(f"ratio: {theirs[0] / ours[0]:.2f}, of CPU time {theirs[1] / ours[1]:.2f}")
+    lines.append(f"same tokens: {(tokens[0] == tokens[1]).mean():.2%}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_command(main)
