@@ -18,12 +18,12 @@ FIELDS = {
     "data.max_seq_length": "96",
     "optimizer.learning_rate": "1e-3",
     "train.batch_size": "32",
-    "train.rows_per_device": "32",
+    "train.rows_per_device": "20",
     "train.epochs": "100",
     "train.max_steps": "40",
     "train.checkpoint_every": "20",
 }
-BASE = {"train.max_steps": "100", "optimizer.learning_rate": "3e-3"}
+BASE = {"train.max_steps": "60", "optimizer.learning_rate": "3e-3"}
 FAMILIES = {
     "lora": {"optimizer.learning_rate": "1e-2", "method.lora_rank": "8"},
     "esft": {"optimizer.learning_rate": "3e-3"},

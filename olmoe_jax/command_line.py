@@ -53,7 +53,8 @@ def help_text() -> str:
         lines.append(f"{section}: {cls.__doc__}\n")
         for path, entry in FIELDS.items():
             if path.startswith(f"{section}."):
-                lines.append(f"  --config.{path}={show(entry.default)}  ({entry.type_name})")
+                declared = f"  --config.{path}={show(entry.default)}  ({entry.type_name})"
+                lines += textwrap.wrap(declared, 100, subsequent_indent=" " * 6)
                 lines += textwrap.wrap(
                     entry.help, 96, initial_indent=" " * 6, subsequent_indent=" " * 6
                 )

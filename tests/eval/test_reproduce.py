@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from helpers import ROOT, assert_user_error, message_of, run_module
 
 from configs.table import DATASETS, METHODS
 from eval import reproduce
-from eval.reproduce import Plan, main
+from eval.reproduce import Plan, Step, main
 
 
 def write(file: Path) -> None:
@@ -94,6 +95,24 @@ def test_errors_come_before_anything_runs(tmp_path, monkeypatch):
     stored = {"model": "m/y", "data": None, "config": {}, "evaluation": []}
     (tmp_path / "out/reproduce.json").write_text(json.dumps(stored))
     assert 'with model="m/y", now it is "m/x"' in message_of(main, [*output, "--datasets", "gsm"])
+
+
+def test_sigterm_and_failures_end_all(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        runner = reproduce.Runner(tmp_path)
+        fails = Step("a", ["-c", "raise SystemExit(3)"], lambda: False)
+        assert message_of(runner.run, fails).startswith("a failed with exit code 3")
+        stops = Step("b", ["-c", "pass"], lambda: False)
+        assert message_of(runner.run, stops).startswith("b stopped before its end")
+        # The step that runs gets the signal too: it does not sleep to its end.
+        sends = f"import os, time; os.kill({os.getpid()}, {int(signal.SIGTERM)}); time.sleep(60)"
+        started = time.monotonic()
+        sleeps = Step("c", ["-c", sends], lambda: True)
+        assert message_of(runner.run, sleeps).startswith("SIGTERM while at: c; the same command")
+        assert time.monotonic() - started < 30
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 SMALL = ["--small", "--config.train.max_steps=20"]
