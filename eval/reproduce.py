@@ -38,7 +38,8 @@ LOCAL = {"gsm": ("gsm/train.jsonl", "gsm8k/test.jsonl"), "codealpaca": ("codealp
 """Under --data: the rows to train on and those of the eval loss; by default those of ESFT."""
 ASKED = "reproduce.json"
 _OWN = ("model", "tasks", "output", "data")
-"""Flags of eval.run that are set here."""
+_OWN_FIELDS = ("model.path", "train.output_dir", "train.export_hf", "method.experts_path")
+"""Flags of eval.run and fields of a run that are set here."""
 
 EXAMPLE = """examples:
   python -m eval.reproduce --output runs/small --small
@@ -353,14 +354,15 @@ def _forwarded(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     config, evaluation = {}, []
     for argument in arguments:
         name, equals, value = argument.partition("=")
-        if name.startswith("--config.") and equals:
-            config[name.removeprefix("--config.")] = value
+        field = name.removeprefix("--config.")
+        if name.startswith("--config.") and equals and field not in _OWN_FIELDS:
+            config[field] = value
         elif name.startswith("--eval.") and name.removeprefix("--eval.") not in _OWN:
             evaluation.append(f"--{argument.removeprefix('--eval.')}")
         else:
             raise UserError(
-                f"{argument}: unknown; flags of other commands are --config.FIELD=VALUE and "
-                "--eval.NAME=VALUE (see python -m eval.reproduce --help)"
+                f"{argument}: unknown, or set by this command; flags of others are "
+                "--config.FIELD=VALUE and --eval.NAME=VALUE (see python -m eval.reproduce --help)"
             )
     return config, evaluation
 

@@ -83,6 +83,7 @@ def test_errors_come_before_anything_runs(tmp_path, monkeypatch):
         (["--datasets", "gsm", "--eval.limt=1"], "--limt=1"),
         (["--datasets", "gsm", "--eval.tasks=law"], "--eval.tasks=law: unknown"),
         (["--datasets", "gsm", "--limit=1"], "--limit=1: unknown"),
+        (["--config.train.output_dir=x"], "output_dir=x: unknown, or set by this command"),
         ([], "add --eval.allow_code_execution"),
         (["--datasets", "law", "--data", str(tmp_path)], "no esft/train/law.jsonl there for law"),
         (["--small"], "--model: --small makes its own"),
