@@ -74,6 +74,15 @@ planned = {
     "lora": plan(configuration(name="densemixer", lora_rank=4), "cpu:8"),
     "esft": plan(configuration(name="esft_gate"), "cpu:8", esft_experts=2),
 }
+quantized = configuration(name="densemixer", lora_rank=4)
+base = dataclasses.replace(
+    quantized.model,
+    init="pretrained",
+    path=sys.argv[1],
+    config_path=None,
+    base_quantization="nf4",
+)
+planned["nf4"] = plan(dataclasses.replace(quantized, model=base), "cpu:8")
 planned["state too large"] = too_small(planned["full"], 0.9)
 planned["temporaries too large"] = too_small(planned["full"], 0.1)
 result = {name: {**to_json(p), "text": to_text(p)} for name, p in planned.items()}

@@ -101,6 +101,18 @@ def test_adapters_and_selected_experts(plans):
 
 
 @pytest.mark.slow
+def test_a_quantized_base(plans):
+    """Half a byte per number and two per block, of matrices filled up to one block of 64 rows."""
+    lora, nf4 = plans["lora"], plans["nf4"]
+    for count in ("parameters_trained", "parameters_frozen", "flops_per_token"):
+        assert nf4[count] == lora[count]
+    columns = L * (4 * D + E * (2 * F + D))
+    others = 4 * (L * 4 * D + D) + 4 * 2 * V * D // 8
+    assert nf4["memory"]["update"]["resident"] == (32 + 2) * columns // 8 + others
+    assert "LoRA rank 4 on nf4 on 8 x" in nf4["text"]
+
+
+@pytest.mark.slow
 def test_verdict_and_advice(plans):
     full = plans["full"]
     assert full["fits"] is True
