@@ -23,7 +23,7 @@ FIELDS = {
     "train.max_steps": "40",
     "train.checkpoint_every": "20",
 }
-BASE = {"train.max_steps": "60", "optimizer.learning_rate": "3e-3"}
+BASE = {"train.max_steps": "120", "optimizer.learning_rate": "3e-3"}
 FAMILIES = {
     "lora": {"optimizer.learning_rate": "1e-2", "method.lora_rank": "8"},
     "esft": {"optimizer.learning_rate": "3e-3"},
