@@ -14,8 +14,8 @@ from olmoe_jax.huge_pages import restart_with_huge_pages
 EPILOG = """examples:
   python -m olmoe_jax.generate --model runs/quickstart/hf --prompt "Question: 2 + 3?
   Answer:"
-  python -m olmoe_jax.generate --model allenai/OLMoE-1B-7B-0125 --adapter runs/densemixer_lora_gsm \\
-      --prompts questions.txt --stop "Question:" --temperature 0.7 --top_p 0.9
+  python -m olmoe_jax.generate --model allenai/OLMoE-1B-7B-0125 --prompts questions.txt \\
+      --adapter runs/densemixer_lora_gsm --stop "Question:" --temperature 0.7 --top_p 0.9
   echo "Once upon a time" | python -m olmoe_jax.generate --model runs/quickstart/hf --prompts -
 
 One prompt is answered with its continuation, several with one line of JSON each.

@@ -26,6 +26,7 @@ class JaxBackend(Prompts):
             prompts,
             max_new_tokens=sampling.max_new_tokens,
             temperature=sampling.temperature,
+            stop=sampling.stop,
             seed=sampling.seed,
             batch_size=len(prompts),
         )

@@ -21,9 +21,9 @@ _LARGEST_BLOCK = 32
 def decoding_backend(platform: str, tokens: int, per_token: int, experts: int) -> str | None:
     """How a decode step runs its experts.
 
-    "loop" on CPUs: from one token to all experts in use it reads the fewest bytes. On GPUs and TPUs,
-    where each turn of a loop is a launch, "gather" while that moves less than half of the experts
-    (it reads, writes and reads); None: as in training, by the grouped matmul.
+    "loop" on CPUs: it reads the weights of the experts in use once, however many tokens there are.
+    On GPUs and TPUs, where each turn of a loop is a launch, "gather" while the tokens' experts are
+    at most half of all (it reads, writes and reads); None: as in training, by the grouped matmul.
     """
     if platform == "cpu":
         return "loop"

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, assert_user_error, message_of, run_module
+from helpers import ROOT, assert_user_error, message_of, on_eight_devices, run_module
 
 
 def main(arguments):
@@ -56,3 +56,9 @@ def test_the_command(tiny_model, tmp_path):
     wrong = run_module(*command, "--prompt", "x", "--adapter", tmp_path)
     assert_user_error(wrong, "adapter_config.json")
     assert_user_error(run_module(*command, "--prompt", "x", "--top_p", "2"), "top_p=2")
+
+
+@pytest.mark.slow
+def test_sharded_is_single_device(tiny_model):
+    worker = ROOT / "tests" / "model" / "generation_mesh_worker.py"
+    assert on_eight_devices(worker, str(tiny_model)) == {"greedy": [True] * 2, "drawn": [True] * 2}
