@@ -1,9 +1,9 @@
 """Times greedy decoding against transformers' generate: python -m benchmarks.generation
 
 The same random float32 model and prompts, all new tokens of all rows, on the same CPU cores. In
-each round either side runs once, in a process of its own, one after the other; a side's time is the
-best of all its runs. PyTorch's threads spin while they wait: on a busy machine write --threads 1
-and compare the CPU time. The first run makes PyTorch's virtual environment.
+each round either side runs once, in a process of its own, one after the other; a side's time is
+the best of all its runs. PyTorch's threads spin while they wait: on a busy machine write
+--threads 1 and compare the CPU time. The first run makes PyTorch's virtual environment.
 """
 
 import dataclasses

@@ -7,7 +7,7 @@ device for CHUNK tokens at a time; in between, the host looks for stop strings.
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,6 +21,7 @@ from olmoe_jax.errors import UserError
 from olmoe_jax.model.olmoe import KVCache, Olmoe
 from olmoe_jax.model.parameters import Parameters, merge, split
 from olmoe_jax.sharding import active_mesh, gathered, shard_batch
+from olmoe_jax.stop_strings import cut_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -117,7 +118,7 @@ def bucket(size: int, smallest: int = 1) -> int:
     while whole < size:
         whole *= 2
     between = whole // 4 * 3
-    return between if smallest < between and size <= between and whole >= 4 else whole
+    return between if smallest < between and size <= between else whole
 
 
 class _Decoder:
@@ -189,11 +190,6 @@ def _check(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise UserError(f"{name}={value}: must be 1 or more")
-
-
-def cut_at(text: str, stop: Iterable[str]) -> str:
-    """The text before the first of the stop strings."""
-    return text[: min((place for s in stop if (place := text.find(s)) >= 0), default=len(text))]
 
 
 def _left_padded(prompts, rows: int, pad: int) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,7 @@ from olmoe_jax.data import load_tokenizer
 from olmoe_jax.data.hub import first_line
 from olmoe_jax.errors import UserError
 from olmoe_jax.hf import directory
+from olmoe_jax.stop_strings import cut_at
 
 
 class HfBackend(Prompts):
@@ -49,4 +50,4 @@ class HfBackend(Prompts):
                     **draws,
                 ),
             )
-        return [self.decode(row[length:].tolist()) for row in out]
+        return [cut_at(self.decode(row[length:].tolist()), sampling.stop) for row in out]

@@ -110,8 +110,3 @@ def read_examples(task: Task, data: str | None) -> list[Example]:
                 f"rows with {', '.join(task.fields)}"
             )
     return task.examples(rows)
-
-
-def cut_at(text: str, stop: Sequence[str]) -> str:
-    """The text before the first of the stop strings."""
-    return text[: min((place for s in stop if (place := text.find(s)) >= 0), default=len(text))]

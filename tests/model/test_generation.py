@@ -14,6 +14,7 @@ from olmoe_jax.generation import bucket, choose
 from olmoe_jax.model.lora import LoraSettings
 from olmoe_jax.ops.decoding import decoding_backend, experts_by_gather, experts_by_loop
 from olmoe_jax.ops.projection import Projection
+from olmoe_jax.stop_strings import cut_at
 
 PROMPTS = ["a", "what is 3 + 4?", "the " * 9, "Question: 1 + 1?\nAnswer:", "xyz"]
 
@@ -55,7 +56,7 @@ def test_a_prompt_does_not_see_its_batch(model, tokenizer, greedy):
 
 def test_stop_strings(model, tokenizer, greedy, monkeypatch):
     stop = [greedy[1][4:6], greedy[2][9:12]]
-    expected = [generation.cut_at(text, stop) for text in greedy]
+    expected = [cut_at(text, stop) for text in greedy]
     assert expected != greedy
     long = {"max_new_tokens": 60, "stop": stop}
     cut = generate(model, tokenizer, PROMPTS, **long)
