@@ -210,7 +210,9 @@ def _group_size(attributes: str, devices: int) -> int:
     """How many devices take part in one group of a collective."""
     if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes):
         return int(tiled[1])
-    if meshed := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes):
+    if meshed := re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))? ?\{([^}]*)\}", attributes
+    ):
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", meshed[1]))
         # An axis may stand with a part of itself: 'x':(2)4 are 4 of its devices.
         axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", meshed[2])

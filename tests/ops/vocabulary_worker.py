@@ -99,8 +99,8 @@ def main():
     assert jax.device_count() == 8
     cross_entropy.CHUNK = 8
     meshes = {
-        f"data={data},fsdp={fsdp}": sharding.make_mesh(data, fsdp)
-        for data, fsdp in ((2, 4), (1, 8))
+        "data=2,fsdp=4": sharding.make_mesh(2, 4),
+        "fsdp=2,expert=4": sharding.make_mesh(1, 2, 4),
     }
     result = {
         f"{vocab} {name}": errors(mesh, vocab, jnp.float32)
@@ -109,7 +109,7 @@ def main():
     }
     result["bfloat16"] = errors(meshes["data=2,fsdp=4"], 48, jnp.bfloat16)
     cross_entropy.CHUNK = 64
-    result["shapes"] = shapes(meshes["data=1,fsdp=8"], 16392, 600)
+    result["shapes"] = shapes(meshes["fsdp=2,expert=4"], 16392, 600)
     print(json.dumps(result))
 
 

@@ -55,6 +55,7 @@ def test_permute_sends_its_operand():
         ("mesh['a'=2,'b'=4] {'b'}", 4),
         ("mesh['a'=2,'b'=4] {'a','b'}", 8),
         ("mesh['a'=8] {'a':(2)4}", 4),
+        ("mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'a'}", 4),
     ],
 )
 def test_group_sizes(groups, members):

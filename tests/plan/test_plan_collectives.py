@@ -1,0 +1,97 @@
+"""What a step on a mesh communicates, against the formulas of docs/cluster.md."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from helpers import on_eight_devices
+
+D, F, E, K, V, L = 32, 16, 8, 2, 256, 2
+TOKENS = 2 * 64  # of a device: two rows of 64
+EXPERTS, ATTENTION, ROUTER, NORMS = 3 * E * D * F, 4 * D * D, D * E, 4 * D
+MESHES = {
+    "1x2x4 tokens": (1, 2, 4),
+    "1x8x1 tokens": (1, 8, 1),
+    "1x2x4 weights": (1, 2, 4),
+    "2x4x1 tokens": (2, 4, 1),
+}
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    model = {
+        "model_type": "olmoe",
+        "vocab_size": V,
+        "hidden_size": D,
+        "intermediate_size": F,
+        "num_hidden_layers": L,
+        "num_attention_heads": 2,
+        "num_experts": E,
+        "num_experts_per_tok": K,
+    }
+    (path / "config.json").write_text(json.dumps(model))
+    return on_eight_devices(Path(__file__).with_name("collectives_worker.py"), path)
+
+
+def formula(mesh: str, densemixer: bool) -> Counter:
+    """{(kind, dtype): bytes}. CPUs send bfloat16 as float32, so that every element has 4 bytes,
+    and sum the gradients of what the partitioner gathers (attention, router) on every device."""
+    data, fsdp, expert = MESHES[mesh]
+    tokens_travel = expert > 1 and mesh.endswith("tokens")
+    group, split = expert * TOKENS, expert if tokens_travel else 1
+    gathered = EXPERTS // split if fsdp > 1 or not tokens_travel else 0
+    # Embedding and loss: the tokens of all devices that share the vocabulary.
+    table = fsdp * expert * TOKENS
+    elements = Counter(
+        {
+            ("all-gather", "f32"): 2 * L * (ATTENTION + ROUTER + gathered) + table * (2 * D + 1),
+            ("all-gather", "s32"): 2 * table,
+            ("reduce-scatter", "f32"): L * gathered + 2 * table * D,
+            ("all-reduce", "f32"): L * (ATTENTION + ROUTER + NORMS + 2 * E + 1)
+            + (D + 1)
+            + 3 * table,
+        }
+    )
+    if tokens_travel:
+        elements["all-gather", "f32"] += L * group * (3 * D + 2 * K)
+        elements["all-gather", "s32"] += L * group * 2 * K
+        elements["reduce-scatter", "f32"] += L * group * (2 * D + K)
+        if densemixer:
+            elements["all-to-all", "f32"] = L * TOKENS * E
+    if data > 1:
+        elements["all-reduce", "f32"] += (L * EXPERTS + 2 * V * D) // (fsdp * expert)
+    return Counter({key: 4 * count for key, count in elements.items()})
+
+
+def measured(step) -> Counter:
+    return Counter({(c["kind"], c["dtype"]): c["bytes"] for c in step["collectives"]})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+def test_bytes_follow_the_formula(steps, mesh):
+    assert measured(steps[f"densemixer {mesh}"]) == formula(mesh, densemixer=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["1x8x1 tokens", "1x2x4 tokens"])
+def test_densemixer_adds_the_router_gradient_alone(steps, mesh):
+    """Its backward shares the weights or the tokens that are there for the experts' gradients."""
+    added = measured(steps[f"densemixer {mesh}"])
+    added.subtract(measured(steps[f"conventional {mesh}"]))
+    expected = {("all-to-all", "f32"): 4 * L * TOKENS * E} if mesh == "1x2x4 tokens" else {}
+    assert {key: size for key, size in added.items() if size} == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+def test_no_float32_weights_travel(steps, mesh):
+    """Of the gathers that the model asks for in bfloat16, before a CPU makes them float32.
+
+    Rows of weights, as those of tokens, are D or F wide; others are a number for each token.
+    """
+    gathered = [(dtype, shape[-1]) for dtype, shape in steps[f"densemixer {mesh}"]["gathered"]]
+    assert {("bfloat16", D), ("bfloat16", F)} <= set(gathered)
+    assert not {("float32", D), ("float32", F)} & set(gathered)
