@@ -39,6 +39,15 @@ class _DamagedError(Exception):
     """A checkpoint that is there cannot be read; the message is the reason."""
 
 
+class _Manager(ocp.CheckpointManager):
+    def _get_metrics(self, step: int):
+        """Overrides the reading of metrics, which are of no use when they are damaged."""
+        try:
+            return super()._get_metrics(step)
+        except ValueError:
+            return None
+
+
 class Checkpointer:
     """Saves in the background, keeps the latest few and the best.
 
@@ -57,7 +66,7 @@ class Checkpointer:
             n=1,
             keep_checkpoints_without_metrics=False,
         )
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             (output / CHECKPOINTS).absolute(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=AnyPreservationPolicy([preservation.LatestN(keep), best]),
