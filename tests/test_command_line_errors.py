@@ -44,6 +44,7 @@ def files(tmp_path_factory, tokenizer_dir):
 def call(monkeypatch, capsys, arguments: list[str]) -> str:
     """Runs train.py in this process; returns what it wrote to stderr, without "error: "."""
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    monkeypatch.setenv("GLIBC_TUNABLES", "")  # set: the process is not restarted
     with pytest.raises(SystemExit) as caught:
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
     captured = capsys.readouterr()

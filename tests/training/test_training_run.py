@@ -103,9 +103,11 @@ def test_each_epoch_trains_on_every_example_once(output, files, eval_losses):
     assert eval_losses[5] != eval_losses[6]
 
 
-def test_a_continued_run_does_not_hold_its_state_twice(output, config):
-    result, program = train(config)  # from the last checkpoint, with nothing left to do
-    assert result.output_dir == output
+def test_a_continued_run_does_not_hold_its_state_twice(output, files, options, tmp_path):
+    shutil.copytree(output, tmp_path / "again")
+    # From the last checkpoint, with nothing left to do.
+    result, program = train(files.config(tmp_path / "again", **options))
+    assert result.step == STEPS
     assert all(array.is_deleted() for array in jax.tree.leaves(program.state))
 
 
