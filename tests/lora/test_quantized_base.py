@@ -75,6 +75,7 @@ def test_gradients_are_those_of_the_dequantized_base(method, scheme):
     assert all(np.abs(value).max() > 0 for value in ours.gradients.values())
 
 
+@pytest.mark.slow
 def test_no_copy_of_all_layers():
     """Dequantized weights exist one layer at a time; without remat the backward would keep all."""
     for remat in ("full", "none"):

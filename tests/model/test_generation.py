@@ -54,6 +54,7 @@ def test_a_prompt_does_not_see_its_batch(model, tokenizer, greedy):
     assert generate(model, tokenizer, PROMPTS, max_new_tokens=20, batch_size=2) == greedy
 
 
+@pytest.mark.slow
 def test_stop_strings(model, tokenizer, greedy, monkeypatch):
     stop = [greedy[1][4:6], greedy[2][9:12]]
     expected = [cut_at(text, stop) for text in greedy]

@@ -56,6 +56,7 @@ class Recorder(types.ModuleType):
         self.finished += 1
 
 
+@pytest.mark.slow
 def test_wandb_gets_what_tensorboard_gets(files, tmp_path, monkeypatch):
     wandb = Recorder()
     monkeypatch.setitem(sys.modules, "wandb", wandb)

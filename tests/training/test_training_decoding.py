@@ -56,6 +56,7 @@ def run(files, easy, tmp_path_factory):
     return output
 
 
+@pytest.mark.slow
 def test_nothing_else_changes(files, easy, run, tmp_path):
     plain = olmoe_jax.train(files.config(tmp_path / "plain", **easy)).output_dir
     assert losses(run) == losses(plain)
@@ -64,6 +65,7 @@ def test_nothing_else_changes(files, easy, run, tmp_path):
     assert without_seconds(others) == without_seconds(metrics(plain))
 
 
+@pytest.mark.slow
 def test_it_sees_the_model_learn(run, files):
     found = decoded(run)
     assert list(found) == list(range(1, STEPS + 1))
@@ -85,6 +87,7 @@ def test_it_sees_the_model_learn(run, files):
     assert "+" in texts[1].split("**expected**")[0]
 
 
+@pytest.mark.slow
 def test_the_first_of_the_best_is_kept_and_exported(run, tmp_path):
     found = decoded(run)
     first = next(step for step, value in found.items() if value == 1)
