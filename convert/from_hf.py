@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import orbax.checkpoint as ocp
 
 from olmoe_jax.errors import ArgumentParser, run_command
@@ -36,14 +37,15 @@ def convert(checkpoint: HFCheckpoint, output: Path) -> None:
     (output / MODEL_DIRECTORY).mkdir()
     write_config(output / MODEL_DIRECTORY, checkpoint.files, None)
     rows = names.rows(checkpoint.config)
+
+    def read(layer: int | None) -> dict[str, np.ndarray]:
+        wanted = (row for row in rows if row.per_layer == (layer is not None))
+        return {row.ours: checkpoint.read(row, layer) for row in wanted}
+
     with ocp.StandardCheckpointer() as checkpointer:
         for layer in [None, *range(checkpoint.config.num_layers)]:
-            item = {
-                row.ours: checkpoint.read(row, layer)
-                for row in rows
-                if row.per_layer == (layer is not None)
-            }
-            checkpointer.save((output / PARAMETERS / item_name(layer)).absolute(), item)
+            # No name keeps a layer alive while the next is read.
+            checkpointer.save((output / PARAMETERS / item_name(layer)).absolute(), read(layer))
             checkpointer.wait_until_finished()
 
 
