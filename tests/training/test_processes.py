@@ -65,7 +65,7 @@ def train(runs: list[dict], log: Path, environment, **where) -> None:
     spec = log.with_suffix(".json")
     spec.write_text(json.dumps(runs))
     started = processes.start([sys.executable, str(WORKER), str(spec)], log, environment, **where)
-    assert started.wait(600) == [0] * len(started.started), started.output()
+    assert started.wait(1200) == [0] * len(started.started), started.output()
 
 
 def largest_difference(output: Path, expected: Path) -> float:
