@@ -125,16 +125,8 @@ class _Loop:
         program, pending = self.program, None
         cpu, start = time.process_time(), time.perf_counter()
         for index, batches in enumerate(steps):
-            accumulated = program.zero_sums()
-            for micro, batch in enumerate(batches):
-                accumulated = program.accumulate(
-                    self.state.parameters,
-                    program.frozen,
-                    accumulated,
-                    batch if placed else program.to_devices(batch),
-                    np.array([index, micro], np.uint32),
-                )
-            self.state, metrics = program.update(self.state, accumulated)
+            on_devices = batches if placed else map(program.to_devices, batches)
+            self.state, metrics = program.step(self.state, on_devices, index)
             jax.device_get(pending)
             pending = metrics
         jax.block_until_ready((self.state, pending))

@@ -130,16 +130,8 @@ def run(config: Config, start: Parameters | None) -> Curve:
         evaluate = functools.partial(_evaluate, config, datasets, program)
         before, losses, iterator = evaluate(state), [], steps.iterator()
         for index in range(steps.total_steps):
-            accumulated = program.zero_sums()
-            for number, batch in enumerate(next(iterator).batches):
-                accumulated = program.accumulate(
-                    state.parameters,
-                    program.frozen,
-                    accumulated,
-                    program.to_devices(batch),
-                    np.array([index, number], np.uint32),
-                )
-            state, metrics = program.update(state, accumulated)
+            batches = map(program.to_devices, next(iterator).batches)
+            state, metrics = program.step(state, batches, index)
             losses.append(metrics.loss)
         losses = list(map(float, losses))
         return Curve(losses, before, evaluate(state), jax.device_get(state.parameters))

@@ -190,7 +190,15 @@ class OptimizerOptions:
     beta1: float = option(0.9, "decay per step of the first moment", SHARE_BELOW_ONE)
     beta2: float = option(0.999, "decay per step of the second moment", SHARE_BELOW_ONE)
     epsilon: float = option(1e-8, "added to the root of the second moment", POSITIVE)
-    max_grad_norm: float = option(1.0, "global norm to which gradients are clipped", POSITIVE)
+    max_grad_norm: float | None = option(
+        1.0, "global norm to which gradients are clipped; none: they are not", POSITIVE
+    )
+    fused_update: bool = option(
+        False,
+        "update each layer in the backward, as soon as its gradient is there, so that the "
+        "gradients of all layers never exist at once; only with max_grad_norm=none and steps of "
+        "one micro-batch",
+    )
     moments_dtype: Literal["float32", "bfloat16", "int8"] = option(
         "float32",
         "how both moments are stored; bfloat16 and int8 (with a scale for each block of 256) are "

@@ -57,7 +57,8 @@ class TrainingData:
     (at most `max_seq_length`); without, each has a row of its own, and the rows of a step are as
     long as its longest example needs, rounded up to a power of two. Rows come in micro-batches of
     `rows_per_batch` (over all processes), the last one filled up with empty rows; of each, a
-    process holds one contiguous share. Raises ValueError when `rows_per_batch` is no multiple of
+    process holds one contiguous share. With `one_microbatch` it is no sample of the steps that
+    `row_length` is fitted to, but all. Raises ValueError when `rows_per_batch` is no multiple of
     `process_count`.
     """
 
@@ -75,6 +76,7 @@ class TrainingData:
         loss_normalization: str,
         microbatch_examples: int,
         pad_id: int,
+        one_microbatch: bool = False,
         process_index: int = 0,
         process_count: int = 1,
     ):
@@ -93,7 +95,12 @@ class TrainingData:
         self._pad_id = pad_id
         self._process_index = process_index
         self._process_count = process_count
-        self.row_length = self._shortest_row_length(max_seq_length) if pack else max_seq_length
+        self.row_length = max_seq_length
+        if pack:
+            steps = self._step_examples()
+            # Elsewhere a step that the sample misses may take one more.
+            sample = self._repeated(steps) if one_microbatch else steps[:_SAMPLED_STEPS]
+            self.row_length = self._shortest_row_length(max_seq_length, sample)
 
     def iterator(self) -> "grain.DatasetIterator[Step]":
         """Returns an iterator over the steps; get_state and set_state resume it exactly."""
@@ -101,12 +108,7 @@ class TrainingData:
 
         # Grain counts on past the end of an epoch, so the index that map_with_index gives is the
         # step of the run, and the shuffle below it uses another order in every epoch.
-        steps = (
-            self._step_examples()
-            .map_with_index(self._step)
-            .repeat(self._epochs)
-            .slice(slice(self.total_steps))
-        )
+        steps = self._repeated(self._step_examples().map_with_index(self._step))
         options = grain.ReadOptions(
             num_threads=_PREFETCH_THREADS, prefetch_buffer_size=_PREFETCH_STEPS
         )
@@ -120,6 +122,17 @@ class TrainingData:
             places += len(rows) * row_length
         return 1 - int(self.dataset.lengths.sum()) / places
 
+    def most_microbatches(self) -> int:
+        """Returns the largest number of micro-batches in a step of the run."""
+        return max(
+            len(self._rows(examples)[0]) // self._rows_per_batch
+            for examples in self._repeated(self._step_examples())
+        )
+
+    def _repeated(self, epoch: "grain.MapDataset") -> "grain.MapDataset":
+        """The steps of the run, from those of one epoch."""
+        return epoch.repeat(self._epochs).slice(slice(self.total_steps))
+
     def _step_examples(self) -> "grain.MapDataset[np.ndarray]":
         """The example indices of each step of one epoch."""
         import grain
@@ -127,18 +140,17 @@ class TrainingData:
         order = grain.MapDataset.range(len(self.dataset)).shuffle(self._seed)
         return order.batch(self._batch_size, drop_remainder=False, batch_fn=np.asarray)
 
-    def _shortest_row_length(self, max_seq_length: int) -> int:
+    def _shortest_row_length(self, max_seq_length: int, steps) -> int:
         """The shortest row that needs no more micro-batches than rows of `max_seq_length`.
 
         One length for the whole run, a multiple of 128, so that one program serves all steps.
         Without it, micro-batches of many rows are mostly empty rows: GSM8K's 256 examples fill ten
         rows of 4096, and eight devices would compute sixteen.
+
+        `steps`: the examples of those that are looked at.
         """
         lengths = self.dataset.lengths
-        sample = [
-            lengths[examples]
-            for examples, _ in zip(self._step_examples(), range(_SAMPLED_STEPS), strict=False)
-        ]
+        sample = [lengths[examples] for examples in steps]
 
         def micro_batches(row_length: int) -> int:
             return sum(-(-len(pack(part, row_length)) // self._rows_per_batch) for part in sample)

@@ -29,6 +29,13 @@ class Context(NamedTuple):
     dropout_keys: jax.Array | None = None  # [B] random keys; None: no dropout
     layer: jax.Array | int = 0  # which of the cache's
 
+    def of_layer(self, layer: jax.Array) -> "Context":
+        """What this layer sees: its place in the cache, and dropout keys of its own."""
+        keys = self.dropout_keys
+        if keys is not None:
+            keys = jax.vmap(jax.random.fold_in, (0, None))(keys, layer)
+        return self._replace(layer=layer, dropout_keys=keys)
+
 
 class LayerCache(NamedTuple):
     """Keys and values of all L layers, both [L, B, G, T, d]."""

@@ -126,10 +126,7 @@ class Olmoe(nnx.Module):
             segments = jnp.ones_like(tokens)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        keys = None
-        if dropout_key is not None:
-            keys = shard_batch(jax.random.split(dropout_key, tokens.shape[0]))
-        context = Context(positions, segments, segments, 0, keys)
+        context = training_context(segments, positions, dropout_key)
         x, (statistics, _) = self._run_layers(tokens, context, None, with_router_logits)
         return x, statistics
 
@@ -171,13 +168,18 @@ class Olmoe(nnx.Module):
         """The output projection [V, D], as it is stored and sharded."""
         return (self.embed if self.config.tie_word_embeddings else self.lm_head)[...]
 
-    def _embed(self, tokens: jax.Array) -> jax.Array:
+    def embedded(self, tokens: jax.Array) -> jax.Array:
+        """What goes into the first layer: [B, S] int -> [B, S, D] in the compute dtype."""
         x = embedding_lookup(self.embed[...], tokens, self.settings.compute_dtype)
         if self.config.pad_token_id is not None:
             # torch's padding_idx: that row learns nothing from being looked up.
             is_pad = (tokens == self.config.pad_token_id)[..., None]
             x = jnp.where(is_pad, jax.lax.stop_gradient(x), x)
         return shard_batch(x)
+
+    def normed(self, x: jax.Array) -> jax.Array:
+        """The final norm of what comes out of the last layer [B, S, D]."""
+        return rms_norm(x, self.norm[...], self.config.rms_norm_eps)
 
     def _run_layers(self, tokens, context: Context, cache, with_router_logits: bool):
         graph, stacked = nnx.split(self.layers)
@@ -188,15 +190,10 @@ class Olmoe(nnx.Module):
         def layer(carry, inputs):
             x, cache = carry
             index, weights, selection = inputs
-            inside = context._replace(layer=index)
-            if (keys := context.dropout_keys) is not None:
-                inside = inside._replace(
-                    dropout_keys=jax.vmap(jax.random.fold_in, (0, None))(keys, index)
-                )
             # Here, so that only one layer's weights ever lie there in full, in the backward too.
             weights = dequantized(weights, self.settings.compute_dtype)
             x, (statistics, cache) = nnx.merge(graph, weights)(
-                x, inside, cache, selection, with_router_logits, experts
+                x, context.of_layer(index), cache, selection, with_router_logits, experts
             )
             return (x, cache), statistics
 
@@ -206,10 +203,10 @@ class Olmoe(nnx.Module):
             selection = self.selected.by_layer(self.config.num_experts, dtype)
         inputs = (jnp.arange(self.config.num_layers), stacked, selection)
         (x, cache), statistics = jax.lax.scan(
-            rematerialised(layer, self.settings.remat), (self._embed(tokens), cache), inputs
+            rematerialised(layer, self.settings.remat), (self.embedded(tokens), cache), inputs
         )
         outputs = statistics, cache
-        return rms_norm(x, self.norm[...], self.config.rms_norm_eps), outputs
+        return self.normed(x), outputs
 
     def _stacked_experts(self, tokens: jax.Array) -> ExpertProjections | None:
         """All layers' experts for a decode step that is to read only those in use."""
@@ -217,6 +214,16 @@ class Olmoe(nnx.Module):
         if length > 1 or self.selected or active_mesh() is not None:
             return None
         return self.layers.moe.decoding_experts(batch)
+
+
+def training_context(
+    segments: jax.Array, positions: jax.Array, dropout_key: jax.Array | None
+) -> Context:
+    """What the layers share, of whole rows [B, S]; with `dropout_key` the dropout is on."""
+    keys = None
+    if dropout_key is not None:
+        keys = shard_batch(jax.random.split(dropout_key, segments.shape[0]))
+    return Context(positions, segments, segments, 0, keys)
 
 
 def load_balancing_loss(statistics: RouterStatistics, config: ModelConfig) -> jax.Array:

@@ -16,6 +16,9 @@ Parameters = dict[str, jax.Array]
 ROUTER = "layers.moe.router"
 """The parameter that is kept in float32 whatever the compute dtype: small, and easily upset."""
 
+LAYERS = "layers."
+"""How the names of the parameters begin that are stacked over the layers."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ParameterSpec:

@@ -18,7 +18,7 @@ from olmoe_jax.plan.costs import Roofline, microbatch_traffic, roofline, update_
 from olmoe_jax.plan.devices import Topology, open_devices, parse_topology
 from olmoe_jax.plan.programs import CompiledProgram, StepPrograms, device_bytes
 from olmoe_jax.training.experts import given_experts
-from olmoe_jax.training.setup import model_settings, with_backends
+from olmoe_jax.training.setup import check_one_microbatch, model_settings, with_backends
 
 ESFT_EXPERTS = 4
 """Selected experts per layer that a plan assumes of an ESFT run without an expert config."""
@@ -73,7 +73,8 @@ class Plan:
 
     def times(self, program: CompiledProgram) -> int:
         """How often a step runs a program."""
-        return {"accumulate": self.microbatches, "update": 1}.get(program.name, 0)
+        once = {"update": 1, "fused_step": 1}
+        return {"accumulate": self.microbatches, **once}.get(program.name, 0)
 
 
 def plan(
@@ -113,8 +114,10 @@ def plan(
     rows = config.train.rows_per_device * where.count
     rows_per_step = rows_per_step or rows
     microbatches = math.ceil(rows_per_step / rows)
+    if config.optimizer.fused_update:
+        check_one_microbatch(config, microbatches)
     step = StepPrograms(config, model_config, settings, experts, mesh)
-    names = ["accumulate", "update"]
+    names = [*step.of_step]
     if config.data.eval_path or config.data.eval_fraction:
         names.append("evaluate")
     programs = tuple(map(step.compile, names))
@@ -132,7 +135,7 @@ def plan(
         rows_per_step,
         microbatches,
         programs,
-        device_bytes((shapes.state, shapes.frozen, shapes.accumulated.gradients)),
+        device_bytes((shapes.state, shapes.frozen, step.gradients)),
         flops,
         _roofline(
             where, model_config, settings, step, programs, flops, rows * length, microbatches
@@ -188,10 +191,9 @@ def _roofline(
     """`tokens`: of one micro-batch on all devices."""
     gradients = {name: device_bytes(value) for name, value in step.shapes.trained.items()}
     specs, own = parameter_specs(model_config, settings), tokens / topology.count
-    accumulate, update = programs[:2]
     wire = sum(
-        times * program.communication.wire_bytes
-        for program, times in ((accumulate, microbatches), (update, 1))
+        (microbatches if program.name == "accumulate" else 1) * program.communication.wire_bytes
+        for program in programs[: len(step.of_step)]
         if program.communication
     )
     traffic = microbatches * microbatch_traffic(model_config, settings, specs, gradients, own)

@@ -107,8 +107,18 @@ class StepPrograms:
         self.functions = step_functions(config, model_config, settings, trained, mesh, _STEPS)
         self.shapes = _shapes(self.functions, config, trained, frozen, mesh)
 
+    @property
+    def of_step(self) -> tuple[str, ...]:
+        """The programs that a step runs."""
+        return ("fused_step",) if self.functions.fused else ("accumulate", "update")
+
+    @property
+    def gradients(self) -> Parameters:
+        """Those of all layers at once, where they ever exist."""
+        return {} if self.functions.fused else self.shapes.accumulated.gradients
+
     def compile(self, name: str) -> CompiledProgram:
-        """Compiles "accumulate", "update" or "evaluate"."""
+        """Compiles "accumulate", "update", "fused_step" or "evaluate"."""
         shapes = self.shapes
         moments = device_bytes(shapes.state) - device_bytes(shapes.trained)
         function, arguments, resident = {
@@ -122,11 +132,16 @@ class StepPrograms:
                 (shapes.state, shapes.accumulated),
                 device_bytes(shapes.frozen),
             ),
+            "fused_step": (
+                self.functions.fused_step,
+                (shapes.state, shapes.frozen, shapes.batch, shapes.position),
+                0,
+            ),
             # The gradients of the step before are still there.
             "evaluate": (
                 self.functions.evaluate,
                 (shapes.trained, shapes.frozen, shapes.batch),
-                moments + device_bytes(shapes.accumulated),
+                moments + device_bytes(self.gradients),
             ),
         }[name]
         try:

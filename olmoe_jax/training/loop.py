@@ -202,16 +202,8 @@ class _Run:
         self._say_if(self.profile.next_step(self.state))
         with self.clock.part("data"):
             step = next(self.iterator)
-        accumulated = program.zero_sums()
-        for index, batch in enumerate(step.batches):
-            accumulated = program.accumulate(
-                self.state.parameters,
-                program.frozen,
-                accumulated,
-                program.to_devices(batch),
-                np.array([step.index, index], np.uint32),
-            )
-        self.state, metrics = program.update(self.state, accumulated)
+        batches = map(program.to_devices, step.batches)
+        self.state, metrics = program.step(self.state, batches, step.index)
         self.done += 1
         # The devices work on this step while the host reports the one before.
         self._report_pending()

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from olmoe_jax.model.olmoe import parameter_specs
 from olmoe_jax.model.parameters import ROUTER, Parameters
 from olmoe_jax.ops import attention, grouped_matmul
 from olmoe_jax.ops.quantization import Quantized
+from olmoe_jax.training.fused import fused_step
 from olmoe_jax.training.methods import (
     is_adapter,
     method_trains,
@@ -44,6 +45,7 @@ from olmoe_jax.training.optimizer import adamw, schedule
 from olmoe_jax.training.step import (
     Accumulated,
     DeviceBatch,
+    StepMetrics,
     Trainer,
     TrainState,
     initial_state,
@@ -86,10 +88,12 @@ class StepFunctions:
 
     trainer: Trainer
     state_shardings: TrainState  # of NamedSharding
+    fused: bool  # a step is one run of `fused_step`, not of `accumulate` and `update`
     accumulated_shardings: Accumulated  # of NamedSharding; one for all router statistics
     zero_sums: Callable[[], Accumulated]
     accumulate: Callable[..., Accumulated]
     update: Callable[..., Any]
+    fused_step: Callable[..., Any]
     evaluate: Callable[..., jax.Array]
 
 
@@ -100,6 +104,21 @@ class Program(StepFunctions):
     mesh: Mesh
     state: TrainState
     frozen: Parameters
+
+    def step(
+        self, state: TrainState, batches: Iterable[DeviceBatch], index: int
+    ) -> tuple[TrainState, StepMetrics]:
+        """The state (donated) after step `index`, whose micro-batches these are."""
+        if self.fused:
+            (batch,) = batches
+            return self.fused_step(state, self.frozen, batch, np.array([index, 0], np.uint32))
+        accumulated = self.zero_sums()
+        for number, batch in enumerate(batches):
+            position = np.array([index, number], np.uint32)
+            accumulated = self.accumulate(
+                state.parameters, self.frozen, accumulated, batch, position
+            )
+        return self.update(state, accumulated)
 
     def to_devices(self, batch: data.Batch) -> DeviceBatch:
         """This process's rows as part of the global batch."""
@@ -188,7 +207,7 @@ def load_datasets(config: Config, model: Model) -> Datasets:
 
 def training_data(config: Config, datasets: Datasets, mesh: Mesh) -> data.TrainingData:
     """The run's steps, this process's share of them."""
-    return data.TrainingData(
+    steps = data.TrainingData(
         datasets.train,
         batch_size=config.train.batch_size,
         epochs=config.train.epochs,
@@ -196,8 +215,24 @@ def training_data(config: Config, datasets: Datasets, mesh: Mesh) -> data.Traini
         seed=config.train.seed,
         loss_normalization=config.train.loss_normalization,
         microbatch_examples=config.train.microbatch_examples,
+        one_microbatch=config.optimizer.fused_update,
         **row_layout(config, datasets, mesh),
     )
+    if config.optimizer.fused_update:
+        check_one_microbatch(config, steps.most_microbatches())
+    return steps
+
+
+def check_one_microbatch(config: Config, microbatches: int) -> None:
+    """Raises `UserError` when a step of a fused update has more micro-batches than one."""
+    if microbatches > 1:
+        train = config.train
+        raise UserError(
+            f"optimizer.fused_update=true: a step is one micro-batch, but {train.batch_size} "
+            f"examples take up to {microbatches}; write "
+            f"train.rows_per_device={train.rows_per_device * microbatches}, a smaller "
+            "train.batch_size, more devices, or optimizer.fused_update=false"
+        )
 
 
 def row_layout(config: Config, datasets: Datasets, mesh: Mesh) -> dict[str, Any]:
@@ -262,6 +297,7 @@ def step_functions(
     return StepFunctions(
         trainer,
         state_shardings,
+        options.fused_update,
         accumulated_shardings,
         zero_sums=jax.jit(
             functools.partial(trainer.zero_sums, shapes), out_shardings=accumulated_shardings
@@ -271,6 +307,11 @@ def step_functions(
         ),
         update=jax.jit(
             trainer.update, donate_argnums=0, out_shardings=(state_shardings, replicated)
+        ),
+        fused_step=jax.jit(
+            functools.partial(fused_step, trainer),
+            donate_argnums=0,
+            out_shardings=(state_shardings, replicated),
         ),
         evaluate=jax.jit(trainer.evaluate),
     )

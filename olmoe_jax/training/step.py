@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from olmoe_jax.data import Batch
 from olmoe_jax.model.config import ModelConfig, ModelSettings
 from olmoe_jax.model.moe import RouterStatistics
-from olmoe_jax.model.olmoe import graph_of, load_balancing_loss
+from olmoe_jax.model.olmoe import Olmoe, graph_of, load_balancing_loss
 from olmoe_jax.model.parameters import Parameters, merge
 from olmoe_jax.ops.cross_entropy import weighted_cross_entropy
 from olmoe_jax.sharding import BATCH
@@ -96,7 +96,7 @@ class Trainer:
       settings: how the model computes.
       optimizer: makes the updates.
       schedule: gives the learning rate of an update.
-      max_grad_norm: clip the gradients to this global norm.
+      max_grad_norm: clip the gradients to this global norm; None: do not.
       aux_loss_coefficient: weight of the load-balancing loss in the objective.
       seed: of the adapters' dropout and of stochastic rounding.
     """
@@ -105,7 +105,7 @@ class Trainer:
     settings: ModelSettings
     optimizer: Optimizer
     schedule: Schedule
-    max_grad_norm: float
+    max_grad_norm: float | None
     aux_loss_coefficient: float = 0.0
     seed: int = 0
 
@@ -126,6 +126,13 @@ class Trainer:
         hidden, statistics = model.hidden(
             batch.tokens, batch.segment_ids, batch.positions, dropout_key=dropout_key
         )
+        objective, loss = self.objective(model, hidden, statistics, batch)
+        return objective, (loss, statistics)
+
+    def objective(
+        self, model: Olmoe, hidden: jax.Array, statistics: RouterStatistics, batch: DeviceBatch
+    ) -> tuple[jax.Array, jax.Array]:
+        """The objective and the loss of final hidden states [R, S, D]."""
         with jax.named_scope("loss"):
             loss = weighted_cross_entropy(hidden, model.head(), batch.targets, batch.loss_weights)
         objective = loss
@@ -133,7 +140,7 @@ class Trainer:
             share = jnp.sum(batch.loss_weights)
             balance = load_balancing_loss(statistics, self.config)
             objective += self.aux_loss_coefficient * share * balance
-        return objective, (loss, statistics)
+        return objective, loss
 
     def evaluate(
         self, trained: Parameters, frozen: Parameters, batch: DeviceBatch
@@ -166,11 +173,7 @@ class Trainer:
         `position`: [2] uint32, the step and the micro-batch in it; with the seed, it fixes what
         dropout drops.
         """
-        key = None
-        if self.settings.lora and self.settings.lora.dropout:
-            key = jax.random.key(self.seed)
-            for number in position:
-                key = jax.random.fold_in(key, number)
+        key = self.dropout_key(position)
         loss = functools.partial(self.loss, frozen=frozen, batch=batch, dropout_key=key)
         objective, backward, sums = jax.vjp(loss, trained, has_aux=True)
         # Added in place, layer by layer: a second copy of all gradients never exists.
@@ -179,34 +182,41 @@ class Trainer:
         sums = jax.tree.map(jnp.add, (accumulated.loss, accumulated.statistics), sums)
         return Accumulated(jax.tree.map(jax.freeze, gradients), *sums)
 
+    def dropout_key(self, position: jax.Array) -> jax.Array | None:
+        """The key of a micro-batch's dropout, where there is one; `position` as above."""
+        if not (self.settings.lora and self.settings.lora.dropout):
+            return None
+        key = jax.random.key(self.seed)
+        for number in position:
+            key = jax.random.fold_in(key, number)
+        return key
+
+    def update_key(self, step: jax.Array) -> jax.Array:
+        """The key of an update's rounding, apart from those of the step's micro-batches."""
+        key = jax.random.fold_in(jax.random.key(self.seed), step)
+        return jax.random.fold_in(key, np.uint32(2**32 - 1))
+
     def update(self, state: TrainState, accumulated: Accumulated) -> tuple[TrainState, StepMetrics]:
         """One AdamW update; when the loss or the gradients are not finite, none."""
         gradients = accumulated.gradients
         norm = global_norm(gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(accumulated.loss)
-        scale = clip_scale(norm, self.max_grad_norm)
-        gradients = jax.tree.map(lambda g: g * scale, gradients)  # float32, never stored
+        scale = 1.0 if self.max_grad_norm is None else clip_scale(norm, self.max_grad_norm)
+        # float32, never stored
+        gradients = jax.tree.map(lambda g: g.astype(jnp.float32) * scale, gradients)
         learning_rate = self.schedule(state.step)
-        key = jax.random.fold_in(jax.random.key(self.seed), state.step)
         parameters, optimizer = self.optimizer.update(
             gradients,
             state.optimizer,
             state.parameters,
             learning_rate,
-            # Apart from the keys of the step's micro-batches, see `accumulate`.
-            jax.random.fold_in(key, np.uint32(2**32 - 1)),
+            self.update_key(state.step),
         )
-
-        def keep_if_skipped(new, old):
-            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-
-        skipped = jnp.where(finite, 0, 1)
-        new = TrainState(
-            state.step + 1,
-            keep_if_skipped(parameters, state.parameters),
-            keep_if_skipped(optimizer, state.optimizer),
-            state.skipped + skipped,
-            jnp.where(finite, 0, state.skipped_in_a_row + 1),
+        new = next_state(
+            state,
+            select(finite, parameters, state.parameters),
+            select(finite, optimizer, state.optimizer),
+            finite,
         )
         metrics = StepMetrics(
             accumulated.loss,
@@ -217,3 +227,21 @@ class Trainer:
             accumulated.statistics,
         )
         return new, metrics
+
+
+def select(condition: jax.Array, new: Any, old: Any) -> Any:
+    """`new` where the condition (a scalar) holds, else `old`, leaf by leaf."""
+    return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
+
+
+def next_state(
+    state: TrainState, parameters: Parameters, optimizer: Any, finite: jax.Array
+) -> TrainState:
+    """The state after an update to these weights and moments; not finite: it counts as skipped."""
+    return TrainState(
+        state.step + 1,
+        parameters,
+        optimizer,
+        state.skipped + jnp.where(finite, 0, 1),
+        jnp.where(finite, 0, state.skipped_in_a_row + 1),
+    )
