@@ -3,10 +3,10 @@
     python -m benchmarks.lean_state --steps 200 --seeds 0 1 2
 
 The quickstart's model and word problems with DenseMixer, computed in bfloat16, 8 micro-batches a
-step. Two experiments: training from random weights, where updates are large; and fine-tuning of
-what float32 trained, with a learning rate so small that a bfloat16 weight moves once in many
-updates, as in the experiments on OLMoE (`configs/table.py`). Every run of a seed sees the same
-batches from the same weights.
+step ("fused update": one, and no clipping). Two experiments: training from random weights, where
+updates are large; and fine-tuning of what float32 trained, with a learning rate so small that a
+bfloat16 weight moves once in many updates, as in the experiments on OLMoE (`configs/table.py`).
+Every run of a seed sees the same batches from the same weights.
 """
 
 import dataclasses
@@ -41,6 +41,7 @@ VARIANTS = {
     "int8 moments": {"moments_dtype": "int8"},
     "and gradients": {"moments_dtype": "bfloat16", "gradients_dtype": "bfloat16"},
     "and master": dict.fromkeys(("moments_dtype", "gradients_dtype", "master_dtype"), "bfloat16"),
+    "fused update": {"fused_update": True, "max_grad_norm": None},
 }
 SCRATCH_RATE, FINE_TUNING_RATE = 3e-3, 1e-5
 
@@ -76,7 +77,10 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def measure(
-    steps: int, seeds: Sequence[int], batch_size: int, variants: dict[str, dict[str, str]]
+    steps: int,
+    seeds: Sequence[int],
+    batch_size: int,
+    variants: dict[str, dict[str, str | bool | None]],
 ) -> dict[str, dict[str, list[dict]]]:
     """{experiment: {variant: a dict of a `Curve`'s numbers for each seed}}."""
     curves = {name: {v: [] for v in variants} for name in ("scratch", "fine-tuning")}
@@ -100,16 +104,18 @@ def measure(
 
 def _config(steps: int, seed: int, batch_size: int, rate: float, options: dict) -> Config:
     config = load_config(str(CONFIG))
+    fused = "fused_update" in options
     overrides = {
         "model.compute_dtype": "bfloat16",
         "train.max_steps": str(steps),
         "train.epochs": "1000",
         "train.seed": str(seed),
         "train.batch_size": str(batch_size),
-        "train.rows_per_device": str(max(1, batch_size // 16)),
+        "train.rows_per_device": str(max(1, batch_size // (2 if fused else 16))),
+        "model.remat": "full" if fused else config.model.remat,
     }
-    optimizer = OptimizerOptions(learning_rate=rate, **options)
-    return apply_overrides(dataclasses.replace(config, optimizer=optimizer), overrides)
+    config = dataclasses.replace(config, optimizer=OptimizerOptions(learning_rate=rate, **options))
+    return apply_overrides(config, overrides)
 
 
 def run(config: Config, start: Parameters | None) -> Curve:

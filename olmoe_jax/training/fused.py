@@ -80,7 +80,7 @@ def fused_step(
         d_x, squares, stacked = carry
         number, frozen_layer, layer_input, d_statistics = inputs
         # Read once: a second read while the new weights are written would take a copy of all.
-        parameters, moments = jax.lax.optimization_barrier(_layer_of(stacked, number))
+        parameters, moments = _layer_of(stacked, number)
         _, of_layer = jax.vjp(
             lambda own, x: layer(number, frozen_layer, own, x), parameters, layer_input
         )
