@@ -3,7 +3,7 @@
     python -m benchmarks.lean_state --steps 200 --seeds 0 1 2
 
 The quickstart's model and word problems with DenseMixer, computed in bfloat16, 8 micro-batches a
-step ("fused update": one, and no clipping). Two experiments: training from random weights, where
+step ("fused update": one, not clipped). Two experiments: training from random weights, where
 updates are large; and fine-tuning of what float32 trained, with a learning rate so small that a
 bfloat16 weight moves once in many updates, as in the experiments on OLMoE (`configs/table.py`).
 Every run of a seed sees the same batches from the same weights.
@@ -41,6 +41,7 @@ VARIANTS = {
     "int8 moments": {"moments_dtype": "int8"},
     "and gradients": {"moments_dtype": "bfloat16", "gradients_dtype": "bfloat16"},
     "and master": dict.fromkeys(("moments_dtype", "gradients_dtype", "master_dtype"), "bfloat16"),
+    "no clipping": {"max_grad_norm": None},
     "fused update": {"fused_update": True, "max_grad_norm": None},
 }
 SCRATCH_RATE, FINE_TUNING_RATE = 3e-3, 1e-5
