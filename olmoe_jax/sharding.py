@@ -21,6 +21,8 @@ from olmoe_jax.errors import UserError
 EXPERT = "expert"
 AXES = ("data", "fsdp", EXPERT)
 """The devices of an `expert` group are neighbours: what travels there, travels in every layer."""
+HOST = "pinned_host"
+"""The kind of memory of a host from which its devices read directly."""
 BATCH = P(AXES)
 """Spec of an array whose leading dimension is the batch."""
 
@@ -70,6 +72,16 @@ def make_mesh(data: int = 1, fsdp: int = -1, expert: int = 1, *, devices=None) -
 def describe(mesh_shape: Mapping[str, int]) -> str:
     """The axes and their sizes, for a person."""
     return " ".join(f"{axis}={size}" for axis, size in mesh_shape.items())
+
+
+def check_host_memory(mesh: Mesh) -> None:
+    """Raises `UserError` when arrays of the mesh's devices cannot lie in their hosts' memory."""
+    device = mesh.local_devices[0]
+    if HOST not in {memory.kind for memory in device.addressable_memories()}:
+        raise UserError(
+            f"optimizer.offload=true: {device.device_kind} does not offer the host's memory "
+            f"({HOST}); write false"
+        )
 
 
 def check_experts(expert: int, num_experts: int) -> None:

@@ -45,6 +45,7 @@ class Plan:
     microbatches: int  # of a step
     programs: tuple[CompiledProgram, ...]
     divided: int  # bytes that halve on twice as many devices
+    in_host: int  # bytes of the optimizer's state in the host's memory
     flops: StepFlops  # per token
     roofline: Roofline | None
     seconds: float  # that planning took
@@ -101,6 +102,7 @@ def plan(
     """
     start = time.monotonic()
     config, where = validate(config), parse_topology(topology)
+    _check_offload(config, where)
     model_config = _architecture(config)
     experts, assumed = _experts(config, model_config, esft_experts)
     settings = with_backends(
@@ -136,12 +138,21 @@ def plan(
         microbatches,
         programs,
         device_bytes((shapes.state, shapes.frozen, step.gradients)),
+        device_bytes(shapes.state, host=True),
         flops,
         _roofline(
             where, model_config, settings, step, programs, flops, rows * length, microbatches
         ),
         time.monotonic() - start,
     )
+
+
+def _check_offload(config: Config, where: Topology) -> None:
+    if config.optimizer.offload and where.kind.platform != "tpu":
+        raise UserError(
+            f"optimizer.offload=true: without a device, the compiler for {where.kind.name} does "
+            "not tell the host's memory from the device's; write false, or plan for TPUs"
+        )
 
 
 def _architecture(config: Config) -> ModelConfig:

@@ -164,11 +164,12 @@ class StepPrograms:
         return CompiledProgram(name, memory, memory.peak, hlo and communication(hlo))
 
 
-def device_bytes(tree: Any) -> int:
-    """Bytes on one device of arrays or shapes with shardings."""
+def device_bytes(tree: Any, *, host: bool = False) -> int:
+    """Bytes on one device (or, for it, in its host's memory) of arrays or shapes with shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
+        if (leaf.sharding.memory_kind == sharding.HOST) == host
     )
 
 

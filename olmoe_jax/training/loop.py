@@ -57,6 +57,8 @@ def train(config: Config) -> TrainResult:
     config = validate(config)
     check_wandb(config.train.wandb_project)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.expert)
+    if config.optimizer.offload:
+        sharding.check_host_memory(mesh)
     with distributed.writer_first("download, tokenise"):
         if distributed.is_writer():
             run_directory.check(config)

@@ -252,8 +252,23 @@ def build_program(config: Config, model: Model, mesh: Mesh, total_steps: int) ->
     trained, frozen = initial_parameters(config, model, mesh)
     functions = step_functions(config, model.config, model.settings, trained, mesh, total_steps)
     make = functools.partial(initial_state, optimizer=functions.trainer.optimizer)
-    state = jax.jit(make, out_shardings=functions.state_shardings, donate_argnums=0)(trained)
+    if config.optimizer.offload:
+        state = _zeros(jax.eval_shape(make, trained), functions.state_shardings)
+        state = state._replace(parameters=trained)
+    else:
+        state = jax.jit(make, out_shardings=functions.state_shardings, donate_argnums=0)(trained)
     return Program(**vars(functions), mesh=mesh, state=state, frozen=frozen)
+
+
+def _zeros(shapes: TrainState, places: TrainState) -> TrainState:
+    """The state before the first update, but for the parameters: one array at a time, since all
+    of them together would pass through the devices' memory."""
+
+    def make(shape, place):
+        return jax.jit(lambda: jnp.zeros(shape.shape, shape.dtype), out_shardings=place)()
+
+    empty = shapes._replace(parameters={})
+    return jax.tree.map(make, empty, places._replace(parameters={}))
 
 
 def step_functions(
@@ -286,6 +301,7 @@ def step_functions(
         max_grad_norm=options.max_grad_norm,
         aux_loss_coefficient=config.method.router_aux_loss_coefficient,
         seed=config.train.seed,
+        offload=options.offload,
     )
     replicated = NamedSharding(mesh, P())
     by_name = sharding.parameter_shardings(parameter_specs(model_config, settings), mesh)
@@ -400,8 +416,9 @@ def _state_shardings(trainer: Trainer, trained: Parameters, by_name, mesh: Mesh)
         where = by_name[names[-1]]
         if path[-1] == jax.tree_util.GetAttrKey("scales"):
             # One for each block of the last dimension, which need not divide.
-            return NamedSharding(mesh, P(*where.spec[:-1]))
-        return where
+            where = NamedSharding(mesh, P(*where.spec[:-1]))
+        of_optimizer = path[0] == jax.tree_util.GetAttrKey("optimizer")
+        return where.with_memory_kind(sharding.HOST) if of_optimizer and trainer.offload else where
 
     state = jax.eval_shape(lambda p: initial_state(p, trainer.optimizer), trained)
     return jax.tree_util.tree_map_with_path(place, state)

@@ -21,6 +21,7 @@ from olmoe_jax.model.olmoe import Olmoe, graph_of, load_balancing_loss
 from olmoe_jax.model.parameters import Parameters, merge
 from olmoe_jax.ops.cross_entropy import weighted_cross_entropy
 from olmoe_jax.sharding import BATCH
+from olmoe_jax.training.layered import update_by_layer
 from olmoe_jax.training.optimizer import Optimizer, Schedule, clip_scale, global_norm
 
 
@@ -99,6 +100,7 @@ class Trainer:
       max_grad_norm: clip the gradients to this global norm; None: do not.
       aux_loss_coefficient: weight of the load-balancing loss in the objective.
       seed: of the adapters' dropout and of stochastic rounding.
+      offload: the optimizer's state lies in the host's memory and is fetched layer by layer.
     """
 
     config: ModelConfig
@@ -108,6 +110,7 @@ class Trainer:
     max_grad_norm: float | None
     aux_loss_coefficient: float = 0.0
     seed: int = 0
+    offload: bool = False
 
     @functools.cached_property
     def graph(self) -> nnx.GraphDef:
@@ -191,47 +194,53 @@ class Trainer:
             key = jax.random.fold_in(key, number)
         return key
 
-    def update_key(self, step: jax.Array) -> jax.Array:
-        """The key of an update's rounding, apart from those of the step's micro-batches."""
-        key = jax.random.fold_in(jax.random.key(self.seed), step)
-        return jax.random.fold_in(key, np.uint32(2**32 - 1))
-
     def update(self, state: TrainState, accumulated: Accumulated) -> tuple[TrainState, StepMetrics]:
         """One AdamW update; when the loss or the gradients are not finite, none."""
         gradients = accumulated.gradients
         norm = global_norm(gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(accumulated.loss)
         scale = 1.0 if self.max_grad_norm is None else clip_scale(norm, self.max_grad_norm)
-        # float32, never stored
-        gradients = jax.tree.map(lambda g: g.astype(jnp.float32) * scale, gradients)
-        learning_rate = self.schedule(state.step)
-        parameters, optimizer = self.optimizer.update(
-            gradients,
-            state.optimizer,
-            state.parameters,
-            learning_rate,
-            self.update_key(state.step),
-        )
-        new = next_state(
-            state,
-            select(finite, parameters, state.parameters),
-            select(finite, optimizer, state.optimizer),
-            finite,
-        )
+        update = functools.partial(self.update_part, state.step, finite, scale)
+        by_layer = functools.partial(update_by_layer, update) if self.offload else update
+        parameters, optimizer = by_layer(gradients, state.parameters, state.optimizer)
+        new = next_state(state, parameters, optimizer, finite)
         metrics = StepMetrics(
             accumulated.loss,
             norm,
-            learning_rate,
+            self.schedule(state.step),
             new.skipped,
             new.skipped_in_a_row,
             accumulated.statistics,
         )
         return new, metrics
 
+    def update_part(
+        self,
+        step: jax.Array,
+        finite: jax.Array,
+        scale: jax.Array | float,
+        gradients: Parameters,
+        parameters: Parameters,
+        optimizer: Any,
+        layer: jax.Array | None = None,
+    ) -> tuple[Parameters, Any]:
+        """Parameters of the model and their optimizer state, updated if everything was finite.
 
-def select(condition: jax.Array, new: Any, old: Any) -> Any:
-    """`new` where the condition (a scalar) holds, else `old`, leaf by leaf."""
-    return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
+        Args:
+          step: number of the update.
+          scale: what to multiply the gradients with.
+          layer: where the parameters are those of one layer, its number; it fixes the rounding.
+        """
+        key = jax.random.fold_in(jax.random.key(self.seed), step)
+        # Apart from the keys of the step's micro-batches, see `dropout_key`.
+        key = jax.random.fold_in(key, np.uint32(2**32 - 1))
+        if layer is not None:
+            key = jax.random.fold_in(key, layer)
+        # Never stored.
+        gradients = jax.tree.map(lambda g: g.astype(jnp.float32) * scale, gradients)
+        rate = self.schedule(step)
+        new = self.optimizer.update(gradients, optimizer, parameters, rate, key)
+        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, (parameters, optimizer))
 
 
 def next_state(
