@@ -42,6 +42,7 @@ from olmoe_jax.training.methods import (
     split_trained,
 )
 from olmoe_jax.training.optimizer import adamw, schedule
+from olmoe_jax.training.placement import state_shardings, zero_state
 from olmoe_jax.training.step import (
     Accumulated,
     DeviceBatch,
@@ -253,22 +254,11 @@ def build_program(config: Config, model: Model, mesh: Mesh, total_steps: int) ->
     functions = step_functions(config, model.config, model.settings, trained, mesh, total_steps)
     make = functools.partial(initial_state, optimizer=functions.trainer.optimizer)
     if config.optimizer.offload:
-        state = _zeros(jax.eval_shape(make, trained), functions.state_shardings)
+        state = zero_state(jax.eval_shape(make, trained), functions.state_shardings)
         state = state._replace(parameters=trained)
     else:
         state = jax.jit(make, out_shardings=functions.state_shardings, donate_argnums=0)(trained)
     return Program(**vars(functions), mesh=mesh, state=state, frozen=frozen)
-
-
-def _zeros(shapes: TrainState, places: TrainState) -> TrainState:
-    """The state before the first update, but for the parameters: one array at a time, since all
-    of them together would pass through the devices' memory."""
-
-    def make(shape, place):
-        return jax.jit(lambda: jnp.zeros(shape.shape, shape.dtype), out_shardings=place)()
-
-    empty = shapes._replace(parameters={})
-    return jax.tree.map(make, empty, places._replace(parameters={}))
 
 
 def step_functions(
@@ -307,12 +297,12 @@ def step_functions(
     by_name = sharding.parameter_shardings(parameter_specs(model_config, settings), mesh)
     gradients = {name: by_name[name] for name in trained}
     accumulated_shardings = Accumulated(gradients, replicated, replicated)
-    state_shardings = _state_shardings(trainer, trained, by_name, mesh)
+    places = state_shardings(trainer, trained, by_name, mesh)
     # Not the arrays: what a function closes over stays alive.
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in trained.items()}
     return StepFunctions(
         trainer,
-        state_shardings,
+        places,
         options.fused_update,
         accumulated_shardings,
         zero_sums=jax.jit(
@@ -321,13 +311,11 @@ def step_functions(
         accumulate=jax.jit(
             trainer.accumulate, donate_argnums=2, out_shardings=accumulated_shardings
         ),
-        update=jax.jit(
-            trainer.update, donate_argnums=0, out_shardings=(state_shardings, replicated)
-        ),
+        update=jax.jit(trainer.update, donate_argnums=0, out_shardings=(places, replicated)),
         fused_step=jax.jit(
             functools.partial(fused_step, trainer),
             donate_argnums=0,
-            out_shardings=(state_shardings, replicated),
+            out_shardings=(places, replicated),
         ),
         evaluate=jax.jit(trainer.evaluate),
     )
@@ -403,22 +391,3 @@ def _read_adapter(path: str, model: Model) -> dict[str, np.ndarray]:
             )
         adapters[ROUTER] = router
     return adapters
-
-
-def _state_shardings(trainer: Trainer, trained: Parameters, by_name, mesh: Mesh) -> TrainState:
-    """Moments lie where their parameters lie (blocks' scales nearly so), scalars everywhere."""
-    replicated = NamedSharding(mesh, P())
-
-    def place(path, _):
-        names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
-        if not names:
-            return replicated
-        where = by_name[names[-1]]
-        if path[-1] == jax.tree_util.GetAttrKey("scales"):
-            # One for each block of the last dimension, which need not divide.
-            where = NamedSharding(mesh, P(*where.spec[:-1]))
-        of_optimizer = path[0] == jax.tree_util.GetAttrKey("optimizer")
-        return where.with_memory_kind(sharding.HOST) if of_optimizer and trainer.offload else where
-
-    state = jax.eval_shape(lambda p: initial_state(p, trainer.optimizer), trained)
-    return jax.tree_util.tree_map_with_path(place, state)
