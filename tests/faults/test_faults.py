@@ -3,6 +3,8 @@
 pytest -m slow tests/faults prints at the end how many faults were injected and survived.
 """
 
+import datetime
+import functools
 import itertools
 import math
 import os
@@ -251,6 +253,54 @@ def test_nan_in_a_batch(sums, nursery, tmp_path, count):
     assert [step for step, loss in curve.items() if loss is None] == [5]
     assert curve[STEPS] < curve[1]
     count("NaN in a batch", survived=1)
+
+
+def jumping_clock(days: int) -> None:
+    """The wall clock is so many days off, and a day more or less at every reading."""
+    generator = random.Random(days)
+    right, right_ns = time.time, time.time_ns
+
+    def off():
+        return 86400 * (days + generator.choice([-1, 0, 1]))
+
+    time.time = lambda: right() + off()
+    time.time_ns = lambda: right_ns() + 10**9 * off()
+
+    class Jumping(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls.fromtimestamp(time.time(), tz)
+
+    datetime.datetime = Jumping
+
+
+def test_clock_jumps(sums, nursery, whole, tmp_path, count):
+    """Within three runs, and from each to the next: a week forward, back, and the right time.
+
+    Files are as old as the wrong clock says.
+    """
+    output, log = tmp_path / "run", tmp_path / "log"
+    for days in (7, -7):
+        count("clock jump", injected=1)
+        before, hook = saved(output), functools.partial(jumping_clock, days)
+        process = nursery.start(arguments(sums, output), log, hook)
+        reached = wait_for(lambda before=before: saved(output) != before, process)
+        process.terminate()
+        process.join(60)
+        process.kill()
+        said = log.read_text()
+        assert reached, said
+        assert process.exitcode == 0, said
+        assert "the same command continues the run" in said
+        then = time.time() + 86400 * days
+        for path in output.rglob("*"):
+            if path.stat().st_mtime > time.time() - 3600:
+                os.utime(path, (then, then))
+    code, said = nursery.run(arguments(sums, output), log)
+    assert code == 0, said
+    assert said.count("continuing after step") == 2
+    assert_same_run(output, whole)
+    count("clock jump", survived=2)
 
 
 @pytest.fixture
