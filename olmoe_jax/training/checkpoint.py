@@ -118,6 +118,10 @@ class Checkpointer:
         with self._saving():
             self._manager.check_for_errors()
 
+    def is_saving(self) -> bool:
+        """Whether a save in the background is under way."""
+        return self._manager.is_saving_in_progress()
+
     def wait(self) -> None:
         """Returns when everything is on disk."""
         with self._saving():
