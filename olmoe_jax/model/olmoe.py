@@ -64,7 +64,12 @@ class DecoderLayer(nnx.Module):
                 y, statistics = self.moe.decode(normed, is_token, experts, context.layer), None
             else:
                 y, statistics = self.moe(
-                    normed, is_token, context.dropout_keys, selection, with_router_logits
+                    normed,
+                    is_token,
+                    context.dropout_keys,
+                    selection,
+                    with_router_logits,
+                    context.router_probe,
                 )
         return shard_batch(x + y), (statistics, cache)
 
@@ -117,10 +122,12 @@ class Olmoe(nnx.Module):
         *,
         with_router_logits: bool = False,
         dropout_key: jax.Array | None = None,
+        router_probe: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterStatistics]:
         """Final normalised hidden states [B, S, D] and each layer's router statistics.
 
-        With `dropout_key` (a scalar random key) the adapters' dropout is on.
+        With `dropout_key` (a scalar random key) the adapters' dropout is on. `router_probe`:
+        [L, D, E], see `MoE`.
         """
         if segments is None:
             segments = jnp.ones_like(tokens)
@@ -129,7 +136,7 @@ class Olmoe(nnx.Module):
         keys = None
         if dropout_key is not None:
             keys = shard_batch(jax.random.split(dropout_key, tokens.shape[0]))
-        context = Context(positions, segments, segments, 0, keys)
+        context = Context(positions, segments, segments, 0, keys, router_probe=router_probe)
         x, (statistics, _) = self._run_layers(tokens, context, None, with_router_logits)
         return x, statistics
 
@@ -187,8 +194,8 @@ class Olmoe(nnx.Module):
 
         def layer(carry, inputs):
             x, cache = carry
-            index, weights, selection = inputs
-            inside = context._replace(layer=index)
+            index, weights, selection, router_probe = inputs
+            inside = context._replace(layer=index, router_probe=router_probe)
             if (keys := context.dropout_keys) is not None:
                 inside = inside._replace(
                     dropout_keys=jax.vmap(jax.random.fold_in, (0, None))(keys, index)
@@ -204,7 +211,8 @@ class Olmoe(nnx.Module):
         if self.selected:
             dtype = self.settings.compute_dtype
             selection = self.selected.by_layer(self.config.num_experts, dtype)
-        inputs = (jnp.arange(self.config.num_layers), stacked, selection)
+        layers = jnp.arange(self.config.num_layers)
+        inputs = (layers, stacked, selection, context.router_probe)
         (x, cache), statistics = jax.lax.scan(
             rematerialised(layer, self.settings.remat), (self._embed(tokens), cache), inputs
         )
