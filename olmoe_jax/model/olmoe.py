@@ -194,7 +194,7 @@ class Olmoe(nnx.Module):
 
         def layer(carry, inputs):
             x, cache = carry
-            index, weights, selection, router_probe = inputs
+            index, weights, router_probe, selection = inputs
             inside = context._replace(layer=index, router_probe=router_probe)
             if (keys := context.dropout_keys) is not None:
                 inside = inside._replace(
@@ -212,7 +212,8 @@ class Olmoe(nnx.Module):
             dtype = self.settings.compute_dtype
             selection = self.selected.by_layer(self.config.num_experts, dtype)
         layers = jnp.arange(self.config.num_layers)
-        inputs = (layers, stacked, selection, context.router_probe)
+        # In this order: jax mixes up gradients where one for a Ref follows one that is an array.
+        inputs = (layers, stacked, context.router_probe, selection)
         (x, cache), statistics = jax.lax.scan(
             rematerialised(layer, self.settings.remat), (self._embed(tokens), cache), inputs
         )
