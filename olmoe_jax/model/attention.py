@@ -28,6 +28,7 @@ class Context(NamedTuple):
     first_query: jax.Array | int  # index of query 0 among the keys
     dropout_keys: jax.Array | None = None  # [B] random keys; None: no dropout
     layer: jax.Array | int = 0  # which of the cache's
+    router_probe: jax.Array | None = None  # [L, D, E], a layer's [D, E]; see `MoE`
 
     def of_layer(self, layer: jax.Array) -> "Context":
         """What this layer sees: its place in the cache, and dropout keys of its own."""

@@ -22,7 +22,7 @@ from olmoe_jax.ops.decoding import decoding_backend, experts_by_gather, experts_
 from olmoe_jax.ops.expert_parallel import ExpertGroup
 from olmoe_jax.ops.projection import grouped_project
 from olmoe_jax.ops.remat import keep
-from olmoe_jax.ops.router_gradient import ExpertProjections, router_gradient
+from olmoe_jax.ops.router_gradient import ExpertProjections, router_gradient, with_probe
 from olmoe_jax.ops.routing import from_experts, permute, sort_by_expert, to_experts
 
 
@@ -121,6 +121,7 @@ class MoE(nnx.Module):
         dropout_keys: jax.Array | None = None,
         selection: LayerSelection | None = None,
         with_logits: bool = False,
+        router_probe: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterStatistics]:
         """One layer's block.
 
@@ -130,6 +131,8 @@ class MoE(nnx.Module):
           dropout_keys: [B] random keys of the adapters' dropout; None: no dropout.
           selection: experts that replace some of this module's.
           with_logits: whether the statistics hold the router's logits.
+          router_probe: [D, E] float32, its value does not matter: its gradient is DenseMixer's part
+            of the router's, that of the experts that were not selected.
 
         Returns:
           [B, S, D] and the router's statistics.
@@ -139,17 +142,19 @@ class MoE(nnx.Module):
         mesh = sharding.active_mesh()
         group = ExpertGroup(None)
         if mesh is None:
-            return self._local(x, is_token, dropout_keys, router, experts, with_logits, group)
+            return self._local(
+                x, is_token, dropout_keys, router, router_probe, experts, with_logits, group
+            )
         specs = self.experts.specs(self.settings, mesh, selection)
         sharding.check_experts(mesh.shape[sharding.EXPERT], self.config.num_experts)
         if mesh.shape[sharding.EXPERT] > 1 and self.settings.expert_exchange == "tokens":
             group = ExpertGroup(sharding.EXPERT)
 
-        def on_device(x, is_token, dropout_keys, router, experts):
+        def on_device(x, is_token, dropout_keys, router, router_probe, experts):
             experts = jax.tree.map(functools.partial(_all_gather, apart=group.axis), experts, specs)
             experts = _of_group(experts, group, self.config.num_experts)
             y, statistics = self._local(
-                x, is_token, dropout_keys, router, experts, with_logits, group
+                x, is_token, dropout_keys, router, router_probe, experts, with_logits, group
             )
             summed = jax.tree.map(
                 lambda value: jax.lax.psum(value, sharding.AXES), statistics._replace(logits=None)
@@ -161,10 +166,15 @@ class MoE(nnx.Module):
         return jax.shard_map(
             on_device,
             mesh=mesh,
-            in_specs=(batch, batch, None if dropout_keys is None else batch, P(), specs),
+            in_specs=(batch, batch, None if dropout_keys is None else batch, P(), P(), specs),
             out_specs=(batch, out),
             check_vma=False,
-        )(x, is_token, dropout_keys, *jax.tree.map(sharding.by_value, (router, experts)))
+        )(
+            x,
+            is_token,
+            dropout_keys,
+            *jax.tree.map(sharding.by_value, (router, router_probe, experts)),
+        )
 
     def decoding_experts(self, tokens: int) -> ExpertProjections | None:
         """All layers' experts where `decode` is the way for this many tokens, else None."""
@@ -193,7 +203,7 @@ class MoE(nnx.Module):
             jax.default_backend(), tokens, config.num_experts_per_token, config.num_experts
         )
 
-    def _local(self, x, is_token, dropout_keys, router, experts, with_logits, group):
+    def _local(self, x, is_token, dropout_keys, router, router_probe, experts, with_logits, group):
         """The block on the tokens of one device, with all experts at hand or in its group."""
         config, shape = self.config, x.shape
         in_group, dropout_keys = group.gather(x), group.gather(dropout_keys)
@@ -217,9 +227,10 @@ class MoE(nnx.Module):
                 in_group, dropped, group.gather(weights), own, experts, dropout_keys
             )
         if self.settings.router_method == "densemixer":
-            y = y + self._dense_router_term(
-                in_group, probabilities, chosen, is_token, experts, group
-            )
+            dense = probabilities
+            if router_probe is not None:
+                dense = with_probe(probabilities, x, router_probe)
+            y = y + self._dense_router_term(in_group, dense, chosen, is_token, experts, group)
         y = group.scatter_sum(y)
         load = jnp.bincount(chosen.reshape(-1), length=config.num_experts + 1)[:-1]
         statistics = RouterStatistics(

@@ -64,7 +64,12 @@ class DecoderLayer(nnx.Module):
                 y, statistics = self.moe.decode(normed, is_token, experts, context.layer), None
             else:
                 y, statistics = self.moe(
-                    normed, is_token, context.dropout_keys, selection, with_router_logits
+                    normed,
+                    is_token,
+                    context.dropout_keys,
+                    selection,
+                    with_router_logits,
+                    context.router_probe,
                 )
         return shard_batch(x + y), (statistics, cache)
 
@@ -117,16 +122,20 @@ class Olmoe(nnx.Module):
         *,
         with_router_logits: bool = False,
         dropout_key: jax.Array | None = None,
+        router_probe: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterStatistics]:
         """Final normalised hidden states [B, S, D] and each layer's router statistics.
 
-        With `dropout_key` (a scalar random key) the adapters' dropout is on.
+        With `dropout_key` (a scalar random key) the adapters' dropout is on. `router_probe`:
+        [L, D, E], see `MoE`.
         """
         if segments is None:
             segments = jnp.ones_like(tokens)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        context = training_context(segments, positions, dropout_key)
+        context = training_context(segments, positions, dropout_key)._replace(
+            router_probe=router_probe
+        )
         x, (statistics, _) = self._run_layers(tokens, context, None, with_router_logits)
         return x, statistics
 
@@ -189,11 +198,12 @@ class Olmoe(nnx.Module):
 
         def layer(carry, inputs):
             x, cache = carry
-            index, weights, selection = inputs
+            index, weights, router_probe, selection = inputs
+            inside = context.of_layer(index)._replace(router_probe=router_probe)
             # Here, so that only one layer's weights ever lie there in full, in the backward too.
             weights = dequantized(weights, self.settings.compute_dtype)
             x, (statistics, cache) = nnx.merge(graph, weights)(
-                x, context.of_layer(index), cache, selection, with_router_logits, experts
+                x, inside, cache, selection, with_router_logits, experts
             )
             return (x, cache), statistics
 
@@ -201,7 +211,9 @@ class Olmoe(nnx.Module):
         if self.selected:
             dtype = self.settings.compute_dtype
             selection = self.selected.by_layer(self.config.num_experts, dtype)
-        inputs = (jnp.arange(self.config.num_layers), stacked, selection)
+        layers = jnp.arange(self.config.num_layers)
+        # In this order: jax mixes up gradients where one for a Ref follows one that is an array.
+        inputs = (layers, stacked, context.router_probe, selection)
         (x, cache), statistics = jax.lax.scan(
             rematerialised(layer, self.settings.remat), (self.embedded(tokens), cache), inputs
         )

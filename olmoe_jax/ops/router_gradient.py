@@ -77,6 +77,34 @@ def _backward(experts_per_token, dtype, backend, residuals, g):
 router_gradient.defvjp(_forward, _backward)
 
 
+@jax.custom_vjp
+def with_probe(probabilities: jax.Array, x: jax.Array, probe: jax.Array) -> jax.Array:
+    """The probabilities, while `probe` gets the router's gradient that comes through this use.
+
+    The gradients of everything else are those without it, bit for bit.
+
+    Args:
+      probabilities: [T, E] float32, softmax(x @ router).
+      x: [T, D] what goes into the router.
+      probe: [D, E] float32; its value does not matter.
+    """
+    return probabilities
+
+
+def _probe_forward(probabilities, x, probe):
+    return probabilities, (probabilities, x)
+
+
+def _probe_backward(residuals, g):
+    probabilities, x = residuals
+    of_logits = probabilities * (g - jnp.sum(g * probabilities, axis=-1, keepdims=True))
+    of_router = jnp.dot(x.astype(jnp.float32).T, of_logits, precision=jax.lax.Precision.HIGHEST)
+    return g, None, of_router
+
+
+with_probe.defvjp(_probe_forward, _probe_backward)
+
+
 def _scores(x, g, multiply: Callable[[jax.Array, str], jax.Array]) -> jax.Array:
     """<g, W_down h> as <W_down^T g, h>, h = silu(W_gate x) * W_up x: three matmuls, no output."""
     hidden = jax.nn.silu(multiply(x, "gate")) * multiply(x, "up")

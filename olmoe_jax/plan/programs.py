@@ -188,13 +188,15 @@ def _shapes(
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
 
     state = jax.eval_shape(lambda p: initial_state(p, trainer.optimizer), trained)
-    sums = jax.eval_shape(trainer.zero_sums, trained)[1:]
+    *sums, unselected = jax.eval_shape(trainer.zero_sums, trained)[1:]
     sums = jax.tree.map(lambda shape: place(shape, everywhere), sums)
+    where = functions.accumulated_shardings.unselected
+    unselected = jax.tree.map(lambda shape: place(shape, where), unselected)
     return Shapes(
         trained,
         frozen,
         jax.tree.map(place, state, functions.state_shardings),
-        Accumulated(trained, *sums),
+        Accumulated(trained, *sums, unselected),
         batch,
         jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=everywhere),
     )

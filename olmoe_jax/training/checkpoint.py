@@ -5,6 +5,8 @@ import dataclasses
 import functools
 import logging
 import sys
+import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,10 @@ from olmoe_jax.training.step import TrainState
 
 CHUNK_BYTES = 64 * 2**20
 """Stored chunk: bounds what must be read to get a slice of a stacked weight."""
+
+NO_LIMIT = 100 * 365 * 86400
+"""Seconds that a save may take. Orbax's 20 minutes are the wall clock's, which may jump; that
+another process is gone, its heartbeat tells."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +65,7 @@ class Checkpointer:
 
     def __init__(self, output: Path, keep: int, identity: dict[str, Any]):
         _silence_failed_saves()
+        _steady_clock()
         self._identity = identity
         self._output = output
         best = preservation.BestN(
@@ -74,6 +81,7 @@ class Checkpointer:
                 # a checkpoint's metrics are not written.
                 best_fn=score_of,
                 cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(timeout_secs=NO_LIMIT),
             ),
         )
 
@@ -109,6 +117,10 @@ class Checkpointer:
         """Raises if a save in the background has failed."""
         with self._saving():
             self._manager.check_for_errors()
+
+    def is_saving(self) -> bool:
+        """Whether a save in the background is under way."""
+        return self._manager.is_saving_in_progress()
 
     def wait(self) -> None:
         """Returns when everything is on disk."""
@@ -226,6 +238,14 @@ def _other(key: str, saved: Any, value: Any) -> str:
         f"is of a different model: it has {field}={saved.get(field)}, config.json now says "
         f"{field}={value.get(field)}"
     )
+
+
+def _steady_clock() -> None:
+    """The threads of a save wait 5 minutes for each other: by a clock that does not jump."""
+    with contextlib.suppress(ImportError):  # no public module; the clock is all that would be lost
+        from orbax.checkpoint._src.futures import signaling_client
+
+        signaling_client.time = types.SimpleNamespace(time=time.monotonic)
 
 
 @functools.cache

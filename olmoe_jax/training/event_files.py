@@ -1,7 +1,8 @@
 """TensorBoard's event files: the events that `tensorboard.summary.Writer` lacks."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb
@@ -9,9 +10,17 @@ from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary import DirectoryOutput
 from tensorboard.util import tensor_util
 
+_PREFIX = "events.out.tfevents."
+
 
 class EventFiles(DirectoryOutput):
     """A directory of event files, for `tensorboard.summary.Writer` and beside it."""
+
+    def __init__(self, path: Path):
+        earlier = set(path.glob(f"{_PREFIX}*"))
+        super().__init__(str(path))
+        (own,) = set(path.glob(f"{_PREFIX}*")) - earlier
+        _put_before(own, earlier)
 
     def emit_scalar(self, *, tag: str, data, step, wall_time: float, **_) -> None:
         """Overrides the way in which `Writer.add_scalar` stores a value.
@@ -53,3 +62,19 @@ class EventFiles(DirectoryOutput):
         event = event_pb2.Event(wall_time=wall_time or time.time(), step=step)
         event.summary.value.add(**value)
         self._ev_writer.add_event(event)
+
+
+def _put_before(last: Path, files: Iterable[Path]) -> None:
+    """Renames those of `files` that were made after `last`, if the wall clock is to be believed.
+
+    TensorBoard reads the files in the order of their names, which hold the second of their making;
+    a continued run's must come last.
+    """
+    later = sorted((file for file in files if _second(file) >= _second(last)), reverse=True)
+    for back, file in enumerate(later, start=1):
+        rest = file.name.removeprefix(_PREFIX).partition(".")[2]
+        file.rename(file.with_name(f"{_PREFIX}{_second(last) - back:010}.{rest}"))
+
+
+def _second(file: Path) -> int:
+    return int(file.name.removeprefix(_PREFIX).partition(".")[0])

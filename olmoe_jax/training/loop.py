@@ -326,6 +326,7 @@ class _Run:
             "speed/tokens_per_second": speed,
             "speed/model_teraflops_per_second": flops * speed / 1e12,
             **router_scalars(statistics.load, statistics.entropy, step.tokens),
+            **_router_gradient_scalars(metrics.router_gradient),
             **self.clock.take(),
             **memory_scalars(),
         }
@@ -351,6 +352,10 @@ class _Run:
 
 def _due(every: int | None, done: int) -> bool:
     return every is not None and done % every == 0
+
+
+def _router_gradient_scalars(norms: dict[str, np.ndarray] | None) -> dict[str, float]:
+    return {f"router_gradient/{name}": float(value) for name, value in (norms or {}).items()}
 
 
 def _finite(value: np.ndarray) -> float | None:

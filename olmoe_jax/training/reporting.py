@@ -44,7 +44,7 @@ class Reporter:
         _silence_writer_threads()
         self.output = output
         self._metrics = (output / METRICS).open("a")
-        self._events = EventFiles(str(output / TENSORBOARD))
+        self._events = EventFiles(output / TENSORBOARD)
         self._board = Writer(self._events)
         self._events.restart(first_step + 1)
         self._events.text("config", f"```json\n{json.dumps(config, indent=2)}\n```")

@@ -296,7 +296,7 @@ def step_functions(
     replicated = NamedSharding(mesh, P())
     by_name = sharding.parameter_shardings(parameter_specs(model_config, settings), mesh)
     gradients = {name: by_name[name] for name in trained}
-    accumulated_shardings = Accumulated(gradients, replicated, replicated)
+    accumulated_shardings = Accumulated(gradients, replicated, replicated, by_name[ROUTER])
     places = state_shardings(trainer, trained, by_name, mesh)
     # Not the arrays: what a function closes over stays alive.
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in trained.items()}

@@ -18,7 +18,7 @@ from olmoe_jax.data import Batch
 from olmoe_jax.model.config import ModelConfig, ModelSettings
 from olmoe_jax.model.moe import RouterStatistics
 from olmoe_jax.model.olmoe import Olmoe, graph_of, load_balancing_loss
-from olmoe_jax.model.parameters import Parameters, merge
+from olmoe_jax.model.parameters import ROUTER, Parameters, merge
 from olmoe_jax.ops.cross_entropy import weighted_cross_entropy
 from olmoe_jax.sharding import BATCH
 from olmoe_jax.training.layered import update_by_layer
@@ -57,6 +57,8 @@ class Accumulated(NamedTuple):
     gradients: Parameters  # in the parameters' dtypes
     loss: jax.Array  # float32, without the auxiliary loss
     statistics: RouterStatistics  # [L, …]
+    # float32 [L, D, E]: DenseMixer's part of the router's gradient, where the router so learns.
+    unselected: jax.Array | None = None
 
 
 class StepMetrics(NamedTuple):
@@ -68,6 +70,7 @@ class StepMetrics(NamedTuple):
     skipped: jax.Array
     skipped_in_a_row: jax.Array
     statistics: RouterStatistics
+    router_gradient: dict[str, jax.Array] | None = None  # of `router_gradient_norms`
 
 
 def changed_choices(chosen: jax.Array, before: jax.Array, segment_ids: jax.Array) -> jax.Array:
@@ -123,11 +126,16 @@ class Trainer:
         frozen: Parameters,
         batch: DeviceBatch,
         dropout_key: jax.Array | None = None,
+        router_probe: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, RouterStatistics]]:
         """The objective of a micro-batch, and its (loss, router statistics)."""
         model = merge(self.graph, trained | frozen)
         hidden, statistics = model.hidden(
-            batch.tokens, batch.segment_ids, batch.positions, dropout_key=dropout_key
+            batch.tokens,
+            batch.segment_ids,
+            batch.positions,
+            dropout_key=dropout_key,
+            router_probe=router_probe,
         )
         objective, loss = self.objective(model, hidden, statistics, batch)
         return objective, (loss, statistics)
@@ -161,7 +169,10 @@ class Trainer:
         experts = jnp.zeros((self.config.num_layers, self.config.num_experts))
         statistics = RouterStatistics(experts, experts, jnp.zeros(self.config.num_layers), None)
         gradients = {name: jnp.zeros(value.shape, value.dtype) for name, value in trained.items()}
-        return Accumulated(gradients, jnp.zeros(()), statistics)
+        unselected = None
+        if self.settings.router_method == "densemixer" and ROUTER in trained:
+            unselected = jnp.zeros(trained[ROUTER].shape)
+        return Accumulated(gradients, jnp.zeros(()), statistics, unselected)
 
     def accumulate(
         self,
@@ -177,13 +188,19 @@ class Trainer:
         dropout drops.
         """
         key = self.dropout_key(position)
-        loss = functools.partial(self.loss, frozen=frozen, batch=batch, dropout_key=key)
-        objective, backward, sums = jax.vjp(loss, trained, has_aux=True)
+
+        def loss(trained, router_probe):
+            return self.loss(trained, frozen, batch, key, router_probe)
+
+        # A probe's value does not matter; its gradient is added to `unselected`.
+        inputs = trained, accumulated.unselected
+        objective, backward, sums = jax.vjp(loss, *inputs, has_aux=True)
         # Added in place, layer by layer: a second copy of all gradients never exists.
-        gradients = jax.tree.map(jax.new_ref, accumulated.gradients)
-        backward.with_refs(gradients)(jnp.ones_like(objective))
+        gradients = jax.tree.map(jax.new_ref, (accumulated.gradients, accumulated.unselected))
+        backward.with_refs(*gradients)(jnp.ones_like(objective))
         sums = jax.tree.map(jnp.add, (accumulated.loss, accumulated.statistics), sums)
-        return Accumulated(jax.tree.map(jax.freeze, gradients), *sums)
+        gradients, unselected = jax.tree.map(jax.freeze, gradients)
+        return Accumulated(gradients, *sums, unselected)
 
     def dropout_key(self, position: jax.Array) -> jax.Array | None:
         """The key of a micro-batch's dropout, where there is one; `position` as above."""
@@ -211,6 +228,7 @@ class Trainer:
             new.skipped,
             new.skipped_in_a_row,
             accumulated.statistics,
+            router_gradient_norms(accumulated),
         )
         return new, metrics
 
@@ -254,3 +272,22 @@ def next_state(
         state.skipped + jnp.where(finite, 0, 1),
         jnp.where(finite, 0, state.skipped_in_a_row + 1),
     )
+
+
+def router_gradient_norms(accumulated: Accumulated) -> dict[str, jax.Array]:
+    """Norms over all layers of the router's gradient, before clipping; empty: it does not train.
+
+    "norm"; with DenseMixer besides, "selected" and "unselected": of the parts that come through the
+    selected experts (what conventional training would give, and any auxiliary loss) and through the
+    others, and "cosine" between these.
+    """
+    if ROUTER not in accumulated.gradients:
+        return {}
+    whole, unselected = accumulated.gradients[ROUTER], accumulated.unselected
+    if unselected is None:
+        return {"norm": global_norm({ROUTER: whole})}
+    selected = whole - unselected
+    parts = {"norm": whole, "selected": selected, "unselected": unselected}
+    norms = {name: global_norm({ROUTER: part}) for name, part in parts.items()}
+    product = jnp.maximum(norms["selected"] * norms["unselected"], jnp.finfo("float32").tiny)
+    return norms | {"cosine": jnp.sum(selected * unselected) / product}

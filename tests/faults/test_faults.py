@@ -3,6 +3,10 @@
 pytest -m slow tests/faults prints at the end how many faults were injected and survived.
 """
 
+import datetime
+import functools
+import itertools
+import math
 import os
 import random
 import shutil
@@ -20,7 +24,7 @@ from training.tiny_run import losses
 pytestmark = pytest.mark.slow
 
 STEPS = 12
-KILLS = 20
+KILLS = 50
 OPTIONS = {
     "data__max_seq_length": 48,
     "train__epochs": 3,
@@ -96,39 +100,63 @@ def interrupted(sums, nursery, tmp_path):
     return output
 
 
-def test_kills_at_random_instants(sums, nursery, whole, tmp_path, count):
-    """At the start, between two steps and during saves, until the command may finish."""
-    output, generator = tmp_path / "run", random.Random(1)
-    kills, in_a_save = 0, 0
-    while kills < KILLS:
+def killed_again_and_again(start, output: Path, whole: Path, seed: int, count):
+    """A generator, so that two runs can be killed side by side: yields while it waits, returns how
+    many of its kills fell into a save."""
+    generator, kills, in_a_save = random.Random(seed), 0, 0
+    while kills < KILLS // 2:
         before, leftovers = reported(output), saving(output)
-        process = nursery.start(arguments(sums, output), tmp_path / "log")
+        process = start(output)
         kind = generator.choice(["start", "step", "save", "save"])
-        if kind == "start":
-            time.sleep(generator.uniform(0.1, 3.0))
-        elif kind == "step":
-            wait_for(lambda before=before: reported(output) != before, process)
-            time.sleep(generator.uniform(0.0, 0.3))
-        else:
-            wait_for(lambda leftovers=leftovers: saving(output) - leftovers, process)
-            time.sleep(generator.uniform(0.0, 0.03))
+        seconds = generator.uniform(0.0, {"start": 2.0, "step": 0.3, "save": 0.03}[kind])
+        waits_for = {
+            "start": lambda: True,
+            "step": lambda before=before: reported(output) != before,
+            "save": lambda leftovers=leftovers: saving(output) and not leftovers,
+        }[kind]
+        end = math.inf
+        while process.is_alive() and time.monotonic() < end:
+            # The next process removes them, and gives its own the same names.
+            leftovers &= saving(output)
+            if end == math.inf and waits_for():
+                end = time.monotonic() + seconds
+            yield
         process.kill()
         process.join()
         if process.exitcode == -signal.SIGKILL:
             kills += 1
             count("SIGKILL", injected=1)
-            in_a_save += bool(saving(output) - leftovers)
+            in_a_save += bool(saving(output) and not leftovers)
         else:
-            assert process.exitcode == 0, (tmp_path / "log").read_text()
+            assert process.exitcode == 0
             assert_same_run(output, whole)
             # It was faster than the kill: begin again.
             shutil.rmtree(output)
-    code, said = nursery.run(arguments(sums, output), tmp_path / "log")
-    assert code == 0, said
+    process = start(output)
+    while process.is_alive():
+        yield
+    assert process.exitcode == 0
     assert_same_run(output, whole)
     count("SIGKILL", survived=kills)
-    print(f"{kills} kills, {in_a_save} of them during a save")
-    assert in_a_save > 0
+    return in_a_save
+
+
+def test_kills_at_random_instants(sums, nursery, whole, tmp_path, count):
+    """At the start, between two steps and during saves, until the command may finish."""
+
+    def start(output):
+        return nursery.start(arguments(sums, output), output.with_suffix(".log"))
+
+    in_a_save = [0, 0]
+
+    def kill(seed):
+        run = killed_again_and_again(start, tmp_path / f"run{seed}", whole, seed, count)
+        in_a_save[seed] = yield from run
+
+    for _ in itertools.zip_longest(kill(0), kill(1)):
+        time.sleep(0.001)
+    print(f"{KILLS} kills, {sum(in_a_save)} of them during a save")
+    assert sum(in_a_save) > KILLS // 5
 
 
 def test_sigterm(sums, nursery, finish, tmp_path, count):
@@ -225,6 +253,54 @@ def test_nan_in_a_batch(sums, nursery, tmp_path, count):
     assert [step for step, loss in curve.items() if loss is None] == [5]
     assert curve[STEPS] < curve[1]
     count("NaN in a batch", survived=1)
+
+
+def jumping_clock(days: int) -> None:
+    """The wall clock is so many days off, and a day more or less at every reading."""
+    generator = random.Random(days)
+    right, right_ns = time.time, time.time_ns
+
+    def off():
+        return 86400 * (days + generator.choice([-1, 0, 1]))
+
+    time.time = lambda: right() + off()
+    time.time_ns = lambda: right_ns() + 10**9 * off()
+
+    class Jumping(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls.fromtimestamp(time.time(), tz)
+
+    datetime.datetime = Jumping
+
+
+def test_clock_jumps(sums, nursery, whole, tmp_path, count):
+    """Within three runs, and from each to the next: a week forward, back, and the right time.
+
+    Files are as old as the wrong clock says.
+    """
+    output, log = tmp_path / "run", tmp_path / "log"
+    for days in (7, -7):
+        count("clock jump", injected=1)
+        before, hook = saved(output), functools.partial(jumping_clock, days)
+        process = nursery.start(arguments(sums, output), log, hook)
+        reached = wait_for(lambda before=before: saved(output) != before, process)
+        process.terminate()
+        process.join(60)
+        process.kill()
+        said = log.read_text()
+        assert reached, said
+        assert process.exitcode == 0, said
+        assert "the same command continues the run" in said
+        then = time.time() + 86400 * days
+        for path in output.rglob("*"):
+            if path.stat().st_mtime > time.time() - 3600:
+                os.utime(path, (then, then))
+    code, said = nursery.run(arguments(sums, output), log)
+    assert code == 0, said
+    assert said.count("continuing after step") == 2
+    assert_same_run(output, whole)
+    count("clock jump", survived=2)
 
 
 @pytest.fixture

@@ -72,7 +72,8 @@ def run(kind, config, mesh):
         batch = place_batch(make_batch(), mesh)
         zero = trainer.zero_sums(trained)
         result = jax.jit(trainer.accumulate)(trained, frozen, zero, batch, position)
-    return jax.device_get({"loss": result.loss, **result.gradients})
+    parts = {} if kind == "esft" else {"unselected": result.unselected}
+    return jax.device_get({"loss": result.loss, **result.gradients, **parts})
 
 
 def loaded(base, mesh):

@@ -46,6 +46,7 @@ def case(one_takes_all: bool):
         # Every token has this in it, and expert 5 likes nothing else.
         values["x"][..., 0] = 4.0
         values["router"][0, 5] = 5.0
+    values["probe"] = np.zeros((D, E), np.float32)
     return values
 
 
@@ -57,6 +58,8 @@ def run(values, mesh, method, exchange, selected=False):
     graph = nnx.split(nnx.eval_shape(lambda: MoE(CONFIG, settings, rngs=nnx.Rngs(0))))[0]
     keys = jax.random.split(jax.random.key(1), B) if settings.lora else None
     own = {"x", "router", "gate", "up", "down"}
+    if settings.router_method == "densemixer":
+        own.add("probe")
     own |= {key for key in values if key.startswith("lora.") and settings.lora}
     own |= {key for key in values if key.startswith("selected") and selected}
 
@@ -64,14 +67,20 @@ def run(values, mesh, method, exchange, selected=False):
         names = {key: key if key == "router" else f"experts.{key}" for key in own}
         module = merge(
             graph,
-            {n: values[k] for k, n in names.items() if k != "x" and not k.startswith("selected")},
+            {
+                n: values[k]
+                for k, n in names.items()
+                if k not in ("x", "probe") and not k.startswith("selected")
+            },
         )
         selection = None
         if selected:
             parts = [values[f"selected_{name}"] for name in ("gate", "up", "down")]
             # The last one stands for none.
             selection = LayerSelection(jnp.array([5, 2, E]), *parts)
-        return module(values["x"], jnp.asarray(IS_TOKEN), keys, selection)
+        return module(
+            values["x"], jnp.asarray(IS_TOKEN), keys, selection, False, values.get("probe")
+        )
 
     @jax.jit
     def step(values, g):

@@ -1,0 +1,128 @@
+"""What a checkpoint costs the steps around it: python -m benchmarks.checkpointing
+
+Steps with AdamW updates on a few random tokens, of a model whose size matters and not its FLOPs. A
+save starts in the background, as in a run, while steps go on until it is complete; then the same is
+saved once more and waited for.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.memory import GIB
+from benchmarks.shapes import shape_of
+from benchmarks.step import build, make_parser, random_batch, timed
+from olmoe_jax import sharding
+from olmoe_jax.errors import UserError, run_command
+from olmoe_jax.huge_pages import restart_with_huge_pages
+from olmoe_jax.training.checkpoint import Checkpointer
+from olmoe_jax.training.setup import Program
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = make_parser()
+    parser.prog, parser.description = "python -m benchmarks.checkpointing", __doc__
+    parser.set_defaults(rows=1, length=32, what="update")
+    parser.add_argument("--saves", type=int, default=3, help="of each kind")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps without a save")
+    parser.add_argument("--output", type=Path, help="write there; default: a temporary directory")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON")
+    args = parser.parse_args(arguments)
+    if args.what != "update" or min(args.saves, args.steps) < 1:
+        raise UserError("--what must be update, --saves and --steps positive")
+    with tempfile.TemporaryDirectory(dir=args.output) as directory:
+        result = measure(args, Path(directory))
+    print(json.dumps(result) if args.json else report(result))
+
+
+def measure(args, directory: Path) -> dict[str, Any]:
+    """Seconds of steps and saves, each kind `args.saves` times."""
+    mesh = sharding.make_mesh()
+    with jax.set_mesh(mesh):
+        run = _Run(build(args, shape_of(args), mesh)[0], args, directory)
+        run.step()  # compiles
+        alone = [timed(run.step)[0] for _ in range(args.steps)]
+        background = [run.save_behind_steps() for _ in range(args.saves)]
+        waited = [_seconds(run.save_and_wait) for _ in range(args.saves)]
+    state = sum(array.nbytes for array in jax.tree.leaves(run.state))
+    run.checkpoints.close()
+    median = statistics.median
+    return {
+        "state_gib": state / GIB,
+        "step_seconds": median(alone),
+        "longest_step_seconds": max(alone),
+        # Medians of the saves: how long `save` held the steps up, the step that it preceded (with
+        # it), the steps until the save was complete, and how long that took.
+        "blocked_seconds": median(blocked for blocked, _, _ in background),
+        "saving_step_seconds": median(blocked + steps[0] for blocked, steps, _ in background),
+        "step_during_save_seconds": median(median(steps) for _, steps, _ in background),
+        "complete_seconds": median(complete for _, _, complete in background),
+        "waited_seconds": median(waited),
+    }
+
+
+class _Run:
+    def __init__(self, program: Program, args, directory: Path):
+        self.program, self.state = program, program.state
+        self.batch = program.to_devices(random_batch(shape_of(args)))
+        self.checkpoints = Checkpointer(directory, keep=1, identity={})
+        self.saves = 0
+
+    def step(self) -> Any:
+        program = self.program
+        sums = program.accumulate(
+            self.state.parameters,
+            program.frozen,
+            program.zero_sums(),
+            self.batch,
+            np.zeros(2, np.uint32),
+        )
+        self.state, metrics = program.update(self.state, sums)
+        return self.state, metrics
+
+    def save(self) -> None:
+        self.saves += 1
+        self.checkpoints.save(self.saves, self.state, {}, {}, None)
+
+    def save_and_wait(self) -> None:
+        self.save()
+        self.checkpoints.wait()
+
+    def save_behind_steps(self) -> tuple[float, list[float], float]:
+        """Seconds that `save` took, that each step took until it was complete, and until then."""
+        started = time.perf_counter()
+        blocked = _seconds(self.save)
+        steps = [timed(self.step)[0]]
+        while self.checkpoints.is_saving():
+            steps.append(timed(self.step)[0])
+        return blocked, steps, time.perf_counter() - started
+
+
+def _seconds(function: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def report(result: dict[str, Any]) -> str:
+    """The result for a person to read."""
+    step, blocked = result["step_seconds"], result["blocked_seconds"]
+    complete, waited = result["complete_seconds"], result["waited_seconds"]
+    return f"""state                {result["state_gib"]:.2f} GiB
+step without a save  {step:.3f} s median, {result["longest_step_seconds"] / step:.2f}x at most
+step with its start  {result["saving_step_seconds"] / step:.2f}x
+steps until its end  {result["step_during_save_seconds"] / step:.2f}x
+blocked by `save`    {blocked:.3f} s: {blocked / complete:.1%} of the {complete:.2f} s that it takes
+synchronous save     {waited:.2f} s: {waited / blocked:.1f}x as long as that"""
+
+
+if __name__ == "__main__":
+    restart_with_huge_pages()
+    run_command(main)
