@@ -7,6 +7,7 @@ what they would allocate besides inputs and outputs.
 """
 
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
-from olmoe_jax.ops.attention import BACKENDS, attention, cached_attention, check_backend
+from olmoe_jax.ops.attention import BACKENDS, attention, check_backend
 from olmoe_jax.plan.devices import open_devices, parse_topology, prepare_environment
 from olmoe_jax.sharding import BATCH, make_mesh, on_own_rows
 
@@ -44,14 +45,18 @@ def main(arguments: Sequence[str]) -> None:
 
 def before(q, k, v, segments):
     """512 queries at a time, all keys; the backward pass recomputes the probabilities."""
-    length, chunk = q.shape[1], 512
-    if length <= chunk or length % chunk:
-        return cached_attention(q, k, v, segments, segments, 0)
+    length = q.shape[1]
+    chunk = 512 if length % 512 == 0 else length
 
     def queries(start):
-        own = jax.lax.dynamic_slice_in_dim(q, start, chunk, 1)
-        own_segments = jax.lax.dynamic_slice_in_dim(segments, start, chunk, 1)
-        return cached_attention(own, k, v, own_segments, segments, start)
+        own, own_segments = (
+            jax.lax.dynamic_slice_in_dim(part, start, chunk, 1) for part in (q, segments)
+        )
+        scores = jnp.einsum("bshd,bthd->bhst", own, k, preferred_element_type=jnp.float32)
+        earlier = jnp.arange(length) <= (start + jnp.arange(chunk))[:, None]
+        visible = earlier & (own_segments[:, :, None] == segments[:, None, :])
+        scores = jnp.where(visible[:, None], scores / math.sqrt(q.shape[-1]), -jnp.inf)
+        return jnp.einsum("bhst,bthd->bshd", jax.nn.softmax(scores).astype(v.dtype), v)
 
     out = jax.lax.map(jax.checkpoint(queries), jnp.arange(0, length, chunk))
     return jnp.moveaxis(out, 0, 1).reshape(q.shape)

@@ -13,7 +13,8 @@ from flax import nnx
 from olmoe_jax.model.config import ModelConfig, ModelSettings
 from olmoe_jax.model.lora import TARGETS, Adapters, dropout, projection
 from olmoe_jax.model.parameters import matrix, scale
-from olmoe_jax.ops.attention import attention, cached_attention
+from olmoe_jax.ops.attention import attention
+from olmoe_jax.ops.cached_attention import cached_attention
 from olmoe_jax.ops.projection import project
 from olmoe_jax.ops.remat import keep
 from olmoe_jax.sharding import gathered, on_own_rows
@@ -106,9 +107,13 @@ class Attention(nnx.Module):
             cache = LayerCache(
                 *(_written(part, new, context) for part, new in zip(cache, (k, v), strict=True))
             )
-            k, v = (jnp.swapaxes(part[context.layer], 1, 2) for part in cache)
             y = cached_attention(
-                q, k, v, context.segments, context.key_segments, context.first_query
+                q,
+                *cache,
+                context.layer,
+                context.segments,
+                context.key_segments,
+                context.first_query,
             )
         else:
             backend = self.settings.attention

@@ -1,11 +1,9 @@
-"""Causal attention over packed rows: the choice of a backend, and decoding with a cache.
+"""Causal attention over packed rows: the choice of a backend.
 
-Shapes: B rows, S positions, T positions of a cache, H heads, G key/value heads (G divides H; each
-serves H/G consecutive heads), d head size.
+Shapes: B rows, S positions, H heads, G key/value heads (G divides H; each serves H/G consecutive
+heads), d head size.
 """
 
-import functools
-import math
 from typing import Any
 
 import jax
@@ -22,9 +20,6 @@ BACKENDS = {
     "splash": splash,
 }
 _PLATFORM = {"pallas_triton": "gpu", "cudnn": "gpu", "splash": "tpu"}
-
-DECODING_CHUNK = 512
-"""Queries per chunk when decoding: bounds the scores to [B, H, DECODING_CHUNK, T]."""
 
 
 def default_backend(platform: str) -> str:
@@ -73,51 +68,3 @@ def attention(
     if backend not in BACKENDS:
         raise ValueError(f"attention backend {backend!r} is none of {', '.join(BACKENDS)}")
     return BACKENDS[backend](q, k, v, segments)
-
-
-def cached_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    query_segments: jax.Array,
-    key_segments: jax.Array,
-    first_query: jax.Array | int,
-) -> jax.Array:
-    """`attention` of S queries to the T keys of a cache, in plain XLA.
-
-    Args:
-      q: [B, S, H, d]; k, v: [B, T, G, d].
-      query_segments: [B, S] int; key_segments: [B, T] int.
-      first_query: index of query 0 among the keys; the keys behind a query are invisible to it.
-    """
-    length = q.shape[1]
-    index = first_query + jnp.arange(length)
-    attend = functools.partial(_attend, k, v, key_segments)
-    count = -(-length // DECODING_CHUNK)
-    if count <= 1:
-        return attend(q, query_segments, index)
-    size = -(-length // count)
-
-    def chunks(x, axis):
-        padding = [(0, 0)] * x.ndim
-        padding[axis] = (0, count * size - length)
-        x = jnp.pad(x, padding)
-        return jnp.moveaxis(x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :]), axis, 0)
-
-    inputs = chunks(q, 1), chunks(query_segments, 1), chunks(index, 0)
-    out = jax.lax.map(lambda inputs: attend(*inputs), inputs)
-    return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, :length]
-
-
-def _attend(k, v, key_segments, q, query_segments, index):
-    batch, length, heads, size = q.shape
-    groups = k.shape[2]
-    q = q.reshape(batch, length, groups, heads // groups, size)
-    scores = jnp.einsum("bsghd,btgd->bghst", q, k, preferred_element_type=jnp.float32)
-    scores = scores / math.sqrt(size)
-    earlier = jnp.arange(k.shape[1])[None, :] <= index[:, None]
-    visible = earlier[None] & (query_segments[:, :, None] == key_segments[:, None, :])
-    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    probabilities = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bghst,btgd->bsghd", probabilities, v)
-    return out.reshape(batch, length, heads, size)

@@ -8,14 +8,16 @@ would first copy all experts of the layer, more than a step needs to read. No gr
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from olmoe_jax.ops.projection import Projection, project
-from olmoe_jax.ops.routing import from_experts, sort_by_expert
+from olmoe_jax.ops.routing import sort_by_expert
 
 _LARGEST_BLOCK = 32
+_TURN_BYTES = 2**20
 
 
 def decoding_backend(platform: str, tokens: int, per_token: int, experts: int) -> str | None:
@@ -31,7 +33,10 @@ def decoding_backend(platform: str, tokens: int, per_token: int, experts: int) -
 
 
 def experts_by_loop(x, weights, chosen, experts, layer) -> jax.Array:
-    """The sum over each token's experts: a loop over the experts in use, then over their rows.
+    """The sum over each token's experts: a loop over blocks of rows, each of one expert.
+
+    A turn takes several blocks, so that both the copying of their matrices and their matmuls are
+    large enough to be shared by a CPU's cores.
 
     Args:
       x: [T, D].
@@ -43,37 +48,59 @@ def experts_by_loop(x, weights, chosen, experts, layer) -> jax.Array:
     Returns:
       [T, D] in x's dtype.
     """
-    count, per_token = experts[0].weight.shape[1], chosen.shape[1]
-    order, inverse, sizes = sort_by_expert(chosen, count)
-    ends, assigned = jnp.cumsum(sizes), chosen.size
-    used = jnp.argsort(sizes == 0, stable=True)
-    mean = max(1, assigned // count)
-    size = min(_LARGEST_BLOCK, 2 ** math.ceil(math.log2(mean)))
-    rows = jnp.pad(x[order // per_token], ((0, size), (0, 0)))
-    row_weights = jnp.pad(weights.reshape(-1)[order], (0, size))[:, None]
+    per_turn = max(1, _TURN_BYTES // experts[0].weight[0, 0].nbytes)
+    blocks = _blocks(chosen, experts[0].weight.shape[1], per_turn)
+    weights = weights.reshape(-1).at[blocks.assignment].get(mode="fill", fill_value=0)[..., None]
+    token = blocks.assignment // chosen.shape[1]
 
-    def one_expert(turn, out):
-        expert = used[turn]
-        gate, up, down = (_matrix(part, layer, expert) for part in experts)
-        first = ends[expert] - sizes[expert]
+    def one_turn(turn, out):
+        def of_turn(values):
+            return jax.lax.dynamic_slice_in_dim(values, turn * per_turn, per_turn)
 
-        def one_block(index, out):
-            start = first + index * size
-            block = jax.lax.dynamic_slice_in_dim(rows, start, size)
-            scale = jax.lax.dynamic_slice_in_dim(row_weights, start, size)
-            hidden = jax.nn.silu(project(block, gate, block)) * project(block, up, block)
-            hidden = (hidden * scale).astype(x.dtype)
-            # Rows of later experts are written again when their expert comes.
-            return jax.lax.dynamic_update_slice_in_dim(
-                out, project(hidden, down, hidden), start, axis=0
-            )
+        gate, up, down = (_matrix(part, layer, of_turn(blocks.expert)) for part in experts)
+        rows = x.at[of_turn(token)].get(mode="clip")
+        hidden = jax.nn.silu(project(rows, gate, rows)) * project(rows, up, rows)
+        hidden = (hidden * of_turn(weights)).astype(x.dtype)
+        rows = project(hidden, down, hidden)
+        return jax.lax.dynamic_update_slice_in_dim(out, rows, turn * per_turn, axis=0)
 
-        return jax.lax.fori_loop(0, (sizes[expert] + size - 1) // size, one_block, out)
+    out = jnp.zeros((*blocks.assignment.shape, x.shape[1]), x.dtype)
+    out = jax.lax.fori_loop(0, -(-blocks.count // per_turn), one_turn, out)
+    out = out.reshape(-1, x.shape[1]).at[blocks.row].get(mode="fill", fill_value=0)
+    return jnp.sum(out, axis=1, dtype=jnp.float32).astype(x.dtype)
 
-    out = jnp.zeros((assigned + size, x.shape[1]), x.dtype)
-    out = jax.lax.fori_loop(0, jnp.sum(sizes > 0), one_expert, out)[:assigned]
-    out = jnp.where(jnp.arange(assigned)[:, None] < ends[-1], out, 0)
-    return from_experts(out, order, inverse, per_token)
+
+class _Blocks(NamedTuple):
+    """The T*K assignments in U blocks of up to M rows of one expert each."""
+
+    count: jax.Array  # [] int32: blocks that are not empty, the first ones
+    expert: jax.Array  # [U] int32
+    assignment: jax.Array  # [U, M] int32: which (token*K + k) a row is; T*K: none
+    row: jax.Array  # [T, K] int32: the row of U*M that an assignment is; U*M: none
+
+
+def _blocks(chosen: jax.Array, num_experts: int, multiple: int) -> _Blocks:
+    """Blocks of twice the rows that an expert has on average; U is a multiple of `multiple`."""
+    assigned = chosen.size
+    size = min(_LARGEST_BLOCK, 2 ** math.ceil(math.log2(max(1, 2 * assigned / num_experts))))
+    most = min(assigned, num_experts) + assigned // size
+    most = -(-most // multiple) * multiple
+    order, inverse, rows = sort_by_expert(chosen, num_experts)
+    of_expert = (rows + size - 1) // size
+    ends = jnp.cumsum(of_expert)
+    block = jnp.arange(most)
+    expert = jnp.sum(block[:, None] >= ends, axis=1)
+    ends, first = (jnp.append(values, most) for values in (ends, ends - of_expert))
+    starts = jnp.append(jnp.cumsum(rows) - rows, assigned)
+    # Row i of an expert's blocks is row i of its sorted rows.
+    place = (block - first[expert])[:, None] * size + jnp.arange(size)
+    is_row = place < jnp.append(rows, 0)[expert][:, None]
+    place = jnp.where(is_row, starts[expert][:, None] + place, assigned)
+    assignment = order.at[place].get(mode="fill", fill_value=assigned)
+    flat = chosen.reshape(-1)
+    row = first[flat] * size + inverse - starts[flat]
+    row = jnp.where(flat < num_experts, row, most * size).reshape(chosen.shape)
+    return _Blocks(ends[-2], expert, assignment, row)
 
 
 def experts_by_gather(x, weights, chosen, experts, layer) -> jax.Array:

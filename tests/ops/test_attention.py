@@ -15,12 +15,11 @@ from helpers import assert_close, relative_error
 
 from olmoe_jax.config import ModelOptions
 from olmoe_jax.errors import UserError
-from olmoe_jax.ops import attention as module
+from olmoe_jax.ops import cached_attention as module
 from olmoe_jax.ops import chunked_attention
 from olmoe_jax.ops.attention import (
     BACKENDS,
     attention,
-    cached_attention,
     check_backend,
     default_backend,
 )
@@ -160,7 +159,7 @@ def test_bfloat16_scores_are_float32():
     k = k.reshape(1, 2, 1, 4).astype(jnp.bfloat16)
     v = jnp.array([0.0, 1.0], jnp.bfloat16).reshape(1, 2, 1, 1) * jnp.ones((4,), jnp.bfloat16)
     ones = jnp.ones((1, 2), jnp.int32)
-    for out in (attention(q, k, v, ones), cached_attention(q, k, v, ones, ones, 0)):
+    for out in (attention(q, k, v, ones), cached(q, k, v, ones, ones, 0)):
         assert out.dtype == jnp.bfloat16
         # Scores 256 and 256.5: in bfloat16 both are 256 and the probability were 0.5.
         expected = 1 / (1 + np.exp(-0.5))
@@ -174,6 +173,12 @@ def largest_array(function, *shapes) -> int:
     return max(int(np.prod([int(size) for size in found.split(",")])) for found in dimensions)
 
 
+def cached(q, k, v, query_segments, key_segments, first_query):
+    """`cached_attention` to keys and values [B, T, G, d], which lie in the second of two layers."""
+    caches = (jnp.stack([jnp.full_like(part, 7), part]).swapaxes(2, 3) for part in (k, v))
+    return module.cached_attention(q, *caches, 1, query_segments, key_segments, first_query)
+
+
 @pytest.mark.parametrize("length", [2048, 2047])
 def test_no_array_of_scores(monkeypatch, length):
     q, segments = (
@@ -185,19 +190,19 @@ def test_no_array_of_scores(monkeypatch, length):
 
     def decoding():  # a new function each time: jit would reuse the trace of the same one
         arrays = q, q, q, segments, segments
-        return largest_array(lambda *arrays: cached_attention(*arrays, 0), *arrays)
+        return largest_array(lambda *arrays: cached(*arrays, 0), *arrays)
 
     assert decoding() < length**2
-    monkeypatch.setattr(module, "DECODING_CHUNK", length)
+    monkeypatch.setattr(module, "KEYS_PER_TURN", length)
     assert decoding() >= length**2  # it would be seen
 
 
-@pytest.mark.parametrize("chunk", [512, 5, 4])
-def test_decoding_in_chunks_equals_attention(monkeypatch, chunk):
-    monkeypatch.setattr(module, "DECODING_CHUNK", chunk)
+@pytest.mark.parametrize("keys", [128, 5, 4])
+def test_decoding_in_turns_equals_attention(monkeypatch, keys):
+    monkeypatch.setattr(module, "KEYS_PER_TURN", keys)
     inputs = case()
     q, k, v, segments, _ = inputs
-    out = jax.jit(cached_attention)(q, k, v, segments, segments, 0)
+    out = jax.jit(cached)(q, k, v, segments, segments, 0)
     assert relative_error(out, oracle(*inputs)[0]) < 2e-6
 
 
@@ -208,7 +213,7 @@ def test_decoding_sees_earlier_keys_only():
     whole = attention(q, k, v, ones)
     later = jnp.arange(12)[None, :, None, None] > 7
     k, v = jnp.where(later, 9.0, k), jnp.where(later, 9.0, v)
-    assert_close(cached_attention(q[:, 6:8], k, v, ones[:, 6:8], ones, 6), whole[:, 6:8], 1e-6)
+    assert_close(cached(q[:, 6:8], k, v, ones[:, 6:8], ones, 6), whole[:, 6:8], 1e-6)
 
 
 def test_the_configuration_offers_every_backend():
