@@ -32,14 +32,16 @@ def main(arguments: Sequence[str]) -> None:
     _check_positive(args, "limit", "judge_workers")
     tools = Tools(run_programs=_sandbox(args, tasks))
     examples = {task.name: read_examples(task, args.data)[: args.limit] for task in tasks}
-    check_backend(args.backend, args.model)
+    check_backend(args.backend, args.model, args.adapter)
     server = _judge_server(args)
 
-    from eval.fingerprint import model_fingerprint
+    from eval.fingerprint import adapter_fingerprint, model_fingerprint
 
     model = {
         "model": args.model,
         "fingerprint": model_fingerprint(args.model),
+        "adapter": args.adapter,
+        "adapter_fingerprint": adapter_fingerprint(args.adapter) if args.adapter else None,
         "backend": args.backend,
         "compute_dtype": args.compute_dtype,
     }
@@ -55,7 +57,7 @@ def main(arguments: Sequence[str]) -> None:
         judge = Judge(server, args.output / "judge.jsonl", args.judge_workers)
         tools = Tools(tools.run_programs, judge)
     backend = functools.cache(
-        functools.partial(open_backend, args.backend, args.model, args.compute_dtype)
+        functools.partial(open_backend, args.backend, args.model, args.compute_dtype, args.adapter)
     )
     for task in tasks:
         result = evaluate(
@@ -70,6 +72,11 @@ def parser() -> ArgumentParser:
     result = ArgumentParser(prog="python -m eval.run", description=__doc__, epilog=EXAMPLE)
     add = result.add_argument
     add("--model", required=True, metavar="DIR_OR_HUB_ID", help="a Hugging Face checkpoint or ours")
+    add(
+        "--adapter",
+        metavar="DIR",
+        help="a PEFT adapter of that model, or the LoRA run that made it",
+    )
     add("--tasks", required=True, metavar="NAMES", help=f"some of {','.join(TASKS)}")
     add("--output", required=True, type=Path, metavar="DIR")
     add("--backend", choices=BACKENDS, default="jax")

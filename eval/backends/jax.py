@@ -12,12 +12,12 @@ from olmoe_jax.model.config import ModelSettings
 
 
 class JaxBackend(Prompts):
-    def __init__(self, model: str, compute_dtype: str):
+    def __init__(self, model: str, compute_dtype: str, adapter: str | None = None):
         source = open_source(model)
         super().__init__(load_tokenizer(str(source.files)))
         self.context = source.config.max_position_embeddings
         settings = ModelSettings(compute_dtype=jnp.dtype(compute_dtype))
-        self._model = olmoe_jax.from_pretrained(model, settings=settings)
+        self._model = olmoe_jax.from_pretrained(model, settings=settings, adapter=adapter)
 
     def generate(self, prompts: Sequence[str], sampling: Sampling) -> list[str]:
         return olmoe_jax.generate(
