@@ -8,6 +8,7 @@ import olmoe_jax
 from eval.backends import Prompts, Sampling
 from olmoe_jax.data import load_tokenizer
 from olmoe_jax.hf.opening import open_source
+from olmoe_jax.likelihood import Pair, log_likelihoods
 from olmoe_jax.model.config import ModelSettings
 
 
@@ -30,3 +31,6 @@ class JaxBackend(Prompts):
             seed=sampling.seed,
             batch_size=len(prompts),
         )
+
+    def log_likelihoods(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
+        return log_likelihoods(self._model, pairs)

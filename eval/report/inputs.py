@@ -14,7 +14,7 @@ from typing import Any
 
 from configs.table import DATASETS, METHODS
 from eval.evaluation import MODEL, RESULT, ROWS, SETTINGS
-from eval.tasks import TASKS
+from eval.tasks import HARNESS_DIRECTORY, TASKS
 from olmoe_jax.config import ModelOptions
 from olmoe_jax.errors import UserError
 from olmoe_jax.hf import directory
@@ -191,7 +191,8 @@ def _name(path: Path, model: Mapping[str, str], runs: Mapping, bases: set[str]) 
 
 def _add(inputs: Inputs, evaluation: Path, model: Mapping[str, str], name: str) -> None:
     """Puts an evaluation's tasks into the table."""
-    for task in TASKS:
+    harness = sorted(path.name for path in evaluation.glob(f"{HARNESS_DIRECTORY}*"))
+    for task in (*TASKS, *harness):
         path = evaluation / task
         if not (path / RESULT).exists():
             if (path / SETTINGS).exists():
