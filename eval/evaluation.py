@@ -38,12 +38,12 @@ class Decoding:
     seed: int = 0
 
 
-def open_output(output: Path, model: Mapping[str, str]) -> None:
+def open_output(output: Path, model: Mapping[str, str | None]) -> None:
     """Makes the directory of a model's results, or makes sure that it is this model's.
 
     Args:
       output: the directory.
-      model: what names it; `model`, the path, may differ when the content is the same.
+      model: what names it; `model` and `adapter`, paths, may differ when the content is the same.
 
     Raises:
       UserError: it holds another model's results, or something else.
@@ -51,7 +51,7 @@ def open_output(output: Path, model: Mapping[str, str]) -> None:
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is a file; write a directory")
     if (output / MODEL).exists():
-        _check_same(output, directory.read_json(output / MODEL), model, free=["model"])
+        _check_same(output, directory.read_json(output / MODEL), model, free=["model", "adapter"])
         return
     if output.exists() and any(e.name != f".{MODEL}.partial" for e in output.iterdir()):
         raise UserError(

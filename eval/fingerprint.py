@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 from olmoe_jax.hf import directory
+from olmoe_jax.hf.adapter import CONFIG, ROUTER, WEIGHTS, adapter_directory
 from olmoe_jax.hf.opening import CHECKPOINTS, latest_step
 from olmoe_jax.hf.source import MODEL_DIRECTORY, PARAMETERS
 
@@ -24,9 +25,22 @@ def model_fingerprint(path_or_hub_id: str) -> str:
     patterns = _OUR_FILES if (root / PARAMETERS).is_dir() else _HF_FILES
     if (root / CHECKPOINTS).is_dir():
         root, patterns = root / CHECKPOINTS / str(latest_step(root)), ("**/*",)
-    files = sorted({file for pattern in patterns for file in root.glob(pattern)})
+    return _fingerprint(root, {file for pattern in patterns for file in root.glob(pattern)})
+
+
+def adapter_fingerprint(path_or_hub_id: str) -> str:
+    """The same of an adapter's files; of a LoRA run, of the adapter that it exported.
+
+    Raises:
+      UserError: there is no such adapter.
+    """
+    root = adapter_directory(path_or_hub_id)
+    return _fingerprint(root, {root / name for name in (CONFIG, WEIGHTS, ROUTER)})
+
+
+def _fingerprint(root: Path, files: set[Path]) -> str:
     digest = hashlib.sha256()
-    for file in files:
+    for file in sorted(files):
         if file.is_file():
             digest.update(f"{file.relative_to(root)} {file.stat().st_size}\n".encode())
             _add_pieces(digest, file)

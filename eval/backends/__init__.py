@@ -44,22 +44,34 @@ class Backend(Protocol):
         """The continuations."""
 
 
-def check_backend(name: str, model: str) -> None:
+def check_backend(name: str, model: str, adapter: str | None = None) -> None:
     """Makes sure that a backend can load a model, without loading it.
 
     Raises:
-      UserError: a package is not installed, or the backend does not read this kind of checkpoint.
+      UserError: a package is not installed, the backend does not read this kind of checkpoint, or
+        the adapter is none of this model.
     """
     if name == "jax":
+        if adapter:
+            from olmoe_jax.hf.adapter import adapter_directory, read_adapter
+            from olmoe_jax.hf.opening import open_source
+
+            read_adapter(adapter_directory(adapter), open_source(model).config)
         return
-    package = {"hf": "torch", "vllm": "vllm"}[name]
-    try:
-        importlib.import_module(package)
-    except ImportError as error:
+    if name == "vllm" and adapter:
         raise UserError(
-            f"--backend {name} needs {package} ({error}): pip install {package}, or leave "
-            "--backend out to decode with jax"
-        ) from None
+            f"--adapter {adapter}: --backend vllm reads no adapters; merge it (python -m "
+            f"convert.merge_lora --model {model} --adapter {adapter} --output DIR) and write "
+            "--model DIR, or leave --backend out"
+        )
+    for package in {"hf": ["torch", *["peft"] * bool(adapter)], "vllm": ["vllm"]}[name]:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise UserError(
+                f"--backend {name} needs {package} ({error}): pip install {package}, or leave "
+                "--backend out to decode with jax"
+            ) from None
     if not any(directory.resolve(model).glob("*.safetensors")):
         raise UserError(
             f"--model {model}: --backend {name} reads Hugging Face checkpoints; write the exported "
@@ -67,8 +79,8 @@ def check_backend(name: str, model: str) -> None:
         )
 
 
-def open_backend(name: str, model: str, compute_dtype: str) -> Backend:
-    """Loads a model.
+def open_backend(name: str, model: str, compute_dtype: str, adapter: str | None = None) -> Backend:
+    """Loads a model that `check_backend` accepts.
 
     Raises:
       UserError: it cannot be loaded.
@@ -77,8 +89,9 @@ def open_backend(name: str, model: str, compute_dtype: str) -> Backend:
     from eval.backends.jax import JaxBackend
     from eval.backends.vllm import VllmBackend
 
-    classes = {"jax": JaxBackend, "hf": HfBackend, "vllm": VllmBackend}
-    return classes[name](model, compute_dtype)
+    if name == "vllm":
+        return VllmBackend(model, compute_dtype)
+    return {"jax": JaxBackend, "hf": HfBackend}[name](model, compute_dtype, adapter)
 
 
 class Prompts:

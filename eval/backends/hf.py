@@ -6,12 +6,13 @@ from eval.backends import Prompts, Sampling
 from olmoe_jax.data import load_tokenizer
 from olmoe_jax.data.hub import first_line
 from olmoe_jax.errors import UserError
-from olmoe_jax.hf import directory
+from olmoe_jax.hf import directory, safetensors_file
+from olmoe_jax.hf.adapter import ROUTER, adapter_directory
 from olmoe_jax.stop_strings import cut_at
 
 
 class HfBackend(Prompts):
-    def __init__(self, model: str, compute_dtype: str):
+    def __init__(self, model: str, compute_dtype: str, adapter: str | None = None):
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -22,6 +23,8 @@ class HfBackend(Prompts):
             loaded = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, compute_dtype))
         except Exception as error:  # transformers raises errors of many unrelated types
             raise UserError(f"--model {model}: transformers: {first_line(error)}") from error
+        if adapter:
+            loaded = _adapted(loaded, adapter)
         self._model = loaded.to(self._device).eval()
         self.context = loaded.config.max_position_embeddings
 
@@ -51,3 +54,22 @@ class HfBackend(Prompts):
                 ),
             )
         return [cut_at(self.decode(row[length:].tolist()), sampling.stop) for row in out]
+
+
+def _adapted(model, adapter: str):
+    """The model with an adapter beside its weights; a router that trained beside it replaces."""
+    import torch
+    from peft import PeftModel
+
+    path = adapter_directory(adapter)
+    if (path / ROUTER).exists():
+        stored = safetensors_file.read_header(path / ROUTER)
+        routers = {
+            name: torch.from_numpy(tensor.read().astype("float32"))
+            for name, tensor in stored.items()
+        }
+        model.load_state_dict(routers, strict=False)
+    try:
+        return PeftModel.from_pretrained(model, path)
+    except Exception as error:  # of many unrelated types, as transformers
+        raise UserError(f"--adapter {adapter}: peft: {first_line(error)}") from error

@@ -8,16 +8,17 @@ import olmoe_jax
 from eval.backends import Prompts, Sampling
 from olmoe_jax.data import load_tokenizer
 from olmoe_jax.hf.opening import open_source
+from olmoe_jax.likelihood import Pair, log_likelihoods
 from olmoe_jax.model.config import ModelSettings
 
 
 class JaxBackend(Prompts):
-    def __init__(self, model: str, compute_dtype: str):
+    def __init__(self, model: str, compute_dtype: str, adapter: str | None = None):
         source = open_source(model)
         super().__init__(load_tokenizer(str(source.files)))
         self.context = source.config.max_position_embeddings
         settings = ModelSettings(compute_dtype=jnp.dtype(compute_dtype))
-        self._model = olmoe_jax.from_pretrained(model, settings=settings)
+        self._model = olmoe_jax.from_pretrained(model, settings=settings, adapter=adapter)
 
     def generate(self, prompts: Sequence[str], sampling: Sampling) -> list[str]:
         return olmoe_jax.generate(
@@ -30,3 +31,6 @@ class JaxBackend(Prompts):
             seed=sampling.seed,
             batch_size=len(prompts),
         )
+
+    def log_likelihoods(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
+        return log_likelihoods(self._model, pairs)

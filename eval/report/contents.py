@@ -20,6 +20,7 @@ from eval.report.document import (
 )
 from eval.report.figures import Named, loss_curves, match_curves, router_curves
 from eval.report.inputs import Inputs
+from eval.tasks import HARNESS_DIRECTORY
 
 SIGNIFICANT = 0.05
 _PROMPT_END = 600
@@ -43,9 +44,15 @@ def _scores(inputs: Inputs, metrics: dict[str, str]) -> Iterator[Block]:
     if not metrics:
         return
     yield Heading(2, "Scores")
-    yield Paragraph(
+    text = (
         "In percent, with the 95% bootstrap interval over the rows; the highest of a task is bold."
     )
+    if any(task.startswith(HARNESS_DIRECTORY) for task in metrics):
+        text += (
+            " Of lm_eval's tasks the interval is 1.96 standard errors to both sides; what is no "
+            "share is in lm_eval's own unit, of which less may be better."
+        )
+    yield Paragraph(text)
     head = ["method", *(f"{task} ({metric})" for task, metric in metrics.items())]
     rows = [[name, *_score_cells(inputs, metrics, name)] for name in inputs.methods]
     yield Table(head, rows)

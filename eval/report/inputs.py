@@ -1,8 +1,9 @@
 """What a report is made of: the evaluations and training runs in the directories it is given.
 
 A row of the report is a method. An evaluation belongs to the training run that holds its directory,
-or whose directory (or export in it) its model.json names, and has that run's method; the base model
-of a run is "base", any other model the name of the evaluation's directory. NAME=DIR names it.
+or whose directory (or export in it) its model.json names, as the adapter or else the model, and has
+that run's method; the base model of a run is "base", any other model the name of the evaluation's
+directory. NAME=DIR names it.
 """
 
 import json
@@ -13,7 +14,7 @@ from typing import Any
 
 from configs.table import DATASETS, METHODS
 from eval.evaluation import MODEL, RESULT, ROWS, SETTINGS
-from eval.tasks import TASKS
+from eval.tasks import HARNESS_DIRECTORY, TASKS
 from olmoe_jax.config import ModelOptions
 from olmoe_jax.errors import UserError
 from olmoe_jax.hf import directory
@@ -168,8 +169,11 @@ def _model(evaluation: Path) -> dict[str, Any]:
 
 
 def _run_of(evaluation: Path, model: Mapping[str, str]) -> Path | None:
-    """The directory of the training run that made an evaluation's model, if it is there."""
-    named = Path(model["model"])
+    """The directory of the training run that made an evaluation's model, if it is there.
+
+    Of a model with an adapter, the run that made the adapter.
+    """
+    named = Path(model.get("adapter") or model["model"])
     # Where the model is not (any more), the evaluation may have been moved together with its run.
     for place in (named, named.parent) if named.exists() else (evaluation.parent,):
         if is_run(place):
@@ -181,12 +185,14 @@ def _name(path: Path, model: Mapping[str, str], runs: Mapping, bases: set[str]) 
     if run := _run_of(path, model):
         name, opened = runs[run.resolve()]
         return name or opened.method
-    return BASE if model["model"] in bases else path.name
+    is_base = model["model"] in bases and not model.get("adapter")
+    return BASE if is_base else path.name
 
 
 def _add(inputs: Inputs, evaluation: Path, model: Mapping[str, str], name: str) -> None:
     """Puts an evaluation's tasks into the table."""
-    for task in TASKS:
+    harness = sorted(path.name for path in evaluation.glob(f"{HARNESS_DIRECTORY}*"))
+    for task in (*TASKS, *harness):
         path = evaluation / task
         if not (path / RESULT).exists():
             if (path / SETTINGS).exists():

@@ -15,6 +15,19 @@ TASKS: dict[str, Task] = {
     for task in (Gsm(), Mbpp(), HumanEval(), Intent(), Law(), Summary(), Translation())
 }
 
+HARNESS = "lm_eval:"
+"""What the names of lm-evaluation-harness' tasks begin with."""
+HARNESS_DIRECTORY = "lm_eval_"
+"""What the directories of their results begin with."""
+
+
+def split_names(names: str) -> tuple[str, list[str]]:
+    """A list of names without those of lm-evaluation-harness' tasks, and these, each once."""
+    wanted = [name.strip() for name in names.split(",")]
+    harness = [name.removeprefix(HARNESS) for name in wanted if name.startswith(HARNESS)]
+    own = ",".join(name for name in wanted if not name.startswith(HARNESS))
+    return own, list(dict.fromkeys(harness))
+
 
 def tasks_of(names: str) -> Sequence[Task]:
     """The tasks of a comma-separated list, each once.
@@ -27,6 +40,6 @@ def tasks_of(names: str) -> Sequence[Task]:
         if name not in TASKS:
             raise UserError(
                 f"--tasks: there is no task {name!r}; did you mean {nearest(name, TASKS)}? "
-                f"The tasks are {', '.join(TASKS)}"
+                f"The tasks are {', '.join(TASKS)} and {HARNESS}NAME"
             )
     return [TASKS[name] for name in wanted]

@@ -18,6 +18,8 @@ from olmoe_jax.model.lora import TARGETS, LoraSettings
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+EXPORTED = "adapter"
+"""Where a LoRA run exports its adapter."""
 ROUTER = "router.safetensors"
 """Beside the adapter, when the router trained at full rank: `model.layers.N.mlp.gate.weight`."""
 
@@ -112,6 +114,23 @@ def write_adapter(
         "modules_to_save": None,
     }
     directory.write_json(output / CONFIG, config)
+
+
+def adapter_directory(path_or_hub_id: str) -> Path:
+    """Where the files of an adapter are: a PEFT adapter's directory, or in a LoRA run's.
+
+    Raises:
+      UserError: there are none.
+    """
+    path = directory.resolve(path_or_hub_id)
+    if (path / EXPORTED / CONFIG).exists():
+        return path / EXPORTED
+    if not (path / CONFIG).exists():
+        raise UserError(
+            f"{path_or_hub_id}: holds no {CONFIG}; write a PEFT adapter's directory, or a LoRA "
+            "run's that has ended"
+        )
+    return path
 
 
 def read_adapter(

@@ -13,9 +13,8 @@ from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from olmoe_jax import sharding
-from olmoe_jax.errors import UserError
-from olmoe_jax.hf import directory, names
-from olmoe_jax.hf.adapter import CONFIG, read_adapter
+from olmoe_jax.hf import names
+from olmoe_jax.hf.adapter import adapter_directory, read_adapter
 from olmoe_jax.hf.opening import open_source
 from olmoe_jax.hf.source import Source
 from olmoe_jax.model.config import ModelConfig, ModelSettings
@@ -24,9 +23,6 @@ from olmoe_jax.model.olmoe import Olmoe, graph_of, parameter_specs
 from olmoe_jax.model.parameters import ROUTER, Parameters, ParameterSpec, merge, split
 from olmoe_jax.model.selected import NAMES, places
 from olmoe_jax.ops.quantization import Quantized, Scheme, quantize, quantized_shapes
-
-EXPORTED = "adapter"
-"""Where a LoRA run exports its adapter."""
 
 
 def random_parameters(
@@ -199,13 +195,5 @@ def _read_adapter(
     path_or_hub_id: str, config: ModelConfig
 ) -> tuple[LoraSettings, dict[str, np.ndarray]]:
     """Settings and parameters of an adapter, with the router that trained beside it."""
-    path = directory.resolve(path_or_hub_id)
-    if (path / EXPORTED / CONFIG).exists():
-        path = path / EXPORTED
-    if not (path / CONFIG).exists():
-        raise UserError(
-            f"{path_or_hub_id}: holds no {CONFIG}; write a PEFT adapter's directory, or a LoRA "
-            "run's that has ended"
-        )
-    lora, parameters, router = read_adapter(path, config)
+    lora, parameters, router = read_adapter(adapter_directory(path_or_hub_id), config)
     return lora, parameters if router is None else parameters | {ROUTER: router}

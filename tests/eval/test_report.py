@@ -51,8 +51,9 @@ def write_result(path: Path, task: str, metric: str, scores, data="d", output="I
     write_json(path / task / "result.json", {"settings": settings, "metrics": known})
 
 
-def write_evaluation(path: Path, model: str = "m", **tasks) -> Path:
-    write_json(path / "model.json", {"model": model, "backend": "jax", "compute_dtype": "float32"})
+def write_evaluation(path: Path, model: str = "m", adapter: str | None = None, **tasks) -> Path:
+    named = {"model": model, "adapter": adapter, "backend": "jax", "compute_dtype": "float32"}
+    write_json(path / "model.json", named)
     for task, scores in tasks.items():
         write_result(path, task, "judge" if task == "law" else "exact_match", scores)
     return path
@@ -198,6 +199,20 @@ def test_evaluations_find_their_training_runs(tmp_path, runs):
     assert found["densemixer_lora", "densemixer"].rows == 2
     assert found["mine", "densemixer"].test == "permutation"
     assert found["mine", "densemixer"].value == pytest.approx(100 * (1 / 3 - 1))
+
+
+def test_an_adapter_names_its_run(tmp_path, runs):
+    """Not the model it lies beside, and an adapter of no run is not the base."""
+    lora = write_run(tmp_path / "x", "conventional_lora")
+    base = "allenai/OLMoE-1B-7B-0125"
+    (tmp_path / "foreign").mkdir()
+    paths = [
+        write_evaluation(tmp_path / name, base, str(adapter), gsm=[1.0])
+        for name, adapter in [("y", lora / "adapter"), ("z", tmp_path / "foreign")]
+    ]
+    (lora / "adapter").mkdir()
+    inputs = read_inputs([*runs, *map(str, paths)])
+    assert inputs.methods == ["base", "frozen", "densemixer", "conventional_lora", "z"]
 
 
 def test_other_rows_are_not_compared(tmp_path):
