@@ -73,7 +73,8 @@ def generate(
     """The model's continuations of the prompts, without the prompts and the end-of-text token.
 
     What is drawn for a prompt depends on the seed and on its place among the prompts, not on what
-    it shares a batch with. Under `jax.set_mesh` the rows of a batch are split over the devices.
+    it shares a batch with. Under `jax.set_mesh` the rows of a batch are split over the devices;
+    processes that share a mesh ask for the same, and each gets all texts.
 
     Args:
       model: from `olmoe_jax.from_pretrained`.
@@ -262,12 +263,15 @@ def _continue(
         new = jax.lax.dynamic_update_slice_in_dim(new, token[:, None], count, axis=1)
         return _on_all(_State(cache, new, count + 1, ended | (token == eos), lengths, keys))
 
-    return jax.lax.while_loop(unfinished, one_token, state._replace(ended=gathered(ended)))
+    state = state._replace(ended=gathered(ended))
+    # The loop's result too: XLA gives it a sharding of its own, whatever the body's has.
+    return _on_all(jax.lax.while_loop(unfinished, one_token, state))
 
 
 def _on_all(state: _State) -> _State:
     """The small arrays on every device, where every host can read them."""
-    return state._replace(new=gathered(state.new), ended=gathered(state.ended))
+    read = {name: gathered(getattr(state, name)) for name in ("new", "count", "ended")}
+    return state._replace(**read)
 
 
 def choose(

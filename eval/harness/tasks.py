@@ -151,9 +151,9 @@ def _load(manager, name: str, fewshot: int | None) -> HarnessTask:
         with _without_metrics_from_the_hub():
             loaded = manager.load([name])
     except Exception as error:  # of many unrelated types: data sets, yaml, missing packages
-        raise UserError(
-            f"--tasks {HARNESS}{name}: lm_eval cannot load it: {first_line(error)}"
-        ) from error
+        hub = getattr(error, "name", None) == "evaluate"
+        reason = "it needs code from the hub, which is not run" if hub else first_line(error)
+        raise UserError(f"--tasks {HARNESS}{name}: lm_eval cannot load it: {reason}") from error
     for task_name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
             raise UserError(

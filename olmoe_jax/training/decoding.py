@@ -3,7 +3,6 @@
 import dataclasses
 from typing import TYPE_CHECKING
 
-import jax
 import numpy as np
 
 from olmoe_jax import data
@@ -84,16 +83,11 @@ def held_out_sample(config: Config, model: Model, datasets: Datasets) -> HeldOut
     whose end was cut, and those that do not fit the model's context.
 
     Raises:
-      UserError: none is left, or the run is one of several processes.
+      UserError: none is left.
     """
     options, evaluation = config.generate, datasets.evaluation
     if options.every is None:
         return None
-    if jax.process_count() > 1:
-        raise UserError(
-            f"generate.every={options.every}: a run of several processes does not decode; write "
-            "none, and evaluate its checkpoints with python -m eval.run"
-        )
     tokenizer = data.load_tokenizer(str(model.tokenizer_files))
     room = model.config.max_position_embeddings - options.max_new_tokens
     found: list[tuple[int, str, str]] = []

@@ -2,11 +2,13 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 from helpers import ROOT, assert_user_error, message_of, on_eight_devices, run_module
+from training import processes
 
 
 def main(arguments):
@@ -58,7 +60,19 @@ def test_the_command(tiny_model, tmp_path):
     assert_user_error(run_module(*command, "--prompt", "x", "--top_p", "2"), "top_p=2")
 
 
+WORKER = ROOT / "tests" / "model" / "generation_mesh_worker.py"
+
+
 @pytest.mark.slow
 def test_sharded_is_single_device(tiny_model):
-    worker = ROOT / "tests" / "model" / "generation_mesh_worker.py"
-    assert on_eight_devices(worker, str(tiny_model)) == {"greedy": [True] * 2, "drawn": [True] * 2}
+    assert on_eight_devices(WORKER, str(tiny_model)) == {"greedy": [True] * 2, "drawn": [True] * 2}
+
+
+@pytest.mark.slow
+def test_several_processes_write_the_same(tiny_model, tmp_path):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(WORKER), str(tiny_model)]
+    started = processes.start(command, tmp_path / "log", environment, devices=2)
+    assert started.wait(300) == [0, 0], started.output()
+    found = [json.loads(output.splitlines()[-1]) for output in started.output()]
+    assert found == [{"drawn": [True]}] * 2

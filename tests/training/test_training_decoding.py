@@ -4,7 +4,6 @@ import json
 import shutil
 import sys
 
-import jax
 import pytest
 from helpers import message_of
 from training import processes
@@ -17,9 +16,8 @@ import olmoe_jax
 from convert import to_hf
 from olmoe_jax.config import TrainOptions, to_dict
 from olmoe_jax.training.best import Best, best_step, score_of
-from olmoe_jax.training.decoding import Answer, held_out_sample
+from olmoe_jax.training.decoding import Answer
 from olmoe_jax.training.reporting import answers_text
-from olmoe_jax.training.setup import Datasets
 
 __all__ = ["at_step"]
 
@@ -170,22 +168,20 @@ def test_with_adapters_and_selected_experts(files, easy, tmp_path, method):
     assert decoded(output)[40] == 1
 
 
-def test_several_processes_do_not_decode(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    config, datasets = files.config(tmp_path / "run", **DECODING), Datasets(None, None, 0)
-    message = message_of(held_out_sample, config, None, datasets)
-    assert "several processes does not decode" in message
-
-
 @pytest.mark.slow
-def test_sharded(files, easy, run, tmp_path, environment):
-    """On eight devices, the same answers."""
+@pytest.mark.parametrize(("count", "devices"), [(1, 8), (2, 2)])
+def test_sharded(files, easy, run, tmp_path, environment, count, devices):
+    """On several devices, also of two processes: the same answers, losses and best step."""
+    options = easy | DECODING | {"generate__every": 3, "train__best_metric": "exact_match"}
     mesh = {"mesh__data": 2, "train__rows_per_device": 1}
-    config = files.config(tmp_path / "run", **easy, **DECODING, **mesh)
+    config = files.config(tmp_path / "run", **options, **mesh)
     spec = tmp_path / "spec.json"
     spec.write_text(json.dumps([{"config": to_dict(config), "stop_after": None}]))
     command = [sys.executable, str(WORKER), str(spec)]
     log = tmp_path / "log"
-    started = processes.start(command, log, environment, count=1, devices=8)
-    assert started.wait(300) == [0], started.output()
-    assert decoded(tmp_path / "run") == decoded(run)
+    started = processes.start(command, log, environment, count=count, devices=devices)
+    assert started.wait(300) == [0] * count, started.output()
+    found = decoded(tmp_path / "run")
+    assert found == {step: value for step, value in decoded(run).items() if step % 3 == 0}
+    assert losses(tmp_path / "run") == pytest.approx(losses(run), rel=1e-5)
+    assert best_step(tmp_path / "run") == next(step for step, value in found.items() if value == 1)
