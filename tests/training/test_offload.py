@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from training.test_training_resume import at_step, stop, without_seconds  # noqa: F401
-from training.tiny_run import exported_bytes, losses, metrics
+from training.test_training_resume import assert_same_when_stopped, at_step  # noqa: F401
+from training.tiny_run import losses
 
 import olmoe_jax
 from configs.table import experiment
@@ -71,12 +71,7 @@ def test_a_run_that_is_stopped_and_continued(files, tmp_path, at_step, monkeypat
     options["optimizer__offload"] = True
     whole = olmoe_jax.train(files.config(tmp_path / "whole", **options)).output_dir
     assert losses(whole) == pytest.approx(losses(expected), rel=1e-5)
-    at_step(4, stop)
-    config = files.config(tmp_path / "run", **options)
-    assert not olmoe_jax.train(config).finished
-    output = olmoe_jax.train(config).output_dir
-    assert without_seconds(metrics(output)) == without_seconds(metrics(whole))
-    assert exported_bytes(output) == exported_bytes(whole)
+    assert_same_when_stopped(files.config(tmp_path / "run", **options), at_step, whole)
     assert kinds == [{"device"}] * 8 + [{"pinned_host"}] * 16
 
 

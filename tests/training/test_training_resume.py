@@ -54,6 +54,16 @@ def without_seconds(lines):
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
+def assert_same_when_stopped(config, at_step, whole: Path) -> Path:
+    """Stopped after step 4 and continued, the run is `whole`; returns its directory."""
+    at_step(4, stop)
+    assert not olmoe_jax.train(config).finished
+    output = olmoe_jax.train(config).output_dir
+    assert without_seconds(metrics(output)) == without_seconds(metrics(whole))
+    assert exported_bytes(output) == exported_bytes(whole)
+    return output
+
+
 @pytest.fixture(scope="module")
 def whole(files, tmp_path_factory):
     """A run that nothing interrupted."""
@@ -142,12 +152,7 @@ def test_with_a_lean_state(files, tmp_path, at_step, moments, master):
     }
     expected = olmoe_jax.train(files.config(tmp_path / "whole", **options)).output_dir
     assert losses(expected)[10] < losses(expected)[1] - 0.5
-    at_step(4, stop)
-    config = files.config(tmp_path / "run", **options)
-    assert not olmoe_jax.train(config).finished
-    output = olmoe_jax.train(config).output_dir
-    assert without_seconds(metrics(output)) == without_seconds(metrics(expected))
-    assert exported_bytes(output) == exported_bytes(expected)
+    output = assert_same_when_stopped(files.config(tmp_path / "run", **options), at_step, expected)
     with pytest.raises(UserError, match=rf"optimizer\.moments_dtype: the run has {moments}"):
         olmoe_jax.train(files.config(output, **options | {"optimizer__moments_dtype": "float32"}))
 
