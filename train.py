@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import olmoe_jax
 from olmoe_jax import distributed
 from olmoe_jax.command_line import parse_config
+from olmoe_jax.cpu import restart_with_huge_pages
 from olmoe_jax.errors import run_command
-from olmoe_jax.huge_pages import restart_with_huge_pages
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 
 from benchmarks.compare_pytorch import ROOT, VENVS, busy_cores, make_venv, run_checked
 from benchmarks.shapes import Shape, add_shape_flags, shape_of
+from olmoe_jax.cpu import use_all_cores
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
 
 PYTORCH = "transformers5"
@@ -116,18 +117,24 @@ class Numbers:
 
 def measure(args) -> dict[str, Any]:
     """Our side: generates once (compiling), then `repeats` times."""
-    import olmoe_jax
+    use_all_cores()
+    import jax
 
-    shape = shape_of(args)
+    import olmoe_jax
+    from olmoe_jax import sharding
+
+    shape, numbers = shape_of(args), Numbers()
     prompts = np.random.default_rng(0).integers(0, shape.vocab, (shape.rows, shape.length))
-    model, numbers = olmoe_jax.from_pretrained(args.model), Numbers()
+    mesh = sharding.decoding_mesh(shape.experts)
+    model = olmoe_jax.from_pretrained(args.model, mesh)
     texts = [numbers.decode(row) for row in prompts]
     runs = []
     for _ in range(args.repeats + 1):
         cpu, start = time.process_time(), time.perf_counter()
-        new = olmoe_jax.generate(
-            model, numbers, texts, max_new_tokens=args.new_tokens, batch_size=shape.rows
-        )
+        with jax.set_mesh(mesh):
+            new = olmoe_jax.generate(
+                model, numbers, texts, max_new_tokens=args.new_tokens, batch_size=shape.rows
+            )
         runs.append((time.perf_counter() - start, time.process_time() - cpu))
     return {
         "seconds": [wall for wall, _ in runs[1:]],

@@ -11,6 +11,7 @@ from eval.backends import BACKENDS, DTYPES, check_backend, open_backend
 from eval.evaluation import Decoding, evaluate, open_output, open_task, settings_of
 from eval.tasks import HARNESS, TASKS, split_names, tasks_of
 from eval.tasks.task import Task, Tools, read_examples
+from olmoe_jax.cpu import restart_with_huge_pages, use_all_cores
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
 
 EXAMPLE = """examples:
@@ -198,4 +199,6 @@ def _print_result(name: str, result: dict) -> None:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
+    use_all_cores()
     run_command(main)

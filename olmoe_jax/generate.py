@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from olmoe_jax.cpu import restart_with_huge_pages, use_all_cores
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
-from olmoe_jax.huge_pages import restart_with_huge_pages
 
 EPILOG = """examples:
   python -m olmoe_jax.generate --model runs/quickstart/hf --prompt "Question: 2 + 3?
@@ -27,28 +27,33 @@ def main(arguments: Sequence[str]) -> None:
     args = parser().parse_args(arguments)
     prompts = _prompts(args)
 
+    import jax
     import jax.numpy as jnp
 
     import olmoe_jax
+    from olmoe_jax import sharding
     from olmoe_jax.data import load_tokenizer
     from olmoe_jax.hf.opening import open_source
     from olmoe_jax.model.config import ModelSettings
 
-    tokenizer = load_tokenizer(str(open_source(args.model).files))
+    source = open_source(args.model)
+    tokenizer = load_tokenizer(str(source.files))
+    mesh = sharding.decoding_mesh(source.config.num_experts)
     settings = ModelSettings(compute_dtype=jnp.dtype(args.compute_dtype))
-    model = olmoe_jax.from_pretrained(args.model, settings=settings, adapter=args.adapter)
-    texts = olmoe_jax.generate(
-        model,
-        tokenizer,
-        prompts,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        stop=args.stop,
-        seed=args.seed,
-        batch_size=args.batch_size,
-        progress=len(prompts) > 1,
-    )
+    model = olmoe_jax.from_pretrained(args.model, mesh, settings=settings, adapter=args.adapter)
+    with jax.set_mesh(mesh):
+        texts = olmoe_jax.generate(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            stop=args.stop,
+            seed=args.seed,
+            batch_size=args.batch_size,
+            progress=len(prompts) > 1,
+        )
     if len(prompts) == 1:
         print(texts[0])
         return
@@ -106,4 +111,5 @@ def _prompts(args) -> list[str]:
 
 if __name__ == "__main__":
     restart_with_huge_pages()
+    use_all_cores()
     run_command(main)

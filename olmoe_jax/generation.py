@@ -20,6 +20,7 @@ from tqdm import tqdm
 from olmoe_jax.errors import UserError
 from olmoe_jax.model.olmoe import KVCache, Olmoe
 from olmoe_jax.model.parameters import Parameters, merge, split
+from olmoe_jax.ops.quantization import Quantized
 from olmoe_jax.sharding import active_mesh, gathered, shard_batch
 from olmoe_jax.stop_strings import cut_at
 
@@ -126,7 +127,8 @@ class _Decoder:
     """A model with all that its batches share."""
 
     def __init__(self, model: Olmoe, tokenizer, stop: Sequence[str], draws: Draws):
-        self._graph, self._parameters = split(model)
+        self._graph, parameters = split(model)
+        self._parameters = _at_hand(parameters)
         self._tokenizer, self._stop, self._draws = tokenizer, tuple(stop), draws
         # Static, since a greedy program needs no random numbers and a plain draw no sorting.
         self._kind = "greedy" if draws.temperature == 0 else "all" if draws.top_p == 1 else "top_p"
@@ -187,6 +189,15 @@ class _Decoder:
         return self._tokenizer.decode(tokens[: ends[0]] if len(ends) else tokens)
 
 
+@jax.jit
+def _at_hand(parameters: Parameters) -> Parameters:
+    """On every device what each needs at every token; the experts, most of it, stay split."""
+    return {
+        name: value if ".experts." in name or isinstance(value, Quantized) else gathered(value)
+        for name, value in parameters.items()
+    }
+
+
 def _check(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
@@ -204,7 +215,32 @@ def _left_padded(prompts, rows: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
     return tokens, segments
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def forward_program(**options):
+    """`jax.jit` for what needs no gradients; `program(platform)` of the result is what it compiles.
+
+    A CPU computes in float32: XLA would convert the bfloat16 weights of all layers and experts
+    before the loops over them, and hold them three times. There, nothing moves out of a loop.
+    """
+
+    def decorate(function):
+        @functools.cache
+        def program(platform: str):
+            without = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+            return jax.jit(
+                function, compiler_options=without if platform == "cpu" else None, **options
+            )
+
+        @functools.wraps(function)
+        def call(*arguments):
+            return program(jax.default_backend())(*arguments)
+
+        call.program = program
+        return call
+
+    return decorate
+
+
+@forward_program(static_argnums=(0, 1, 2, 3))
 def _prefill(
     graph: nnx.GraphDef,
     kind: str,
@@ -220,11 +256,10 @@ def _prefill(
 ) -> _State:
     """The state after the prompts [B, P] and one new token; rows without prompt have ended."""
     model: Olmoe = merge(graph, parameters)
-    batch, length = tokens.shape
+    batch = len(tokens)
     tokens, segments = shard_batch(tokens), shard_batch(segments)
     positions = jnp.maximum(0, jnp.cumsum(segments, axis=1) - 1)
-    cache = model.empty_cache(batch, length + room)
-    logits, cache = model.decode(tokens, segments, positions, cache)
+    logits, cache = model.prefill(tokens, segments, positions, room)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, seeds)
     first = choose(kind, logits, keys, jnp.int32(0), temperature, top_p)
     lengths = segments.sum(axis=1)
@@ -233,7 +268,7 @@ def _prefill(
     return _on_all(_State(cache, new, jnp.int32(1), ended, lengths, keys))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4,))
+@forward_program(static_argnums=(0, 1, 2), donate_argnums=(4,))
 def _continue(
     graph: nnx.GraphDef,
     kind: str,
@@ -247,21 +282,21 @@ def _continue(
 ) -> _State:
     """Decodes until there are `until` new tokens or every row has ended."""
     model: Olmoe = merge(graph, parameters)
+    layers = model.decoding_layers(len(ended))
 
     def unfinished(state: _State) -> jax.Array:
         return (state.count < until) & ~jnp.all(state.ended)
 
     def one_token(state: _State) -> _State:
         cache, new, count, ended, lengths, keys = state
-        last = jax.lax.dynamic_slice_in_dim(new, count - 1, 1, axis=1)
+        last = jax.lax.dynamic_index_in_dim(new, count - 1, axis=1, keepdims=False)
         # A row that has ended is padding: no expert is read for it.
-        running = jnp.where(ended, 0, 1)[:, None]
         logits, cache = model.decode(
-            shard_batch(last), shard_batch(running), (lengths + count - 1)[:, None], cache
+            layers, shard_batch(last), shard_batch(~ended), lengths + count - 1, cache
         )
         token = jnp.where(ended, eos, choose(kind, logits, keys, count, temperature, top_p))
         new = jax.lax.dynamic_update_slice_in_dim(new, token[:, None], count, axis=1)
-        return _on_all(_State(cache, new, count + 1, ended | (token == eos), lengths, keys))
+        return _State(cache, new, count + 1, ended | (token == eos), lengths, keys)
 
     state = state._replace(ended=gathered(ended))
     # The loop's result too: XLA gives it a sharding of its own, whatever the body's has.

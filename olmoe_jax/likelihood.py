@@ -4,7 +4,6 @@ Shapes: B rows, S positions, N scored positions of all rows. Sizes are rounded u
 `generation`.
 """
 
-import functools
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -12,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from olmoe_jax.generation import bucket
+from olmoe_jax.generation import bucket, forward_program
 from olmoe_jax.model.olmoe import Olmoe
 from olmoe_jax.model.parameters import Parameters, merge, split
 from olmoe_jax.ops.cross_entropy import CHUNK
+from olmoe_jax.sharding import active_mesh
 
 _SHORTEST = 32
 
@@ -30,7 +30,7 @@ def log_likelihoods(model: Olmoe, pairs: Sequence[Pair]) -> list[tuple[float, bo
     for the continuations' positions only, CHUNK of them at a time.
 
     Args:
-      model: from `olmoe_jax.from_pretrained`, on one device.
+      model: from `olmoe_jax.from_pretrained`; under `jax.set_mesh` the rows are split over it.
       pairs: tokens; a context must not be empty.
     """
     rows: dict[tuple[int, ...], int] = {}
@@ -40,7 +40,9 @@ def log_likelihoods(model: Olmoe, pairs: Sequence[Pair]) -> list[tuple[float, bo
         first = len(context) - 1
         places += [(row, first + index) for index in range(len(continuation))]
     length = bucket(max(map(len, rows)), _SHORTEST)
-    tokens = np.zeros((bucket(len(rows)), length), np.int32)
+    mesh = active_mesh()
+    devices = 1 if mesh is None else mesh.size
+    tokens = np.zeros((-(-bucket(len(rows)) // devices) * devices, length), np.int32)
     segments = np.zeros_like(tokens)
     for text, row in rows.items():
         tokens[row, : len(text)], segments[row, : len(text)] = text, 1
@@ -58,7 +60,7 @@ def log_likelihoods(model: Olmoe, pairs: Sequence[Pair]) -> list[tuple[float, bo
     ]
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@forward_program(static_argnums=0)
 def _scores(
     graph: nnx.GraphDef,
     parameters: Parameters,

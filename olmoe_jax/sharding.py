@@ -69,6 +69,11 @@ def make_mesh(data: int = 1, fsdp: int = -1, expert: int = 1, *, devices=None) -
     return Mesh(np.array(devices).reshape(sizes), AXES)
 
 
+def decoding_mesh(num_experts: int) -> Mesh:
+    """All devices: over as many as divide the experts these are split, the rest have replicas."""
+    return make_mesh(data=-1, fsdp=1, expert=math.gcd(jax.device_count(), num_experts))
+
+
 def describe(mesh_shape: Mapping[str, int]) -> str:
     """The axes and their sizes, for a person."""
     return " ".join(f"{axis}={size}" for axis, size in mesh_shape.items())
@@ -119,6 +124,11 @@ def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
 def vocabulary_axes(shape: tuple[int, int], mesh) -> tuple[str, ...]:
     """The mesh axes that split the rows of a [V, D] parameter; none: V does not divide."""
     return mesh_axes(partition_spec(shape, ("vocab", "embed"), mesh)[0])
+
+
+def expert_axes(num_experts: int, mesh) -> tuple[str, ...]:
+    """The mesh axes that split the experts."""
+    return mesh_axes(partition_spec((num_experts,), ("expert",), mesh)[0])
 
 
 def parameter_shardings(specs, mesh: Mesh) -> dict[str, NamedSharding]:

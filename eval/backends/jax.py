@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 
 import olmoe_jax
@@ -10,6 +11,7 @@ from olmoe_jax.data import load_tokenizer
 from olmoe_jax.hf.opening import open_source
 from olmoe_jax.likelihood import Pair, log_likelihoods
 from olmoe_jax.model.config import ModelSettings
+from olmoe_jax.sharding import decoding_mesh
 
 
 class JaxBackend(Prompts):
@@ -18,19 +20,24 @@ class JaxBackend(Prompts):
         super().__init__(load_tokenizer(str(source.files)))
         self.context = source.config.max_position_embeddings
         settings = ModelSettings(compute_dtype=jnp.dtype(compute_dtype))
-        self._model = olmoe_jax.from_pretrained(model, settings=settings, adapter=adapter)
-
-    def generate(self, prompts: Sequence[str], sampling: Sampling) -> list[str]:
-        return olmoe_jax.generate(
-            self._model,
-            self.tokenizer,
-            prompts,
-            max_new_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
-            stop=sampling.stop,
-            seed=sampling.seed,
-            batch_size=len(prompts),
+        self._mesh = decoding_mesh(source.config.num_experts)
+        self._model = olmoe_jax.from_pretrained(
+            model, self._mesh, settings=settings, adapter=adapter
         )
 
+    def generate(self, prompts: Sequence[str], sampling: Sampling) -> list[str]:
+        with jax.set_mesh(self._mesh):
+            return olmoe_jax.generate(
+                self._model,
+                self.tokenizer,
+                prompts,
+                max_new_tokens=sampling.max_new_tokens,
+                temperature=sampling.temperature,
+                stop=sampling.stop,
+                seed=sampling.seed,
+                batch_size=len(prompts),
+            )
+
     def log_likelihoods(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
-        return log_likelihoods(self._model, pairs)
+        with jax.set_mesh(self._mesh):
+            return log_likelihoods(self._model, pairs)

@@ -25,22 +25,21 @@ class Context(NamedTuple):
 
     positions: jax.Array  # [B, S] int32, for the rotary embedding
     segments: jax.Array  # [B, S] int32, 0 is padding
-    key_segments: jax.Array  # [B, T] int32: `segments`, or those of the cache
-    first_query: jax.Array | int  # index of query 0 among the keys
+    visible: jax.Array | None = None  # [B, T] bool: which keys of the cache are seen
+    index: jax.Array | None = None  # [] int32: where in the cache this token's keys lie
     dropout_keys: jax.Array | None = None  # [B] random keys; None: no dropout
-    layer: jax.Array | int = 0  # which of the cache's
     router_probe: jax.Array | None = None  # [L, D, E], a layer's [D, E]; see `MoE`
 
     def of_layer(self, layer: jax.Array) -> "Context":
-        """What this layer sees: its place in the cache, and dropout keys of its own."""
-        keys = self.dropout_keys
-        if keys is not None:
-            keys = jax.vmap(jax.random.fold_in, (0, None))(keys, layer)
-        return self._replace(layer=layer, dropout_keys=keys)
+        """What this layer sees: dropout keys of its own."""
+        if self.dropout_keys is None:
+            return self
+        keys = jax.vmap(jax.random.fold_in, (0, None))(self.dropout_keys, layer)
+        return self._replace(dropout_keys=keys)
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of all L layers, both [L, B, G, T, d]."""
+    """A layer's keys and values, both [B, G, T, d]."""
 
     keys: jax.Array
     values: jax.Array
@@ -88,10 +87,11 @@ class Attention(nnx.Module):
 
     def __call__(
         self, x: jax.Array, context: Context, cache: LayerCache | None = None
-    ) -> tuple[jax.Array, LayerCache | None]:
-        """x [B, S, D] -> [B, S, D]; with a cache, also the cache with this call's keys added.
+    ) -> tuple[jax.Array, LayerCache]:
+        """x [B, S, D] -> [B, S, D] and the keys and values of these S positions.
 
-        The cache is that of all layers, which a scan carries: written in place, never copied.
+        With a cache S is 1, attention is to the cache with this position's in it, and it is that
+        cache that comes back.
         """
         config = self.config
         epsilon = config.rms_norm_eps
@@ -103,24 +103,19 @@ class Attention(nnx.Module):
         q, k, v = (part.reshape(*x.shape[:2], -1, config.head_dim) for part in (q, k, v))
         q = rotary(q, context.positions, config.rope_theta)
         k = rotary(k, context.positions, config.rope_theta)
+        new = LayerCache(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
         if cache is not None:
-            cache = LayerCache(
-                *(_written(part, new, context) for part, new in zip(cache, (k, v), strict=True))
+            start = (0, 0, context.index, 0)
+            new = jax.tree.map(
+                lambda old, part: jax.lax.dynamic_update_slice(old, part, start), cache, new
             )
-            y = cached_attention(
-                q,
-                *cache,
-                context.layer,
-                context.segments,
-                context.key_segments,
-                context.first_query,
-            )
+            y = cached_attention(q, *new, context.visible)
         else:
             backend = self.settings.attention
             y = on_own_rows(
                 functools.partial(attention, backend=backend), q, k, v, context.segments
             )
-        return self._project(y.reshape(*x.shape[:2], -1), "o", context), cache
+        return self._project(y.reshape(*x.shape[:2], -1), "o", context), new
 
     def _project(self, x: jax.Array, name: str, context: Context) -> jax.Array:
         settings = self.settings
@@ -132,9 +127,3 @@ class Attention(nnx.Module):
             return keep(project(x, whole, x))
         keys, rate = context.dropout_keys, settings.lora.dropout
         return keep(project(x, whole, dropout(x, keys, rate, TARGETS.index(name))))
-
-
-def _written(cache: jax.Array, new: jax.Array, context: Context) -> jax.Array:
-    """The cache [L, B, G, T, d] with new [B, S, G, d] in this layer, from the first query on."""
-    new = jnp.swapaxes(new, 1, 2)[None].astype(cache.dtype)
-    return jax.lax.dynamic_update_slice(cache, new, (context.layer, 0, 0, context.first_query, 0))

@@ -6,6 +6,7 @@ per token.
 
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -140,18 +141,21 @@ class MoE(nnx.Module):
         router = self.router[...].astype(jnp.float32)
         experts = with_selection(self.experts.projections(self.settings), selection)
         mesh = sharding.active_mesh()
-        group = ExpertGroup(None)
         if mesh is None:
+            group = ExpertGroup()
             return self._local(
                 x, is_token, dropout_keys, router, router_probe, experts, with_logits, group
             )
         specs = self.experts.specs(self.settings, mesh, selection)
         sharding.check_experts(mesh.shape[sharding.EXPERT], self.config.num_experts)
-        if mesh.shape[sharding.EXPERT] > 1 and self.settings.expert_exchange == "tokens":
-            group = ExpertGroup(sharding.EXPERT)
+        group = ExpertGroup()
+        if x.shape[1] == 1:
+            group = self._decoding_group()
+        elif mesh.shape[sharding.EXPERT] > 1 and self.settings.expert_exchange == "tokens":
+            group = ExpertGroup((sharding.EXPERT,))
 
         def on_device(x, is_token, dropout_keys, router, router_probe, experts):
-            experts = jax.tree.map(functools.partial(_all_gather, apart=group.axis), experts, specs)
+            experts = jax.tree.map(functools.partial(_all_gather, apart=group.axes), experts, specs)
             experts = _of_group(experts, group, self.config.num_experts)
             y, statistics = self._local(
                 x, is_token, dropout_keys, router, router_probe, experts, with_logits, group
@@ -183,25 +187,66 @@ class MoE(nnx.Module):
         return self.experts.projections(self.settings)
 
     def decode(
-        self, x: jax.Array, is_token: jax.Array, experts: ExpertProjections, layer: jax.Array
+        self, x: jax.Array, is_token: jax.Array, experts: ExpertProjections, layer: int
     ) -> jax.Array:
-        """The block for x [B, 1, D], reading only the experts in use of all layers' `experts`."""
-        config = self.config
-        shape, x, router = x.shape, x[:, 0], self.router[...].astype(jnp.float32)
-        logits = jnp.dot(x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
-        weights, chosen = jax.lax.top_k(jax.nn.softmax(logits), config.num_experts_per_token)
-        if config.norm_topk_prob:
-            weights = weights / weights.sum(axis=-1, keepdims=True)
-        chosen = jnp.where(is_token, chosen, config.num_experts)
-        run = {"loop": experts_by_loop, "gather": experts_by_gather}
-        run = run[self._decoding_backend(len(x))]
-        return run(x, weights, chosen, experts, layer).reshape(shape)
+        """The block for x [B, 1, D], reading only the experts in use of all layers' `experts`.
+
+        Under a mesh each device reads of those that lie there, for all tokens of its group.
+        """
+        backend, group = self._decoding_backend(len(x)), self._decoding_group()
+
+        def on_device(x, is_token, router, experts, layer):
+            shape, x = x.shape, x[:, 0]
+            # By every device for all tokens of the group, so that x is all that travels.
+            logits = jnp.dot(x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
+            weights, chosen = self._choose(jax.nn.softmax(logits), is_token)
+            chosen = group.own(chosen, self.config.num_experts)
+            if backend == "gather":
+                y = experts_by_gather(x, weights, chosen, experts, layer)
+            else:
+                y = experts_by_loop(x, weights, chosen, experts, layer, group.size)
+            if group.axes:
+                # In the order of the batch, which is not that of the experts.
+                axes = tuple(axis for axis in sharding.AXES if axis in group.axes)
+                y = jax.lax.psum_scatter(y, axes, tiled=True)
+            return y.reshape(-1, *shape[1:])
+
+        mesh, of_group = sharding.active_mesh(), P(sharding.AXES[0])
+        if mesh is not None:
+            specs = self.experts.specs(self.settings, mesh, None)
+            specs = jax.tree.map(lambda spec: P(None, *spec), specs)
+            on_device = jax.shard_map(
+                on_device,
+                mesh=mesh,
+                in_specs=(of_group, of_group, P(), specs, P()),
+                out_specs=sharding.BATCH,
+                check_vma=False,
+            )
+        return on_device(x, is_token, self.router[...].astype(jnp.float32), experts, layer)
+
+    def _decoding_group(self) -> ExpertGroup:
+        """Who shares the experts while few tokens are decoded: they travel, never the weights."""
+        mesh = sharding.active_mesh()
+        axes = () if mesh is None else sharding.expert_axes(self.config.num_experts, mesh)
+        return ExpertGroup(axes)
 
     def _decoding_backend(self, tokens: int) -> str | None:
-        config = self.config
-        return decoding_backend(
-            jax.default_backend(), tokens, config.num_experts_per_token, config.num_experts
-        )
+        """Of this many tokens of all devices; None too where more than the experts are split."""
+        config, mesh, experts = self.config, sharding.active_mesh(), self.config.num_experts
+        if mesh is not None:
+            split = math.prod(mesh.shape[axis] for axis in self._decoding_group().axes)
+            if split * mesh.shape["data"] != mesh.size:
+                return None
+            tokens, experts = tokens // mesh.shape["data"], experts // split
+        backend = jax.default_backend()
+        return decoding_backend(backend, tokens, config.num_experts_per_token, experts)
+
+    def _choose(self, probabilities: jax.Array, is_token: jax.Array):
+        """The K most probable experts' weights and numbers [T, K]; E for what is no token."""
+        weights, chosen = jax.lax.top_k(probabilities, self.config.num_experts_per_token)
+        if self.config.norm_topk_prob:
+            weights = weights / weights.sum(axis=-1, keepdims=True)
+        return weights, jnp.where(is_token.reshape(-1, 1), chosen, self.config.num_experts)
 
     def _local(self, x, is_token, dropout_keys, router, router_probe, experts, with_logits, group):
         """The block on the tokens of one device, with all experts at hand or in its group."""
@@ -217,10 +262,7 @@ class MoE(nnx.Module):
                 jnp.dot(x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
             )
             probabilities = jax.nn.softmax(logits, axis=-1)
-            weights, chosen = jax.lax.top_k(probabilities, config.num_experts_per_token)
-            if config.norm_topk_prob:
-                weights = weights / weights.sum(axis=-1, keepdims=True)
-            chosen = jnp.where(is_token[:, None], chosen, config.num_experts)
+            weights, chosen = self._choose(probabilities, is_token)
         with jax.named_scope("experts"):
             own = group.own(group.gather(chosen), config.num_experts)
             y = self._run_experts(
@@ -315,13 +357,13 @@ def _of_group(
     return ExpertProjections(*(dataclasses.replace(part, indices=indices) for part in experts))
 
 
-def _all_gather(weight: jax.Array, spec: P, apart: str | None) -> jax.Array:
+def _all_gather(weight: jax.Array, spec: P, apart: tuple[str, ...]) -> jax.Array:
     """Joins a weight's shards; transposed, it sums and scatters the gradient.
 
-    Along the mesh axis `apart` the experts, a weight's first dimension, are not joined.
+    Along the mesh axes `apart` the experts, a weight's first dimension, are not joined.
     """
     for dimension, entry in enumerate(spec):
-        axes = [axis for axis in sharding.mesh_axes(entry) if dimension or axis != apart]
+        axes = [axis for axis in sharding.mesh_axes(entry) if dimension or axis not in apart]
         if axes:
             weight = jax.lax.all_gather(weight, tuple(axes), axis=dimension, tiled=True)
     return weight

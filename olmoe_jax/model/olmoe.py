@@ -4,31 +4,39 @@ Shapes: B rows, S positions, D model width, V vocabulary, L layers.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 
 from olmoe_jax.model.attention import Attention, Context, LayerCache, rms_norm
 from olmoe_jax.model.config import ModelConfig, ModelSettings
 from olmoe_jax.model.moe import MoE, RouterStatistics
 from olmoe_jax.model.parameters import ParameterSpec, matrix, scale, specs
 from olmoe_jax.model.selected import LayerSelection, SelectedExperts
-from olmoe_jax.ops.embedding import embedding_lookup
+from olmoe_jax.ops.embedding import embedding_lookup, embedding_rows
 from olmoe_jax.ops.quantization import dequantized, is_quantized
 from olmoe_jax.ops.remat import keep, rematerialised
 from olmoe_jax.ops.router_gradient import ExpertProjections
-from olmoe_jax.sharding import BATCH, active_mesh, gathered, shard_batch
+from olmoe_jax.sharding import gathered, shard_batch
 
 
 class KVCache(NamedTuple):
     """What decoding carries: keys and values of every layer and what lies where."""
 
-    layers: LayerCache  # [L, B, G, T, d] each
-    segments: jax.Array  # [B, T] int32, 0: empty or padding
+    layers: tuple[LayerCache, ...]  # one per layer: each in place, none a slice of a larger array
+    visible: jax.Array  # [B, T] bool, False: empty or padding
     length: jax.Array  # [] int32: columns filled
+
+
+class DecodingLayers(NamedTuple):
+    """The layers as a decode step takes them."""
+
+    graph: nnx.GraphDef  # of one
+    experts: ExpertProjections | None  # of all layers, for `MoE.decode`; None: among the weights
+    weights: Any  # with experts: a state for each layer; without: one state of all, stacked
+    selection: LayerSelection | None  # of all layers, stacked
 
 
 class DecoderLayer(nnx.Module):
@@ -49,29 +57,48 @@ class DecoderLayer(nnx.Module):
         self,
         x: jax.Array,
         context: Context,
-        cache: LayerCache | None,
+        selection: LayerSelection | None = None,
+        with_router_logits: bool = False,
+    ) -> tuple[jax.Array, tuple[RouterStatistics, LayerCache]]:
+        """x [B, S, D] -> the same after this layer; router statistics; its keys and values."""
+        x, keys = self._attend(x, context, None)
+        with jax.named_scope("moe"):
+            y, statistics = self.moe(
+                rms_norm(x, self.moe_norm[...], self.epsilon),
+                context.segments > 0,
+                context.dropout_keys,
+                selection,
+                with_router_logits,
+                context.router_probe,
+            )
+        return shard_batch(x + y), (statistics, keys)
+
+    def decode(
+        self,
+        x: jax.Array,
+        context: Context,
+        cache: LayerCache,
         selection: LayerSelection | None,
-        with_router_logits: bool,
-        experts: ExpertProjections | None = None,
-    ):
+        experts: tuple[ExpertProjections, int] | None,
+    ) -> tuple[jax.Array, LayerCache]:
+        """x [B, 1, D] -> the same after this layer, and its cache with this position.
+
+        `experts`: those of all layers and this one's number, where `MoE.decode` is to run.
+        """
+        x, cache = self._attend(x, context, cache)
+        with jax.named_scope("moe"):
+            normed, is_token = rms_norm(x, self.moe_norm[...], self.epsilon), context.segments > 0
+            if experts is None:
+                y, _ = self.moe(normed, is_token, selection=selection)
+            else:
+                y = self.moe.decode(normed, is_token, *experts)
+        return shard_batch(x + y), cache
+
+    def _attend(self, x, context, cache):
         with jax.named_scope("attention"):
             normed = rms_norm(x, self.attention_norm[...], self.epsilon)
             y, cache = self.attention(normed, context, cache)
-            x = keep(shard_batch(x + y))
-        with jax.named_scope("moe"):
-            normed, is_token = rms_norm(x, self.moe_norm[...], self.epsilon), context.segments > 0
-            if experts is not None:
-                y, statistics = self.moe.decode(normed, is_token, experts, context.layer), None
-            else:
-                y, statistics = self.moe(
-                    normed,
-                    is_token,
-                    context.dropout_keys,
-                    selection,
-                    with_router_logits,
-                    context.router_probe,
-                )
-        return shard_batch(x + y), (statistics, cache)
+            return keep(shard_batch(x + y)), cache
 
 
 class Olmoe(nnx.Module):
@@ -136,37 +163,85 @@ class Olmoe(nnx.Module):
         context = training_context(segments, positions, dropout_key)._replace(
             router_probe=router_probe
         )
-        x, (statistics, _) = self._run_layers(tokens, context, None, with_router_logits)
-        return x, statistics
+        return self._run_layers(tokens, context, with_router_logits)[:2]
 
-    def decode(
-        self, tokens: jax.Array, segments: jax.Array, positions: jax.Array, cache: KVCache
+    def prefill(
+        self, tokens: jax.Array, segments: jax.Array, positions: jax.Array, room: int
     ) -> tuple[jax.Array, KVCache]:
-        """Logits [B, V] after the last of these tokens [B, S], which are added to the cache.
+        """Logits [B, V] after the last of these tokens, and a cache with room for `room` more.
 
         Args:
           tokens: [B, S] int.
-          segments: [B, S] int, 1, or 0 for padding: in front of a prompt, or a row that has ended.
+          segments: [B, S] int, 1, or 0 for padding in front.
           positions: [B, S] int, of the tokens in their rows.
-          cache: `empty_cache`, or what this function returned before.
         """
-        start = (0, cache.length)
-        key_segments = jax.lax.dynamic_update_slice(cache.segments, segments, start)
-        context = Context(positions, segments, key_segments, cache.length)
-        x, (_, layers) = self._run_layers(tokens, context, cache.layers, False)
-        cache = KVCache(layers, key_segments, cache.length + tokens.shape[1])
-        return self.logits(x[:, -1:])[:, 0], cache
+        context = training_context(segments, positions, None)
+        x, _, keys = self._run_layers(tokens, context, with_keys=True)
 
-    def empty_cache(self, batch: int, length: int) -> KVCache:
-        """A cache with room for `length` tokens in each of `batch` rows."""
-        config = self.config
-        shape = (config.num_layers, batch, config.num_kv_heads, length, config.head_dim)
-        empty = jnp.zeros(shape, self.settings.compute_dtype)
-        if active_mesh() is not None:
-            empty = jax.lax.with_sharding_constraint(empty, P(None, *BATCH))
-        return KVCache(
-            LayerCache(empty, empty), jnp.zeros((batch, length), jnp.int32), jnp.int32(0)
+        def with_room(stacked, layer):
+            return shard_batch(jnp.pad(stacked[layer], ((0, 0), (0, 0), (0, room), (0, 0))))
+
+        layers = tuple(
+            LayerCache(*(with_room(part, layer) for part in keys))
+            for layer in range(self.config.num_layers)
         )
+        visible = jnp.pad(segments > 0, ((0, 0), (0, room)))
+        return self.logits(x[:, -1:])[:, 0], KVCache(layers, visible, jnp.int32(tokens.shape[1]))
+
+    def decoding_layers(self, batch: int) -> DecodingLayers:
+        """The layers as `decode` takes them for `batch` rows; call it outside the loop over tokens.
+
+        Where `MoE.decode` runs, the experts stay in the arrays of all layers, and the rest is
+        copied out of them, once.
+        """
+        graph, stacked = nnx.split(self.layers)
+        experts = None
+        if not (self.selected or is_quantized(stacked)):
+            experts = self.layers.moe.decoding_experts(batch)
+        if experts is None:
+            return DecodingLayers(graph, None, stacked, self._selection())
+        weights = [_one_of(stacked, layer) for layer in range(self.config.num_layers)]
+        return DecodingLayers(graph, experts, weights, None)
+
+    def decode(
+        self,
+        layers: DecodingLayers,
+        tokens: jax.Array,
+        is_token: jax.Array,
+        positions: jax.Array,
+        cache: KVCache,
+    ) -> tuple[jax.Array, KVCache]:
+        """Logits [B, V] after one more token a row, and the cache with it.
+
+        The layers follow each other in the program: a scan would copy each layer's weights and keys
+        out of the arrays that it scans over.
+
+        Args:
+          layers: `decoding_layers`.
+          tokens: [B] int.
+          is_token: [B] bool; False: the row has ended.
+          positions: [B] int, of the tokens in their rows.
+          cache: what `prefill` or this function returned.
+        """
+        is_token, length = is_token[:, None], cache.length
+        visible = jax.lax.dynamic_update_slice(cache.visible, is_token, (0, length))
+        context = Context(positions[:, None], is_token.astype(jnp.int32), visible, length)
+        x = embedding_rows(gathered(self.embed[...]), tokens[:, None])
+        x, new = shard_batch(x.astype(self.settings.compute_dtype)), []
+        for number, old in enumerate(cache.layers):
+            if layers.experts is not None:
+                weights, selection = layers.weights[number], None
+                experts = layers.experts, number
+            else:
+                # An index that XLA does not know before the loop over tokens: else it would take
+                # the experts of all layers out of their arrays there, and hold them twice.
+                index, _ = jax.lax.optimization_barrier((jnp.int32(number), length))
+                weights, selection = _one_of((layers.weights, layers.selection), index)
+                weights, experts = dequantized(weights, self.settings.compute_dtype), None
+            layer = nnx.merge(layers.graph, weights)
+            x, written = layer.decode(x, context, old, selection, experts)
+            new.append(written)
+        return self.logits(self.normed(x))[:, 0], KVCache(tuple(new), visible, length + 1)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[B, S, D] -> [B, S, V] float32."""
@@ -190,42 +265,39 @@ class Olmoe(nnx.Module):
         """The final norm of what comes out of the last layer [B, S, D]."""
         return rms_norm(x, self.norm[...], self.config.rms_norm_eps)
 
-    def _run_layers(self, tokens, context: Context, cache, with_router_logits: bool):
+    def _run_layers(
+        self, tokens, context: Context, with_router_logits: bool = False, with_keys: bool = False
+    ):
         graph, stacked = nnx.split(self.layers)
-        experts = None
-        if cache is not None and not is_quantized(stacked):
-            experts = self._stacked_experts(tokens)
 
-        def layer(carry, inputs):
-            x, cache = carry
+        def layer(x, inputs):
             index, weights, router_probe, selection = inputs
             inside = context.of_layer(index)._replace(router_probe=router_probe)
             # Here, so that only one layer's weights ever lie there in full, in the backward too.
             weights = dequantized(weights, self.settings.compute_dtype)
-            x, (statistics, cache) = nnx.merge(graph, weights)(
-                x, inside, cache, selection, with_router_logits, experts
+            x, (statistics, keys) = nnx.merge(graph, weights)(
+                x, inside, selection, with_router_logits
             )
-            return (x, cache), statistics
+            return x, (statistics, keys if with_keys else None)
 
-        selection = None
-        if self.selected:
-            dtype = self.settings.compute_dtype
-            selection = self.selected.by_layer(self.config.num_experts, dtype)
         layers = jnp.arange(self.config.num_layers)
         # In this order: jax mixes up gradients where one for a Ref follows one that is an array.
-        inputs = (layers, stacked, context.router_probe, selection)
-        (x, cache), statistics = jax.lax.scan(
-            rematerialised(layer, self.settings.remat), (self.embedded(tokens), cache), inputs
+        inputs = (layers, stacked, context.router_probe, self._selection())
+        x, (statistics, keys) = jax.lax.scan(
+            rematerialised(layer, self.settings.remat), self.embedded(tokens), inputs
         )
-        outputs = statistics, cache
-        return self.normed(x), outputs
+        return self.normed(x), statistics, keys
 
-    def _stacked_experts(self, tokens: jax.Array) -> ExpertProjections | None:
-        """All layers' experts for a decode step that is to read only those in use."""
-        batch, length = tokens.shape
-        if length > 1 or self.selected or active_mesh() is not None:
+    def _selection(self) -> LayerSelection | None:
+        """Of all layers."""
+        if not self.selected:
             return None
-        return self.layers.moe.decoding_experts(batch)
+        return self.selected.by_layer(self.config.num_experts, self.settings.compute_dtype)
+
+
+def _one_of(stacked: Any, layer: jax.Array | int) -> Any:
+    """A layer's part of what is stacked for all."""
+    return jax.tree.map(lambda values: values[layer], stacked)
 
 
 def training_context(
@@ -235,7 +307,7 @@ def training_context(
     keys = None
     if dropout_key is not None:
         keys = shard_batch(jax.random.split(dropout_key, segments.shape[0]))
-    return Context(positions, segments, segments, 0, keys)
+    return Context(positions, segments, dropout_keys=keys)
 
 
 def load_balancing_loss(statistics: RouterStatistics, config: ModelConfig) -> jax.Array:

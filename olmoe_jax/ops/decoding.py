@@ -17,7 +17,7 @@ from olmoe_jax.ops.projection import Projection, project
 from olmoe_jax.ops.routing import sort_by_expert
 
 _LARGEST_BLOCK = 32
-_TURN_BYTES = 2**20
+_TURN_BYTES = 2**19
 
 
 def decoding_backend(platform: str, tokens: int, per_token: int, experts: int) -> str | None:
@@ -32,7 +32,7 @@ def decoding_backend(platform: str, tokens: int, per_token: int, experts: int) -
     return "gather" if 2 * tokens * per_token <= experts else None
 
 
-def experts_by_loop(x, weights, chosen, experts, layer) -> jax.Array:
+def experts_by_loop(x, weights, chosen, experts, layer, devices: int = 1) -> jax.Array:
     """The sum over each token's experts: a loop over blocks of rows, each of one expert.
 
     A turn takes several blocks, so that both the copying of their matrices and their matmuls are
@@ -43,13 +43,16 @@ def experts_by_loop(x, weights, chosen, experts, layer) -> jax.Array:
       weights: [T, K] float32, of the experts.
       chosen: [T, K] int32 in 0…E; E: none.
       experts: (gate, up, down), `Projection`s of [L, E, …] each.
-      layer: [] int32.
+      layer: which of the L.
+      devices: that share the tokens' experts, these E being one's part.
 
     Returns:
       [T, D] in x's dtype.
     """
     per_turn = max(1, _TURN_BYTES // experts[0].weight[0, 0].nbytes)
-    blocks = _blocks(chosen, experts[0].weight.shape[1], per_turn)
+    num_experts = experts[0].weight.shape[1]
+    mean = chosen.size / num_experts / devices
+    blocks = _blocks(chosen, num_experts, mean, per_turn)
     weights = weights.reshape(-1).at[blocks.assignment].get(mode="fill", fill_value=0)[..., None]
     token = blocks.assignment // chosen.shape[1]
 
@@ -79,10 +82,10 @@ class _Blocks(NamedTuple):
     row: jax.Array  # [T, K] int32: the row of U*M that an assignment is; U*M: none
 
 
-def _blocks(chosen: jax.Array, num_experts: int, multiple: int) -> _Blocks:
-    """Blocks of twice the rows that an expert has on average; U is a multiple of `multiple`."""
+def _blocks(chosen: jax.Array, num_experts: int, mean: float, multiple: int) -> _Blocks:
+    """Blocks of twice the mean number of an expert's rows; U is a multiple of `multiple`."""
     assigned = chosen.size
-    size = min(_LARGEST_BLOCK, 2 ** math.ceil(math.log2(max(1, 2 * assigned / num_experts))))
+    size = min(_LARGEST_BLOCK, 2 ** math.ceil(math.log2(max(1, 2 * mean))))
     most = min(assigned, num_experts) + assigned // size
     most = -(-most // multiple) * multiple
     order, inverse, rows = sort_by_expert(chosen, num_experts)

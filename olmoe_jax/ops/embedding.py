@@ -20,7 +20,7 @@ def embedding_lookup(table: jax.Array, tokens: jax.Array, dtype) -> jax.Array:
     """
     mesh = sharding.active_mesh()
     if mesh is None:
-        return _rows(table, tokens).astype(dtype)
+        return embedding_rows(table, tokens).astype(dtype)
     axes = sharding.vocabulary_axes(table.shape, mesh)
     return jax.shard_map(
         functools.partial(_on_device, dtype=dtype, axes=axes),
@@ -33,14 +33,15 @@ def embedding_lookup(table: jax.Array, tokens: jax.Array, dtype) -> jax.Array:
 
 def _on_device(table, tokens, dtype, axes):
     if not axes:
-        return _rows(table, tokens).astype(dtype)
+        return embedding_rows(table, tokens).astype(dtype)
     tokens = jax.lax.all_gather(tokens, axes, tiled=True)
-    rows = _rows(table, tokens - jax.lax.axis_index(axes) * len(table)).astype(dtype)
+    rows = embedding_rows(table, tokens - jax.lax.axis_index(axes) * len(table)).astype(dtype)
     # Exact in any dtype: all but one of the summands are zero.
     return jax.lax.psum_scatter(rows, axes, tiled=True)
 
 
-def _rows(table, indices):
+def embedding_rows(table: jax.Array, indices: jax.Array) -> jax.Array:
+    """Rows of a whole table; no row outside: zeros."""
     # A negative index would count from the end.
     indices = jnp.where(indices < 0, len(table), indices)
     return jnp.take(table, indices, axis=0, mode="fill", fill_value=0)

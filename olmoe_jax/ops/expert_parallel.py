@@ -16,38 +16,38 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class ExpertGroup:
-    """The devices along a mesh axis that share the experts; with axis None, one that has all."""
+    """The devices along these mesh axes share the experts; without axes, each has all."""
 
-    axis: str | None
+    axes: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
         """n."""
-        return jax.lax.axis_size(self.axis) if self.axis else 1
+        return jax.lax.axis_size(self.axes) if self.axes else 1
 
     def gather(self, x: jax.Array | None) -> jax.Array | None:
         """[T, …] -> [n*T, …], the same on every device; also of random keys."""
-        if x is None or self.axis is None:
+        if x is None or not self.axes:
             return x
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             keys = self.gather(jax.random.key_data(x))
             return jax.random.wrap_key_data(keys, impl=jax.random.key_impl(x))
-        return jax.lax.all_gather(x, self.axis, tiled=True)
+        return jax.lax.all_gather(x, self.axes, tiled=True)
 
     def scatter_sum(self, y: jax.Array) -> jax.Array:
         """[n*T, …] -> [T, …], the sum of all devices' values for a device's own tokens."""
-        return jax.lax.psum_scatter(y, self.axis, tiled=True) if self.axis else y
+        return jax.lax.psum_scatter(y, self.axes, tiled=True) if self.axes else y
 
     def by_expert(self, values: jax.Array) -> jax.Array:
         """Values for own tokens and all experts [T, E] -> for all tokens and own experts."""
-        if self.axis is None:
+        if not self.axes:
             return values
-        return jax.lax.all_to_all(values, self.axis, split_axis=1, concat_axis=0, tiled=True)
+        return jax.lax.all_to_all(values, self.axes, split_axis=1, concat_axis=0, tiled=True)
 
     def own(self, experts: jax.Array, num_experts: int) -> jax.Array:
         """Numbers of experts in 0…E as numbers among the own E/n; E/n for "none" and others'."""
-        if self.axis is None:
+        if not self.axes:
             return experts
         count = num_experts // self.size
-        local = experts - jax.lax.axis_index(self.axis) * count
+        local = experts - jax.lax.axis_index(self.axes) * count
         return jnp.where((local >= 0) & (local < count), local, count)

@@ -125,7 +125,7 @@ def _layer_function(model: Olmoe, trainer: Trainer, batch: DeviceBatch, position
     def layer(number, frozen, trained, x):
         weights = dequantized(frozen | trained, trainer.settings.compute_dtype)
         weights = {name.removeprefix(LAYERS): value for name, value in weights.items()}
-        x, (statistics, _) = merge(graph, weights)(x, context.of_layer(number), None, None, False)
+        x, (statistics, _) = merge(graph, weights)(x, context.of_layer(number))
         return x, statistics
 
     return layer

@@ -11,11 +11,12 @@ import jax
 from olmoe_jax import distributed, from_pretrained, generate
 from olmoe_jax.data import load_tokenizer
 from olmoe_jax.errors import run_command
+from olmoe_jax.likelihood import log_likelihoods
+from olmoe_jax.model import moe
 from olmoe_jax.sharding import make_mesh
 
 PROMPTS = ["a", "what is 3 + 4?", "the " * 5, "Question: 1 + 1?", "xyz"]
-GREEDY = {"greedy": {}}
-DRAWN = {"drawn": {"temperature": 1.0, "top_p": 0.9, "seed": 5, "stop": ["b"]}}
+DRAWN = {"temperature": 1.0, "top_p": 0.9, "seed": 5, "stop": ["b"]}
 
 
 def texts(path: str, mesh, **arguments) -> list[str]:
@@ -27,13 +28,29 @@ def texts(path: str, mesh, **arguments) -> list[str]:
 
 def main(arguments) -> None:
     with distributed.joined(arguments) as (path,):
-        # What decodes greedily with several processes is a run, tests/training.
-        several = jax.process_count() > 1
-        meshes = [make_mesh(data=2)] if several else [make_mesh(), make_mesh(data=2)]
+        one = make_mesh(devices=jax.local_devices()[:1])
+        if jax.process_count() > 1:
+            # What decodes greedily with several processes is a run, tests/training.
+            alone = texts(path, one, **DRAWN)
+            print(json.dumps({"drawn": [texts(path, make_mesh(data=2), **DRAWN) == alone]}))
+            return
+        meshes = [make_mesh(), make_mesh(data=2), make_mesh(data=2, fsdp=2, expert=2)]
         result = {}
-        for name, draws in (DRAWN if several else GREEDY | DRAWN).items():
-            alone = texts(path, make_mesh(devices=jax.local_devices()[:1]), **draws)
+        for name, draws in (("greedy", {}), ("drawn", DRAWN)):
+            alone = texts(path, one, **draws)
             result[name] = [texts(path, mesh, **draws) == alone for mesh in meshes]
+        alone, result["as accelerators"] = texts(path, one), []
+        for backend in ("gather", None):
+            moe.decoding_backend = lambda *_, backend=backend: backend
+            result["as accelerators"].append(texts(path, meshes[-1]) == alone)
+        model, pairs = from_pretrained(path, one), [([3, 4], [5, 6, 7]), ([1], [2])]
+        expected, _ = zip(*log_likelihoods(model, pairs), strict=True)
+        model = from_pretrained(path, meshes[-1])
+        with jax.set_mesh(meshes[-1]):
+            found, _ = zip(*log_likelihoods(model, pairs), strict=True)
+        result["log_likelihoods"] = [
+            abs(a - b) < 1e-4 for a, b in zip(expected, found, strict=True)
+        ]
         print(json.dumps(result))
 
 

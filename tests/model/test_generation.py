@@ -11,7 +11,9 @@ from lora.tiny_adapters import merged_weights, random_adapters
 
 from olmoe_jax import generate, generation
 from olmoe_jax.generation import bucket, choose
+from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.model.lora import LoraSettings
+from olmoe_jax.model.olmoe import graph_of, parameter_specs
 from olmoe_jax.ops.decoding import decoding_backend, experts_by_gather, experts_by_loop
 from olmoe_jax.ops.projection import Projection
 from olmoe_jax.stop_strings import cut_at
@@ -80,12 +82,38 @@ def test_stop_strings(model, tokenizer, greedy, monkeypatch):
 @pytest.mark.slow
 def test_few_programs(model, tokenizer):
     """Calls of many sizes: a program for each pair of buckets, not for each size."""
-    generation._prefill.clear_cache()
-    generation._continue.clear_cache()
+    programs = generation._prefill.program("cpu"), generation._continue.program("cpu")
+    for program in programs:
+        program.clear_cache()
     for count, length, new in itertools.product((3, 4), (5, 20, 30), (2, 5)):
         generate(model, tokenizer, ["y" * length] * count, max_new_tokens=new)
-    assert generation._prefill._cache_size() == 2
-    assert generation._continue._cache_size() == 2
+    assert [program._cache_size() for program in programs] == [2, 2]
+
+
+def test_weights_lie_in_memory_once():
+    """bfloat16 on a CPU, which computes in float32: no program converts all layers' experts."""
+    config = tiny_config(num_layers=8, hidden_size=64, intermediate_size=512)
+    settings = ModelSettings(compute_dtype=jnp.bfloat16)
+    parameters = {
+        name: jax.ShapeDtypeStruct(spec.shape, jnp.bfloat16)
+        for name, spec in parameter_specs(config, settings).items()
+    }
+    graph, number = graph_of(config, settings), jax.ShapeDtypeStruct((), jnp.float32)
+    tokens = jax.ShapeDtypeStruct((2, 32), jnp.int32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    prefill = generation._prefill.program("cpu").lower(
+        *(graph, "greedy", 32, 0, parameters, tokens, tokens, key),
+        *(jax.ShapeDtypeStruct((2,), jnp.uint32), number, number),
+    )
+    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), prefill.out_info)
+    decode = generation._continue.program("cpu").lower(
+        *(graph, "greedy", 0, parameters, state, jax.ShapeDtypeStruct((2,), bool)),
+        *(jax.ShapeDtypeStruct((), jnp.int32), number, number),
+    )
+    experts = sum(p.size for name, p in parameters.items() if ".experts." in name)
+    for program in (prefill, decode):
+        memory = program.compile().memory_analysis()
+        assert memory.temp_size_in_bytes < experts  # half of what they take
 
 
 def test_buckets():

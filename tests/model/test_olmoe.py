@@ -158,14 +158,16 @@ def test_decoding_equals_the_full_forward(first):
     segments = np.ones((2, 10), int)
     segments[1, :2] = 0
     positions = np.maximum(np.arange(10) - [[0], [2]], 0)
-    decode = jax.jit(model.decode)
-    cache = model.empty_cache(2, 12)
-    start, outputs = 0, []
-    for stop in range(max(first, 1), 11):
-        part = [jnp.asarray(a[:, start:stop], jnp.int32) for a in (tokens, segments, positions)]
-        logits, cache = decode(*part, cache)
+
+    def part(start, stop):
+        return [jnp.asarray(a[:, start:stop], jnp.int32) for a in (tokens, segments, positions)]
+
+    logits, cache = jax.jit(model.prefill, static_argnums=3)(*part(0, first), 12 - first)
+    outputs, layers, decode = [(first, logits)], model.decoding_layers(2), jax.jit(model.decode)
+    for stop in range(first + 1, 11):
+        token, is_token, position = (a[:, 0] for a in part(stop - 1, stop))
+        logits, cache = decode(layers, token, is_token > 0, position, cache)
         outputs.append((stop, logits))
-        start = stop
     assert int(cache.length) == 10
     for stop, logits in outputs:
         assert relative_error(logits[0], expected[0, stop - 1]) < 1e-5

@@ -15,7 +15,6 @@ from helpers import assert_close, relative_error
 
 from olmoe_jax.config import ModelOptions
 from olmoe_jax.errors import UserError
-from olmoe_jax.ops import cached_attention as module
 from olmoe_jax.ops import chunked_attention
 from olmoe_jax.ops.attention import (
     BACKENDS,
@@ -24,6 +23,7 @@ from olmoe_jax.ops.attention import (
     default_backend,
 )
 from olmoe_jax.ops.attention_kernels import pallas_triton, splash
+from olmoe_jax.ops.cached_attention import cached_attention
 from olmoe_jax.ops.chunked_attention import chunked
 
 FUNCTIONS = {
@@ -159,11 +159,13 @@ def test_bfloat16_scores_are_float32():
     k = k.reshape(1, 2, 1, 4).astype(jnp.bfloat16)
     v = jnp.array([0.0, 1.0], jnp.bfloat16).reshape(1, 2, 1, 1) * jnp.ones((4,), jnp.bfloat16)
     ones = jnp.ones((1, 2), jnp.int32)
-    for out in (attention(q, k, v, ones), cached(q, k, v, ones, ones, 0)):
+    cache = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    decoded = cached_attention(q[:, 1:], *cache, ones > 0)
+    for out in (attention(q, k, v, ones)[:, 1:], decoded):
         assert out.dtype == jnp.bfloat16
         # Scores 256 and 256.5: in bfloat16 both are 256 and the probability were 0.5.
         expected = 1 / (1 + np.exp(-0.5))
-        np.testing.assert_allclose(out[0, 1, 0].astype(np.float32), expected, rtol=2**-8)
+        np.testing.assert_allclose(out[0, 0, 0].astype(np.float32), expected, rtol=2**-8)
 
 
 def largest_array(function, *shapes) -> int:
@@ -173,14 +175,8 @@ def largest_array(function, *shapes) -> int:
     return max(int(np.prod([int(size) for size in found.split(",")])) for found in dimensions)
 
 
-def cached(q, k, v, query_segments, key_segments, first_query):
-    """`cached_attention` to keys and values [B, T, G, d], which lie in the second of two layers."""
-    caches = (jnp.stack([jnp.full_like(part, 7), part]).swapaxes(2, 3) for part in (k, v))
-    return module.cached_attention(q, *caches, 1, query_segments, key_segments, first_query)
-
-
 @pytest.mark.parametrize("length", [2048, 2047])
-def test_no_array_of_scores(monkeypatch, length):
+def test_no_array_of_scores(length):
     q, segments = (
         jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32),
         jax.ShapeDtypeStruct((1, length), jnp.int32),
@@ -188,32 +184,22 @@ def test_no_array_of_scores(monkeypatch, length):
     gradients = functools.partial(value_and_gradients, attention)
     assert largest_array(gradients, q, q, q, segments, q) < length**2 / 8
 
-    def decoding():  # a new function each time: jit would reuse the trace of the same one
-        arrays = q, q, q, segments, segments
-        return largest_array(lambda *arrays: cached(*arrays, 0), *arrays)
 
-    assert decoding() < length**2
-    monkeypatch.setattr(module, "KEYS_PER_TURN", length)
-    assert decoding() >= length**2  # it would be seen
-
-
-@pytest.mark.parametrize("keys", [128, 5, 4])
-def test_decoding_in_turns_equals_attention(monkeypatch, keys):
-    monkeypatch.setattr(module, "KEYS_PER_TURN", keys)
+def test_cached_attention_is_attention():
+    """Of each query alone to the keys up to it of its segment; no key: zeros."""
     inputs = case()
     q, k, v, segments, _ = inputs
-    out = jax.jit(cached)(q, k, v, segments, segments, 0)
-    assert relative_error(out, oracle(*inputs)[0]) < 2e-6
-
-
-def test_decoding_sees_earlier_keys_only():
-    """Query 0 at index 6 of the keys: what lies after it (an unfilled cache) is invisible."""
-    q, k, v, _, _ = case()
-    ones = jnp.ones((2, 12), jnp.int32)
-    whole = attention(q, k, v, ones)
-    later = jnp.arange(12)[None, :, None, None] > 7
-    k, v = jnp.where(later, 9.0, k), jnp.where(later, 9.0, v)
-    assert_close(cached(q[:, 6:8], k, v, ones[:, 6:8], ones, 6), whole[:, 6:8], 1e-6)
+    segments = np.asarray(segments)
+    keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    index = np.arange(q.shape[1])
+    outputs = [
+        cached_attention(
+            q[:, i : i + 1], keys, values, (segments == segments[:, i : i + 1]) & (index <= i)
+        )
+        for i in index
+    ]
+    assert relative_error(jnp.concatenate(outputs, axis=1), oracle(*inputs)[0]) < 2e-6
+    assert not cached_attention(q[:, :1], keys, values, np.zeros_like(segments, bool)).any()
 
 
 def test_the_configuration_offers_every_backend():
