@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import orbax.checkpoint as ocp
 
+from olmoe_jax.cpu import return_freed_memory
 from olmoe_jax.errors import ArgumentParser, run_command
 from olmoe_jax.hf import directory, names
 from olmoe_jax.hf.checkpoint import HFCheckpoint, write_config
@@ -47,6 +48,8 @@ def convert(checkpoint: HFCheckpoint, output: Path) -> None:
             # No name keeps a layer alive while the next is read.
             checkpointer.save((output / PARAMETERS / item_name(layer)).absolute(), read(layer))
             checkpointer.wait_until_finished()
+            # The buffers of one save: glibc would keep them and find no use for half of them.
+            return_freed_memory()
 
 
 if __name__ == "__main__":
