@@ -149,7 +149,7 @@ class MoE(nnx.Module):
         specs = self.experts.specs(self.settings, mesh, selection)
         sharding.check_experts(mesh.shape[sharding.EXPERT], self.config.num_experts)
         group = ExpertGroup()
-        if x.shape[1] == 1:
+        if x.shape[1] == 1:  # a decode step, where fewer bytes of tokens than of weights travel
             group = self._decoding_group()
         elif mesh.shape[sharding.EXPERT] > 1 and self.settings.expert_exchange == "tokens":
             group = ExpertGroup((sharding.EXPERT,))
