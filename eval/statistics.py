@@ -19,6 +19,7 @@ class Metric:
     low: float
     high: float
     rows: int
+    higher_is_better: bool = True
 
 
 def bootstrap(

@@ -197,7 +197,7 @@ def metrics_of(
     Where all rows' scores are between 0 and 1 it is a share, in percent; else as it is. The
     interval is 1.96 of lm_eval's standard errors to both sides, and empty where it gives none.
     """
-    results = found["results"]
+    results, better = found["results"], found["higher_is_better"]
     own = dict(_values(results.get(name, {})))
     per_task = {name: own} if own else {task: dict(_values(results[task])) for task in samples}
     metrics = {}
@@ -218,6 +218,8 @@ def metrics_of(
                 float(scale * (value - 1.96 * error)),
                 float(scale * (value + 1.96 * error)),
                 len(scores),
+                # None: the members of a group do not agree.
+                better.get(task, {}).get(metric) is not False,
             )
     return metrics
 

@@ -1,7 +1,7 @@
 """What a report says, in its order: scores, published scores, tests, curves, routers, outputs."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from eval.published import METRICS as PUBLISHED_METRICS
@@ -44,32 +44,42 @@ def _scores(inputs: Inputs, metrics: dict[str, str]) -> Iterator[Block]:
     if not metrics:
         return
     yield Heading(2, "Scores")
-    text = (
-        "In percent, with the 95% bootstrap interval over the rows; the highest of a task is bold."
-    )
+    text = "In percent, with the 95% bootstrap interval over the rows; the best of a task is bold."
     if any(task.startswith(HARNESS_DIRECTORY) for task in metrics):
         text += (
             " Of lm_eval's tasks the interval is 1.96 standard errors to both sides; what is no "
-            "share is in lm_eval's own unit, of which less may be better."
+            "share is in lm_eval's own unit, of which less may be better (a ↓ says so)."
         )
     yield Paragraph(text)
-    head = ["method", *(f"{task} ({metric})" for task, metric in metrics.items())]
-    rows = [[name, *_score_cells(inputs, metrics, name)] for name in inputs.methods]
+    columns = {task: _column(inputs, task, metric) for task, metric in metrics.items()}
+    head = ["method"]
+    for task, metric in metrics.items():
+        head.append(f"{task} ({metric}{'' if _higher_is_better(columns[task]) else ' ↓'})")
+    rows = [[name, *_score_cells(columns, name)] for name in inputs.methods]
     yield Table(head, rows)
     if notes := list(remarks(inputs)):
         yield Items(notes)
 
 
-def _score_cells(inputs: Inputs, metrics: dict[str, str], name: str) -> Iterator[str]:
-    for task, metric in metrics.items():
-        column = {method: result.metrics[metric] for method, result in inputs.results[task].items()}
+def _column(inputs: Inputs, task: str, metric: str) -> dict[str, Mapping[str, float]]:
+    """{method: what it has of the task's metric}."""
+    return {name: result.metrics[metric] for name, result in inputs.results[task].items()}
+
+
+def _higher_is_better(column: Mapping[str, Mapping[str, float]]) -> bool:
+    return all(cell["higher_is_better"] for cell in column.values())
+
+
+def _score_cells(columns: Mapping[str, Mapping], name: str) -> Iterator[str]:
+    for column in columns.values():
         if name not in column:
             yield "–"
             continue
         value, low, high = (column[name][key] for key in ("value", "low", "high"))
         text = f"{value:.2f} ({low:.1f} to {high:.1f})"
-        highest = max(cell["value"] for cell in column.values())
-        yield Strong(text) if value == highest and len(column) > 1 else text
+        best = max if _higher_is_better(column) else min
+        best_value = best(cell["value"] for cell in column.values())
+        yield Strong(text) if value == best_value and len(column) > 1 else text
 
 
 def _published(inputs: Inputs, metrics: dict[str, str]) -> Iterator[Block]:

@@ -225,6 +225,7 @@ def test_the_scores_of_lm_eval_itself(tiny_model, data_dir, tmp_path, capsys):
             scale = 100 if name != "perplexity" else 1
             assert metrics[metric]["value"] == pytest.approx(scale * value, rel=1e-4)
             assert metrics[metric]["rows"] == 11
+            assert metrics[metric]["higher_is_better"] == (name != "perplexity")
         rows = [json.loads(line) for line in (path / "rows.jsonl").read_text().splitlines()]
         for row, sample in zip(rows, expected["samples"][name], strict=True):
             assert row["id"] == str(sample["doc_id"])

@@ -115,6 +115,21 @@ class Page(HTMLParser):
             self.tables[-1][-1][-1] += data
 
 
+def test_the_best_is_bold(tmp_path, runs):
+    """The highest, or the lowest where less is better, which the column says."""
+    markdown, _ = report(tmp_path / "higher", *runs)
+    assert markdown.count("**90.00 (") == 1
+    for run in (runs[0], f"{runs[1]}/eval", f"{runs[2]}/eval"):
+        file = Path(run) / "gsm/result.json"
+        result = json.loads(file.read_text())
+        result["metrics"]["exact_match"]["higher_is_better"] = False
+        file.write_text(json.dumps(result))
+    markdown, _ = report(tmp_path / "lower", *runs)
+    assert r"gsm (exact\_match ↓)" in markdown
+    assert markdown.count("**10.00 (") == 1
+    assert "**90.00 (" not in markdown
+
+
 def test_numbers_of_the_tables(tmp_path, runs):
     markdown, text = report(tmp_path / "report", *runs)
     page = Page(text)
