@@ -189,13 +189,22 @@ class _Decoder:
         return self._tokenizer.decode(tokens[: ends[0]] if len(ends) else tokens)
 
 
-@jax.jit
 def _at_hand(parameters: Parameters) -> Parameters:
     """On every device what each needs at every token; the experts, most of it, stay split."""
-    return {
-        name: value if ".experts." in name or isinstance(value, Quantized) else gathered(value)
+    if active_mesh() is None:
+        return parameters
+    needed = {
+        name: value
         for name, value in parameters.items()
+        if ".experts." not in name and not isinstance(value, Quantized)
     }
+    # Not all parameters: what goes through a program comes out of it as a copy.
+    return parameters | _all_gathered(needed)
+
+
+@jax.jit
+def _all_gathered(parameters: Parameters) -> Parameters:
+    return jax.tree.map(gathered, parameters)
 
 
 def _check(**values: int) -> None:

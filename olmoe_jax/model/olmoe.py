@@ -15,6 +15,7 @@ from olmoe_jax.model.config import ModelConfig, ModelSettings
 from olmoe_jax.model.moe import MoE, RouterStatistics
 from olmoe_jax.model.parameters import ParameterSpec, matrix, scale, specs
 from olmoe_jax.model.selected import LayerSelection, SelectedExperts
+from olmoe_jax.ops.decoding import transposed_matmul_in_parts
 from olmoe_jax.ops.embedding import embedding_lookup, embedding_rows
 from olmoe_jax.ops.quantization import dequantized, is_quantized
 from olmoe_jax.ops.remat import keep, rematerialised
@@ -241,7 +242,12 @@ class Olmoe(nnx.Module):
             layer = nnx.merge(layers.graph, weights)
             x, written = layer.decode(x, context, old, selection, experts)
             new.append(written)
-        return self.logits(self.normed(x))[:, 0], KVCache(tuple(new), visible, length + 1)
+        x, head = self.normed(x)[:, 0], gathered(self.head().astype(x.dtype))
+        if jax.default_backend() == "cpu":
+            logits = transposed_matmul_in_parts(x, head)
+        else:
+            logits = self.logits(x[:, None])[:, 0]
+        return logits, KVCache(tuple(new), visible, length + 1)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[B, S, D] -> [B, S, V] float32."""

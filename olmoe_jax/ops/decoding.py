@@ -1,4 +1,4 @@
-"""Experts on the few tokens of a decode step: only the weights of experts in use are read.
+"""Matmuls of the few rows of a decode step; of the experts only those in use are read.
 
 Shapes: T tokens, K experts per token, E experts, L layers, D width, F expert width.
 
@@ -17,7 +17,8 @@ from olmoe_jax.ops.projection import Projection, project
 from olmoe_jax.ops.routing import sort_by_expert
 
 _LARGEST_BLOCK = 32
-_TURN_BYTES = 2**19
+_PART_BYTES = 2**17
+"""Of matrices: what a core's cache holds beside what is being read."""
 
 
 def decoding_backend(platform: str, tokens: int, per_token: int, experts: int) -> str | None:
@@ -32,11 +33,58 @@ def decoding_backend(platform: str, tokens: int, per_token: int, experts: int) -
     return "gather" if 2 * tokens * per_token <= experts else None
 
 
+def matmul_in_parts(x: jax.Array, matrices: jax.Array, *index) -> jax.Array:
+    """x @ matrices[index] for few rows, on a CPU.
+
+    There XLA's matmul reads a matrix that lies in no cache at half the speed of copying it: some
+    rows of it are copied at a time, which then lie in one.
+
+    Args:
+      x: [..., D].
+      matrices: [..., D, F], in x's dtype.
+      index: an int32 for each leading dimension of `matrices`.
+
+    Returns:
+      [..., F] in x's dtype, summed in float32.
+    """
+    *_, width, out = matrices.shape
+    rows = _rows_of_part(matrices)
+
+    def product(part):
+        sizes = *(1 for _ in index), rows, out
+        matrix = jax.lax.dynamic_slice(matrices, (*index, part * rows, 0), sizes)
+        matrix = matrix.reshape(rows, out)
+        taken = jax.lax.dynamic_slice_in_dim(x, part * rows, rows, axis=-1)
+        return jnp.matmul(taken, matrix, preferred_element_type=jnp.float32)
+
+    total = jax.lax.fori_loop(1, width // rows, lambda part, y: y + product(part), product(0))
+    return total.astype(x.dtype)
+
+
+def transposed_matmul_in_parts(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """As `matmul_in_parts`: x [..., D] @ matrix [F, D]^T -> [..., F] float32."""
+    by_part = matrix.reshape(-1, _rows_of_part(matrix), matrix.shape[1])
+
+    def product(rows):
+        return jnp.einsum("...d,fd->...f", x, rows, preferred_element_type=jnp.float32)
+
+    out = jnp.moveaxis(jax.lax.map(product, by_part), 0, -2)
+    return out.reshape(*x.shape[:-1], -1)
+
+
+def _rows_of_part(matrices: jax.Array) -> int:
+    """Rows of a matrix [..., D, F] that are a part; they divide D."""
+    *_, width, out = matrices.shape
+    parts = min(width, -(-width * out * matrices.dtype.itemsize // _PART_BYTES))
+    while width % parts:
+        parts += 1
+    return width // parts
+
+
 def experts_by_loop(x, weights, chosen, experts, layer, devices: int = 1) -> jax.Array:
     """The sum over each token's experts: a loop over blocks of rows, each of one expert.
 
-    A turn takes several blocks, so that both the copying of their matrices and their matmuls are
-    large enough to be shared by a CPU's cores.
+    A turn takes several blocks where their matrices are small, since each turn has its cost.
 
     Args:
       x: [T, D].
@@ -49,28 +97,36 @@ def experts_by_loop(x, weights, chosen, experts, layer, devices: int = 1) -> jax
     Returns:
       [T, D] in x's dtype.
     """
-    per_turn = max(1, _TURN_BYTES // experts[0].weight[0, 0].nbytes)
-    num_experts = experts[0].weight.shape[1]
+    _, num_experts, *matrix = experts[0].weight.shape
+    in_part = _PART_BYTES // (math.prod(matrix) * experts[0].weight.dtype.itemsize)
+    per_turn = max(1, in_part)
     mean = chosen.size / num_experts / devices
     blocks = _blocks(chosen, num_experts, mean, per_turn)
-    weights = weights.reshape(-1).at[blocks.assignment].get(mode="fill", fill_value=0)[..., None]
     token = blocks.assignment // chosen.shape[1]
+    weights = weights.reshape(-1).at[blocks.assignment].get(mode="fill", fill_value=0)
+    # [U, T, M]: the rows of a block added up by token.
+    combine = jnp.where(jnp.arange(len(x))[:, None] == token[:, None], weights[:, None], 0)
 
-    def one_turn(turn, out):
+    def one_turn(turn, y):
         def of_turn(values):
             return jax.lax.dynamic_slice_in_dim(values, turn * per_turn, per_turn)
 
-        gate, up, down = (_matrix(part, layer, of_turn(blocks.expert)) for part in experts)
-        rows = x.at[of_turn(token)].get(mode="clip")
-        hidden = jax.nn.silu(project(rows, gate, rows)) * project(rows, up, rows)
-        hidden = (hidden * of_turn(weights)).astype(x.dtype)
-        rows = project(hidden, down, hidden)
-        return jax.lax.dynamic_update_slice_in_dim(out, rows, turn * per_turn, axis=0)
+        expert = of_turn(blocks.expert)
 
-    out = jnp.zeros((*blocks.assignment.shape, x.shape[1]), x.dtype)
-    out = jax.lax.fori_loop(0, -(-blocks.count // per_turn), one_turn, out)
-    out = out.reshape(-1, x.shape[1]).at[blocks.row].get(mode="fill", fill_value=0)
-    return jnp.sum(out, axis=1, dtype=jnp.float32).astype(x.dtype)
+        def by_expert(rows, part):
+            def in_parts(rows, _):
+                return matmul_in_parts(rows, part.weight, layer, expert[0])
+
+            matmul = jnp.matmul if in_part else in_parts
+            return project(rows, _matrix(part, layer, expert), rows, matmul)
+
+        rows = x.at[of_turn(token)].get(mode="clip")
+        hidden = jax.nn.silu(by_expert(rows, experts[0])) * by_expert(rows, experts[1])
+        rows = by_expert(hidden, experts[2]).astype(jnp.float32)
+        return y + jnp.einsum("utm,umd->td", of_turn(combine), rows)
+
+    y = jnp.zeros(x.shape, jnp.float32)
+    return jax.lax.fori_loop(0, -(-blocks.count // per_turn), one_turn, y).astype(x.dtype)
 
 
 class _Blocks(NamedTuple):
@@ -79,7 +135,6 @@ class _Blocks(NamedTuple):
     count: jax.Array  # [] int32: blocks that are not empty, the first ones
     expert: jax.Array  # [U] int32
     assignment: jax.Array  # [U, M] int32: which (token*K + k) a row is; T*K: none
-    row: jax.Array  # [T, K] int32: the row of U*M that an assignment is; U*M: none
 
 
 def _blocks(chosen: jax.Array, num_experts: int, mean: float, multiple: int) -> _Blocks:
@@ -88,22 +143,20 @@ def _blocks(chosen: jax.Array, num_experts: int, mean: float, multiple: int) -> 
     size = min(_LARGEST_BLOCK, 2 ** math.ceil(math.log2(max(1, 2 * mean))))
     most = min(assigned, num_experts) + assigned // size
     most = -(-most // multiple) * multiple
-    order, inverse, rows = sort_by_expert(chosen, num_experts)
+    order, _, rows = sort_by_expert(chosen, num_experts)
     of_expert = (rows + size - 1) // size
     ends = jnp.cumsum(of_expert)
     block = jnp.arange(most)
     expert = jnp.sum(block[:, None] >= ends, axis=1)
-    ends, first = (jnp.append(values, most) for values in (ends, ends - of_expert))
+    first = jnp.append(ends - of_expert, 0)
     starts = jnp.append(jnp.cumsum(rows) - rows, assigned)
     # Row i of an expert's blocks is row i of its sorted rows.
     place = (block - first[expert])[:, None] * size + jnp.arange(size)
     is_row = place < jnp.append(rows, 0)[expert][:, None]
     place = jnp.where(is_row, starts[expert][:, None] + place, assigned)
     assignment = order.at[place].get(mode="fill", fill_value=assigned)
-    flat = chosen.reshape(-1)
-    row = first[flat] * size + inverse - starts[flat]
-    row = jnp.where(flat < num_experts, row, most * size).reshape(chosen.shape)
-    return _Blocks(ends[-2], expert, assignment, row)
+    # Those that only fill a turn: the last expert once more, no other matrix is read for them.
+    return _Blocks(ends[-1], jnp.minimum(expert, expert[ends[-1] - 1]), assignment)
 
 
 def experts_by_gather(x, weights, chosen, experts, layer) -> jax.Array:

@@ -67,9 +67,14 @@ def adapted_weight(projection: Projection) -> jax.Array:
     return adapted.astype(projection.weight.dtype)
 
 
-def project(x: jax.Array, projection: Projection, dropped: jax.Array) -> jax.Array:
-    """x W + scale * dropped A B. x, dropped: [..., D] (the same, but for dropout) -> [..., F]."""
-    y = x @ projection.weight
+def project(
+    x: jax.Array, projection: Projection, dropped: jax.Array, matmul=jnp.matmul
+) -> jax.Array:
+    """x W + scale * dropped A B. x, dropped: [..., D] (the same, but for dropout) -> [..., F].
+
+    `matmul` gives x W.
+    """
+    y = matmul(x, projection.weight)
     if projection.a is None:
         return y
     return y + projection.scale * (keep(dropped @ projection.a) @ projection.b)
