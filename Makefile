@@ -19,7 +19,8 @@ test: $(VENV)/dev.stamp
 	$(VENV)/bin/python -m pytest -q -n 2 -m "not slow"
 
 test-slow: $(VENV)/dev.stamp
-	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --durations 15 -m slow
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 15 \
+	    -m slow
 
 lint: $(VENV)/dev.stamp
 	$(VENV)/bin/python -m ruff check .

@@ -7,6 +7,14 @@ import pytest
 # checked by the commands, fully optimised, in tools/check_reference.py.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
+_LONGEST = ("test_processes.py", "test_reproduce.py", "test_faults.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest first, so that no process is left alone with one at the end."""
+    items.sort(key=lambda item: item.path.name not in _LONGEST)
+
+
 EOS, PAD = "<|endoftext|>", "<|padding|>"
 
 
