@@ -216,7 +216,7 @@ def _result(path: Path, model: Mapping[str, str]) -> Result:
                 rows.setdefault(row["id"], []).append(row)
         metrics = {
             name: {key: float(metric[key]) for key in ("value", "low", "high", "rows")}
-            | {"higher_is_better": bool(metric["higher_is_better"])}
+            | {"higher_is_better": bool(metric.get("higher_is_better", True))}
             for name, metric in stored["metrics"].items()
         }
         return Result(path, model, stored["settings"], metrics, rows)

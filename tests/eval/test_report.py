@@ -119,6 +119,7 @@ def test_the_best_is_bold(tmp_path, runs):
     """The highest, or the lowest where less is better, which the column says."""
     markdown, _ = report(tmp_path / "higher", *runs)
     assert markdown.count("**90.00 (") == 1
+    assert "↓" not in markdown
     for run in (runs[0], f"{runs[1]}/eval", f"{runs[2]}/eval"):
         file = Path(run) / "gsm/result.json"
         result = json.loads(file.read_text())
