@@ -24,10 +24,12 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
     if not os.path.isdir(path) and not is_hub_id(path):
         raise UserError(f"{path} is neither a tokenizer directory nor a hub id (owner/name)")
     with quiet_hub():
-        from transformers import AutoTokenizer
+        # Takes tokenizer.json as it is. AutoTokenizer may build it anew, and it imports torch where
+        # that is installed, which takes longer than all else that is done here.
+        from transformers import PreTrainedTokenizerFast
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path, trust_remote_code=False)
         except (
             Exception
         ) as error:  # transformers raises OSError, ValueError, TypeError, KeyError...
