@@ -9,10 +9,14 @@ import math
 import jax
 import jax.numpy as jnp
 
+_SMALL_MATRIX = 1 << 14
+"""Elements of a matrix for which rows computed in vain cost less than a program with more loops."""
+
 
 def rows_by_weights(x, w, group_sizes, contract_last: bool):
     """x [N, D] by w [E, D, F], or with `contract_last` x [N, F] by w transposed."""
     rows, block = x.shape[0], _block_rows(x.shape[0], w.shape[0])
+    parts = _parts(block, w.shape[1] * w.shape[2])
     padded = _padded(x, block)
     dimensions = (((1,), (1 if contract_last else 0,)), ((), ()))
 
@@ -29,7 +33,7 @@ def rows_by_weights(x, w, group_sizes, contract_last: bool):
     width = w.shape[1] if contract_last else w.shape[2]
     out = jnp.zeros((rows + block, width), x.dtype)
     ends = jnp.cumsum(group_sizes)
-    return _for_each_block(group_sizes, ends, w, block, out, body)[:rows]
+    return _for_each_block(group_sizes, ends, w, parts, out, body)[:rows]
 
 
 def rows_by_rows(x, g, sizes, ends, dtype):
@@ -51,7 +55,7 @@ def rows_by_rows(x, g, sizes, ends, dtype):
     def nothing(first, end):
         return jnp.zeros((x.shape[1], g.shape[1]), jnp.float32)
 
-    parts = _parts(block)
+    parts = _parts(block, x.shape[1] * g.shape[1])
     last_blocks = [nothing, *(functools.partial(product, rows) for rows in parts)]
 
     def group(_, inputs):
@@ -76,19 +80,23 @@ def _block_rows(rows: int, groups: int) -> int:
     return min(256, max(16, 2 << math.ceil(math.log2(mean))))
 
 
-def _parts(block: int) -> range:
-    """How many rows a group's last block may have: eighths of a block, or 16, 32, ..."""
-    return range(max(16, block // 8), block + 1, max(16, block // 8))
+def _parts(block: int, matrix: int) -> range:
+    """How many rows a group's last block may have: eighths of a block, or 16, 32, ...
+
+    Each is a loop to compile, so for a small matrix (of `matrix` elements) there is but the block.
+    """
+    part = block if matrix < _SMALL_MATRIX else max(16, block // 8)
+    return range(part, block + 1, part)
 
 
-def _for_each_block(sizes, ends, weights, block, carry, body):
+def _for_each_block(sizes, ends, weights, parts, carry, body):
     """Scans over groups and, inside, over blocks of a group's rows, in row order.
 
     A group's rows are ends - sizes … ends. `body(carry, weight, first_row, valid)` sees a block
     that starts at `first_row`; `valid` [rows of the block] marks the rows of this group. Blocks
-    have `block` rows, but the last one of `_parts`; it may also cover rows of later groups.
+    have `parts[-1]` rows, but the last one of `parts`; it may also cover rows of later groups.
     """
-    part, *_ = parts = _parts(block)
+    part, block = parts[0], parts[-1]
 
     def group(carry, inputs):
         weight, size, end = inputs

@@ -18,6 +18,9 @@ CASES = {
     "rows_past_the_sum": (70, 6, 10, [20, 0, 33]),
     "more_groups_than_rows": (3, 4, 5, [0, 1, 0, 0, 1, 0, 0, 1]),
     "larger_than_a_block": (700, 3, 4, [400, 1, 299]),
+    # Matrices large enough for last blocks of fewer rows: of 16, 32, ..., 128 here.
+    "every_last_block": (512, 128, 128, [7, 128, 17, 110, 0, 33, 50, 65, 90, 12]),
+    "last_blocks_after_whole_ones": (700, 160, 110, [300, 1, 399]),
 }
 
 
