@@ -15,8 +15,7 @@ class Nursery:
 
     def __init__(self, environment: dict[str, str]):
         self._context = multiprocessing.get_context("forkserver")
-        # The last, which brings torch along where there is one, took half the time of a start.
-        tokenizers = "transformers.models.auto.tokenization_auto"
+        tokenizers = "transformers.tokenization_utils_tokenizers"
         self._context.set_forkserver_preload(["train", "olmoe_jax.training.loop", tokenizers])
         with mock.patch.dict(os.environ, environment):
             first = self._context.Process(target=int)
