@@ -40,7 +40,7 @@ class Limits:
     """What one program may use. Memory and CPU time are per process, of which there are few."""
 
     cpu_seconds: int = 20
-    """A canonical solution takes up to 5 s on a slow machine; scores must not depend on that."""
+    """One canonical solution takes 5.4 s on a slow machine; scores must not depend on that."""
     wall_seconds: float = 90.0
     memory_bytes: int = 512 << 20
     tmp_bytes: int = 16 << 20
