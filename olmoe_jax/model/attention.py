@@ -21,10 +21,17 @@ from olmoe_jax.ops.remat import keep
 from olmoe_jax.sharding import gathered, on_own_rows
 
 
+class Rotation(NamedTuple):
+    """Of the rotary embedding, both [B, S, 1, d/2] float32."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
 class Context(NamedTuple):
     """What every layer's attention shares."""
 
-    positions: jax.Array  # [B, S] int32, for the rotary embedding
+    rotation: Rotation
     segments: jax.Array  # [B, S] int32, 0 is padding
     visible: jax.Array | None = None  # [B, T] bool: which keys of the cache are seen
     index: jax.Array | None = None  # [] int32: where in the cache this token's keys lie
@@ -53,12 +60,17 @@ def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
     return weight.astype(x.dtype) * x32.astype(x.dtype)
 
 
-def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Rotates pairs (i, i + d/2) of x [B, S, H, d] by position * theta^(-2i/d), in float32."""
-    half = x.shape[-1] // 2
-    frequencies = 1.0 / theta ** (jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+def rotation(positions: jax.Array, config: ModelConfig) -> Rotation:
+    """By the angles position * theta^(-2i/d), of positions [B, S]."""
+    half = config.head_dim // 2
+    frequencies = 1.0 / config.rope_theta ** (jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+def rotary(x: jax.Array, rotation: Rotation) -> jax.Array:
+    """Rotates the pairs (i, i + d/2) of x [B, S, H, d], in float32."""
+    cos, sin = rotation
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = (first * cos - second * sin, second * cos + first * sin)
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
@@ -102,8 +114,7 @@ class Attention(nnx.Module):
         if config.clip_qkv is not None:
             q, k, v = (jnp.clip(part, -config.clip_qkv, config.clip_qkv) for part in (q, k, v))
         q, k, v = (part.reshape(*x.shape[:2], -1, config.head_dim) for part in (q, k, v))
-        q = rotary(q, context.positions, config.rope_theta)
-        k = rotary(k, context.positions, config.rope_theta)
+        q, k = rotary(q, context.rotation), rotary(k, context.rotation)
         new = LayerCache(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
         if cache is not None:
             start = (0, 0, context.index, 0)

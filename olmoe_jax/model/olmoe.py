@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from olmoe_jax.model.attention import Attention, Context, LayerCache, rms_norm
+from olmoe_jax.model.attention import Attention, Context, LayerCache, rms_norm, rotation
 from olmoe_jax.model.config import ModelConfig, ModelSettings
 from olmoe_jax.model.moe import MoE, RouterStatistics
 from olmoe_jax.model.parameters import ParameterSpec, matrix, scale, specs
@@ -161,10 +161,26 @@ class Olmoe(nnx.Module):
             segments = jnp.ones_like(tokens)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        context = training_context(segments, positions, dropout_key)._replace(
-            router_probe=router_probe
-        )
+        context = self.context(segments, positions, dropout_key, router_probe)
         return self._run_layers(tokens, context, with_router_logits)[:2]
+
+    def context(
+        self,
+        segments: jax.Array,
+        positions: jax.Array,
+        dropout_key: jax.Array | None = None,
+        router_probe: jax.Array | None = None,
+    ) -> Context:
+        """What the layers share, of whole rows [B, S]; see `hidden`."""
+        keys = None
+        if dropout_key is not None:
+            keys = shard_batch(jax.random.split(dropout_key, segments.shape[0]))
+        return Context(
+            rotation(positions, self.config),
+            segments,
+            dropout_keys=keys,
+            router_probe=router_probe,
+        )
 
     def prefill(
         self, tokens: jax.Array, segments: jax.Array, positions: jax.Array, room: int
@@ -176,7 +192,7 @@ class Olmoe(nnx.Module):
           segments: [B, S] int, 1, or 0 for padding in front.
           positions: [B, S] int, of the tokens in their rows.
         """
-        context = training_context(segments, positions, None)
+        context = self.context(segments, positions)
         x, _, keys = self._run_layers(tokens, context, with_keys=True)
 
         def with_room(stacked, layer):
@@ -226,7 +242,8 @@ class Olmoe(nnx.Module):
         """
         is_token, length = is_token[:, None], cache.length
         visible = jax.lax.dynamic_update_slice(cache.visible, is_token, (0, length))
-        context = Context(positions[:, None], is_token.astype(jnp.int32), visible, length)
+        turned = rotation(positions[:, None], self.config)
+        context = Context(turned, is_token.astype(jnp.int32), visible, length)
         x = embedding_rows(gathered(self.embed[...]), tokens[:, None])
         x, new = shard_batch(x.astype(self.settings.compute_dtype)), []
         for number, old in enumerate(cache.layers):
@@ -304,16 +321,6 @@ class Olmoe(nnx.Module):
 def _one_of(stacked: Any, layer: jax.Array | int) -> Any:
     """A layer's part of what is stacked for all."""
     return jax.tree.map(lambda values: values[layer], stacked)
-
-
-def training_context(
-    segments: jax.Array, positions: jax.Array, dropout_key: jax.Array | None
-) -> Context:
-    """What the layers share, of whole rows [B, S]; with `dropout_key` the dropout is on."""
-    keys = None
-    if dropout_key is not None:
-        keys = shard_batch(jax.random.split(dropout_key, segments.shape[0]))
-    return Context(positions, segments, dropout_keys=keys)
 
 
 def load_balancing_loss(statistics: RouterStatistics, config: ModelConfig) -> jax.Array:

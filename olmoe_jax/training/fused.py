@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from olmoe_jax.model.olmoe import Olmoe, training_context
+from olmoe_jax.model.olmoe import Olmoe
 from olmoe_jax.model.parameters import LAYERS, Parameters, merge
 from olmoe_jax.ops.quantization import dequantized
 from olmoe_jax.training.layered import (
@@ -120,7 +120,7 @@ def fused_step(
 def _layer_function(model: Olmoe, trainer: Trainer, batch: DeviceBatch, position: jax.Array):
     """(number, its frozen and its trained weights, x) -> x after the layer, router statistics."""
     graph, _ = nnx.split(model.layers)
-    context = training_context(batch.segment_ids, batch.positions, trainer.dropout_key(position))
+    context = model.context(batch.segment_ids, batch.positions, trainer.dropout_key(position))
 
     def layer(number, frozen, trained, x):
         weights = dequantized(frozen | trained, trainer.settings.compute_dtype)
