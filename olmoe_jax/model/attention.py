@@ -15,7 +15,7 @@ from olmoe_jax.model.lora import TARGETS, Adapters, dropout, projection
 from olmoe_jax.model.parameters import matrix, scale
 from olmoe_jax.ops.attention import attention
 from olmoe_jax.ops.cached_attention import cached_attention
-from olmoe_jax.ops.decoding import matmul_in_parts
+from olmoe_jax.ops.decoding import matmul_by_rows
 from olmoe_jax.ops.projection import project
 from olmoe_jax.ops.remat import keep
 from olmoe_jax.sharding import gathered, on_own_rows
@@ -136,8 +136,8 @@ class Attention(nnx.Module):
         )
         whole = jax.tree.map(gathered, whole)
         if context.index is not None:
-            in_parts = jax.default_backend() == "cpu"
-            return project(x, whole, x, matmul_in_parts if in_parts else jnp.matmul)
+            on_cpu = jax.default_backend() == "cpu"
+            return project(x, whole, x, matmul_by_rows if on_cpu else jnp.matmul)
         if whole.a is None:
             return keep(project(x, whole, x))
         keys, rate = context.dropout_keys, settings.lora.dropout

@@ -17,6 +17,7 @@ from olmoe_jax.ops.projection import Projection, project
 from olmoe_jax.ops.routing import sort_by_expert
 
 _LARGEST_BLOCK = 32
+_STREAMS = 4
 _PART_BYTES = 2**17
 """Of matrices: what a core's cache holds beside what is being read."""
 
@@ -33,52 +34,58 @@ def decoding_backend(platform: str, tokens: int, per_token: int, experts: int) -
     return "gather" if 2 * tokens * per_token <= experts else None
 
 
-def matmul_in_parts(x: jax.Array, matrices: jax.Array, *index) -> jax.Array:
-    """x @ matrices[index] for few rows, on a CPU.
+def matmul_by_rows(x: jax.Array, matrices: jax.Array, *index) -> jax.Array:
+    """x @ matrices[index] for few rows of x, on a CPU.
 
-    There XLA's matmul reads a matrix that lies in no cache at half the speed of copying it: some
-    rows of it are copied at a time, which then lie in one.
+    There XLA's matmul reads a matrix that lies in no cache at half the speed of memory, or less.
+    Here a loop adds the outer products of a few rows of the matrix at a time. They lie far apart:
+    a core fetches several streams of addresses ahead faster than one.
 
     Args:
       x: [..., D].
-      matrices: [..., D, F], in x's dtype.
+      matrices: [..., D, F].
       index: an int32 for each leading dimension of `matrices`.
 
     Returns:
       [..., F] in x's dtype, summed in float32.
     """
     *_, width, out = matrices.shape
-    rows = _rows_of_part(matrices)
+    streams = math.gcd(_STREAMS, width)
+    apart = width // streams
 
-    def product(part):
-        sizes = *(1 for _ in index), rows, out
-        matrix = jax.lax.dynamic_slice(matrices, (*index, part * rows, 0), sizes)
-        matrix = matrix.reshape(rows, out)
-        taken = jax.lax.dynamic_slice_in_dim(x, part * rows, rows, axis=-1)
-        return jnp.matmul(taken, matrix, preferred_element_type=jnp.float32)
+    def add_rows(turn, y):
+        for first in range(0, width, apart):
+            start = *index, first + turn, 0
+            row = jax.lax.dynamic_slice(matrices, start, (*(1 for _ in index), 1, out))
+            column = jax.lax.dynamic_slice_in_dim(x, first + turn, 1, axis=-1)
+            y += column.astype(jnp.float32) * row.reshape(out).astype(jnp.float32)
+        return y
 
-    total = jax.lax.fori_loop(1, width // rows, lambda part, y: y + product(part), product(0))
-    return total.astype(x.dtype)
+    zeros = jnp.zeros((*x.shape[:-1], out), jnp.float32)
+    return jax.lax.fori_loop(0, apart, add_rows, zeros).astype(x.dtype)
 
 
 def transposed_matmul_in_parts(x: jax.Array, matrix: jax.Array) -> jax.Array:
-    """As `matmul_in_parts`: x [..., D] @ matrix [F, D]^T -> [..., F] float32."""
+    """As `matmul_by_rows`: x [T, D] @ matrix [F, D]^T -> [T, F] float32.
+
+    Some rows of the matrix are copied at a time, into the cache.
+    """
     by_part = matrix.reshape(-1, _rows_of_part(matrix), matrix.shape[1])
 
     def product(rows):
-        return jnp.einsum("...d,fd->...f", x, rows, preferred_element_type=jnp.float32)
+        # In this order: XLA's matmul of few rows and a transposed matrix takes twice as long.
+        return jnp.einsum("fd,td->ft", rows, x, preferred_element_type=jnp.float32)
 
-    out = jnp.moveaxis(jax.lax.map(product, by_part), 0, -2)
-    return out.reshape(*x.shape[:-1], -1)
+    return jax.lax.map(product, by_part).reshape(-1, len(x)).T
 
 
-def _rows_of_part(matrices: jax.Array) -> int:
-    """Rows of a matrix [..., D, F] that are a part; they divide D."""
-    *_, width, out = matrices.shape
-    parts = min(width, -(-width * out * matrices.dtype.itemsize // _PART_BYTES))
-    while width % parts:
+def _rows_of_part(matrix: jax.Array) -> int:
+    """Rows of a matrix [F, D] that are a part; they divide F."""
+    rows = len(matrix)
+    parts = min(rows, -(-matrix.nbytes // _PART_BYTES))
+    while rows % parts:
         parts += 1
-    return width // parts
+    return rows // parts
 
 
 def experts_by_loop(x, weights, chosen, experts, layer, devices: int = 1) -> jax.Array:
@@ -114,10 +121,10 @@ def experts_by_loop(x, weights, chosen, experts, layer, devices: int = 1) -> jax
         expert = of_turn(blocks.expert)
 
         def by_expert(rows, part):
-            def in_parts(rows, _):
-                return matmul_in_parts(rows, part.weight, layer, expert[0])
+            def by_rows(rows, _):
+                return matmul_by_rows(rows, part.weight, layer, expert[0])
 
-            matmul = jnp.matmul if in_part else in_parts
+            matmul = jnp.matmul if in_part else by_rows
             return project(rows, _matrix(part, layer, expert), rows, matmul)
 
         rows = x.at[of_turn(token)].get(mode="clip")
