@@ -18,6 +18,7 @@ from olmoe_jax.ops.routing import sort_by_expert
 
 _LARGEST_BLOCK = 32
 _STREAMS = 4
+"""Rows a turn; with 8, a block of 8 rows is slower (measured on an AMD EPYC)."""
 _PART_BYTES = 2**17
 """Of matrices: what a core's cache holds beside what is being read."""
 

@@ -38,7 +38,7 @@ def test_matmuls_of_few_rows(width, dtype):
 @pytest.mark.parametrize("part_bytes", [decoding._PART_BYTES, 100])
 def test_experts_in_use(monkeypatch, part_bytes, tokens, lora):
     """Loop and gather against every expert on every token; one token has no expert."""
-    monkeypatch.setattr(decoding, "_PART_BYTES", part_bytes)  # several matrices, or parts of one
+    monkeypatch.setattr(decoding, "_PART_BYTES", part_bytes)  # several a turn, or one by rows
     layers, experts, width, hidden, per_token = 2, 5, 12, 7, 2
     random = np.random.default_rng(tokens)
 
