@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 import olmoe_jax
-from olmoe_jax import distributed
-from olmoe_jax.command_line import parse_config
-from olmoe_jax.cpu import restart_with_huge_pages
+from olmoe_jax.config.command_line import parse_config
 from olmoe_jax.errors import run_command
+from olmoe_jax.parallel import distributed
+from olmoe_jax.parallel.cpu import restart_with_huge_pages
 
 
 def main(arguments: Sequence[str]) -> None:

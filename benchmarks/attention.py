@@ -19,8 +19,8 @@ from jax.sharding import NamedSharding
 
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
 from olmoe_jax.ops.attention import BACKENDS, attention, check_backend
+from olmoe_jax.parallel.sharding import BATCH, make_mesh, on_own_rows
 from olmoe_jax.plan.devices import open_devices, parse_topology, prepare_environment
-from olmoe_jax.sharding import BATCH, make_mesh, on_own_rows
 
 ALL_KEYS = "all keys"
 

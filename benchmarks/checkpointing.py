@@ -19,9 +19,9 @@ import numpy as np
 from benchmarks.memory import GIB
 from benchmarks.shapes import shape_of
 from benchmarks.step import build, make_parser, random_batch, timed
-from olmoe_jax import sharding
-from olmoe_jax.cpu import restart_with_huge_pages
 from olmoe_jax.errors import UserError, run_command
+from olmoe_jax.parallel import sharding
+from olmoe_jax.parallel.cpu import restart_with_huge_pages
 from olmoe_jax.training.checkpoint import Checkpointer
 from olmoe_jax.training.setup import Program
 

@@ -27,9 +27,9 @@ import numpy as np
 
 from benchmarks.comparison_report import write_report
 from configs.table import ESFT, LORA, METHODS, experiment
+from olmoe_jax.checkpoints import directory
 from olmoe_jax.config import Config, DataOptions, ModelOptions
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
-from olmoe_jax.hf import directory
 
 # From a few short trials on a part of the training rows.
 LEARNING_RATES = {"full": 3e-3, "lora": 1e-2, "esft": 1e-2}
@@ -229,7 +229,7 @@ def run_cell(args: argparse.Namespace, method: str, seed: int) -> dict[str, Any]
     """Fine-tunes with one method and seed; returns what the report needs."""
     import olmoe_jax
     from benchmarks.router_cosine import held_out_batches, router_cosines
-    from olmoe_jax.hf.opening import RunCheckpoint
+    from olmoe_jax.checkpoints.opening import RunCheckpoint
     from olmoe_jax.training.run_directory import read_metrics
 
     config = cell_config(args, method, seed)

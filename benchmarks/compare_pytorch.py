@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from olmoe_jax.cpu import TUNABLES
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
+from olmoe_jax.parallel.cpu import TUNABLES
 
 ROOT = Path(__file__).parents[1]
 VENVS = {

@@ -25,9 +25,9 @@ import numpy as np
 
 from benchmarks.memory import GIB, peak_resident_gib
 from benchmarks.shapes import Shape, add_shape_flags, shape_of
+from olmoe_jax.checkpoints import directory, names
+from olmoe_jax.checkpoints.huggingface import HFCheckpoint, write_checkpoint
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
-from olmoe_jax.hf import directory, names
-from olmoe_jax.hf.checkpoint import HFCheckpoint, write_checkpoint
 from olmoe_jax.model.config import model_config_from_hf
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -134,7 +134,7 @@ def finite_logits(path: str) -> None:
     import jax.numpy as jnp
 
     import olmoe_jax
-    from olmoe_jax.likelihood import log_likelihoods
+    from olmoe_jax.generation.likelihood import log_likelihoods
     from olmoe_jax.model.config import ModelSettings
 
     settings = ModelSettings(compute_dtype=jnp.bfloat16)

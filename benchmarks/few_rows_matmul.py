@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from olmoe_jax.cpu import restart_with_huge_pages, use_all_cores
 from olmoe_jax.errors import ArgumentParser, run_command
+from olmoe_jax.parallel.cpu import restart_with_huge_pages, use_all_cores
 
 _BYTES = 2**28
 """Of a core's matrices."""

@@ -21,8 +21,8 @@ import numpy as np
 
 from benchmarks.compare_pytorch import ROOT, VENVS, busy_cores, make_venv, run_checked
 from benchmarks.shapes import Shape, add_shape_flags, shape_of
-from olmoe_jax.cpu import use_all_cores
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
+from olmoe_jax.parallel.cpu import use_all_cores
 
 PYTORCH = "transformers5"
 
@@ -83,9 +83,9 @@ def shape_flags(shape: Shape) -> list[str]:
 
 def write_random_model(path: Path, shape: Shape) -> None:
     """A Hugging Face directory with weights from N(0, 0.02), norms of ones."""
-    from olmoe_jax.hf import directory, names, safetensors_file
+    from olmoe_jax.checkpoints import directory, names, safetensors_file
     from olmoe_jax.model.config import model_config_from_hf
-    from olmoe_jax.model.olmoe import parameter_specs
+    from olmoe_jax.model.decoder import parameter_specs
 
     hf_config = shape.hf_config() | {
         "architectures": ["OlmoeForCausalLM"],
@@ -121,7 +121,7 @@ def measure(args) -> dict[str, Any]:
     import jax
 
     import olmoe_jax
-    from olmoe_jax import sharding
+    from olmoe_jax.parallel import sharding
 
     shape, numbers = shape_of(args), Numbers()
     prompts = np.random.default_rng(0).integers(0, shape.vocab, (shape.rows, shape.length))

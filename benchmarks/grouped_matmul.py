@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec as P
 from benchmarks.memory import GIB
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
 from olmoe_jax.ops.grouped_matmul import BACKENDS, check_backend, grouped_matmul
+from olmoe_jax.parallel.sharding import make_mesh
 from olmoe_jax.plan.devices import open_devices, parse_topology, prepare_environment
-from olmoe_jax.sharding import make_mesh
 
 
 def main(arguments: Sequence[str]) -> None:

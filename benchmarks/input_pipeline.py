@@ -16,10 +16,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from olmoe_jax import sharding
+from olmoe_jax.checkpoints import directory
 from olmoe_jax.config import Config, DataOptions, ModelOptions, TrainOptions
 from olmoe_jax.errors import ArgumentParser, run_command
-from olmoe_jax.hf import directory
+from olmoe_jax.parallel import sharding
 from olmoe_jax.quickstart import write_inputs
 from olmoe_jax.training.setup import (
     Program,

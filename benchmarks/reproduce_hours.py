@@ -20,13 +20,13 @@ from typing import NamedTuple
 from configs.table import DATASETS, ESFT, METHODS, experiment
 from eval.reproduce import TASKS
 from eval.tasks import TASKS as BY_NAME
-from olmoe_jax.esft.selection import ExpertConfig
+from olmoe_jax.checkpoints.expert_config import ExpertConfig
+from olmoe_jax.methods.trained import method_trains
+from olmoe_jax.model.decoder import parameter_specs
 from olmoe_jax.model.flops import StepFlops, forward_flops_per_token, step_flops_per_token
-from olmoe_jax.model.known import OLMOE_1B_7B as MODEL
-from olmoe_jax.model.olmoe import parameter_specs
 from olmoe_jax.plan.devices import KINDS
+from olmoe_jax.plan.known import OLMOE_1B_7B as MODEL
 from olmoe_jax.plan.planning import ESFT_EXPERTS
-from olmoe_jax.training.methods import method_trains
 from olmoe_jax.training.setup import model_settings
 
 H100 = KINDS["h100"]

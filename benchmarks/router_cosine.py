@@ -14,10 +14,10 @@ import numpy as np
 import olmoe_jax
 from olmoe_jax import data
 from olmoe_jax.errors import ArgumentParser, run_command
+from olmoe_jax.methods.trained import ROUTER
 from olmoe_jax.model.config import ModelSettings
-from olmoe_jax.model.olmoe import Olmoe
+from olmoe_jax.model.decoder import Olmoe
 from olmoe_jax.model.parameters import split
-from olmoe_jax.training.methods import ROUTER
 from olmoe_jax.training.step import DeviceBatch, Trainer
 
 

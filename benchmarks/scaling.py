@@ -14,8 +14,8 @@ import jax
 
 from benchmarks.shapes import shape_of
 from benchmarks.step import make_parser, make_step, timed
-from olmoe_jax import sharding
 from olmoe_jax.errors import ArgumentParser, run_command
+from olmoe_jax.parallel import sharding
 
 BASE = ("--shape=mid", "--layers=2", "--hidden=256", "--intermediate=128", "--heads=4")
 BASE += ("--experts=32", "--vocab=512", "--rows=4", "--length=128")

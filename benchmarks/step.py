@@ -21,16 +21,16 @@ from jax.sharding import Mesh
 
 from benchmarks.memory import GIB, peak_resident_gib, resident_gib
 from benchmarks.shapes import Shape, add_shape_flags, shape_of
-from olmoe_jax import sharding
+from olmoe_jax.checkpoints.expert_config import ExpertConfig
 from olmoe_jax.config import Config, MethodOptions, ModelOptions
-from olmoe_jax.cpu import restart_with_huge_pages
 from olmoe_jax.data import Batch
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
-from olmoe_jax.esft.selection import ExpertConfig
+from olmoe_jax.methods.trained import router_method
 from olmoe_jax.model.config import ModelSettings, model_config_from_hf
 from olmoe_jax.model.flops import train_flops_per_token
 from olmoe_jax.model.lora import LoraSettings
-from olmoe_jax.training.methods import router_method
+from olmoe_jax.parallel import sharding
+from olmoe_jax.parallel.cpu import restart_with_huge_pages
 from olmoe_jax.training.setup import Model, Program, build_program
 
 METHODS = ("frozen", "conventional", "densemixer", "esft")

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import orbax.checkpoint as ocp
 
-from olmoe_jax.cpu import return_freed_memory
+from olmoe_jax.checkpoints import directory, names
+from olmoe_jax.checkpoints.huggingface import HFCheckpoint, write_config
+from olmoe_jax.checkpoints.source import MODEL_DIRECTORY, PARAMETERS, item_name
 from olmoe_jax.errors import ArgumentParser, run_command
-from olmoe_jax.hf import directory, names
-from olmoe_jax.hf.checkpoint import HFCheckpoint, write_config
-from olmoe_jax.hf.source import MODEL_DIRECTORY, PARAMETERS, item_name
+from olmoe_jax.parallel.cpu import return_freed_memory
 
 EXAMPLE = """example:
   python -m convert.from_hf --model allenai/OLMoE-1B-7B-0125 --output olmoe_1b_7b

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from olmoe_jax.checkpoints import directory, overrides
+from olmoe_jax.checkpoints.adapter import MergedSource
+from olmoe_jax.checkpoints.export import export_hf
+from olmoe_jax.checkpoints.huggingface import DTYPES
+from olmoe_jax.checkpoints.opening import open_source
 from olmoe_jax.errors import ArgumentParser, run_command
-from olmoe_jax.hf import directory, overrides
-from olmoe_jax.hf.adapter import MergedSource
-from olmoe_jax.hf.checkpoint import DTYPES
-from olmoe_jax.hf.export import export_hf
-from olmoe_jax.hf.opening import open_source
 
 EXAMPLE = """example:
   python -m convert.merge_lora --model allenai/OLMoE-1B-7B-0125 \\

@@ -9,16 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from olmoe_jax.checkpoints import directory, names, safetensors_file
+from olmoe_jax.checkpoints.adapter import read_adapter, to_peft
+from olmoe_jax.checkpoints.expert_config import read_expert_config
+from olmoe_jax.checkpoints.loading import load_parameters, pack_selected
+from olmoe_jax.checkpoints.opening import open_source
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
-from olmoe_jax.esft.selection import read_expert_config
-from olmoe_jax.hf import directory, names, safetensors_file
-from olmoe_jax.hf.adapter import read_adapter, to_peft
-from olmoe_jax.hf.opening import open_source
+from olmoe_jax.methods.trained import esft_names, split_trained, trained_names
 from olmoe_jax.model.config import ModelSettings
-from olmoe_jax.model.loading import load_parameters, pack_selected
 from olmoe_jax.model.parameters import ROUTER, Parameters, merge
-from olmoe_jax.sharding import make_mesh
-from olmoe_jax.training.methods import esft_names, split_trained, trained_names
+from olmoe_jax.parallel.sharding import make_mesh
 from olmoe_jax.training.optimizer import adamw, schedule
 from olmoe_jax.training.step import DeviceBatch, Trainer, initial_state
 

@@ -4,9 +4,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from olmoe_jax.checkpoints.export import export_adapter, export_hf
+from olmoe_jax.checkpoints.opening import RunCheckpoint, open_source
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
-from olmoe_jax.hf.export import export_adapter, export_hf
-from olmoe_jax.hf.opening import RunCheckpoint, open_source
 from olmoe_jax.training.best import best_step
 
 EXAMPLE = """example:

@@ -19,9 +19,9 @@ from tqdm import tqdm
 from eval.backends import Backend, Sampling
 from eval.predictions import PredictionFile
 from eval.tasks.task import Example, Prediction, Scores, Task, Tools
+from olmoe_jax.checkpoints import directory
 from olmoe_jax.errors import UserError
-from olmoe_jax.hf import directory
-from olmoe_jax.stop_strings import cut_at
+from olmoe_jax.generation.stop_strings import cut_at
 
 MODEL, SETTINGS, PREDICTIONS = "model.json", "settings.json", "predictions.jsonl"
 ROWS, RESULT = "rows.jsonl", "result.json"

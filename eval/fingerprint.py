@@ -3,10 +3,10 @@
 import hashlib
 from pathlib import Path
 
-from olmoe_jax.hf import directory
-from olmoe_jax.hf.adapter import CONFIG, ROUTER, WEIGHTS, adapter_directory
-from olmoe_jax.hf.opening import CHECKPOINTS, latest_step
-from olmoe_jax.hf.source import MODEL_DIRECTORY, PARAMETERS
+from olmoe_jax.checkpoints import directory
+from olmoe_jax.checkpoints.adapter import CONFIG, ROUTER, WEIGHTS, adapter_directory
+from olmoe_jax.checkpoints.opening import CHECKPOINTS, latest_step
+from olmoe_jax.checkpoints.source import MODEL_DIRECTORY, PARAMETERS
 
 _PIECES, _PIECE = 16, 1 << 16
 _HF_FILES = ("*.safetensors", "config.json", "tokenizer.json")

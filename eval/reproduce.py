@@ -27,9 +27,9 @@ from pathlib import Path
 from configs.table import DATASETS, ESFT, METHODS, experiment
 from eval.evaluation import RESULT
 from eval.run import parser as eval_parser
+from olmoe_jax.checkpoints import directory
 from olmoe_jax.config import Config, ModelOptions, apply_overrides
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
-from olmoe_jax.hf import directory
 
 ROOT = Path(__file__).parents[1]
 TASKS = {"codealpaca": ("mbpp", "humaneval")}
@@ -135,7 +135,7 @@ class Plan:
         yield dataclasses.replace(evaluate, weights=(run / "checkpoints", run / "hf"))
 
     def _experts(self, method: str, dataset: str) -> Iterator[Step]:
-        from olmoe_jax.training.experts import DEFAULT_TOP_P
+        from olmoe_jax.methods.experts import DEFAULT_TOP_P
 
         config = self.resolved(method, dataset)
         output = self.experts(method, dataset)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from configs.table import ESFT, LORA
 from eval.reproduce import ROOT, Plan, Step
-from olmoe_jax.hf import directory
+from olmoe_jax.checkpoints import directory
 
 PROMPT = "Answer the following question.\n\n"
 """Before every other question, as in the evaluation's prompts; the eval loss has none."""

@@ -11,8 +11,8 @@ from eval.backends import BACKENDS, DTYPES, check_backend, open_backend
 from eval.evaluation import Decoding, evaluate, open_output, open_task, settings_of
 from eval.tasks import HARNESS, TASKS, split_names, tasks_of
 from eval.tasks.task import Task, Tools, read_examples
-from olmoe_jax.cpu import restart_with_huge_pages, use_all_cores
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
+from olmoe_jax.parallel.cpu import restart_with_huge_pages, use_all_cores
 
 EXAMPLE = """examples:
   python -m eval.run --model runs/densemixer_gsm --tasks gsm --output runs/densemixer_gsm/eval

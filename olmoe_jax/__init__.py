@@ -10,8 +10,8 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "from_pretrained": "olmoe_jax.model.loading",
-    "generate": "olmoe_jax.generation",
+    "from_pretrained": "olmoe_jax.checkpoints.loading",
+    "generate": "olmoe_jax.generation.decoding",
     "train": "olmoe_jax.training.loop",
 }
 __all__ = ["from_pretrained", "generate", "train"]

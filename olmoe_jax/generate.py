@@ -1,113 +1,11 @@
-"""Continues prompts with a model: `python -m olmoe_jax.generate`.
+"""The command `python -m olmoe_jax.generate`.
 
-Only ever run, never imported: `olmoe_jax.generate` is the function.
+Only run, never imported: in Python `olmoe_jax.generate` is the function.
 """
 
-import json
-import sys
-from collections.abc import Sequence
-from pathlib import Path
-
-from olmoe_jax.cpu import restart_with_huge_pages, use_all_cores
-from olmoe_jax.errors import ArgumentParser, UserError, run_command
-
-EPILOG = """examples:
-  python -m olmoe_jax.generate --model runs/quickstart/hf --prompt "Question: 2 + 3?
-  Answer:"
-  python -m olmoe_jax.generate --model allenai/OLMoE-1B-7B-0125 --prompts questions.txt \\
-      --adapter runs/densemixer_lora_gsm --stop "Question:" --temperature 0.7 --top_p 0.9
-  echo "Once upon a time" | python -m olmoe_jax.generate --model runs/quickstart/hf --prompts -
-
-One prompt is answered with its continuation, several with one line of JSON each.
-"""
-
-
-def main(arguments: Sequence[str]) -> None:
-    """The command line."""
-    args = parser().parse_args(arguments)
-    prompts = _prompts(args)
-
-    import jax
-    import jax.numpy as jnp
-
-    import olmoe_jax
-    from olmoe_jax import sharding
-    from olmoe_jax.data import load_tokenizer
-    from olmoe_jax.hf.opening import open_source
-    from olmoe_jax.model.config import ModelSettings
-
-    source = open_source(args.model)
-    tokenizer = load_tokenizer(str(source.files))
-    mesh = sharding.decoding_mesh(source.config.num_experts)
-    settings = ModelSettings(compute_dtype=jnp.dtype(args.compute_dtype))
-    model = olmoe_jax.from_pretrained(args.model, mesh, settings=settings, adapter=args.adapter)
-    with jax.set_mesh(mesh):
-        texts = olmoe_jax.generate(
-            model,
-            tokenizer,
-            prompts,
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            stop=args.stop,
-            seed=args.seed,
-            batch_size=args.batch_size,
-            progress=len(prompts) > 1,
-        )
-    if len(prompts) == 1:
-        print(texts[0])
-        return
-    for prompt, text in zip(prompts, texts, strict=True):
-        print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False))
-
-
-def parser() -> ArgumentParser:
-    """All flags."""
-    result = ArgumentParser(
-        prog="python -m olmoe_jax.generate",
-        description="Continues prompts with a model.",
-        epilog=EPILOG,
-    )
-    add = result.add_argument
-    add(
-        "--model",
-        required=True,
-        metavar="DIR_OR_HUB_ID",
-        help="a Hugging Face checkpoint, a training run or a converted checkpoint",
-    )
-    add(
-        "--adapter",
-        metavar="DIR",
-        help="a PEFT adapter of that model, or the LoRA run that made it",
-    )
-    add("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
-    add("--prompts", metavar="FILE", help="a prompt per line; -: standard input")
-    add("--max_new_tokens", type=int, default=256, metavar="N")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0 (default): greedy")
-    add("--top_p", type=float, default=1.0, metavar="P", help="draw from the likeliest only")
-    add("--stop", action="append", default=[], metavar="TEXT", help="ends a text; several: repeat")
-    add("--seed", type=int, default=0, metavar="N", help="of the draws")
-    add("--batch_size", type=int, default=16, metavar="N", help="prompts decoded together")
-    add("--compute_dtype", choices=("float32", "bfloat16"), default="float32")
-    return result
-
-
-def _prompts(args) -> list[str]:
-    """All prompts, those of the file last."""
-    prompts = list(args.prompt)
-    if args.prompts is not None:
-        try:
-            file = sys.stdin.buffer if args.prompts == "-" else None
-            content = file.read() if file else Path(args.prompts).read_bytes()
-            prompts += [line for line in content.decode().splitlines() if line]
-        except OSError as error:
-            raise UserError(f"--prompts {args.prompts}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise UserError(f"--prompts {args.prompts}: is not UTF-8 text") from None
-    if not prompts:
-        raise UserError("there is no prompt: write --prompt TEXT, or --prompts FILE")
-    return prompts
-
+from olmoe_jax.errors import run_command
+from olmoe_jax.generation.command import main
+from olmoe_jax.parallel.cpu import restart_with_huge_pages, use_all_cores
 
 if __name__ == "__main__":
     restart_with_huge_pages()

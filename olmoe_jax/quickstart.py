@@ -14,13 +14,13 @@ import jax
 from flax import nnx
 
 import olmoe_jax
+from olmoe_jax.checkpoints import directory
+from olmoe_jax.checkpoints.loading import ModelSettings
+from olmoe_jax.checkpoints.source import read_model_config
 from olmoe_jax.config import apply_overrides
-from olmoe_jax.config_file import load_config
+from olmoe_jax.config.file import load_config
 from olmoe_jax.errors import run_command
-from olmoe_jax.hf import directory
-from olmoe_jax.hf.source import read_model_config
-from olmoe_jax.model.loading import ModelSettings
-from olmoe_jax.model.olmoe import Olmoe
+from olmoe_jax.model.decoder import Olmoe
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.py"
 EOS, PAD = "<|endoftext|>", "<|padding|>"

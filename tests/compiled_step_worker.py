@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.shapes import shape_of
 from benchmarks.step import build, make_parser, random_batch
-from olmoe_jax import sharding
+from olmoe_jax.parallel import sharding
 
 # Sizes that tell a copy for all experts (tokens x 16) from one for the selected (tokens x 2).
 SIZES = [

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from olmoe_jax.checkpoints import names
+from olmoe_jax.checkpoints.loading import graph_of
 from olmoe_jax.errors import UserError
-from olmoe_jax.hf import names
 from olmoe_jax.model.config import ModelConfig, ModelSettings
-from olmoe_jax.model.loading import graph_of
-from olmoe_jax.model.olmoe import Olmoe
+from olmoe_jax.model.decoder import Olmoe
 from olmoe_jax.model.parameters import merge
 
 ROOT = Path(__file__).parents[1]

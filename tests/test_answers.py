@@ -2,7 +2,7 @@
 
 import pytest
 
-from olmoe_jax.answers import exact_match, scorer_for
+from olmoe_jax.generation.answers import exact_match, scorer_for
 
 INTENT = '{"intent": "A", "slots": {"x": ["1", "2"]}}。'
 

@@ -3,8 +3,8 @@
 import pytest
 from helpers import message_of
 
-from olmoe_jax import cluster
-from olmoe_jax.cluster import Cluster, find_cluster
+from olmoe_jax.parallel import cluster
+from olmoe_jax.parallel.cluster import Cluster, find_cluster
 
 SLURM = {
     "SLURM_JOB_ID": "4097",

@@ -8,8 +8,8 @@ import pytest
 from helpers import ROOT, message_of
 
 from configs.table import experiment
-from olmoe_jax.command_line import help_text, parse_config
 from olmoe_jax.config import FIELDS, apply_overrides
+from olmoe_jax.config.command_line import help_text, parse_config
 
 GSM = experiment("densemixer", "gsm")
 CONFIG = str(ROOT / "configs" / "densemixer_gsm.py")
@@ -91,7 +91,7 @@ def test_train_bad_usage_is_one_line_and_exit_2(tmp_path):
 def test_the_command_line_is_read_without_jax():
     code = f"""
 import sys
-from olmoe_jax.command_line import parse_config
+from olmoe_jax.config.command_line import parse_config
 parse_config(["--config", {CONFIG!r}])
 assert "jax" not in sys.modules
 """

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from olmoe_jax import cpu
+from olmoe_jax.parallel import cpu
 
 SCRIPT = """
 import os, sys
-from olmoe_jax.cpu import restart_with_huge_pages
+from olmoe_jax.parallel.cpu import restart_with_huge_pages
 print("started", flush=True)
 restart_with_huge_pages()
 print(os.environ.get("GLIBC_TUNABLES"), sys.argv[1:])

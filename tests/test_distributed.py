@@ -1,11 +1,11 @@
-"""One process alone: the words of olmoe_jax.distributed mean nothing, and start nothing."""
+"""One process alone: the words of parallel.distributed mean nothing, and start nothing."""
 
 import subprocess
 import sys
 
 from helpers import ROOT
 
-from olmoe_jax import distributed
+from olmoe_jax.parallel import distributed
 
 
 def test_alone_nothing_of_jax_is_imported():

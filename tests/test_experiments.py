@@ -7,7 +7,7 @@ from helpers import ROOT, message_of
 
 from configs.table import DATASETS, METHODS, experiment
 from olmoe_jax.config import MethodOptions, ModelOptions, OptimizerOptions, validate
-from olmoe_jax.config_file import load_config
+from olmoe_jax.config.file import load_config
 
 # The experiments
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from helpers import ROOT
 
-from olmoe_jax.cluster import Cluster, find_cluster
+from olmoe_jax.parallel.cluster import Cluster, find_cluster
 
 LAUNCH = ROOT / "launch"
 COMMAND = ["--config", "configs/densemixer_gsm.py", "--config.train.output_dir=runs/a b"]

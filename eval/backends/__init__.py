@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from olmoe_jax.checkpoints import directory
 from olmoe_jax.errors import UserError
-from olmoe_jax.hf import directory
 
 BACKENDS = ("jax", "hf", "vllm")
 DTYPES = ("float32", "bfloat16")
@@ -53,8 +53,8 @@ def check_backend(name: str, model: str, adapter: str | None = None) -> None:
     """
     if name == "jax":
         if adapter:
-            from olmoe_jax.hf.adapter import adapter_directory, read_adapter
-            from olmoe_jax.hf.opening import open_source
+            from olmoe_jax.checkpoints.adapter import adapter_directory, read_adapter
+            from olmoe_jax.checkpoints.opening import open_source
 
             read_adapter(adapter_directory(adapter), open_source(model).config)
         return

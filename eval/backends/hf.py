@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 from eval.backends import Prompts, Sampling
+from olmoe_jax.checkpoints import directory, safetensors_file
+from olmoe_jax.checkpoints.adapter import ROUTER, adapter_directory
 from olmoe_jax.data import load_tokenizer
 from olmoe_jax.data.hub import first_line
 from olmoe_jax.errors import UserError
-from olmoe_jax.hf import directory, safetensors_file
-from olmoe_jax.hf.adapter import ROUTER, adapter_directory
-from olmoe_jax.stop_strings import cut_at
+from olmoe_jax.generation.stop_strings import cut_at
 
 
 class HfBackend(Prompts):

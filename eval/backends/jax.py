@@ -7,11 +7,11 @@ import jax.numpy as jnp
 
 import olmoe_jax
 from eval.backends import Prompts, Sampling
+from olmoe_jax.checkpoints.opening import open_source
 from olmoe_jax.data import load_tokenizer
-from olmoe_jax.hf.opening import open_source
-from olmoe_jax.likelihood import Pair, log_likelihoods
+from olmoe_jax.generation.likelihood import Pair, log_likelihoods
 from olmoe_jax.model.config import ModelSettings
-from olmoe_jax.sharding import decoding_mesh
+from olmoe_jax.parallel.sharding import decoding_mesh
 
 
 class JaxBackend(Prompts):

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from eval.backends import Prompts, Sampling
+from olmoe_jax.checkpoints import directory
 from olmoe_jax.data import load_tokenizer
-from olmoe_jax.hf import directory
 
 
 class VllmBackend(Prompts):

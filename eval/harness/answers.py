@@ -17,7 +17,7 @@ from eval.backends import Prompts, Sampling
 from eval.backends.jax import JaxBackend
 from eval.predictions import PredictionFile
 from olmoe_jax.errors import UserError
-from olmoe_jax.likelihood import Pair, rolling_windows
+from olmoe_jax.generation.likelihood import Pair, rolling_windows
 
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _MAX_NEW_TOKENS = 256
@@ -54,7 +54,7 @@ class Answers:
     def log_likelihoods(
         self, pairs: Sequence[Pair], name: str = "loglikelihood"
     ) -> list[tuple[float, bool]]:
-        """See `olmoe_jax.likelihood.log_likelihoods`; too long a context loses its start."""
+        """See `log_likelihoods`; too long a context loses its start."""
         fitting = [self._fitting(context, continuation) for context, continuation in pairs]
 
         # The longest first: if memory is short, it shows at once. Beside each other: equal ones.

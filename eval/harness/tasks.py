@@ -22,12 +22,12 @@ from eval.evaluation import MODEL, RESULT, ROWS
 from eval.harness.answers import Answers
 from eval.statistics import RESAMPLES, Metric
 from eval.tasks import HARNESS, HARNESS_DIRECTORY
-from olmoe_jax.config_schema import nearest
+from olmoe_jax.checkpoints import directory
+from olmoe_jax.checkpoints.opening import open_source
+from olmoe_jax.config.schema import nearest
 from olmoe_jax.data import load_tokenizer
 from olmoe_jax.data.hub import first_line
 from olmoe_jax.errors import UserError
-from olmoe_jax.hf import directory
-from olmoe_jax.hf.opening import open_source
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 from eval.report.contents import report
 from eval.report.document import Pictures, to_html, to_markdown
 from eval.report.inputs import read_inputs
+from olmoe_jax.checkpoints import directory
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
-from olmoe_jax.hf import directory
 
 MARKDOWN, HTML = "report.md", "report.html"
 EXAMPLE = """example:

@@ -15,9 +15,9 @@ from typing import Any
 from configs.table import DATASETS, METHODS
 from eval.evaluation import MODEL, RESULT, ROWS, SETTINGS
 from eval.tasks import HARNESS_DIRECTORY, TASKS
+from olmoe_jax.checkpoints import directory
 from olmoe_jax.config import ModelOptions
 from olmoe_jax.errors import UserError
-from olmoe_jax.hf import directory
 from olmoe_jax.training.run_directory import CONFIG, METRICS, read_metrics
 
 BASE = "base"

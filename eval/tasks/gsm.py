@@ -5,7 +5,7 @@ from typing import Any
 
 from eval.statistics import mean_metric
 from eval.tasks.task import Example, Prediction, Scores, Task, Tools
-from olmoe_jax.answers import NEXT_QUESTION, final_number, last_number
+from olmoe_jax.generation.answers import NEXT_QUESTION, final_number, last_number
 
 
 class Gsm(Task):

@@ -6,8 +6,8 @@ from typing import Any
 from eval.statistics import mean_metric
 from eval.tasks.esft import EsftTask
 from eval.tasks.task import Example, Prediction, Scores, Tools
-from olmoe_jax.answers import intents_match, is_intent, parse_intent
 from olmoe_jax.errors import UserError
+from olmoe_jax.generation.answers import intents_match, is_intent, parse_intent
 
 
 class Intent(EsftTask):

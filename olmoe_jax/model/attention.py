@@ -14,11 +14,11 @@ from olmoe_jax.model.config import ModelConfig, ModelSettings
 from olmoe_jax.model.lora import TARGETS, Adapters, dropout, projection
 from olmoe_jax.model.parameters import matrix, scale
 from olmoe_jax.ops.attention import attention
-from olmoe_jax.ops.cached_attention import cached_attention
+from olmoe_jax.ops.attention.cached import cached_attention
 from olmoe_jax.ops.decoding import matmul_by_rows
 from olmoe_jax.ops.projection import project
 from olmoe_jax.ops.remat import keep
-from olmoe_jax.sharding import gathered, on_own_rows
+from olmoe_jax.parallel.sharding import gathered, on_own_rows
 
 
 class Rotation(NamedTuple):

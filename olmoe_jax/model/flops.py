@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from olmoe_jax.model.config import ModelConfig, ModelSettings
-from olmoe_jax.model.olmoe import parameter_specs
+from olmoe_jax.model.decoder import parameter_specs
 from olmoe_jax.model.parameters import ParameterSpec
 
 

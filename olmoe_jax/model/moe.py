@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from olmoe_jax import sharding
 from olmoe_jax.model.config import ModelConfig, ModelSettings
 from olmoe_jax.model.lora import TARGETS, Adapters, dropout, projection
 from olmoe_jax.model.parameters import matrix
@@ -25,6 +24,7 @@ from olmoe_jax.ops.projection import grouped_project
 from olmoe_jax.ops.remat import keep
 from olmoe_jax.ops.router_gradient import ExpertProjections, router_gradient, with_probe
 from olmoe_jax.ops.routing import from_experts, permute, sort_by_expert, to_experts
+from olmoe_jax.parallel import sharding
 
 
 class RouterStatistics(NamedTuple):

@@ -22,7 +22,7 @@ LAYERS = "layers."
 
 @dataclasses.dataclass(frozen=True)
 class ParameterSpec:
-    """Shape and logical axis names (see `olmoe_jax.sharding.RULES`) of one parameter."""
+    """Shape and logical axis names (see `olmoe_jax.parallel.sharding.RULES`) of one parameter."""
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from olmoe_jax import sharding
+from olmoe_jax.parallel import sharding
 
 CHUNK = 512
 """Positions of a device in a chunk: all live logits are [CHUNK, V] float32 per device."""

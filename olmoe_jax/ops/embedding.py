@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from olmoe_jax import sharding
+from olmoe_jax.parallel import sharding
 
 
 def embedding_lookup(table: jax.Array, tokens: jax.Array, dtype) -> jax.Array:

@@ -5,19 +5,19 @@ import math
 import time
 from pathlib import Path
 
-from olmoe_jax import sharding
+from olmoe_jax.checkpoints.expert_config import ExpertConfig
+from olmoe_jax.checkpoints.source import MODEL_DIRECTORY, read_model_config
 from olmoe_jax.config import Config, validate
 from olmoe_jax.errors import UserError
-from olmoe_jax.esft.selection import ExpertConfig
-from olmoe_jax.hf.source import MODEL_DIRECTORY, read_model_config
+from olmoe_jax.methods.experts import given_experts
 from olmoe_jax.model.config import ModelConfig, ModelSettings
+from olmoe_jax.model.decoder import parameter_specs
 from olmoe_jax.model.flops import StepFlops, step_flops_per_token
-from olmoe_jax.model.known import KNOWN, known_config
-from olmoe_jax.model.olmoe import parameter_specs
+from olmoe_jax.parallel import sharding
 from olmoe_jax.plan.costs import Roofline, microbatch_traffic, roofline, update_traffic
 from olmoe_jax.plan.devices import Topology, open_devices, parse_topology
+from olmoe_jax.plan.known import KNOWN, known_config
 from olmoe_jax.plan.programs import CompiledProgram, StepPrograms, device_bytes
-from olmoe_jax.training.experts import given_experts
 from olmoe_jax.training.setup import check_one_microbatch, model_settings, with_backends
 
 ESFT_EXPERTS = 4

@@ -15,16 +15,16 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from olmoe_jax import sharding
+from olmoe_jax.checkpoints.expert_config import ExpertConfig
+from olmoe_jax.checkpoints.loading import quantized_like
 from olmoe_jax.config import Config
-from olmoe_jax.esft.selection import ExpertConfig
+from olmoe_jax.methods.trained import method_trains, split_trained
 from olmoe_jax.model.config import ModelConfig, ModelSettings
-from olmoe_jax.model.loading import quantized_like
+from olmoe_jax.model.decoder import parameter_specs
 from olmoe_jax.model.lora import is_target
-from olmoe_jax.model.olmoe import parameter_specs
 from olmoe_jax.model.parameters import Parameters
+from olmoe_jax.parallel import sharding
 from olmoe_jax.plan.collectives import Communication, communication
-from olmoe_jax.training.methods import method_trains, split_trained
 from olmoe_jax.training.setup import StepFunctions, kept_dtype, step_functions
 from olmoe_jax.training.step import Accumulated, DeviceBatch, TrainState, initial_state
 

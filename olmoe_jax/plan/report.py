@@ -4,10 +4,10 @@ import math
 from typing import Any
 
 from olmoe_jax.config import Config
+from olmoe_jax.parallel.sharding import describe
 from olmoe_jax.plan.devices import GIB
 from olmoe_jax.plan.planning import Plan
 from olmoe_jax.plan.programs import CompiledProgram
-from olmoe_jax.sharding import describe
 
 
 def to_json(plan: Plan) -> dict[str, Any]:

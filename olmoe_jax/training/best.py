@@ -9,10 +9,10 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from olmoe_jax.checkpoints.opening import CHECKPOINTS
 from olmoe_jax.config import TrainOptions
-from olmoe_jax.config_evaluation import best_mode
+from olmoe_jax.config.evaluation import best_mode
 from olmoe_jax.errors import UserError
-from olmoe_jax.hf.opening import CHECKPOINTS
 
 
 def score_of(metrics: Mapping[str, float]) -> float:

@@ -16,10 +16,10 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
-from olmoe_jax import distributed
+from olmoe_jax.checkpoints.opening import CHECKPOINTS
 from olmoe_jax.errors import UserError
-from olmoe_jax.hf.opening import CHECKPOINTS
 from olmoe_jax.model.parameters import Parameters
+from olmoe_jax.parallel import distributed
 from olmoe_jax.training.best import score_of
 from olmoe_jax.training.step import TrainState
 

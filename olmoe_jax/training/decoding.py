@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from olmoe_jax import data
-from olmoe_jax.answers import Scorer, exact_match, scorer_for
 from olmoe_jax.config import Config
 from olmoe_jax.errors import UserError
-from olmoe_jax.generation import generate
+from olmoe_jax.generation.answers import Scorer, exact_match, scorer_for
+from olmoe_jax.generation.decoding import generate
 from olmoe_jax.model.parameters import ROUTER, Parameters, merge
 from olmoe_jax.ops.quantization import Quantized
 from olmoe_jax.training.setup import Datasets, Model, Program

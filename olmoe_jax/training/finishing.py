@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from olmoe_jax.checkpoints.export import export_adapter, export_hf
+from olmoe_jax.checkpoints.opening import RunCheckpoint
 from olmoe_jax.config import Config
-from olmoe_jax.hf.export import export_adapter, export_hf
-from olmoe_jax.hf.opening import RunCheckpoint
 from olmoe_jax.plots import plot_losses
 from olmoe_jax.training import run_directory
 from olmoe_jax.training.best import best_step

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from olmoe_jax.model.olmoe import Olmoe
+from olmoe_jax.model.decoder import Olmoe
 from olmoe_jax.model.parameters import LAYERS, Parameters, merge
 from olmoe_jax.ops.quantization import dequantized
 from olmoe_jax.training.layered import (

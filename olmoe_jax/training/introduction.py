@@ -5,9 +5,10 @@ from pathlib import Path
 
 import jax
 
-from olmoe_jax import data, sharding
+from olmoe_jax import data
 from olmoe_jax.config import Config
-from olmoe_jax.training.methods import parameter_table
+from olmoe_jax.methods.trained import parameter_table
+from olmoe_jax.parallel import sharding
 from olmoe_jax.training.setup import Datasets, Model, Program
 
 

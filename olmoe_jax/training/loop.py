@@ -10,19 +10,20 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from olmoe_jax import data, distributed, sharding
+from olmoe_jax import data
+from olmoe_jax.checkpoints import opening
 from olmoe_jax.config import Config, first_difference, to_dict, validate
 from olmoe_jax.errors import UserError
-from olmoe_jax.hf import opening
+from olmoe_jax.methods.experts import given_experts, settle_experts
 from olmoe_jax.model.flops import train_flops_per_token
+from olmoe_jax.parallel import distributed, sharding
+from olmoe_jax.parallel.preemption import Preemption
 from olmoe_jax.training import run_directory
 from olmoe_jax.training.best import Best
 from olmoe_jax.training.checkpoint import Checkpointer
 from olmoe_jax.training.decoding import HeldOut, held_out_sample
-from olmoe_jax.training.experts import given_experts, settle_experts
 from olmoe_jax.training.finishing import finish
 from olmoe_jax.training.introduction import introduction
-from olmoe_jax.training.preemption import Preemption
 from olmoe_jax.training.reporting import TENSORBOARD, Reporter, Silence, router_scalars
 from olmoe_jax.training.setup import (
     Datasets,

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from olmoe_jax import sharding
 from olmoe_jax.model.parameters import Parameters
+from olmoe_jax.parallel import sharding
 from olmoe_jax.training.step import Trainer, TrainState, initial_state
 
 

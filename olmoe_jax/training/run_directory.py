@@ -24,12 +24,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from olmoe_jax import distributed
+from olmoe_jax.checkpoints import directory
+from olmoe_jax.checkpoints.opening import CHECKPOINTS
+from olmoe_jax.checkpoints.source import MODEL_DIRECTORY
 from olmoe_jax.config import Config, first_difference, to_dict
 from olmoe_jax.errors import UserError
-from olmoe_jax.hf import directory
-from olmoe_jax.hf.opening import CHECKPOINTS
-from olmoe_jax.hf.source import MODEL_DIRECTORY
+from olmoe_jax.parallel import distributed
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"

@@ -14,33 +14,34 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from olmoe_jax import data, sharding
-from olmoe_jax.config import Config
-from olmoe_jax.errors import UserError
-from olmoe_jax.esft.selection import ExpertConfig
-from olmoe_jax.hf import directory
-from olmoe_jax.hf.adapter import read_adapter
-from olmoe_jax.hf.opening import open_source
-from olmoe_jax.hf.source import Source, read_model_config
-from olmoe_jax.model.config import ModelConfig, ModelSettings
-from olmoe_jax.model.loading import (
+from olmoe_jax import data
+from olmoe_jax.checkpoints import directory
+from olmoe_jax.checkpoints.adapter import read_adapter
+from olmoe_jax.checkpoints.expert_config import ExpertConfig
+from olmoe_jax.checkpoints.loading import (
     load_parameters,
     load_selected,
     pack_selected,
     random_parameters,
 )
-from olmoe_jax.model.lora import LoraSettings
-from olmoe_jax.model.olmoe import parameter_specs
-from olmoe_jax.model.parameters import ROUTER, Parameters
-from olmoe_jax.ops import attention, grouped_matmul
-from olmoe_jax.ops.quantization import Quantized
-from olmoe_jax.training.fused import fused_step
-from olmoe_jax.training.methods import (
+from olmoe_jax.checkpoints.opening import open_source
+from olmoe_jax.checkpoints.source import Source, read_model_config
+from olmoe_jax.config import Config
+from olmoe_jax.errors import UserError
+from olmoe_jax.methods.trained import (
     is_adapter,
     method_trains,
     router_method,
     split_trained,
 )
+from olmoe_jax.model.config import ModelConfig, ModelSettings
+from olmoe_jax.model.decoder import parameter_specs
+from olmoe_jax.model.lora import LoraSettings
+from olmoe_jax.model.parameters import ROUTER, Parameters
+from olmoe_jax.ops import attention, grouped_matmul
+from olmoe_jax.ops.quantization import Quantized
+from olmoe_jax.parallel import sharding
+from olmoe_jax.training.fused import fused_step
 from olmoe_jax.training.optimizer import adamw, schedule
 from olmoe_jax.training.placement import state_shardings, zero_state
 from olmoe_jax.training.step import (

@@ -16,11 +16,11 @@ from jax.sharding import Mesh, NamedSharding
 
 from olmoe_jax.data import Batch
 from olmoe_jax.model.config import ModelConfig, ModelSettings
+from olmoe_jax.model.decoder import Olmoe, graph_of, load_balancing_loss
 from olmoe_jax.model.moe import RouterStatistics
-from olmoe_jax.model.olmoe import Olmoe, graph_of, load_balancing_loss
 from olmoe_jax.model.parameters import ROUTER, Parameters, merge
 from olmoe_jax.ops.cross_entropy import weighted_cross_entropy
-from olmoe_jax.sharding import BATCH
+from olmoe_jax.parallel.sharding import BATCH
 from olmoe_jax.training.layered import update_by_layer
 from olmoe_jax.training.optimizer import Optimizer, Schedule, clip_scale, global_norm
 

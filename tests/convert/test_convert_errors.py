@@ -12,8 +12,8 @@ from helpers import (
 )
 
 from convert import from_hf, parity, to_hf
+from olmoe_jax.checkpoints import safetensors_file
 from olmoe_jax.errors import UserError
-from olmoe_jax.hf import safetensors_file
 
 CONFIG = tiny_config()
 

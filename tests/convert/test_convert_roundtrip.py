@@ -19,9 +19,9 @@ from helpers import (
 
 import olmoe_jax
 from convert import from_hf, to_hf
+from olmoe_jax.checkpoints import huggingface as checkpoint_module
+from olmoe_jax.checkpoints import names
 from olmoe_jax.errors import UserError
-from olmoe_jax.hf import checkpoint as checkpoint_module
-from olmoe_jax.hf import names
 
 CONFIG = tiny_config(num_kv_heads=2)
 INDEX = "model.safetensors.index.json"

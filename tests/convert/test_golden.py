@@ -12,9 +12,9 @@ import pytest
 from helpers import load_safetensors
 
 from convert import parity
-from olmoe_jax.hf.source import read_model_config
+from olmoe_jax.checkpoints.source import read_model_config
+from olmoe_jax.model.decoder import load_balancing_loss
 from olmoe_jax.model.moe import RouterStatistics
-from olmoe_jax.model.olmoe import load_balancing_loss
 
 VARIANTS = (
     *("base", "gqa", "norm_topk", "clip_qkv", "top4", "tied", "rope_theta", "experts64"),

@@ -5,7 +5,7 @@ import pytest
 from helpers import relative_error, tiny_config, write_hf_checkpoint
 
 from convert import parity
-from olmoe_jax.hf import names, safetensors_file
+from olmoe_jax.checkpoints import names, safetensors_file
 
 # Every option of the architecture at once.
 CONFIG = tiny_config(

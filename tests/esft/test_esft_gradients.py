@@ -9,8 +9,8 @@ import pytest
 from helpers import RUN_ON_CPU, assert_close, make_model, random_weights, tiny_config
 from lora.tiny_adapters import random_adapters
 
+from olmoe_jax.checkpoints.loading import pack_selected
 from olmoe_jax.model.config import ModelSettings
-from olmoe_jax.model.loading import pack_selected
 from olmoe_jax.model.lora import LoraSettings
 from olmoe_jax.model.selected import SelectedExperts, places
 from olmoe_jax.ops.grouped_matmul import grouped_matmul_selected

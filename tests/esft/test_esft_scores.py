@@ -9,14 +9,14 @@ from helpers import relative_error, tiny_config
 from lora.tiny_adapters import BYTES
 
 from olmoe_jax import data
+from olmoe_jax.checkpoints.huggingface import HFCheckpoint
+from olmoe_jax.checkpoints.loading import load_parameters
 from olmoe_jax.data import TokenizedDataset
-from olmoe_jax.esft import __main__ as command
-from olmoe_jax.esft.scoring import expert_scores
-from olmoe_jax.hf.checkpoint import HFCheckpoint
+from olmoe_jax.methods import esft_command as command
+from olmoe_jax.methods.scoring import expert_scores
 from olmoe_jax.model.config import ModelSettings
-from olmoe_jax.model.loading import load_parameters
-from olmoe_jax.model.olmoe import graph_of
-from olmoe_jax.sharding import make_mesh
+from olmoe_jax.model.decoder import graph_of
+from olmoe_jax.parallel.sharding import make_mesh
 
 CONFIG = tiny_config(**BYTES)
 LENGTHS = [5, 9, 3, 12, 1, 7, 4, 10]

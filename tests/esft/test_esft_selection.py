@@ -6,16 +6,11 @@ import numpy as np
 import pytest
 from helpers import assert_user_error, run_module, tiny_config
 
+from olmoe_jax.checkpoints.expert_config import ExpertConfig, read_expert_config
+from olmoe_jax.checkpoints.safetensors_file import load
 from olmoe_jax.errors import UserError
-from olmoe_jax.esft import __main__ as command
-from olmoe_jax.esft.selection import (
-    ExpertConfig,
-    read_expert_config,
-    read_scores,
-    scores_to_json,
-    select,
-)
-from olmoe_jax.hf.safetensors_file import load
+from olmoe_jax.methods import esft_command as command
+from olmoe_jax.methods.selection import read_scores, scores_to_json, select
 
 CONFIG = tiny_config()
 SCORES = np.array([[0.1, 0.4, 0.3, 0.2], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 8.0]])

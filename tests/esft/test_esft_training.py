@@ -13,8 +13,8 @@ from training.tiny_run import losses
 
 import olmoe_jax
 from convert import merge_lora, to_hf
-from olmoe_jax.esft.selection import read_scores, select
-from olmoe_jax.training import experts as experts_module
+from olmoe_jax.methods import experts as experts_module
+from olmoe_jax.methods.selection import read_scores, select
 
 ESFT = {
     "method__name": "esft_token",

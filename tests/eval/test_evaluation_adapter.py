@@ -14,8 +14,8 @@ from convert import merge_lora
 from eval import run
 from eval.backends import Sampling, check_backend, open_backend
 from eval.fingerprint import adapter_fingerprint
-from olmoe_jax.hf.adapter import write_adapter
-from olmoe_jax.hf.checkpoint import HFCheckpoint
+from olmoe_jax.checkpoints.adapter import write_adapter
+from olmoe_jax.checkpoints.huggingface import HFCheckpoint
 from olmoe_jax.model.lora import LoraSettings
 
 LORA = LoraSettings(4, 8.0)

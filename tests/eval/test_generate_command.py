@@ -24,7 +24,7 @@ def test_the_name_stays_the_function():
     code = "import olmoe_jax; from olmoe_jax import generate; print(olmoe_jax.generate.__module__)"
     program = [sys.executable, "-c", code]
     out = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert out.strip() == "olmoe_jax.generation"
+    assert out.strip() == "olmoe_jax.generation.decoding"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from eval.backends import Prompts
 from eval.harness.answers import Answers, sampling_of
 from eval.report.inputs import read_inputs
 from eval.tasks import split_names
-from olmoe_jax.likelihood import log_likelihoods, rolling_windows
+from olmoe_jax.generation.likelihood import log_likelihoods, rolling_windows
 
 CONFIG = tiny_config()
 RANDOM = np.random.default_rng(0)

@@ -9,8 +9,8 @@ from helpers import message_of
 
 from eval.tasks import TASKS, tasks_of
 from eval.tasks.task import Example, Prediction, Tools, read_examples
-from olmoe_jax.answers import intents_match, parse_intent
-from olmoe_jax.stop_strings import cut_at
+from olmoe_jax.generation.answers import intents_match, parse_intent
+from olmoe_jax.generation.stop_strings import cut_at
 
 GSM, INTENT, LAW = TASKS["gsm"], TASKS["intent"], TASKS["law"]
 HUMANEVAL, MBPP = TASKS["humaneval"], TASKS["mbpp"]

@@ -17,10 +17,10 @@ from helpers import (
     write_tensors,
 )
 
+from olmoe_jax.checkpoints import directory, names
+from olmoe_jax.checkpoints.huggingface import HFCheckpoint, serving_warnings
+from olmoe_jax.checkpoints.opening import open_source
 from olmoe_jax.errors import UserError
-from olmoe_jax.hf import directory, names
-from olmoe_jax.hf.checkpoint import HFCheckpoint, serving_warnings
-from olmoe_jax.hf.opening import open_source
 
 CONFIG = tiny_config(num_kv_heads=2, intermediate_size=32)  # square experts
 INDEX = "model.safetensors.index.json"

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from helpers import random_weights, tiny_config
 
-from olmoe_jax.hf import names
-from olmoe_jax.model.loading import parameter_specs
+from olmoe_jax.checkpoints import names
+from olmoe_jax.checkpoints.loading import parameter_specs
 
 # Square matrices everywhere: only values can tell a transposed one.
 SQUARE = tiny_config(

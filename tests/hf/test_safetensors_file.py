@@ -9,8 +9,8 @@ import pytest
 import safetensors.numpy
 from helpers import assert_same_bits, load_safetensors
 
+from olmoe_jax.checkpoints.safetensors_file import FileWriter, load, read_header, save
 from olmoe_jax.errors import UserError
-from olmoe_jax.hf.safetensors_file import FileWriter, load, read_header, save
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 

@@ -12,15 +12,15 @@ from esft.test_esft_scores import PAD, make_examples
 from helpers import random_weights, relative_error, tiny_config
 from lora.tiny_adapters import BYTES, random_adapters
 
-from olmoe_jax import sharding
+from olmoe_jax.checkpoints.huggingface import HFCheckpoint
+from olmoe_jax.checkpoints.loading import load_parameters, pack_selected, quantized_like
 from olmoe_jax.data import Batch
-from olmoe_jax.esft.scoring import expert_scores
-from olmoe_jax.hf.checkpoint import HFCheckpoint
+from olmoe_jax.methods.scoring import expert_scores
 from olmoe_jax.model.config import ModelSettings
-from olmoe_jax.model.loading import load_parameters, pack_selected, quantized_like
+from olmoe_jax.model.decoder import graph_of, parameter_specs
 from olmoe_jax.model.lora import LoraSettings, is_target
-from olmoe_jax.model.olmoe import graph_of, parameter_specs
 from olmoe_jax.ops.quantization import quantize
+from olmoe_jax.parallel import sharding
 from olmoe_jax.training.optimizer import adamw, schedule
 from olmoe_jax.training.step import Trainer, place_batch
 

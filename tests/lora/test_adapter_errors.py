@@ -10,10 +10,10 @@ from safetensors.numpy import save_file
 
 import olmoe_jax
 from convert import merge_lora, to_hf
+from olmoe_jax.checkpoints import directory
+from olmoe_jax.checkpoints.adapter import read_adapter, write_adapter
+from olmoe_jax.checkpoints.safetensors_file import load
 from olmoe_jax.errors import UserError
-from olmoe_jax.hf import directory
-from olmoe_jax.hf.adapter import read_adapter, write_adapter
-from olmoe_jax.hf.safetensors_file import load
 from olmoe_jax.model.lora import LoraSettings
 
 CONFIG = tiny_config(**BYTES)

@@ -12,7 +12,7 @@ import pytest
 from helpers import load_checkpoint_tensors, load_safetensors
 
 from convert import merge_lora, parity
-from olmoe_jax.hf.adapter import ROUTER
+from olmoe_jax.checkpoints.adapter import ROUTER
 
 GRADIENTS = (
     "lora/densemixer_router_unfrozen",

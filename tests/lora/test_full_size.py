@@ -9,14 +9,14 @@ import pytest
 from helpers import ROOT
 
 from configs.table import DATASETS, METHODS
+from olmoe_jax.checkpoints.expert_config import ExpertConfig
 from olmoe_jax.config import validate
-from olmoe_jax.config_file import load_config
-from olmoe_jax.esft.selection import ExpertConfig
+from olmoe_jax.config.file import load_config
+from olmoe_jax.methods.trained import method_trains, parameter_table, router_method
 from olmoe_jax.model.config import ModelSettings
-from olmoe_jax.model.known import OLMOE_1B_7B
+from olmoe_jax.model.decoder import parameter_specs
 from olmoe_jax.model.lora import LoraSettings
-from olmoe_jax.model.olmoe import parameter_specs
-from olmoe_jax.training.methods import method_trains, parameter_table, router_method
+from olmoe_jax.plan.known import OLMOE_1B_7B
 from olmoe_jax.training.optimizer import adamw, schedule
 from olmoe_jax.training.step import DeviceBatch, Trainer, initial_state
 

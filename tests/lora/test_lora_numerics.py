@@ -16,14 +16,14 @@ from helpers import (
 )
 from lora.tiny_adapters import merged_weights, random_adapters
 
-from olmoe_jax.hf.adapter import merged
+from olmoe_jax.checkpoints.adapter import merged
+from olmoe_jax.checkpoints.loading import graph_of, random_parameters
 from olmoe_jax.model.config import ModelSettings
-from olmoe_jax.model.loading import graph_of, random_parameters
+from olmoe_jax.model.decoder import parameter_specs
 from olmoe_jax.model.lora import TARGETS, LoraSettings
-from olmoe_jax.model.olmoe import parameter_specs
 from olmoe_jax.model.parameters import merge
 from olmoe_jax.ops.projection import Projection, adapted_weight, grouped_project, project
-from olmoe_jax.sharding import make_mesh
+from olmoe_jax.parallel.sharding import make_mesh
 
 CONFIG = tiny_config()
 WEIGHTS = random_weights(CONFIG)

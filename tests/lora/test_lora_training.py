@@ -13,8 +13,8 @@ from training.tiny_run import losses
 
 import olmoe_jax
 from convert import to_hf
-from olmoe_jax.esft.selection import ExpertConfig
-from olmoe_jax.sharding import make_mesh
+from olmoe_jax.checkpoints.expert_config import ExpertConfig
+from olmoe_jax.parallel.sharding import make_mesh
 from olmoe_jax.training.setup import build_program, initial_parameters, open_model
 
 RAGGED = ((1, 4, 7), (0,))

@@ -21,10 +21,10 @@ from safetensors.numpy import save_file
 
 import olmoe_jax
 from convert import merge_lora, to_hf
-from olmoe_jax.hf.adapter import ROUTER, read_adapter, to_peft, write_adapter
-from olmoe_jax.hf.checkpoint import HFCheckpoint
+from olmoe_jax.checkpoints.adapter import ROUTER, read_adapter, to_peft, write_adapter
+from olmoe_jax.checkpoints.huggingface import HFCheckpoint
 from olmoe_jax.model.lora import TARGETS, LoraSettings
-from olmoe_jax.sharding import make_mesh
+from olmoe_jax.parallel.sharding import make_mesh
 from olmoe_jax.training.setup import initial_parameters, open_model
 
 CONFIG = tiny_config(**BYTES)

@@ -26,7 +26,7 @@ from olmoe_jax.config import validate
 from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.model.lora import TARGETS, LoraSettings, is_target
 from olmoe_jax.ops.quantization import Quantized, dequantize, quantize
-from olmoe_jax.sharding import make_mesh
+from olmoe_jax.parallel.sharding import make_mesh
 from olmoe_jax.training.optimizer import adamw, schedule
 from olmoe_jax.training.step import Trainer, place_batch
 

@@ -3,11 +3,11 @@
 import numpy as np
 from helpers import random_weights, tiny_config, write_hf_checkpoint
 
+from olmoe_jax.checkpoints.huggingface import HFCheckpoint
 from olmoe_jax.config import Config
-from olmoe_jax.hf.checkpoint import HFCheckpoint
 from olmoe_jax.model.config import ModelConfig, ModelSettings
+from olmoe_jax.model.decoder import parameter_specs
 from olmoe_jax.model.lora import LoraSettings
-from olmoe_jax.model.olmoe import parameter_specs
 
 BYTES = {"vocab_size": 258, "num_kv_heads": 2, "pad_token_id": 1}
 """The base of the runs: its vocabulary is the byte tokenizer's."""

@@ -13,12 +13,12 @@ from flax import nnx
 from helpers import relative_error, tiny_config
 from jax.sharding import NamedSharding
 
-from olmoe_jax import sharding
 from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.model.lora import LoraSettings
 from olmoe_jax.model.moe import MoE
 from olmoe_jax.model.parameters import merge
 from olmoe_jax.model.selected import LayerSelection
+from olmoe_jax.parallel import sharding
 
 B, S, D, F, E = 8, 6, 16, 8, 8
 CONFIG = tiny_config(hidden_size=D, intermediate_size=F, num_experts=E)

@@ -8,12 +8,14 @@ import json
 
 import jax
 
-from olmoe_jax import distributed, from_pretrained, generate
+from olmoe_jax import from_pretrained
 from olmoe_jax.data import load_tokenizer
 from olmoe_jax.errors import run_command
-from olmoe_jax.likelihood import log_likelihoods
+from olmoe_jax.generation import command as generate
+from olmoe_jax.generation.likelihood import log_likelihoods
 from olmoe_jax.model import moe
-from olmoe_jax.sharding import make_mesh
+from olmoe_jax.parallel import distributed
+from olmoe_jax.parallel.sharding import make_mesh
 
 PROMPTS = ["a", "what is 3 + 4?", "the " * 5, "Question: 1 + 1?", "xyz"]
 DRAWN = {"temperature": 1.0, "top_p": 0.9, "seed": 5, "stop": ["b"]}

@@ -10,11 +10,11 @@ import numpy as np
 from helpers import random_weights, relative_error, tiny_config
 from jax.sharding import NamedSharding
 
-from olmoe_jax import sharding
+from olmoe_jax.checkpoints.loading import graph_of, parameter_specs
 from olmoe_jax.model.config import ModelSettings
-from olmoe_jax.model.loading import graph_of, parameter_specs
 from olmoe_jax.model.parameters import merge
 from olmoe_jax.ops.cross_entropy import weighted_cross_entropy
+from olmoe_jax.parallel import sharding
 
 TOKENS = np.random.default_rng(0).integers(0, 488, (8, 10)).astype(np.int32)
 SEGMENTS = np.where(np.arange(10) < np.array([10, 9, 4, 10, 1, 7, 10, 3])[:, None], 1, 0)

@@ -9,13 +9,14 @@ import pytest
 from helpers import make_model, message_of, random_weights, tiny_config
 from lora.tiny_adapters import merged_weights, random_adapters
 
-from olmoe_jax import generate, generation
-from olmoe_jax.generation import bucket, choose
+from olmoe_jax.generation import command as generate
+from olmoe_jax.generation import decoding as generation
+from olmoe_jax.generation.decoding import bucket, choose
+from olmoe_jax.generation.stop_strings import cut_at
 from olmoe_jax.model.config import ModelSettings
+from olmoe_jax.model.decoder import graph_of, parameter_specs
 from olmoe_jax.model.lora import LoraSettings
-from olmoe_jax.model.olmoe import graph_of, parameter_specs
-from olmoe_jax.sharding import decoding_mesh
-from olmoe_jax.stop_strings import cut_at
+from olmoe_jax.parallel.sharding import decoding_mesh
 
 PROMPTS = ["a", "what is 3 + 4?", "the " * 9, "Question: 1 + 1?\nAnswer:", "xyz"]
 

@@ -8,8 +8,8 @@ from helpers import random_weights, tiny_config, write_hf_checkpoint
 from lora.tiny_adapters import random_adapters
 
 import olmoe_jax
-from olmoe_jax.hf.adapter import write_adapter
-from olmoe_jax.hf.checkpoint import HFCheckpoint
+from olmoe_jax.checkpoints.adapter import write_adapter
+from olmoe_jax.checkpoints.huggingface import HFCheckpoint
 from olmoe_jax.model.lora import LoraSettings
 
 CORE = ("base", "clip_qkv", "combined", "experts64", "gqa", "norm_topk", "rope_theta", "tied")

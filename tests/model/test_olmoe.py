@@ -15,14 +15,14 @@ from helpers import (
     tiny_config,
 )
 
-from olmoe_jax.hf import names
+from olmoe_jax.checkpoints import names
+from olmoe_jax.checkpoints.loading import graph_of, parameter_specs
 from olmoe_jax.model.config import ModelSettings
-from olmoe_jax.model.known import OLMOE_1B_7B
-from olmoe_jax.model.loading import graph_of, parameter_specs
+from olmoe_jax.model.decoder import Olmoe, load_balancing_loss
 from olmoe_jax.model.lora import LoraSettings
-from olmoe_jax.model.olmoe import Olmoe, load_balancing_loss
 from olmoe_jax.model.parameters import merge, split
 from olmoe_jax.ops.cross_entropy import weighted_cross_entropy
+from olmoe_jax.plan.known import OLMOE_1B_7B
 
 TOKENS = np.random.default_rng(0).integers(2, 61, (2, 12))
 

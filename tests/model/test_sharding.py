@@ -9,9 +9,9 @@ import pytest
 from helpers import on_eight_devices, tiny_config
 from jax.sharding import PartitionSpec as P
 
+from olmoe_jax.checkpoints.loading import parameter_specs
 from olmoe_jax.errors import UserError
-from olmoe_jax.model.loading import parameter_specs
-from olmoe_jax.sharding import (
+from olmoe_jax.parallel.sharding import (
     RULES,
     check_experts,
     make_mesh,

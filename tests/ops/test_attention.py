@@ -15,16 +15,16 @@ from helpers import assert_close, relative_error
 
 from olmoe_jax.config import ModelOptions
 from olmoe_jax.errors import UserError
-from olmoe_jax.ops import chunked_attention
 from olmoe_jax.ops.attention import (
     BACKENDS,
     attention,
     check_backend,
     default_backend,
 )
-from olmoe_jax.ops.attention_kernels import pallas_triton, splash
-from olmoe_jax.ops.cached_attention import cached_attention
-from olmoe_jax.ops.chunked_attention import chunked
+from olmoe_jax.ops.attention import chunked as chunked_attention
+from olmoe_jax.ops.attention.cached import cached_attention
+from olmoe_jax.ops.attention.chunked import chunked
+from olmoe_jax.ops.attention.kernels import pallas_triton, splash
 
 FUNCTIONS = {
     "chunked": chunked,

@@ -10,8 +10,9 @@ from helpers import assert_close, message_of
 from jax.experimental import pallas
 from ops.grouped_oracle import loop_oracle, make_inputs, run
 
-from olmoe_jax.ops import tokamax_matmul, triton_matmul
 from olmoe_jax.ops.grouped_matmul import check_backend, grouped_matmul_selected
+from olmoe_jax.ops.grouped_matmul import tokamax as tokamax_matmul
+from olmoe_jax.ops.grouped_matmul import triton as triton_matmul
 
 # Nothing divides anything: tiles have 16 rows and columns here, steps 32.
 SHAPE = ROWS, D, F, GROUPS = 150, 40, 17, 5

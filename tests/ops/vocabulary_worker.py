@@ -9,10 +9,10 @@ import numpy as np
 from helpers import relative_error
 from jax.sharding import NamedSharding
 
-from olmoe_jax import sharding
 from olmoe_jax.ops import cross_entropy
 from olmoe_jax.ops.cross_entropy import weighted_cross_entropy
 from olmoe_jax.ops.embedding import embedding_lookup
+from olmoe_jax.parallel import sharding
 
 POSITIONS, WIDTH = 27, 16
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import jax
 from helpers import equations
 
-from olmoe_jax import sharding
+from olmoe_jax.checkpoints.source import read_model_config
 from olmoe_jax.config import from_dict
-from olmoe_jax.hf.source import read_model_config
+from olmoe_jax.parallel import sharding
 from olmoe_jax.plan.collectives import communication
 from olmoe_jax.plan.programs import StepPrograms
 from olmoe_jax.training.setup import model_settings, with_backends

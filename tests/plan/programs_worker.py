@@ -11,8 +11,9 @@ import sys
 import jax
 import numpy as np
 
-from olmoe_jax import data, sharding
+from olmoe_jax import data
 from olmoe_jax.config import from_dict
+from olmoe_jax.parallel import sharding
 from olmoe_jax.plan import plan
 from olmoe_jax.plan.collectives import communication
 from olmoe_jax.plan.report import to_json, to_text

@@ -8,15 +8,15 @@ from helpers import ROOT, tiny_config
 from jax.experimental import topologies
 
 from configs.table import METHODS
-from olmoe_jax.config_file import load_config
+from olmoe_jax.config.file import load_config
 from olmoe_jax.errors import UserError
+from olmoe_jax.methods.trained import esft_names, trained_names
 from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.model.flops import step_flops_per_token, train_flops_per_token
-from olmoe_jax.model.known import OLMOE_1B_7B, known_config
 from olmoe_jax.model.lora import LoraSettings
 from olmoe_jax.plan.costs import roofline
 from olmoe_jax.plan.devices import KINDS, open_devices, parse_topology
-from olmoe_jax.training.methods import esft_names, trained_names
+from olmoe_jax.plan.known import OLMOE_1B_7B, known_config
 
 LORA = LoraSettings(64, 16.0)
 

@@ -4,7 +4,7 @@ import json
 
 from training.two_ways import LORA, Case, TwoWays, largest_difference
 
-from olmoe_jax import sharding
+from olmoe_jax.parallel import sharding
 
 print(
     json.dumps(

@@ -10,9 +10,9 @@ import signal
 from pathlib import Path
 
 import olmoe_jax
-from olmoe_jax import distributed
 from olmoe_jax.config import from_dict
 from olmoe_jax.errors import run_command
+from olmoe_jax.parallel import distributed
 from olmoe_jax.training.reporting import Reporter
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from olmoe_jax.sharding import make_mesh
+from olmoe_jax.parallel.sharding import make_mesh
 from olmoe_jax.training.optimizer import adamw
 
 SHAPES = {"a": (16, 8, 24), "b": (64, 3)}

@@ -12,9 +12,9 @@ from training.two_ways import LORA, RATE, Case, TwoWays, largest_difference, mak
 
 import olmoe_jax
 from configs.table import experiment
-from olmoe_jax import sharding
 from olmoe_jax.config import apply_overrides
 from olmoe_jax.errors import UserError
+from olmoe_jax.parallel import sharding
 from olmoe_jax.plan import plan
 from olmoe_jax.training.step import place_batch
 

@@ -11,9 +11,9 @@ from training.tiny_run import losses
 
 import olmoe_jax
 from configs.table import experiment
-from olmoe_jax import sharding
 from olmoe_jax.config import apply_overrides
 from olmoe_jax.errors import UserError
+from olmoe_jax.parallel import sharding
 from olmoe_jax.plan import plan
 from olmoe_jax.training.layered import update_by_layer
 from olmoe_jax.training.optimizer import adamw

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from helpers import assert_same_bits
 
-from olmoe_jax import sharding
 from olmoe_jax.data import Batch
 from olmoe_jax.model.parameters import ROUTER
+from olmoe_jax.parallel import sharding
 from olmoe_jax.training.setup import build_program, load_datasets, open_model, training_data
 from olmoe_jax.training.step import Accumulated, router_gradient_norms
 

@@ -8,8 +8,8 @@ from training.test_training_run import board, parameters
 from training.tiny_run import metrics
 
 import olmoe_jax
+from olmoe_jax.checkpoints.opening import RunCheckpoint
 from olmoe_jax.errors import UserError
-from olmoe_jax.hf.opening import RunCheckpoint
 from olmoe_jax.training.setup import Program
 
 OPTIONS = {

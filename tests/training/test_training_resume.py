@@ -263,7 +263,7 @@ def test_a_foreign_directory_is_refused(files, tmp_path):
 
 def test_an_empty_directory_and_a_start_cut_off_are_taken(files, tmp_path, monkeypatch):
     """Killed while the directory is being made, the same command must still work."""
-    from olmoe_jax.hf import directory
+    from olmoe_jax.checkpoints import directory
 
     config = files.config(tmp_path / "run", train__max_steps=1, train__export_hf=False)
     (tmp_path / "run").mkdir()

@@ -10,12 +10,12 @@ import pytest
 from training.tiny_run import MODEL, exported_bytes, losses, metrics
 
 import olmoe_jax
-from olmoe_jax import sharding
+from olmoe_jax.checkpoints.loading import random_parameters
+from olmoe_jax.checkpoints.opening import RunCheckpoint
+from olmoe_jax.checkpoints.source import read_model_config
 from olmoe_jax.config import to_dict
-from olmoe_jax.hf.opening import RunCheckpoint
-from olmoe_jax.hf.source import read_model_config
 from olmoe_jax.model.config import ModelSettings
-from olmoe_jax.model.loading import random_parameters
+from olmoe_jax.parallel import sharding
 from olmoe_jax.training import loop, reporting, setup
 from olmoe_jax.training.step import changed_choices
 
@@ -252,7 +252,7 @@ def test_checkpoints_kept_are_the_last_two_and_the_best(output, eval_losses):
 
 def parameters(source) -> dict[str, np.ndarray]:
     """All weights of a checkpoint, stacked."""
-    from olmoe_jax.hf import names
+    from olmoe_jax.checkpoints import names
 
     return {
         row.ours: np.stack(
@@ -309,7 +309,9 @@ def test_exports_alone_can_be_made_anew(output, files, options, tmp_path, capsys
     assert (result.step, result.finished) == (STEPS, True)
     assert metrics(copy) == metrics(output)
     assert json.loads((copy / "hf" / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    old, new = (olmoe_jax.hf.checkpoint.HFCheckpoint(path / "hf") for path in (output, copy))
+    old, new = (
+        olmoe_jax.checkpoints.huggingface.HFCheckpoint(path / "hf") for path in (output, copy)
+    )
     for name, value in parameters(new).items():
         assert value.dtype == "bfloat16"
         expected = parameters(old)[name].astype(value.dtype)

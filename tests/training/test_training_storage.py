@@ -13,7 +13,7 @@ from training.tiny_run import MODEL
 
 from olmoe_jax.config import Config, OptimizerOptions
 from olmoe_jax.model.config import ModelSettings, model_config_from_hf
-from olmoe_jax.model.olmoe import parameter_specs
+from olmoe_jax.model.decoder import parameter_specs
 from olmoe_jax.training.optimizer import Optimizer, SplitState, adamw
 from olmoe_jax.training.rounding import join_float32
 from olmoe_jax.training.setup import kept_dtype

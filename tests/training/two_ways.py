@@ -8,13 +8,13 @@ import numpy as np
 from helpers import random_weights, tiny_config
 from lora.tiny_adapters import random_adapters
 
-from olmoe_jax import sharding
 from olmoe_jax.data import Batch
+from olmoe_jax.methods.trained import split_trained, trained_names
 from olmoe_jax.model.config import ModelSettings
+from olmoe_jax.model.decoder import parameter_specs
 from olmoe_jax.model.lora import LoraSettings
-from olmoe_jax.model.olmoe import parameter_specs
+from olmoe_jax.parallel import sharding
 from olmoe_jax.training.fused import fused_step
-from olmoe_jax.training.methods import split_trained, trained_names
 from olmoe_jax.training.optimizer import adamw, schedule
 from olmoe_jax.training.step import Trainer, TrainState, initial_state, place_batch
 

@@ -1,0 +1,71 @@
+"""The JSON file that says which experts ESFT trains.
+
+{"experts": {"1": [ids…], …}, "shared_experts": false, "non_expert_modules": false}. Layer keys
+count from 1.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from olmoe_jax.checkpoints import directory
+from olmoe_jax.errors import UserError
+from olmoe_jax.model.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertConfig:
+    """What ESFT trains: experts[l] are the ids of layer l (from 0); perhaps all other modules."""
+
+    experts: tuple[tuple[int, ...], ...]
+    non_expert_modules: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        experts = {str(layer + 1): list(ids) for layer, ids in enumerate(self.experts)}
+        return {
+            "experts": experts,
+            "shared_experts": False,
+            "non_expert_modules": self.non_expert_modules,
+        }
+
+
+def read_expert_config(file: Path, config: ModelConfig) -> ExpertConfig:
+    """Reads and checks an expert config.
+
+    Raises:
+      UserError: it is of another model: other layers, or ids that do not exist; or OLMoE has not
+        what it asks for (shared experts).
+    """
+    content = directory.read_json(file)
+    experts = content.get("experts")
+    layers = [str(layer + 1) for layer in range(config.num_layers)]
+    if not isinstance(experts, dict):
+        raise UserError(f'{file}: needs "experts" with a list of ids for layers 1 to {layers[-1]}')
+    for layer in experts:
+        if layer not in layers:
+            raise UserError(
+                f"{file}: layer {layer}: this model's layers are 1 to {layers[-1]}; is it of "
+                "another model?"
+            )
+    for layer in layers:
+        if layer not in experts:
+            raise UserError(
+                f"{file}: layer {layer} is missing; write [] where a layer trains no expert"
+            )
+    if content.get("shared_experts"):
+        raise UserError(f"{file}: shared_experts is true, but OLMoE has none; write false")
+    chosen = []
+    for layer in layers:
+        ids = experts[layer]
+        valid = isinstance(ids, list) and all(
+            type(i) is int and 0 <= i < config.num_experts for i in ids
+        )
+        if not valid or len(set(ids)) != len(ids):
+            raise UserError(
+                f"{file}: layer {layer} has {ids}; write different ids from 0 to "
+                f"{config.num_experts - 1}"
+            )
+        chosen.append(tuple(sorted(ids)))
+    if not any(chosen):
+        raise UserError(f"{file}: selects no expert; write ids for at least one layer")
+    return ExpertConfig(tuple(chosen), bool(content.get("non_expert_modules", False)))

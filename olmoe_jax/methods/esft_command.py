@@ -1,0 +1,112 @@
+"""Scores a model's experts on a task's data, and selects those that ESFT trains."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from olmoe_jax.checkpoints import directory
+from olmoe_jax.checkpoints.expert_config import ExpertConfig
+from olmoe_jax.errors import ArgumentParser, UserError
+from olmoe_jax.methods.selection import FUNCTIONS, check_top_p, read_scores, scores_to_json, select
+
+EXAMPLE = """examples:
+  python -m olmoe_jax.esft score --model allenai/OLMoE-1B-7B-0125 \\
+      --data RoxanneWsyw/ESFT-law:train.jsonl --output law_scores
+  python -m olmoe_jax.esft select --scores law_scores/scores.json --function token --top_p 0.2 \\
+      --output law_experts.json
+  python train.py --config configs/esft_token_law.py --config.method.experts_path=law_experts.json
+"""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command line."""
+    parser = ArgumentParser(prog="python -m olmoe_jax.esft", description=__doc__, epilog=EXAMPLE)
+    commands = parser.add_subparsers(dest="command", required=True)
+    score = commands.add_parser("score", help="run the model over data")
+    score.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID")
+    score.add_argument("--data", required=True, metavar="FILE_OR_HUB_ID")
+    score.add_argument("--output", required=True, type=Path, metavar="DIR")
+    score.add_argument("--tokenizer", metavar="DIR_OR_HUB_ID", help="default: the model's")
+    score.add_argument("--max_tokens", type=int, default=300_000, metavar="N")
+    score.add_argument("--max_seq_length", type=int, default=4096, metavar="N")
+    score.add_argument("--rows_per_device", type=int, default=1, metavar="N")
+    score.add_argument("--no_packing", action="store_true", help="one example per row")
+    score.add_argument("--compute_dtype", choices=["float32", "bfloat16"], default="float32")
+    score.add_argument("--seed", type=int, default=0, help="of the sample of the rows")
+    choose = commands.add_parser("select", help="scores -> expert config")
+    choose.add_argument("--scores", required=True, type=Path, metavar="JSON")
+    choose.add_argument("--function", required=True, choices=FUNCTIONS)
+    choose.add_argument("--top_p", required=True, type=float, metavar="P")
+    choose.add_argument("--output", required=True, type=Path, metavar="JSON")
+    choose.add_argument(
+        "--normalization", choices=["within_layer", "across_layers"], default="within_layer"
+    )
+    choose.add_argument(
+        "--non_expert_modules", action="store_true", help="train everything but the experts too"
+    )
+    args = parser.parse_args(arguments)
+    run_score(args) if args.command == "score" else run_select(args)
+
+
+def run_score(args: argparse.Namespace) -> None:
+    """Writes scores.json and scores.png."""
+    import jax.numpy as jnp
+
+    from olmoe_jax import data
+    from olmoe_jax.checkpoints.loading import load_parameters
+    from olmoe_jax.checkpoints.opening import open_source
+    from olmoe_jax.methods.scoring import expert_scores
+    from olmoe_jax.model.config import ModelSettings
+    from olmoe_jax.model.decoder import graph_of
+    from olmoe_jax.parallel import sharding
+    from olmoe_jax.plots import heat_maps
+
+    for name in ("max_tokens", "max_seq_length", "rows_per_device"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name}={getattr(args, name)}: must be 1 or more")
+    source = open_source(args.model)
+    dtype = jnp.dtype(args.compute_dtype)
+    tokenizer = data.load_tokenizer(args.tokenizer or str(source.files))
+    dataset = data.tokenize_dataset(args.data, tokenizer, args.max_seq_length, None)
+    with directory.new_directory(args.output) as partial:
+        mesh = sharding.make_mesh()
+        scores, tokens = expert_scores(
+            graph_of(source.config, ModelSettings(compute_dtype=dtype)),
+            load_parameters(source, mesh, lambda name: dtype),
+            source.config,
+            mesh,
+            dataset,
+            max_tokens=args.max_tokens,
+            max_seq_length=args.max_seq_length,
+            pack=not args.no_packing,
+            rows_per_device=args.rows_per_device,
+            pad_id=tokenizer.eos_token_id,
+            seed=args.seed,
+        )
+        directory.write_json(partial / "scores.json", scores_to_json(scores))
+        heat_maps(
+            {f"{name} score": score for name, score in scores.items()}, partial / "scores.png"
+        )
+    share = np.sort(scores["gate"], axis=1)[:, ::-1][:, : source.config.num_experts_per_token]
+    print(
+        f"scored {tokens:,} tokens; the {share.shape[1]} best of {source.config.num_experts} "
+        f"experts hold {share.sum(axis=1).mean():.0%} of a layer's gate score on average; "
+        f"wrote {args.output}/scores.json and scores.png"
+    )
+
+
+def run_select(args: argparse.Namespace) -> None:
+    """Writes the expert config."""
+    check_top_p(args.top_p, "--top_p")
+    chosen = select(read_scores(args.scores, args.function), args.top_p, args.normalization)
+    chosen = ExpertConfig(chosen.experts, args.non_expert_modules)
+    text = json.dumps(chosen.to_json(), indent=2) + "\n"
+    directory.write_file_atomically(args.output, lambda file: file.write_text(text))
+    counts = [len(ids) for ids in chosen.experts]
+    print(
+        f"selected {sum(counts)} experts, {min(counts)} to {max(counts)} a layer; "
+        f"wrote {args.output}"
+    )
