@@ -3,7 +3,7 @@
     python -m benchmarks.lean_state --steps 200 --seeds 0 1 2
 
 The quickstart's model and word problems with DenseMixer, computed in bfloat16, 8 micro-batches a
-step ("fused update": one, not clipped). Two experiments: training from random weights, where
+step. Two experiments: training from random weights, where
 updates are large; and fine-tuning of what float32 trained, with a learning rate so small that a
 bfloat16 weight moves once in many updates, as in the experiments on OLMoE (`configs/table.py`).
 Every run of a seed sees the same batches from the same weights.
@@ -43,7 +43,6 @@ VARIANTS = {
     "and gradients": {"moments_dtype": "bfloat16", "gradients_dtype": "bfloat16"},
     "and master": dict.fromkeys(("moments_dtype", "gradients_dtype", "master_dtype"), "bfloat16"),
     "no clipping": {"max_grad_norm": None},
-    "fused update": {"fused_update": True, "max_grad_norm": None},
 }
 SCRATCH_RATE, FINE_TUNING_RATE = 3e-3, 1e-5
 
@@ -106,15 +105,13 @@ def measure(
 
 def _config(steps: int, seed: int, batch_size: int, rate: float, options: dict) -> Config:
     config = load_config(str(CONFIG))
-    fused = "fused_update" in options
     overrides = {
         "model.compute_dtype": "bfloat16",
         "train.max_steps": str(steps),
         "train.epochs": "1000",
         "train.seed": str(seed),
         "train.batch_size": str(batch_size),
-        "train.rows_per_device": str(max(1, batch_size // (2 if fused else 16))),
-        "model.remat": "full" if fused else config.model.remat,
+        "train.rows_per_device": str(max(1, batch_size // 16)),
     }
     config = dataclasses.replace(config, optimizer=OptimizerOptions(learning_rate=rate, **options))
     return apply_overrides(config, overrides)

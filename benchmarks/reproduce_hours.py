@@ -89,7 +89,7 @@ def step_flops(method: str, dataset: str) -> StepFlops:
     if method in ESFT:
         experts = ExpertConfig((tuple(range(ESFT_EXPERTS)),) * MODEL.num_layers)
     chosen = experts and experts.experts
-    settings = dataclasses.replace(model_settings(config), selected_experts=chosen)
+    settings = dataclasses.replace(model_settings(config), tuned_experts=chosen)
     size = TRAINING[dataset]
     # Positions attend to half of their example on average.
     context = size.tokens / size.examples / 2

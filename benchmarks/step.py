@@ -63,7 +63,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--router_gradient_experts", type=int, help="DenseMixer's m; default: all")
     parser.add_argument("--lora_rank", type=int, help="adapters of this rank; default: none")
     parser.add_argument(
-        "--selected_experts", type=int, default=8, help="esft: experts that train in each layer"
+        "--tuned_experts", type=int, default=8, help="esft: experts that train in each layer"
     )
     parser.add_argument("--remat", choices=("none", "selective", "full"), default="none")
     for name in BACKENDS:
@@ -127,8 +127,8 @@ def make_step(args, mesh: Mesh) -> tuple[Callable[[], tuple[Any, jax.Array]], fl
         raise UserError(f"--router_gradient_experts is densemixer's; --method={args.method}")
     if args.lora_rank is not None and args.method == "esft":
         raise UserError("--lora_rank does not go with --method=esft; leave one of them out")
-    if args.method == "esft" and not 0 < args.selected_experts <= shape.experts:
-        raise UserError(f"--selected_experts must be 1 to {shape.experts}")
+    if args.method == "esft" and not 0 < args.tuned_experts <= shape.experts:
+        raise UserError(f"--tuned_experts must be 1 to {shape.experts}")
     if shape.rows % mesh.size:
         raise UserError(f"--rows={shape.rows}: must be a multiple of the {mesh.size} devices")
     program, flops_per_token = build(args, shape, mesh)
@@ -168,14 +168,14 @@ def build(args, shape: Shape, mesh: Mesh) -> tuple[Program, float]:
     )
     experts = None
     if args.method == "esft":
-        experts = ExpertConfig((tuple(range(args.selected_experts)),) * shape.layers)
+        experts = ExpertConfig((tuple(range(args.tuned_experts)),) * shape.layers)
     settings = ModelSettings(
         compute_dtype=jnp.dtype(shape.compute_dtype),
         router_method=router_method(method),
         router_gradient_experts=args.router_gradient_experts,
         remat=args.remat,
         lora=LoraSettings.of_method(vars(method)),
-        selected_experts=experts and experts.experts,
+        tuned_experts=experts and experts.experts,
         **{backend: getattr(args, backend) for backend in BACKENDS},
     )
     config = model_config_from_hf(shape.hf_config(), f"--shape={args.shape}")

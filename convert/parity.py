@@ -12,7 +12,7 @@ import numpy as np
 from olmoe_jax.checkpoints import directory, names, safetensors_file
 from olmoe_jax.checkpoints.adapter import read_adapter, to_peft
 from olmoe_jax.checkpoints.expert_config import read_expert_config
-from olmoe_jax.checkpoints.loading import load_parameters, pack_selected
+from olmoe_jax.checkpoints.loading import load_parameters, stack_tuned
 from olmoe_jax.checkpoints.opening import open_source
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
 from olmoe_jax.methods.trained import esft_names, split_trained, trained_names
@@ -75,8 +75,8 @@ def compute(args: argparse.Namespace) -> dict[str, np.ndarray]:
         trains = trained_names(lora=True, router=args.router == "trained")
     elif args.experts:
         chosen = read_expert_config(args.experts, config)
-        settings = dataclasses.replace(settings, selected_experts=chosen.experts)
-        parameters |= pack_selected(parameters, chosen.experts)
+        settings = dataclasses.replace(settings, tuned_experts=chosen.experts)
+        parameters |= stack_tuned(parameters, chosen.experts)
         head = "embed" if config.tie_word_embeddings else "lm_head"
         trains = esft_names(head=head, non_expert_modules=chosen.non_expert_modules)
     else:
@@ -135,8 +135,8 @@ def _to_hf(prefix: str, parameters: Parameters, trainer: Trainer) -> dict[str, n
     tensors = dict(names.all_to_hf(host, trainer.config))
     if settings.lora:
         tensors |= dict(to_peft(host, settings.lora))
-    if settings.selected_experts:
-        tensors |= dict(names.selected_to_hf(host, settings.selected_experts))
+    if settings.tuned_experts:
+        tensors |= dict(names.tuned_to_hf(host, settings.tuned_experts))
     return {prefix + name: value for name, value in tensors.items()}
 
 

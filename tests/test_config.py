@@ -25,7 +25,6 @@ from olmoe_jax.config import (
 )
 
 GSM = experiment("densemixer", "gsm")
-FUSED = {"optimizer.fused_update": "true", "optimizer.max_grad_norm": "none"}
 
 
 def override_error(path: str, text: str) -> str:
@@ -237,20 +236,6 @@ def test_every_number_has_a_range():
             {"optimizer.master_dtype": "bfloat16"},
             "optimizer.master_dtype=bfloat16: gradients are added up in the weights' dtype",
         ),
-        (
-            {"optimizer.fused_update": "true"},
-            "optimizer.fused_update=true: the global norm is known only when all layers are "
-            "updated; write false, or optimizer.max_grad_norm=none instead of 1.0",
-        ),
-        (
-            {**FUSED, "model.remat": "selective"},
-            "optimizer.fused_update=true: its backward recomputes every layer; write false, or "
-            "model.remat=full instead of selective",
-        ),
-        (
-            {**FUSED, "method.name": "esft_gate"},
-            "optimizer.fused_update=true: the experts that esft_gate selects lie outside",
-        ),
         ({"method.adapter_path": "a"}, "method.adapter_path=a: only read with method.lora_rank"),
         (
             {"mesh.expert_exchange": "weights"},
@@ -281,7 +266,7 @@ def test_combinations(overrides, expected):
 def test_combinations_that_work():
     apply_overrides(GSM, {"model.init": "random", "model.config_path": "tiny/config.json"})
     apply_overrides(GSM, {"method.router_gradient_experts": "16"})
-    apply_overrides(GSM, {**FUSED, "method.lora_rank": "8", "optimizer.moments_dtype": "int8"})
+    apply_overrides(GSM, {"method.lora_rank": "8", "optimizer.moments_dtype": "int8"})
     esft = {"method.name": "esft_token", "method.experts_path": "e.json"}
     apply_overrides(GSM, {**esft, "method.esft_densemixer": "true"})
     mixed = {"method.esft_densemixer": "true", "method.router_gradient_experts": "16"}

@@ -10,7 +10,7 @@ from olmoe_jax.parallel import distributed
 
 def test_alone_nothing_of_jax_is_imported():
     code = (
-        "import sys; from olmoe_jax import distributed\n"
+        "import sys; from olmoe_jax.parallel import distributed\n"
         "with distributed.joined(['--config', 'a.py']) as rest: print(rest)\n"
         "print('jax' in sys.modules)"
     )

@@ -57,7 +57,7 @@ def export_adapter(run: RunCheckpoint, output: Path) -> None:
             adapter.write_adapter(partial, trained, run.lora, run.base, router)
         else:
             tensors = [
-                *names.selected_to_hf(trained, run.experts.experts),
+                *names.tuned_to_hf(trained, run.experts.experts),
                 *names.all_to_hf(trained, run.config),
             ]
             write_overrides(partial, tensors, run.experts)

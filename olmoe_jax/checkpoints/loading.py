@@ -20,7 +20,7 @@ from olmoe_jax.model.config import ModelConfig, ModelSettings
 from olmoe_jax.model.decoder import Olmoe, graph_of, parameter_specs
 from olmoe_jax.model.lora import LoraSettings, is_target
 from olmoe_jax.model.parameters import ROUTER, Parameters, ParameterSpec, merge, split
-from olmoe_jax.model.selected import NAMES, places
+from olmoe_jax.model.tuned import NAMES, places
 from olmoe_jax.ops.quantization import Quantized, Scheme, quantize, quantized_shapes
 from olmoe_jax.parallel import sharding
 
@@ -104,29 +104,24 @@ def _load_quantized(source: Source, row: names.Row, scheme: Scheme, like: Quanti
     return Quantized(load("codes"), load("scales"), like.width)
 
 
-def pack_selected(
-    parameters: Parameters, selected_experts: tuple[tuple[int, ...], ...]
-) -> Parameters:
-    """ESFT's pack (`selected.gate`, …) with the base's weights as its first values."""
-    if not any(selected_experts):
+def stack_tuned(parameters: Parameters, tuned_experts: tuple[tuple[int, ...], ...]) -> Parameters:
+    """ESFT's pack (`tuned.gate`, …) with the base's weights as its first values."""
+    if not any(tuned_experts):
         return {}
-    layers, experts = np.array(places(selected_experts)).T
+    layers, experts = np.array(places(tuned_experts)).T
     return {
-        f"selected.{name}": parameters[f"layers.moe.experts.{name}"][layers, experts]
-        for name in NAMES
+        f"tuned.{name}": parameters[f"layers.moe.experts.{name}"][layers, experts] for name in NAMES
     }
 
 
-def load_selected(
-    source: Source, selected_experts: tuple[tuple[int, ...], ...]
-) -> dict[str, np.ndarray]:
-    """As `pack_selected`, float32 on the host, straight from a checkpoint."""
-    rows = {names.selected_name(row): row for row in names.TABLE if row.per_expert}
+def load_tuned(source: Source, tuned_experts: tuple[tuple[int, ...], ...]) -> dict[str, np.ndarray]:
+    """As `stack_tuned`, float32 on the host, straight from a checkpoint."""
+    rows = {names.tuned_name(row): row for row in names.TABLE if row.per_expert}
     return {
         name: np.stack(
             [
                 source.read(row, layer, slice(expert, expert + 1))[0].astype(np.float32)
-                for layer, expert in places(selected_experts)
+                for layer, expert in places(tuned_experts)
             ]
         )
         for name, row in rows.items()

@@ -12,7 +12,7 @@ import numpy as np
 
 from olmoe_jax.model.config import ModelConfig
 from olmoe_jax.model.decoder import parameter_specs
-from olmoe_jax.model.selected import places
+from olmoe_jax.model.tuned import places
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,18 +114,18 @@ def all_to_hf(
                 yield from to_hf(row, layer, value if layer is None else value[layer])
 
 
-def selected_to_hf(
-    parameters: dict[str, np.ndarray], selected_experts: tuple[tuple[int, ...], ...]
+def tuned_to_hf(
+    parameters: dict[str, np.ndarray], tuned_experts: tuple[tuple[int, ...], ...]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Hugging Face names and tensors (views) of ESFT's pack (`selected.gate` [N, D, F], …)."""
+    """Hugging Face names and tensors (views) of ESFT's pack (`tuned.gate` [N, D, F], …)."""
     for row in TABLE:
-        if row.per_expert and (name := selected_name(row)) in parameters:
+        if row.per_expert and (name := tuned_name(row)) in parameters:
             for (layer, expert), matrix in zip(
-                places(selected_experts), parameters[name], strict=True
+                places(tuned_experts), parameters[name], strict=True
             ):
                 yield row.theirs.format(layer=layer, expert=expert), matrix.T
 
 
-def selected_name(row: Row) -> str:
+def tuned_name(row: Row) -> str:
     """The pack's parameter that holds a row's selected experts."""
-    return f"selected.{row.ours.rsplit('.', 1)[-1]}"
+    return f"tuned.{row.ours.rsplit('.', 1)[-1]}"

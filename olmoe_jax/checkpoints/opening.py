@@ -22,7 +22,7 @@ from olmoe_jax.errors import UserError
 from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.model.decoder import parameter_specs
 from olmoe_jax.model.lora import LoraSettings
-from olmoe_jax.model.selected import places
+from olmoe_jax.model.tuned import places
 
 CHECKPOINTS = "checkpoints"
 EXPERTS = "experts.json"
@@ -45,7 +45,7 @@ class RunCheckpoint:
         file = path / EXPERTS
         self.experts = read_expert_config(file, self.config) if file.exists() else None
         chosen = self.experts and self.experts.experts
-        settings = ModelSettings(lora=self.lora, selected_experts=chosen)
+        settings = ModelSettings(lora=self.lora, tuned_experts=chosen)
         self._specs = parameter_specs(self.config, settings)
         self._group = {key[-1]: key[0] for key in keys if key[0] in ("parameters", "frozen")}
         self._arrays = OrbaxArrays(item)
@@ -71,7 +71,7 @@ class RunCheckpoint:
     def read(self, row: names.Row, layer: int | None, experts: slice = slice(None)) -> np.ndarray:
         weight = self._base_weight(row, layer, experts)
         if self.experts and row.per_expert:
-            return self._with_selected(weight, row, layer, experts)
+            return self._with_tuned(weight, row, layer, experts)
         if not self.lora or adapter.target_of(row) not in self.lora.targets:
             return weight
         a, b = (self._array(adapter.parameter_name(row, part))[layer] for part in "ab")
@@ -79,9 +79,9 @@ class RunCheckpoint:
             a, b = a[experts], b[experts]
         return adapter.merged(weight, a.read().result(), b.read().result(), self.lora)
 
-    def _with_selected(self, weight, row: names.Row, layer: int, experts: slice) -> np.ndarray:
+    def _with_tuned(self, weight, row: names.Row, layer: int, experts: slice) -> np.ndarray:
         wanted = range(*experts.indices(self.config.num_experts))
-        pack = self._array(names.selected_name(row))
+        pack = self._array(names.tuned_name(row))
         for place, (at_layer, expert) in enumerate(places(self.experts.experts)):
             if at_layer == layer and expert in wanted:
                 # float32 holds both; what is exported is rounded once.

@@ -15,7 +15,7 @@ _LORA_DETAILS = ("lora_alpha", "lora_dropout", "lora_targets", "lora_rslora")
 
 def conflicts(config: "Config") -> Iterator[str]:
     """One line for each, which says what to write instead."""
-    sections = (_model, _quantization, _optimizer, _fused_update, _router_gradient, _method)
+    sections = (_model, _quantization, _optimizer, _router_gradient, _method)
     for of_section in (*sections, _evaluation, _mesh):
         yield from of_section(config)
 
@@ -61,28 +61,6 @@ def _optimizer(config: "Config") -> Iterator[str]:
         yield (
             "optimizer.master_dtype=bfloat16: gradients are added up in the weights' dtype; write "
             "float32, or optimizer.gradients_dtype=bfloat16 besides"
-        )
-
-
-def _fused_update(config: "Config") -> Iterator[str]:
-    model, method, optimizer = config.model, config.method, config.optimizer
-    if not optimizer.fused_update:
-        return
-    asked = "optimizer.fused_update=true"
-    if optimizer.max_grad_norm is not None:
-        yield (
-            f"{asked}: the global norm is known only when all layers are updated; write false, or "
-            f"optimizer.max_grad_norm=none instead of {optimizer.max_grad_norm}"
-        )
-    if model.remat != "full":
-        yield (
-            f"{asked}: its backward recomputes every layer; write false, or model.remat=full "
-            f"instead of {model.remat}"
-        )
-    if method.name.startswith("esft_"):
-        yield (
-            f"{asked}: the experts that {method.name} selects lie outside of the layers; write "
-            "false, or method.name=frozen, conventional or densemixer"
         )
 
 

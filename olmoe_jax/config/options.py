@@ -193,17 +193,6 @@ class OptimizerOptions:
     max_grad_norm: float | None = option(
         1.0, "global norm to which gradients are clipped; none: they are not", POSITIVE
     )
-    fused_update: bool = option(
-        False,
-        "update each layer in the backward, as soon as its gradient is there, so that the "
-        "gradients of all layers never exist at once; only with max_grad_norm=none and steps of "
-        "one micro-batch",
-    )
-    offload: bool = option(
-        False,
-        "keep moments (and what gradients_dtype=bfloat16 keeps of the weights apart) in the host's "
-        "memory; each update moves them to the device and back, layer by layer",
-    )
     moments_dtype: Literal["float32", "bfloat16", "int8"] = option(
         "float32",
         "how both moments are stored; bfloat16 and int8 (with a scale for each block of 256) are "

@@ -48,7 +48,7 @@ def settle_experts(
     distributed.barrier("experts.json")
     # From the file in any case: its order (by id) is that of the pack in every checkpoint.
     experts = read_expert_config(file, model.config)
-    settings = dataclasses.replace(model.settings, selected_experts=experts.experts)
+    settings = dataclasses.replace(model.settings, tuned_experts=experts.experts)
     return dataclasses.replace(model, settings=settings, experts=experts)
 
 

@@ -37,7 +37,7 @@ def esft_names(*, head: str | None, non_expert_modules: bool) -> Callable[[str],
     """
 
     def trains(name: str) -> bool:
-        if name.startswith("selected.") or name == head:
+        if name.startswith("tuned.") or name == head:
             return True
         return non_expert_modules and ".experts." not in name
 
@@ -76,7 +76,7 @@ def group_of(name: str) -> str:
     """The part of the model that a parameter belongs to, for the table at the start of a run."""
     if is_adapter(name):
         return "expert adapters" if ".experts." in name else "attention adapters"
-    if name.startswith("selected."):
+    if name.startswith("tuned."):
         return "selected experts"
     for part, group in (
         (".experts.", "experts"),

@@ -36,7 +36,6 @@ class Context(NamedTuple):
     visible: jax.Array | None = None  # [B, T] bool: which keys of the cache are seen
     index: jax.Array | None = None  # [] int32: where in the cache this token's keys lie
     dropout_keys: jax.Array | None = None  # [B] random keys; None: no dropout
-    router_probe: jax.Array | None = None  # [L, D, E], a layer's [D, E]; see `MoE`
 
     def of_layer(self, layer: jax.Array) -> "Context":
         """What this layer sees: dropout keys of its own."""

@@ -46,8 +46,8 @@ class ModelSettings:
       router_gradient_dtype: of DenseMixer's extra matmuls; None: compute_dtype.
       remat: what the backward recomputes of a layer (see `olmoe_jax.ops.remat`).
       lora: adapters beside the weights; None: no adapters.
-      selected_experts: ESFT: per layer, the experts whose weights are parameters of their own
-        (`selected.*`) and replace the base's; None: no such parameters.
+      tuned_experts: ESFT: per layer, the experts whose weights are parameters of their own
+        (`tuned.*`) and replace the base's; None: no such parameters.
       grouped_matmul: backend name of `olmoe_jax.ops.grouped_matmul`; None: the platform's.
       attention: backend name of `olmoe_jax.ops.attention`; None: the platform's.
       expert_exchange: what travels over the mesh's `expert` axis (`olmoe_jax.ops.expert_parallel`).
@@ -59,7 +59,7 @@ class ModelSettings:
     router_gradient_dtype: str | None = None
     remat: Literal["full", "selective", "none"] = "none"
     lora: LoraSettings | None = None
-    selected_experts: tuple[tuple[int, ...], ...] | None = None
+    tuned_experts: tuple[tuple[int, ...], ...] | None = None
     grouped_matmul: str | None = None
     attention: str | None = None
     expert_exchange: Literal["tokens", "weights"] = "tokens"

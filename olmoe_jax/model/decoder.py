@@ -14,7 +14,7 @@ from olmoe_jax.model.attention import Attention, Context, LayerCache, rms_norm, 
 from olmoe_jax.model.config import ModelConfig, ModelSettings
 from olmoe_jax.model.moe import MoE, RouterStatistics
 from olmoe_jax.model.parameters import ParameterSpec, matrix, scale, specs
-from olmoe_jax.model.selected import LayerSelection, SelectedExperts
+from olmoe_jax.model.tuned import LayerTunedExperts, TunedExperts
 from olmoe_jax.ops.decoding import transposed_matmul_in_parts
 from olmoe_jax.ops.embedding import embedding_lookup, embedding_rows
 from olmoe_jax.ops.quantization import dequantized, is_quantized
@@ -37,7 +37,7 @@ class DecodingLayers(NamedTuple):
     graph: nnx.GraphDef  # of one
     experts: ExpertProjections | None  # of all layers, for `MoE.decode`; None: among the weights
     weights: Any  # with experts: a state for each layer; without: one state of all, stacked
-    selection: LayerSelection | None  # of all layers, stacked
+    tuned: LayerTunedExperts | None  # of all layers, stacked
 
 
 class DecoderLayer(nnx.Module):
@@ -58,7 +58,7 @@ class DecoderLayer(nnx.Module):
         self,
         x: jax.Array,
         context: Context,
-        selection: LayerSelection | None = None,
+        tuned: LayerTunedExperts | None = None,
         with_router_logits: bool = False,
     ) -> tuple[jax.Array, tuple[RouterStatistics, LayerCache]]:
         """x [B, S, D] -> the same after this layer; router statistics; its keys and values."""
@@ -68,9 +68,8 @@ class DecoderLayer(nnx.Module):
                 rms_norm(x, self.moe_norm[...], self.epsilon),
                 context.segments > 0,
                 context.dropout_keys,
-                selection,
+                tuned,
                 with_router_logits,
-                context.router_probe,
             )
         return shard_batch(x + y), (statistics, keys)
 
@@ -79,7 +78,7 @@ class DecoderLayer(nnx.Module):
         x: jax.Array,
         context: Context,
         cache: LayerCache,
-        selection: LayerSelection | None,
+        tuned: LayerTunedExperts | None,
         experts: tuple[ExpertProjections, int] | None,
     ) -> tuple[jax.Array, LayerCache]:
         """x [B, 1, D] -> the same after this layer, and its cache with this position.
@@ -90,7 +89,7 @@ class DecoderLayer(nnx.Module):
         with jax.named_scope("moe"):
             normed, is_token = rms_norm(x, self.moe_norm[...], self.epsilon), context.segments > 0
             if experts is None:
-                y, _ = self.moe(normed, is_token, selection=selection)
+                y, _ = self.moe(normed, is_token, tuned=tuned)
             else:
                 y = self.moe.decode(normed, is_token, *experts)
         return shard_batch(x + y), cache
@@ -121,8 +120,8 @@ class Olmoe(nnx.Module):
         self.embed = matrix(rngs, vocabulary, std)
         self.layers = DecoderLayer(config, settings, rngs=rngs)
         self.norm = scale({"norm": config.hidden_size})
-        chosen = settings.selected_experts
-        self.selected = SelectedExperts(config, chosen, rngs=rngs) if any(chosen or ()) else None
+        chosen = settings.tuned_experts
+        self.tuned = TunedExperts(config, chosen, rngs=rngs) if any(chosen or ()) else None
         if not config.tie_word_embeddings:
             self.lm_head = matrix(rngs, vocabulary, std)
 
@@ -150,18 +149,16 @@ class Olmoe(nnx.Module):
         *,
         with_router_logits: bool = False,
         dropout_key: jax.Array | None = None,
-        router_probe: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterStatistics]:
         """Final normalised hidden states [B, S, D] and each layer's router statistics.
 
-        With `dropout_key` (a scalar random key) the adapters' dropout is on. `router_probe`:
-        [L, D, E], see `MoE`.
+        With `dropout_key` (a scalar random key) the adapters' dropout is on.
         """
         if segments is None:
             segments = jnp.ones_like(tokens)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        context = self.context(segments, positions, dropout_key, router_probe)
+        context = self.context(segments, positions, dropout_key)
         return self._run_layers(tokens, context, with_router_logits)[:2]
 
     def context(
@@ -169,7 +166,6 @@ class Olmoe(nnx.Module):
         segments: jax.Array,
         positions: jax.Array,
         dropout_key: jax.Array | None = None,
-        router_probe: jax.Array | None = None,
     ) -> Context:
         """What the layers share, of whole rows [B, S]; see `hidden`."""
         keys = None
@@ -179,7 +175,6 @@ class Olmoe(nnx.Module):
             rotation(positions, self.config),
             segments,
             dropout_keys=keys,
-            router_probe=router_probe,
         )
 
     def prefill(
@@ -213,10 +208,10 @@ class Olmoe(nnx.Module):
         """
         graph, stacked = nnx.split(self.layers)
         experts = None
-        if not (self.selected or is_quantized(stacked)):
+        if not (self.tuned or is_quantized(stacked)):
             experts = self.layers.moe.decoding_experts(batch)
         if experts is None:
-            return DecodingLayers(graph, None, stacked, self._selection())
+            return DecodingLayers(graph, None, stacked, self._tuned_by_layer())
         weights = [_one_of(stacked, layer) for layer in range(self.config.num_layers)]
         return DecodingLayers(graph, experts, weights, None)
 
@@ -248,16 +243,16 @@ class Olmoe(nnx.Module):
         x, new = shard_batch(x.astype(self.settings.compute_dtype)), []
         for number, old in enumerate(cache.layers):
             if layers.experts is not None:
-                weights, selection = layers.weights[number], None
+                weights, tuned = layers.weights[number], None
                 experts = layers.experts, number
             else:
                 # An index that XLA does not know before the loop over tokens: else it would take
                 # the experts of all layers out of their arrays there, and hold them twice.
                 index, _ = jax.lax.optimization_barrier((jnp.int32(number), length))
-                weights, selection = _one_of((layers.weights, layers.selection), index)
+                weights, tuned = _one_of((layers.weights, layers.tuned), index)
                 weights, experts = dequantized(weights, self.settings.compute_dtype), None
             layer = nnx.merge(layers.graph, weights)
-            x, written = layer.decode(x, context, old, selection, experts)
+            x, written = layer.decode(x, context, old, tuned, experts)
             new.append(written)
         x, head = self.normed(x)[:, 0], gathered(self.head().astype(x.dtype))
         if jax.default_backend() == "cpu":
@@ -294,28 +289,26 @@ class Olmoe(nnx.Module):
         graph, stacked = nnx.split(self.layers)
 
         def layer(x, inputs):
-            index, weights, router_probe, selection = inputs
-            inside = context.of_layer(index)._replace(router_probe=router_probe)
+            index, weights, tuned = inputs
+            inside = context.of_layer(index)
             # Here, so that only one layer's weights ever lie there in full, in the backward too.
             weights = dequantized(weights, self.settings.compute_dtype)
-            x, (statistics, keys) = nnx.merge(graph, weights)(
-                x, inside, selection, with_router_logits
-            )
+            x, (statistics, keys) = nnx.merge(graph, weights)(x, inside, tuned, with_router_logits)
             return x, (statistics, keys if with_keys else None)
 
         layers = jnp.arange(self.config.num_layers)
         # In this order: jax mixes up gradients where one for a Ref follows one that is an array.
-        inputs = (layers, stacked, context.router_probe, self._selection())
+        inputs = (layers, stacked, self._tuned_by_layer())
         x, (statistics, keys) = jax.lax.scan(
             rematerialised(layer, self.settings.remat), self.embedded(tokens), inputs
         )
         return self.normed(x), statistics, keys
 
-    def _selection(self) -> LayerSelection | None:
+    def _tuned_by_layer(self) -> LayerTunedExperts | None:
         """Of all layers."""
-        if not self.selected:
+        if not self.tuned:
             return None
-        return self.selected.by_layer(self.config.num_experts, self.settings.compute_dtype)
+        return self.tuned.by_layer(self.config.num_experts, self.settings.compute_dtype)
 
 
 def _one_of(stacked: Any, layer: jax.Array | int) -> Any:

@@ -87,7 +87,7 @@ def step_flops_per_token(
     for name, spec in parameter_specs(config, settings).items():
         size = _matmul_weights(name, spec, config)
         trained += size * trains(name)
-        weights += 0.0 if name.startswith("selected.") else size
+        weights += 0.0 if name.startswith("tuned.") else size
         # With an adapter A B, the input of B is needed and its output not.
         last += size if name.endswith(("experts.down", "experts.lora.down_b")) else 0.0
     attention = 2.0 * context * config.num_heads * config.head_dim * config.num_layers
@@ -115,6 +115,6 @@ def _matmul_weights(name: str, spec: ParameterSpec, config: ModelConfig) -> floa
     if "norm" in name or (name == "embed" and not config.tie_word_embeddings):
         return 0.0
     size = float(math.prod(spec.shape))
-    if ".experts." in name or name.startswith("selected."):
+    if ".experts." in name or name.startswith("tuned."):
         return size * config.num_experts_per_token / config.num_experts
     return size

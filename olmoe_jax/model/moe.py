@@ -17,12 +17,12 @@ from jax.sharding import PartitionSpec as P
 from olmoe_jax.model.config import ModelConfig, ModelSettings
 from olmoe_jax.model.lora import TARGETS, Adapters, dropout, projection
 from olmoe_jax.model.parameters import matrix
-from olmoe_jax.model.selected import LayerSelection
+from olmoe_jax.model.tuned import LayerTunedExperts
 from olmoe_jax.ops.decoding import decoding_backend, experts_by_gather, experts_by_loop
 from olmoe_jax.ops.expert_parallel import ExpertGroup
 from olmoe_jax.ops.projection import grouped_project
 from olmoe_jax.ops.remat import keep
-from olmoe_jax.ops.router_gradient import ExpertProjections, router_gradient, with_probe
+from olmoe_jax.ops.router_gradient import ExpertProjections, router_gradient
 from olmoe_jax.ops.routing import from_experts, permute, sort_by_expert, to_experts
 from olmoe_jax.parallel import sharding
 
@@ -65,9 +65,9 @@ class Experts(nnx.Module):
             )
         )
 
-    def specs(self, settings: ModelSettings, mesh, selection: LayerSelection | None):
-        """The partition specs of `projections` with the selection, leaf by leaf."""
-        shapes = jax.eval_shape(lambda: with_selection(self.projections(settings), selection))
+    def specs(self, settings: ModelSettings, mesh, tuned: LayerTunedExperts | None):
+        """The partition specs of `projections` with the tuned, leaf by leaf."""
+        shapes = jax.eval_shape(lambda: with_tuned_experts(self.projections(settings), tuned))
 
         def spec(path, shape):
             name, part = path[0].name, path[1].name
@@ -75,8 +75,8 @@ class Experts(nnx.Module):
                 return P()
             parameter = getattr(self, name)
             axes = parameter.get_metadata("axes")[1:]
-            if part == "selected":
-                axes = ("selected", *axes[1:])
+            if part == "tuned":
+                axes = ("tuned", *axes[1:])
             elif part != "weight":
                 axes = getattr(self.lora, f"{name}_{part}").get_metadata("axes")[1:]
             return sharding.partition_spec(shape.shape, axes, mesh)
@@ -84,18 +84,18 @@ class Experts(nnx.Module):
         return jax.tree_util.tree_map_with_path(spec, shapes)
 
 
-def with_selection(
-    experts: ExpertProjections, selection: LayerSelection | None
+def with_tuned_experts(
+    experts: ExpertProjections, tuned: LayerTunedExperts | None
 ) -> ExpertProjections:
     """The experts' projections with the selected experts in the place of theirs."""
-    if selection is None:
+    if tuned is None:
         return experts
     return ExpertProjections(
         *(
             dataclasses.replace(
                 getattr(experts, name),
-                selected=getattr(selection, name),
-                indices=selection.indices,
+                tuned=getattr(tuned, name),
+                indices=tuned.indices,
             )
             for name in ExpertProjections._fields
         )
@@ -120,9 +120,8 @@ class MoE(nnx.Module):
         x: jax.Array,
         is_token: jax.Array,
         dropout_keys: jax.Array | None = None,
-        selection: LayerSelection | None = None,
+        tuned: LayerTunedExperts | None = None,
         with_logits: bool = False,
-        router_probe: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterStatistics]:
         """One layer's block.
 
@@ -130,23 +129,19 @@ class MoE(nnx.Module):
           x: [B, S, D].
           is_token: [B, S] bool; False: padding, routed nowhere.
           dropout_keys: [B] random keys of the adapters' dropout; None: no dropout.
-          selection: experts that replace some of this module's.
+          tuned: experts that replace some of this module's.
           with_logits: whether the statistics hold the router's logits.
-          router_probe: [D, E] float32, its value does not matter: its gradient is DenseMixer's part
-            of the router's, that of the experts that were not selected.
 
         Returns:
           [B, S, D] and the router's statistics.
         """
         router = self.router[...].astype(jnp.float32)
-        experts = with_selection(self.experts.projections(self.settings), selection)
+        experts = with_tuned_experts(self.experts.projections(self.settings), tuned)
         mesh = sharding.active_mesh()
         if mesh is None:
             group = ExpertGroup()
-            return self._local(
-                x, is_token, dropout_keys, router, router_probe, experts, with_logits, group
-            )
-        specs = self.experts.specs(self.settings, mesh, selection)
+            return self._local(x, is_token, dropout_keys, router, experts, with_logits, group)
+        specs = self.experts.specs(self.settings, mesh, tuned)
         sharding.check_experts(mesh.shape[sharding.EXPERT], self.config.num_experts)
         group = ExpertGroup()
         if x.shape[1] == 1:  # a decode step, where fewer bytes of tokens than of weights travel
@@ -154,11 +149,11 @@ class MoE(nnx.Module):
         elif mesh.shape[sharding.EXPERT] > 1 and self.settings.expert_exchange == "tokens":
             group = ExpertGroup((sharding.EXPERT,))
 
-        def on_device(x, is_token, dropout_keys, router, router_probe, experts):
+        def on_device(x, is_token, dropout_keys, router, experts):
             experts = jax.tree.map(functools.partial(_all_gather, apart=group.axes), experts, specs)
             experts = _of_group(experts, group, self.config.num_experts)
             y, statistics = self._local(
-                x, is_token, dropout_keys, router, router_probe, experts, with_logits, group
+                x, is_token, dropout_keys, router, experts, with_logits, group
             )
             summed = jax.tree.map(
                 lambda value: jax.lax.psum(value, sharding.AXES), statistics._replace(logits=None)
@@ -170,14 +165,14 @@ class MoE(nnx.Module):
         return jax.shard_map(
             on_device,
             mesh=mesh,
-            in_specs=(batch, batch, None if dropout_keys is None else batch, P(), P(), specs),
+            in_specs=(batch, batch, None if dropout_keys is None else batch, P(), specs),
             out_specs=(batch, out),
             check_vma=False,
         )(
             x,
             is_token,
             dropout_keys,
-            *jax.tree.map(sharding.by_value, (router, router_probe, experts)),
+            *jax.tree.map(sharding.by_value, (router, experts)),
         )
 
     def decoding_experts(self, tokens: int) -> ExpertProjections | None:
@@ -248,7 +243,7 @@ class MoE(nnx.Module):
             weights = weights / weights.sum(axis=-1, keepdims=True)
         return weights, jnp.where(is_token.reshape(-1, 1), chosen, self.config.num_experts)
 
-    def _local(self, x, is_token, dropout_keys, router, router_probe, experts, with_logits, group):
+    def _local(self, x, is_token, dropout_keys, router, experts, with_logits, group):
         """The block on the tokens of one device, with all experts at hand or in its group."""
         config, shape = self.config, x.shape
         in_group, dropout_keys = group.gather(x), group.gather(dropout_keys)
@@ -269,10 +264,9 @@ class MoE(nnx.Module):
                 in_group, dropped, group.gather(weights), own, experts, dropout_keys
             )
         if self.settings.router_method == "densemixer":
-            dense = probabilities
-            if router_probe is not None:
-                dense = with_probe(probabilities, x, router_probe)
-            y = y + self._dense_router_term(in_group, dense, chosen, is_token, experts, group)
+            y = y + self._dense_router_term(
+                in_group, probabilities, chosen, is_token, experts, group
+            )
         y = group.scatter_sum(y)
         load = jnp.bincount(chosen.reshape(-1), length=config.num_experts + 1)[:-1]
         statistics = RouterStatistics(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from olmoe_jax.ops.grouped_matmul import (
     grouped_matmul,
-    grouped_matmul_selected,
+    grouped_matmul_tuned,
     replace,
 )
 from olmoe_jax.ops.remat import keep
@@ -20,21 +20,21 @@ from olmoe_jax.ops.remat import keep
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["weight", "a", "b", "selected", "indices"],
+    data_fields=["weight", "a", "b", "tuned", "indices"],
     meta_fields=["scale"],
 )
 @dataclasses.dataclass(frozen=True)
 class Projection:
     """Matrices [D, F] or [E, D, F], all in the compute dtype.
 
-    a and b are None without adapter; with `selected`, weight[indices] is replaced by it, and it
-    gets the gradient (see `grouped_matmul_selected`).
+    a and b are None without adapter; with `tuned`, weight[indices] is replaced by it, and it
+    gets the gradient (see `grouped_matmul_tuned`).
     """
 
     weight: jax.Array
     a: jax.Array | None = None  # [..., D, R]
     b: jax.Array | None = None  # [..., R, F]
-    selected: jax.Array | None = None  # [n, D, F]
+    tuned: jax.Array | None = None  # [n, D, F]
     indices: jax.Array | None = None  # [n] int32
     scale: float = 1.0
 
@@ -50,11 +50,11 @@ def transposed(projection: Projection) -> Projection:
     )
 
 
-def with_selected(projection: Projection) -> Projection:
+def with_tuned(projection: Projection) -> Projection:
     """The projection with the selected matrices put in their places."""
-    if projection.selected is None:
+    if projection.tuned is None:
         return projection
-    weight = replace(projection.weight, projection.selected, projection.indices)
+    weight = replace(projection.weight, projection.tuned, projection.indices)
     return Projection(weight, projection.a, projection.b, scale=projection.scale)
 
 
@@ -89,11 +89,11 @@ def grouped_project(
 ) -> jax.Array:
     """As `project` for rows [N, D] sorted by expert, each by its own expert's matrices."""
     weight = projection.weight
-    if projection.selected is None:
+    if projection.tuned is None:
         y = grouped_matmul(rows, weight, group_sizes, backend)
     else:
-        selected, indices = projection.selected, projection.indices
-        y = grouped_matmul_selected(rows, weight, selected, indices, group_sizes, backend)
+        tuned, indices = projection.tuned, projection.indices
+        y = grouped_matmul_tuned(rows, weight, tuned, indices, group_sizes, backend)
     if projection.a is None:
         return y
     low = keep(grouped_matmul(dropped, projection.a, group_sizes, backend))

@@ -19,7 +19,7 @@ from olmoe_jax.ops.projection import (
     adapted_weight,
     grouped_project,
     transposed,
-    with_selected,
+    with_tuned,
 )
 from olmoe_jax.ops.routing import sort_by_expert
 
@@ -64,7 +64,7 @@ def _forward(experts_per_token, dtype, backend, probabilities, x, experts, candi
 
 def _backward(experts_per_token, dtype, backend, residuals, g):
     x, experts, candidates = residuals
-    experts = ExpertProjections(*map(with_selected, experts))
+    experts = ExpertProjections(*map(with_tuned, experts))
     if dtype == "bfloat16":
         x, g, experts = jax.tree.map(lambda value: value.astype(dtype), (x, g, experts))
     if experts_per_token is None:
@@ -75,34 +75,6 @@ def _backward(experts_per_token, dtype, backend, residuals, g):
 
 
 router_gradient.defvjp(_forward, _backward)
-
-
-@jax.custom_vjp
-def with_probe(probabilities: jax.Array, x: jax.Array, probe: jax.Array) -> jax.Array:
-    """The probabilities, while `probe` gets the router's gradient that comes through this use.
-
-    The gradients of everything else are those without it, bit for bit.
-
-    Args:
-      probabilities: [T, E] float32, softmax(x @ router).
-      x: [T, D] what goes into the router.
-      probe: [D, E] float32; its value does not matter.
-    """
-    return probabilities
-
-
-def _probe_forward(probabilities, x, probe):
-    return probabilities, (probabilities, x)
-
-
-def _probe_backward(residuals, g):
-    probabilities, x = residuals
-    of_logits = probabilities * (g - jnp.sum(g * probabilities, axis=-1, keepdims=True))
-    of_router = jnp.dot(x.astype(jnp.float32).T, of_logits, precision=jax.lax.Precision.HIGHEST)
-    return g, None, of_router
-
-
-with_probe.defvjp(_probe_forward, _probe_backward)
 
 
 def _scores(x, g, multiply: Callable[[jax.Array, str], jax.Array]) -> jax.Array:

@@ -38,7 +38,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": _SHARDED,
     "mlp": _SHARDED,
     "rank": (),
-    "selected": (),
+    "tuned": (),
     "router": (),
     "norm": (),
 }

@@ -18,7 +18,7 @@ from olmoe_jax.plan.costs import Roofline, microbatch_traffic, roofline, update_
 from olmoe_jax.plan.devices import Topology, open_devices, parse_topology
 from olmoe_jax.plan.known import KNOWN, known_config
 from olmoe_jax.plan.programs import CompiledProgram, StepPrograms, device_bytes
-from olmoe_jax.training.setup import check_one_microbatch, model_settings, with_backends
+from olmoe_jax.training.setup import model_settings, with_backends
 
 ESFT_EXPERTS = 4
 """Selected experts per layer that a plan assumes of an ESFT run without an expert config."""
@@ -45,7 +45,6 @@ class Plan:
     microbatches: int  # of a step
     programs: tuple[CompiledProgram, ...]
     divided: int  # bytes that halve on twice as many devices
-    in_host: int  # bytes of the optimizer's state in the host's memory
     flops: StepFlops  # per token
     roofline: Roofline | None
     seconds: float  # that planning took
@@ -74,8 +73,7 @@ class Plan:
 
     def times(self, program: CompiledProgram) -> int:
         """How often a step runs a program."""
-        once = {"update": 1, "fused_step": 1}
-        return {"accumulate": self.microbatches, **once}.get(program.name, 0)
+        return {"accumulate": self.microbatches, "update": 1}.get(program.name, 0)
 
 
 def plan(
@@ -102,11 +100,10 @@ def plan(
     """
     start = time.monotonic()
     config, where = validate(config), parse_topology(topology)
-    _check_offload(config, where)
     model_config = _architecture(config)
     experts, assumed = _experts(config, model_config, esft_experts)
     settings = with_backends(
-        dataclasses.replace(model_settings(config), selected_experts=experts and experts.experts),
+        dataclasses.replace(model_settings(config), tuned_experts=experts and experts.experts),
         model_config,
         where.kind.platform,
     )
@@ -116,10 +113,8 @@ def plan(
     rows = config.train.rows_per_device * where.count
     rows_per_step = rows_per_step or rows
     microbatches = math.ceil(rows_per_step / rows)
-    if config.optimizer.fused_update:
-        check_one_microbatch(config, microbatches)
     step = StepPrograms(config, model_config, settings, experts, mesh)
-    names = [*step.of_step]
+    names = ["accumulate", "update"]
     if config.data.eval_path or config.data.eval_fraction:
         names.append("evaluate")
     programs = tuple(map(step.compile, names))
@@ -137,22 +132,13 @@ def plan(
         rows_per_step,
         microbatches,
         programs,
-        device_bytes((shapes.state, shapes.frozen, step.gradients)),
-        device_bytes(shapes.state, host=True),
+        device_bytes((shapes.state, shapes.frozen, shapes.accumulated.gradients)),
         flops,
         _roofline(
             where, model_config, settings, step, programs, flops, rows * length, microbatches
         ),
         time.monotonic() - start,
     )
-
-
-def _check_offload(config: Config, where: Topology) -> None:
-    if config.optimizer.offload and where.kind.platform != "tpu":
-        raise UserError(
-            f"optimizer.offload=true: without a device, the compiler for {where.kind.name} does "
-            "not tell the host's memory from the device's; write false, or plan for TPUs"
-        )
 
 
 def _architecture(config: Config) -> ModelConfig:
@@ -204,7 +190,7 @@ def _roofline(
     specs, own = parameter_specs(model_config, settings), tokens / topology.count
     wire = sum(
         (microbatches if program.name == "accumulate" else 1) * program.communication.wire_bytes
-        for program in programs[: len(step.of_step)]
+        for program in programs[:2]
         if program.communication
     )
     traffic = microbatches * microbatch_traffic(model_config, settings, specs, gradients, own)

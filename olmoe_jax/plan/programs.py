@@ -107,18 +107,8 @@ class StepPrograms:
         self.functions = step_functions(config, model_config, settings, trained, mesh, _STEPS)
         self.shapes = _shapes(self.functions, config, trained, frozen, mesh)
 
-    @property
-    def of_step(self) -> tuple[str, ...]:
-        """The programs that a step runs."""
-        return ("fused_step",) if self.functions.fused else ("accumulate", "update")
-
-    @property
-    def gradients(self) -> Parameters:
-        """Those of all layers at once, where they ever exist."""
-        return {} if self.functions.fused else self.shapes.accumulated.gradients
-
     def compile(self, name: str) -> CompiledProgram:
-        """Compiles "accumulate", "update", "fused_step" or "evaluate"."""
+        """Compiles "accumulate", "update" or "evaluate"."""
         shapes = self.shapes
         moments = device_bytes(shapes.state) - device_bytes(shapes.trained)
         function, arguments, resident = {
@@ -132,16 +122,11 @@ class StepPrograms:
                 (shapes.state, shapes.accumulated),
                 device_bytes(shapes.frozen),
             ),
-            "fused_step": (
-                self.functions.fused_step,
-                (shapes.state, shapes.frozen, shapes.batch, shapes.position),
-                0,
-            ),
             # The gradients of the step before are still there.
             "evaluate": (
                 self.functions.evaluate,
                 (shapes.trained, shapes.frozen, shapes.batch),
-                moments + device_bytes(self.gradients),
+                moments + device_bytes(shapes.accumulated.gradients),
             ),
         }[name]
         try:
@@ -164,12 +149,11 @@ class StepPrograms:
         return CompiledProgram(name, memory, memory.peak, hlo and communication(hlo))
 
 
-def device_bytes(tree: Any, *, host: bool = False) -> int:
-    """Bytes on one device (or, for it, in its host's memory) of arrays or shapes with shardings."""
+def device_bytes(tree: Any) -> int:
+    """Returns the bytes that arrays, or shapes with shardings, take on one device."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
-        if (leaf.sharding.memory_kind == sharding.HOST) == host
     )
 
 
@@ -188,15 +172,13 @@ def _shapes(
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
 
     state = jax.eval_shape(lambda p: initial_state(p, trainer.optimizer), trained)
-    *sums, unselected = jax.eval_shape(trainer.zero_sums, trained)[1:]
+    _, *sums = jax.eval_shape(trainer.zero_sums, trained)
     sums = jax.tree.map(lambda shape: place(shape, everywhere), sums)
-    where = functions.accumulated_shardings.unselected
-    unselected = jax.tree.map(lambda shape: place(shape, where), unselected)
     return Shapes(
         trained,
         frozen,
         jax.tree.map(place, state, functions.state_shardings),
-        Accumulated(trained, *sums, unselected),
+        Accumulated(trained, *sums),
         batch,
         jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=everywhere),
     )

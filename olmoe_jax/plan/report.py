@@ -33,7 +33,6 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "assumptions": assumptions(plan),
         "memory": {program.name: _memory(program) for program in plan.programs},
         "peak_gib_per_device": plan.peak / GIB,
-        "host_gib_per_device": plan.in_host / GIB,
         "peak_program": plan.largest.name,
         "capacity_gib": plan.topology.capacity / GIB,
         "reserve_gib": plan.topology.kind.reserve / GIB,
@@ -90,11 +89,6 @@ def assumptions(plan: Plan) -> list[str]:
         f"{plan.microbatches} micro-batches of {rows} rows; how many rows the "
         f"{config.train.batch_size} examples of a step fill depends on the data: --rows_per_step"
     ]
-    if plan.in_host:
-        lines.append(
-            f"{plan.in_host / GIB:.2f} GiB of the optimizer's state for each device in its host's "
-            "memory, which is not looked at here"
-        )
     if plan.experts_assumed:
         lines.append(
             f"{plan.experts_assumed} selected experts in each layer (--esft_experts, or "

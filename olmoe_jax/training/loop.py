@@ -58,8 +58,6 @@ def train(config: Config) -> TrainResult:
     config = validate(config)
     check_wandb(config.train.wandb_project)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.expert)
-    if config.optimizer.offload:
-        sharding.check_host_memory(mesh)
     with distributed.writer_first("download, tokenise"):
         if distributed.is_writer():
             run_directory.check(config)
@@ -327,7 +325,7 @@ class _Run:
             "speed/tokens_per_second": speed,
             "speed/model_teraflops_per_second": flops * speed / 1e12,
             **router_scalars(statistics.load, statistics.entropy, step.tokens),
-            **_router_gradient_scalars(metrics.router_gradient),
+            **_router_scalar(metrics),
             **self.clock.take(),
             **memory_scalars(),
         }
@@ -355,8 +353,9 @@ def _due(every: int | None, done: int) -> bool:
     return every is not None and done % every == 0
 
 
-def _router_gradient_scalars(norms: dict[str, np.ndarray] | None) -> dict[str, float]:
-    return {f"router_gradient/{name}": float(value) for name, value in (norms or {}).items()}
+def _router_scalar(metrics: StepMetrics) -> dict[str, float]:
+    norm = metrics.router_grad_norm
+    return {} if norm is None else {"router_gradient/norm": float(norm)}
 
 
 def _finite(value: np.ndarray) -> float | None:

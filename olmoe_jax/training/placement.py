@@ -1,12 +1,10 @@
-"""Where a run's state lies: on which devices, and in which memory."""
+"""Where a run's state lies on the devices."""
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from olmoe_jax.model.parameters import Parameters
-from olmoe_jax.parallel import sharding
 from olmoe_jax.training.step import Trainer, TrainState, initial_state
 
 
@@ -24,21 +22,7 @@ def state_shardings(
         if path[-1] == jax.tree_util.GetAttrKey("scales"):
             # One for each block of the last dimension, which need not divide.
             where = NamedSharding(mesh, P(*where.spec[:-1]))
-        of_optimizer = path[0] == jax.tree_util.GetAttrKey("optimizer")
-        return where.with_memory_kind(sharding.HOST) if of_optimizer and trainer.offload else where
+        return where
 
     state = jax.eval_shape(lambda p: initial_state(p, trainer.optimizer), trained)
     return jax.tree_util.tree_map_with_path(place, state)
-
-
-def zero_state(shapes: TrainState, places: TrainState) -> TrainState:
-    """The state before the first update, but for the parameters.
-
-    One array at a time: all of them together would pass through the devices' memory.
-    """
-
-    def make(shape, place):
-        return jax.jit(lambda: jnp.zeros(shape.shape, shape.dtype), out_shardings=place)()
-
-    empty = shapes._replace(parameters={})
-    return jax.tree.map(make, empty, places._replace(parameters={}))

@@ -20,9 +20,9 @@ from olmoe_jax.checkpoints.adapter import read_adapter
 from olmoe_jax.checkpoints.expert_config import ExpertConfig
 from olmoe_jax.checkpoints.loading import (
     load_parameters,
-    load_selected,
-    pack_selected,
+    load_tuned,
     random_parameters,
+    stack_tuned,
 )
 from olmoe_jax.checkpoints.opening import open_source
 from olmoe_jax.checkpoints.source import Source, read_model_config
@@ -41,9 +41,8 @@ from olmoe_jax.model.parameters import ROUTER, Parameters
 from olmoe_jax.ops import attention, grouped_matmul
 from olmoe_jax.ops.quantization import Quantized
 from olmoe_jax.parallel import sharding
-from olmoe_jax.training.fused import fused_step
 from olmoe_jax.training.optimizer import adamw, schedule
-from olmoe_jax.training.placement import state_shardings, zero_state
+from olmoe_jax.training.placement import state_shardings
 from olmoe_jax.training.step import (
     Accumulated,
     DeviceBatch,
@@ -90,12 +89,10 @@ class StepFunctions:
 
     trainer: Trainer
     state_shardings: TrainState  # of NamedSharding
-    fused: bool  # a step is one run of `fused_step`, not of `accumulate` and `update`
     accumulated_shardings: Accumulated  # of NamedSharding; one for all router statistics
     zero_sums: Callable[[], Accumulated]
     accumulate: Callable[..., Accumulated]
     update: Callable[..., Any]
-    fused_step: Callable[..., Any]
     evaluate: Callable[..., jax.Array]
 
 
@@ -111,9 +108,6 @@ class Program(StepFunctions):
         self, state: TrainState, batches: Iterable[DeviceBatch], index: int
     ) -> tuple[TrainState, StepMetrics]:
         """The state (donated) after step `index`, whose micro-batches these are."""
-        if self.fused:
-            (batch,) = batches
-            return self.fused_step(state, self.frozen, batch, np.array([index, 0], np.uint32))
         accumulated = self.zero_sums()
         for number, batch in enumerate(batches):
             position = np.array([index, number], np.uint32)
@@ -209,7 +203,7 @@ def load_datasets(config: Config, model: Model) -> Datasets:
 
 def training_data(config: Config, datasets: Datasets, mesh: Mesh) -> data.TrainingData:
     """The run's steps, this process's share of them."""
-    steps = data.TrainingData(
+    return data.TrainingData(
         datasets.train,
         batch_size=config.train.batch_size,
         epochs=config.train.epochs,
@@ -217,24 +211,8 @@ def training_data(config: Config, datasets: Datasets, mesh: Mesh) -> data.Traini
         seed=config.train.seed,
         loss_normalization=config.train.loss_normalization,
         microbatch_examples=config.train.microbatch_examples,
-        one_microbatch=config.optimizer.fused_update,
         **row_layout(config, datasets, mesh),
     )
-    if config.optimizer.fused_update:
-        check_one_microbatch(config, steps.most_microbatches())
-    return steps
-
-
-def check_one_microbatch(config: Config, microbatches: int) -> None:
-    """Raises `UserError` when a step of a fused update has more micro-batches than one."""
-    if microbatches > 1:
-        train = config.train
-        raise UserError(
-            f"optimizer.fused_update=true: a step is one micro-batch, but {train.batch_size} "
-            f"examples take up to {microbatches}; write "
-            f"train.rows_per_device={train.rows_per_device * microbatches}, a smaller "
-            "train.batch_size, more devices, or optimizer.fused_update=false"
-        )
 
 
 def row_layout(config: Config, datasets: Datasets, mesh: Mesh) -> dict[str, Any]:
@@ -254,11 +232,7 @@ def build_program(config: Config, model: Model, mesh: Mesh, total_steps: int) ->
     trained, frozen = initial_parameters(config, model, mesh)
     functions = step_functions(config, model.config, model.settings, trained, mesh, total_steps)
     make = functools.partial(initial_state, optimizer=functions.trainer.optimizer)
-    if config.optimizer.offload:
-        state = zero_state(jax.eval_shape(make, trained), functions.state_shardings)
-        state = state._replace(parameters=trained)
-    else:
-        state = jax.jit(make, out_shardings=functions.state_shardings, donate_argnums=0)(trained)
+    state = jax.jit(make, out_shardings=functions.state_shardings, donate_argnums=0)(trained)
     return Program(**vars(functions), mesh=mesh, state=state, frozen=frozen)
 
 
@@ -292,19 +266,17 @@ def step_functions(
         max_grad_norm=options.max_grad_norm,
         aux_loss_coefficient=config.method.router_aux_loss_coefficient,
         seed=config.train.seed,
-        offload=options.offload,
     )
     replicated = NamedSharding(mesh, P())
     by_name = sharding.parameter_shardings(parameter_specs(model_config, settings), mesh)
     gradients = {name: by_name[name] for name in trained}
-    accumulated_shardings = Accumulated(gradients, replicated, replicated, by_name[ROUTER])
+    accumulated_shardings = Accumulated(gradients, replicated, replicated)
     places = state_shardings(trainer, trained, by_name, mesh)
     # Not the arrays: what a function closes over stays alive.
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in trained.items()}
     return StepFunctions(
         trainer,
         places,
-        options.fused_update,
         accumulated_shardings,
         zero_sums=jax.jit(
             functools.partial(trainer.zero_sums, shapes), out_shardings=accumulated_shardings
@@ -313,11 +285,6 @@ def step_functions(
             trainer.accumulate, donate_argnums=2, out_shardings=accumulated_shardings
         ),
         update=jax.jit(trainer.update, donate_argnums=0, out_shardings=(places, replicated)),
-        fused_step=jax.jit(
-            functools.partial(fused_step, trainer),
-            donate_argnums=0,
-            out_shardings=(places, replicated),
-        ),
         evaluate=jax.jit(trainer.evaluate),
     )
 
@@ -345,7 +312,7 @@ def kept_dtype(
 def initial_parameters(config: Config, model: Model, mesh: Mesh) -> tuple[Parameters, Parameters]:
     """What trains and what does not, each in its `kept_dtype`."""
     trains = method_trains(config.method, model.config, model.experts)
-    seed, chosen = config.train.seed, model.settings.selected_experts
+    seed, chosen = config.train.seed, model.settings.tuned_experts
     shardings = sharding.parameter_shardings(parameter_specs(model.config, model.settings), mesh)
     dtype = kept_dtype(trains, model.settings, config.optimizer.gradients_dtype)
 
@@ -355,10 +322,10 @@ def initial_parameters(config: Config, model: Model, mesh: Mesh) -> tuple[Parame
     if model.source:
         quantization = config.model.base_quantization
         parameters = load_parameters(model.source, mesh, dtype, quantization)
-        pack = load_selected(model.source, chosen) if chosen else {}
+        pack = load_tuned(model.source, chosen) if chosen else {}
     else:
-        drawn = random(lambda name: not is_adapter(name) and not name.startswith("selected."))
-        pack = pack_selected(drawn, chosen) if chosen else {}
+        drawn = random(lambda name: not is_adapter(name) and not name.startswith("tuned."))
+        pack = stack_tuned(drawn, chosen) if chosen else {}
         parameters = drawn
     if config.method.adapter_path:
         pack = _read_adapter(config.method.adapter_path, model)

@@ -21,7 +21,6 @@ from olmoe_jax.model.moe import RouterStatistics
 from olmoe_jax.model.parameters import ROUTER, Parameters, merge
 from olmoe_jax.ops.cross_entropy import weighted_cross_entropy
 from olmoe_jax.parallel.sharding import BATCH
-from olmoe_jax.training.layered import update_by_layer
 from olmoe_jax.training.optimizer import Optimizer, Schedule, clip_scale, global_norm
 
 
@@ -57,8 +56,6 @@ class Accumulated(NamedTuple):
     gradients: Parameters  # in the parameters' dtypes
     loss: jax.Array  # float32, without the auxiliary loss
     statistics: RouterStatistics  # [L, …]
-    # float32 [L, D, E]: DenseMixer's part of the router's gradient, where the router so learns.
-    unselected: jax.Array | None = None
 
 
 class StepMetrics(NamedTuple):
@@ -70,7 +67,7 @@ class StepMetrics(NamedTuple):
     skipped: jax.Array
     skipped_in_a_row: jax.Array
     statistics: RouterStatistics
-    router_gradient: dict[str, jax.Array] | None = None  # of `router_gradient_norms`
+    router_grad_norm: jax.Array | None  # before clipping, over all layers; None: it does not train
 
 
 def changed_choices(chosen: jax.Array, before: jax.Array, segment_ids: jax.Array) -> jax.Array:
@@ -103,7 +100,6 @@ class Trainer:
       max_grad_norm: clip the gradients to this global norm; None: do not.
       aux_loss_coefficient: weight of the load-balancing loss in the objective.
       seed: of the adapters' dropout and of stochastic rounding.
-      offload: the optimizer's state lies in the host's memory and is fetched layer by layer.
     """
 
     config: ModelConfig
@@ -113,7 +109,6 @@ class Trainer:
     max_grad_norm: float | None
     aux_loss_coefficient: float = 0.0
     seed: int = 0
-    offload: bool = False
 
     @functools.cached_property
     def graph(self) -> nnx.GraphDef:
@@ -126,7 +121,6 @@ class Trainer:
         frozen: Parameters,
         batch: DeviceBatch,
         dropout_key: jax.Array | None = None,
-        router_probe: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, RouterStatistics]]:
         """The objective of a micro-batch, and its (loss, router statistics)."""
         model = merge(self.graph, trained | frozen)
@@ -135,7 +129,6 @@ class Trainer:
             batch.segment_ids,
             batch.positions,
             dropout_key=dropout_key,
-            router_probe=router_probe,
         )
         objective, loss = self.objective(model, hidden, statistics, batch)
         return objective, (loss, statistics)
@@ -169,10 +162,7 @@ class Trainer:
         experts = jnp.zeros((self.config.num_layers, self.config.num_experts))
         statistics = RouterStatistics(experts, experts, jnp.zeros(self.config.num_layers), None)
         gradients = {name: jnp.zeros(value.shape, value.dtype) for name, value in trained.items()}
-        unselected = None
-        if self.settings.router_method == "densemixer" and ROUTER in trained:
-            unselected = jnp.zeros(trained[ROUTER].shape)
-        return Accumulated(gradients, jnp.zeros(()), statistics, unselected)
+        return Accumulated(gradients, jnp.zeros(()), statistics)
 
     def accumulate(
         self,
@@ -189,18 +179,15 @@ class Trainer:
         """
         key = self.dropout_key(position)
 
-        def loss(trained, router_probe):
-            return self.loss(trained, frozen, batch, key, router_probe)
+        def loss(trained):
+            return self.loss(trained, frozen, batch, key)
 
-        # A probe's value does not matter; its gradient is added to `unselected`.
-        inputs = trained, accumulated.unselected
-        objective, backward, sums = jax.vjp(loss, *inputs, has_aux=True)
+        objective, backward, sums = jax.vjp(loss, trained, has_aux=True)
         # Added in place, layer by layer: a second copy of all gradients never exists.
-        gradients = jax.tree.map(jax.new_ref, (accumulated.gradients, accumulated.unselected))
-        backward.with_refs(*gradients)(jnp.ones_like(objective))
+        gradients = jax.tree.map(jax.new_ref, accumulated.gradients)
+        backward.with_refs(gradients)(jnp.ones_like(objective))
         sums = jax.tree.map(jnp.add, (accumulated.loss, accumulated.statistics), sums)
-        gradients, unselected = jax.tree.map(jax.freeze, gradients)
-        return Accumulated(gradients, *sums, unselected)
+        return Accumulated(jax.tree.map(jax.freeze, gradients), *sums)
 
     def dropout_key(self, position: jax.Array) -> jax.Array | None:
         """The key of a micro-batch's dropout, where there is one; `position` as above."""
@@ -217,77 +204,29 @@ class Trainer:
         norm = global_norm(gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(accumulated.loss)
         scale = 1.0 if self.max_grad_norm is None else clip_scale(norm, self.max_grad_norm)
-        update = functools.partial(self.update_part, state.step, finite, scale)
-        by_layer = functools.partial(update_by_layer, update) if self.offload else update
-        parameters, optimizer = by_layer(gradients, state.parameters, state.optimizer)
-        new = next_state(state, parameters, optimizer, finite)
+        key = jax.random.fold_in(jax.random.key(self.seed), state.step)
+        # Apart from the keys of the step's micro-batches, see `dropout_key`.
+        key = jax.random.fold_in(key, np.uint32(2**32 - 1))
+        # Never stored.
+        gradients = jax.tree.map(lambda g: g.astype(jnp.float32) * scale, gradients)
+        rate, old = self.schedule(state.step), (state.parameters, state.optimizer)
+        new = self.optimizer.update(gradients, state.optimizer, state.parameters, rate, key)
+        parameters, optimizer = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        new = TrainState(
+            state.step + 1,
+            parameters,
+            optimizer,
+            state.skipped + jnp.where(finite, 0, 1),
+            jnp.where(finite, 0, state.skipped_in_a_row + 1),
+        )
+        router = {name: g for name, g in accumulated.gradients.items() if name == ROUTER}
         metrics = StepMetrics(
             accumulated.loss,
             norm,
-            self.schedule(state.step),
+            rate,
             new.skipped,
             new.skipped_in_a_row,
             accumulated.statistics,
-            router_gradient_norms(accumulated),
+            global_norm(router) if router else None,
         )
         return new, metrics
-
-    def update_part(
-        self,
-        step: jax.Array,
-        finite: jax.Array,
-        scale: jax.Array | float,
-        gradients: Parameters,
-        parameters: Parameters,
-        optimizer: Any,
-        layer: jax.Array | None = None,
-    ) -> tuple[Parameters, Any]:
-        """Parameters of the model and their optimizer state, updated if everything was finite.
-
-        Args:
-          step: number of the update.
-          scale: what to multiply the gradients with.
-          layer: where the parameters are those of one layer, its number; it fixes the rounding.
-        """
-        key = jax.random.fold_in(jax.random.key(self.seed), step)
-        # Apart from the keys of the step's micro-batches, see `dropout_key`.
-        key = jax.random.fold_in(key, np.uint32(2**32 - 1))
-        if layer is not None:
-            key = jax.random.fold_in(key, layer)
-        # Never stored.
-        gradients = jax.tree.map(lambda g: g.astype(jnp.float32) * scale, gradients)
-        rate = self.schedule(step)
-        new = self.optimizer.update(gradients, optimizer, parameters, rate, key)
-        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, (parameters, optimizer))
-
-
-def next_state(
-    state: TrainState, parameters: Parameters, optimizer: Any, finite: jax.Array
-) -> TrainState:
-    """The state after an update to these weights and moments; not finite: it counts as skipped."""
-    return TrainState(
-        state.step + 1,
-        parameters,
-        optimizer,
-        state.skipped + jnp.where(finite, 0, 1),
-        jnp.where(finite, 0, state.skipped_in_a_row + 1),
-    )
-
-
-def router_gradient_norms(accumulated: Accumulated) -> dict[str, jax.Array]:
-    """Norms over all layers of the router's gradient, before clipping; empty: it does not train.
-
-    "norm"; with DenseMixer besides, "selected" and "unselected": of the parts that come through the
-    selected experts (what conventional training would give, and any auxiliary loss) and through the
-    others, and "cosine" between these.
-    """
-    if ROUTER not in accumulated.gradients:
-        return {}
-    whole, unselected = accumulated.gradients[ROUTER], accumulated.unselected
-    if unselected is None:
-        return {"norm": global_norm({ROUTER: whole})}
-    selected = whole - unselected
-    parts = {"norm": whole, "selected": selected, "unselected": unselected}
-    norms = {name: global_norm({ROUTER: part}) for name, part in parts.items()}
-    product = jnp.maximum(norms["selected"] * norms["unselected"], jnp.finfo("float32").tiny)
-    return norms | {"cosine": jnp.sum(selected * unselected) / product}

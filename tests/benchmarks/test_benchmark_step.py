@@ -44,7 +44,7 @@ def test_step_does_the_whole_task(densemixer):
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--method=esft", "--selected_experts=3"),
+        ("--method=esft", "--tuned_experts=3"),
         ("--method=conventional", "--lora_rank=2", "--what=update"),
     ],
 )

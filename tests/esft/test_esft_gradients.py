@@ -9,11 +9,11 @@ import pytest
 from helpers import RUN_ON_CPU, assert_close, make_model, random_weights, tiny_config
 from lora.tiny_adapters import random_adapters
 
-from olmoe_jax.checkpoints.loading import pack_selected
+from olmoe_jax.checkpoints.loading import stack_tuned
 from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.model.lora import LoraSettings
-from olmoe_jax.model.selected import SelectedExperts, places
-from olmoe_jax.ops.grouped_matmul import grouped_matmul_selected
+from olmoe_jax.model.tuned import TunedExperts, places
+from olmoe_jax.ops.grouped_matmul import grouped_matmul_tuned
 from olmoe_jax.training.optimizer import adamw, schedule
 from olmoe_jax.training.step import DeviceBatch, Trainer
 
@@ -37,7 +37,7 @@ def array(*shape):
         ((3, 3, 3, 3), (3, 0, 1, 2)),
     ],
 )
-def test_grouped_matmul_selected(backend, sizes, indices):
+def test_grouped_matmul_tuned(backend, sizes, indices):
     x, w, weighting = array(12, 8), array(4, 8, 6), array(12, 6)
     selected = array(len(indices), 8, 6)
     group = np.repeat(np.arange(5), [*sizes, 12 - sum(sizes)])
@@ -48,7 +48,7 @@ def test_grouped_matmul_selected(backend, sizes, indices):
 
     def ours(x, selected):
         arguments = jnp.array(indices, jnp.int32), jnp.array(sizes, jnp.int32), backend
-        return jnp.sum(weighting * grouped_matmul_selected(x, w, selected, *arguments))
+        return jnp.sum(weighting * grouped_matmul_tuned(x, w, selected, *arguments))
 
     def oracle(x, selected):
         whole = kept[:, None, None] * w + jnp.einsum("ei,idf->edf", chosen, selected)
@@ -63,13 +63,13 @@ def test_grouped_matmul_selected(backend, sizes, indices):
 
 def test_the_pack_in_layers():
     """Two layers of 3 and 1 experts: the second is filled up with what replaces nothing."""
-    model = make_model(CONFIG, WEIGHTS | pack_selected(WEIGHTS, EXPERTS), selected_experts=EXPERTS)
-    assert isinstance(model.selected, SelectedExperts)
-    by_layer = model.selected.by_layer(8, jnp.float32)
+    model = make_model(CONFIG, WEIGHTS | stack_tuned(WEIGHTS, EXPERTS), tuned_experts=EXPERTS)
+    assert isinstance(model.tuned, TunedExperts)
+    by_layer = model.tuned.by_layer(8, jnp.float32)
     np.testing.assert_array_equal(by_layer.indices, [[1, 4, 7], [0, 8, 8]])
     for place, (layer, expert) in enumerate(places(EXPERTS)):
         np.testing.assert_array_equal(
-            model.selected.gate[...][place], WEIGHTS["layers.moe.experts.gate"][layer, expert]
+            model.tuned.gate[...][place], WEIGHTS["layers.moe.experts.gate"][layer, expert]
         )
     np.testing.assert_array_equal(by_layer.down[1, 0], WEIGHTS["layers.moe.experts.down"][1, 0])
     assert not np.asarray(by_layer.up[1, 1:]).any()
@@ -116,19 +116,19 @@ def test_gradients_are_the_full_models(experts, settings, changes):
     """Of the selected experts and of everything else that trains, router included."""
     config = tiny_config(**changes)
     base = random_weights(config)
-    pack = pack_selected(base, experts)
+    pack = stack_tuned(base, experts)
 
     def compute(names, weights, **more):
         trainer, trained, frozen, rest = gradients_of(names, weights, config, **settings, **more)
         return jax.device_get(jax.jit(trainer.accumulate)(trained, frozen, *rest))
 
-    ours = compute(lambda n: ".experts." not in n, base | pack, selected_experts=experts)
+    ours = compute(lambda n: ".experts." not in n, base | pack, tuned_experts=experts)
     full = compute(lambda n: True, base)
     assert_close(ours.loss, full.loss)
-    expected = pack_selected(full.gradients, experts)
+    expected = stack_tuned(full.gradients, experts)
     expected |= {name: full.gradients[name] for name in ours.gradients if name in base}
     assert_close(ours.gradients, expected, 2e-5)
-    assert len(ours.gradients["selected.gate"]) == sum(map(len, experts))
+    assert len(ours.gradients["tuned.gate"]) == sum(map(len, experts))
 
 
 def weight_gradients(weights, names, **settings) -> int:
@@ -148,9 +148,9 @@ def test_no_weight_gradient_for_frozen_experts():
     """In the compiled program of ESFT and of LoRA; the full model is the control."""
     bfloat16 = {name: jnp.asarray(value, jnp.bfloat16) for name, value in WEIGHTS.items()}
     assert weight_gradients(bfloat16, lambda n: ".experts." in n) >= 3
-    weights = bfloat16 | pack_selected(WEIGHTS, EXPERTS)
-    selected = {"selected_experts": EXPERTS}
-    assert weight_gradients(weights, lambda n: n.startswith("selected."), **selected) == 0
+    weights = bfloat16 | stack_tuned(WEIGHTS, EXPERTS)
+    selected = {"tuned_experts": EXPERTS}
+    assert weight_gradients(weights, lambda n: n.startswith("tuned."), **selected) == 0
     lora = LoraSettings(4, 8.0)
     weights = bfloat16 | random_adapters(CONFIG, lora)
     assert weight_gradients(weights, lambda n: ".lora." in n, lora=lora) == 0

@@ -81,7 +81,7 @@ def test_each_trained_expert_is_in_its_own_place(run, chosen, bfloat16_base):
 
 
 def test_a_checkpoint_holds_what_trains(run, chosen):
-    trained = {"lm_head", *(f"selected.{kind}" for kind in KINDS)}
+    trained = {"lm_head", *(f"tuned.{kind}" for kind in KINDS)}
     saved = saved_arrays(run)
     parameters = {name for name in saved if name.startswith("parameters.")}
     assert parameters == {f"parameters.{name}" for name in trained}

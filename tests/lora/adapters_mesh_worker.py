@@ -13,7 +13,7 @@ from helpers import random_weights, relative_error, tiny_config
 from lora.tiny_adapters import BYTES, random_adapters
 
 from olmoe_jax.checkpoints.huggingface import HFCheckpoint
-from olmoe_jax.checkpoints.loading import load_parameters, pack_selected, quantized_like
+from olmoe_jax.checkpoints.loading import load_parameters, quantized_like, stack_tuned
 from olmoe_jax.data import Batch
 from olmoe_jax.methods.scoring import expert_scores
 from olmoe_jax.model.config import ModelSettings
@@ -29,7 +29,7 @@ LORA = LoraSettings(4, 8.0, dropout=0.3)
 KINDS = {
     "lora": ModelSettings(router_method="densemixer", remat="full", lora=LORA),
     "nf4": ModelSettings(router_method="densemixer", remat="full", lora=LORA),
-    "esft": ModelSettings(router_method="densemixer", selected_experts=EXPERTS),
+    "esft": ModelSettings(router_method="densemixer", tuned_experts=EXPERTS),
 }
 
 
@@ -52,7 +52,7 @@ def run(kind, config, mesh):
     """Loss and gradients of the trained parameters, on a mesh."""
     settings = KINDS[kind]
     weights = random_weights(config)
-    weights |= pack_selected(weights, EXPERTS) if kind == "esft" else random_adapters(config, LORA)
+    weights |= stack_tuned(weights, EXPERTS) if kind == "esft" else random_adapters(config, LORA)
     trainer = Trainer(
         config, settings, adamw(0.9, 0.999, 1e-8, 0.0), schedule("constant", 1.0, 0, 1), 1.0
     )
@@ -63,7 +63,7 @@ def run(kind, config, mesh):
             weights[name] = quantize(weights[name], kind)
             like = quantized_like(specs[name], kind, mesh)
             shardings[name] = jax.tree.map(lambda part: part.sharding, like)
-    marks = (".lora.", "selected.", "router", "lm_head")
+    marks = (".lora.", "tuned.", "router", "lm_head")
     with jax.set_mesh(mesh):
         placed = jax.device_put(weights, {name: shardings[name] for name in weights})
         trained = {n: value for n, value in placed.items() if any(mark in n for mark in marks)}
@@ -72,8 +72,7 @@ def run(kind, config, mesh):
         batch = place_batch(make_batch(), mesh)
         zero = trainer.zero_sums(trained)
         result = jax.jit(trainer.accumulate)(trained, frozen, zero, batch, position)
-    parts = {} if kind == "esft" else {"unselected": result.unselected}
-    return jax.device_get({"loss": result.loss, **result.gradients, **parts})
+    return jax.device_get({"loss": result.loss, **result.gradients})
 
 
 def loaded(base, mesh):

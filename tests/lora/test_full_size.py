@@ -64,7 +64,7 @@ def built(method):
         compute_dtype=jnp.bfloat16,
         router_method=router_method(method),
         lora=LoraSettings.of_method(vars(method)),
-        selected_experts=EXPERTS if esft else None,
+        tuned_experts=EXPERTS if esft else None,
     )
     trains = method_trains(method, OLMOE_1B_7B, ExpertConfig(EXPERTS) if esft else None)
     trained, frozen = {}, {}
@@ -99,7 +99,7 @@ def test_experiment(method, dataset):
     base = {
         name: value
         for name, value in (trained | frozen).items()
-        if ".lora." not in name and not name.startswith("selected.")
+        if ".lora." not in name and not name.startswith("tuned.")
     }
     assert count(base) == 6_919_161_856
     assert {name: value.shape for name, value in gradients.items()} == {

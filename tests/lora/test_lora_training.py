@@ -25,7 +25,7 @@ ESFT = {"method__name": "esft_gate"}
 def program_of(config, experts=None):
     model = open_model(config)
     if experts:
-        settings = dataclasses.replace(model.settings, selected_experts=experts)
+        settings = dataclasses.replace(model.settings, tuned_experts=experts)
         model = dataclasses.replace(model, settings=settings, experts=ExpertConfig(experts))
     mesh = make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):

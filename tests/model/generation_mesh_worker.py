@@ -8,10 +8,9 @@ import json
 
 import jax
 
-from olmoe_jax import from_pretrained
+from olmoe_jax import from_pretrained, generate
 from olmoe_jax.data import load_tokenizer
 from olmoe_jax.errors import run_command
-from olmoe_jax.generation import command as generate
 from olmoe_jax.generation.likelihood import log_likelihoods
 from olmoe_jax.model import moe
 from olmoe_jax.parallel import distributed

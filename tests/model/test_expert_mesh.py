@@ -30,4 +30,4 @@ def test_all_router_modes_with_even_and_uneven_routing():
     assert len(errors) == 18
     assert {name.split()[-1] for name in errors} == {"2x2x2", "1x2x4", "1x1x8"}
     assert "lora.gate_a" in errors["conventional tokens 2x2x2"]
-    assert "selected_down" in errors["densemixer selected tokens 1x1x8"]
+    assert "tuned_down" in errors["densemixer tuned tokens 1x1x8"]

@@ -9,7 +9,7 @@ import pytest
 from helpers import make_model, message_of, random_weights, tiny_config
 from lora.tiny_adapters import merged_weights, random_adapters
 
-from olmoe_jax.generation import command as generate
+from olmoe_jax import generate
 from olmoe_jax.generation import decoding as generation
 from olmoe_jax.generation.decoding import bucket, choose
 from olmoe_jax.generation.stop_strings import cut_at

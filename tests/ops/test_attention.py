@@ -21,10 +21,10 @@ from olmoe_jax.ops.attention import (
     check_backend,
     default_backend,
 )
-from olmoe_jax.ops.attention import chunked as chunked_attention
+from olmoe_jax.ops.attention import xla as chunked_attention
 from olmoe_jax.ops.attention.cached import cached_attention
-from olmoe_jax.ops.attention.chunked import chunked
 from olmoe_jax.ops.attention.kernels import pallas_triton, splash
+from olmoe_jax.ops.attention.xla import chunked
 
 FUNCTIONS = {
     "chunked": chunked,

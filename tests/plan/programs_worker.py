@@ -75,8 +75,6 @@ planned = {
     "lora": plan(configuration(name="densemixer", lora_rank=4), "cpu:8"),
     "esft": plan(configuration(name="esft_gate"), "cpu:8", esft_experts=2),
 }
-options = dataclasses.replace(full.optimizer, fused_update=True, max_grad_norm=None)
-planned["fused"] = plan(dataclasses.replace(full, optimizer=options), "cpu:8")
 quantized = configuration(name="densemixer", lora_rank=4)
 base = dataclasses.replace(
     quantized.model,

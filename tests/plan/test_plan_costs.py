@@ -67,7 +67,7 @@ def test_lora_has_no_gradients_of_the_frozen_weights():
 def test_esft_has_gradients_of_what_it_selects():
     selected = ((0, 1, 2, 3),) * 16
     trains = esft_names(head="lm_head", non_expert_modules=False)
-    esft, full = flops(trains, selected_experts=selected), flops()
+    esft, full = flops(trains, tuned_experts=selected), flops()
     # 4 of 64 experts see, on average, half an expert's worth of a token's 8.
     weights = 2 * (50304 * 2048 + 16 * 0.5 * 3 * 2048 * 1024) / 1e9
     scores = 4 * 16 * 2048 * 2048 / 1e9

@@ -58,22 +58,6 @@ def test_memory_by_hand(plans):
 
 
 @pytest.mark.slow
-def test_a_fused_update_by_hand(plans):
-    """Weights and two moments, updated in their place; gradients of all layers never exist."""
-    fused = plans["fused"]["memory"]
-    assert set(fused) == {"fused_step", "evaluate"}
-    shard, step = 4 * BASE / 8, fused["fused_step"]
-    batch = 5 * 4 * 2 * 64
-    assert step["arguments"] == pytest.approx(3 * shard + batch, rel=0.05)
-    assert step["aliased"] == pytest.approx(3 * shard, rel=0.05)
-    assert step["resident"] == 0
-    assert fused["evaluate"]["resident"] == pytest.approx(2 * shard, rel=0.05)
-    assert plans["fused"]["collective_bytes_per_step"] > 0
-    runs = {c["program"]: c["runs_per_step"] for c in plans["fused"]["collectives"]}
-    assert runs["fused_step"] == 1
-
-
-@pytest.mark.slow
 def test_collectives_by_hand(plans):
     """The layers' matrices are gathered in the forward and again in the backward."""
     kinds = {}
@@ -102,7 +86,7 @@ def test_steps_of_several_microbatches(plans):
 
 
 @pytest.mark.slow
-def test_adapters_and_selected_experts(plans):
+def test_adapters_and_tuned_experts(plans):
     adapters = L * 4 * (4 * 2 * D + E * 3 * (D + F))
     lora, esft = plans["lora"], plans["esft"]
     assert lora["parameters_trained"] == adapters + L * E * D

@@ -155,7 +155,7 @@ def test_continues_after_a_crash(files, tmp_path, at_step, last):
         {"method__name": "frozen", "model__compute_dtype": "bfloat16"},
     ],
 )
-def test_with_adapters_and_selected_experts(files, easy, tmp_path, method):
+def test_with_adapters_and_tuned_experts(files, easy, tmp_path, method):
     """What is decoded is what trains: the answers become right."""
     options = (
         easy

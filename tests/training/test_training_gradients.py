@@ -6,13 +6,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
-from helpers import assert_same_bits
 
 from olmoe_jax.data import Batch
-from olmoe_jax.model.parameters import ROUTER
 from olmoe_jax.parallel import sharding
 from olmoe_jax.training.setup import build_program, load_datasets, open_model, training_data
-from olmoe_jax.training.step import Accumulated, router_gradient_norms
 
 
 class Gradients(NamedTuple):
@@ -39,10 +36,10 @@ class Setup:
         )
         return next(training_data(config, self.datasets, self.mesh).iterator())
 
-    def accumulate(self, batches, **zero):
+    def accumulate(self, batches):
         program = self.program
         with jax.set_mesh(self.mesh):
-            accumulated = program.zero_sums()._replace(**zero)
+            accumulated = program.zero_sums()
             for batch in batches:
                 accumulated = program.accumulate(
                     program.state.parameters,
@@ -55,8 +52,7 @@ class Setup:
 
     def gradients(self, batches) -> Gradients:
         total = self.accumulate(batches)
-        gradients = total.gradients | {"unselected": total.unselected}
-        return Gradients(float(total.loss), gradients)
+        return Gradients(float(total.loss), total.gradients)
 
 
 def setup_of(files, tmp_path_factory, **changes):
@@ -105,24 +101,6 @@ def test_packed_is_unpacked(setup, unpacked):
     step = setup.first_step(pack=True, rows=4)
     assert step.batches[0].segment_ids.max() > 1
     assert difference(setup.gradients(step.batches), unpacked) < 1e-5
-
-
-def test_the_parts_of_the_routers_gradient_cost_no_bit(setup):
-    batches = setup.first_step(pack=False, rows=4).batches
-    without = setup.accumulate(batches, unselected=None)
-    assert without.unselected is None
-    assert_same_bits(setup.accumulate(batches).gradients, without.gradients)
-
-
-def test_router_gradient_norms():
-    selected, unselected = np.float32([[[3.0, 0.0]]]), np.float32([[[3.0, 4.0]]])
-    sums = Accumulated({ROUTER: selected + unselected}, 0.0, None, unselected)
-    assert router_gradient_norms(sums) == pytest.approx(
-        {"norm": 52**0.5, "selected": 3.0, "unselected": 5.0, "cosine": 0.6}
-    )
-    conventional = sums._replace(unselected=None)
-    assert router_gradient_norms(conventional) == {"norm": pytest.approx(52**0.5)}
-    assert router_gradient_norms(conventional._replace(gradients={})) == {}
 
 
 def rows_of(batch: Batch, weights: np.ndarray, rows: slice) -> Batch:

@@ -159,7 +159,7 @@ def test_with_a_lean_state(files, tmp_path, at_step, moments, master):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [{"lora_rank": 4}, {"name": "esft_gate"}])
-def test_adapters_and_selected_experts_with_a_lean_state(files, tmp_path, method):
+def test_adapters_and_tuned_experts_with_a_lean_state(files, tmp_path, method):
     options = {
         "model__compute_dtype": "bfloat16",
         "optimizer__moments_dtype": "bfloat16",

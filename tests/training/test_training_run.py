@@ -159,9 +159,6 @@ def test_tensorboard(output, config):
         "router_entropy/layer_00",
         "router_entropy/layer_01",
         "router_gradient/norm",
-        "router_gradient/selected",
-        "router_gradient/unselected",
-        "router_gradient/cosine",
         "router/changed_choices",
         "router/dead_experts",
         "time/data_seconds",
@@ -188,14 +185,7 @@ def test_tensorboard(output, config):
     assert all(0 < entropy <= np.log(8) for entropy in scalars["router/entropy_mean"].values())
     assert all(1 <= load <= 8 for load in scalars["router_load_max/layer_00"].values())
     for step in range(1, STEPS + 1):
-        norm, selected, unselected, cosine = (
-            scalars[f"router_gradient/{name}"][step]
-            for name in ("norm", "selected", "unselected", "cosine")
-        )
-        assert norm < scalars["train/grad_norm"][step]
-        assert abs(cosine) <= 1
-        squares = selected**2 + unselected**2 + 2 * cosine * selected * unselected
-        assert squares == pytest.approx(norm**2, rel=1e-3)
+        assert scalars["router_gradient/norm"][step] < scalars["train/grad_norm"][step]
     assert len(texts) == 1
     assert json.loads(texts[0].removeprefix("```json").removesuffix("```")) == to_dict(config)
 

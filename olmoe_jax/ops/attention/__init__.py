@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from olmoe_jax.errors import UserError
-from olmoe_jax.ops.attention.chunked import chunked
 from olmoe_jax.ops.attention.kernels import cudnn, pallas_triton, splash
+from olmoe_jax.ops.attention.xla import chunked
 
 BACKENDS = {
     "chunked": chunked,

@@ -96,7 +96,7 @@ _grouped_matmul.defvjp(_forward, _backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def grouped_matmul_selected(
+def grouped_matmul_tuned(
     x: jax.Array,
     w: jax.Array,
     selected: jax.Array,
@@ -122,7 +122,7 @@ def replace(w: jax.Array, selected: jax.Array, indices: jax.Array) -> jax.Array:
 
 
 def _selected_forward(x, w, selected, indices, group_sizes, backend):
-    y = grouped_matmul_selected(x, w, selected, indices, group_sizes, backend)
+    y = grouped_matmul_tuned(x, w, selected, indices, group_sizes, backend)
     return y, (x, w, selected, indices, group_sizes)
 
 
@@ -140,7 +140,7 @@ def _selected_backward(backend, residuals, g):
     return dx, None, dselected, None, None
 
 
-grouped_matmul_selected.defvjp(_selected_forward, _selected_backward)
+grouped_matmul_tuned.defvjp(_selected_forward, _selected_backward)
 
 
 def _in_one_piece(x, g, sizes, ends):

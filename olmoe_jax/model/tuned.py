@@ -17,7 +17,7 @@ from olmoe_jax.model.parameters import matrix
 NAMES = ("gate", "up", "down")
 
 
-class LayerSelection(NamedTuple):
+class LayerTunedExperts(NamedTuple):
     """The selected experts of one layer (stacked [L, …] for a model), in the compute dtype."""
 
     indices: jax.Array  # [n] int32; E where the layer has fewer than n
@@ -26,30 +26,30 @@ class LayerSelection(NamedTuple):
     down: jax.Array  # [n, F, D]
 
 
-def places(selected_experts: tuple[tuple[int, ...], ...]) -> list[tuple[int, int]]:
+def places(tuned_experts: tuple[tuple[int, ...], ...]) -> list[tuple[int, int]]:
     """(layer, expert) of each place in the pack."""
-    return [(layer, expert) for layer, ids in enumerate(selected_experts) for expert in ids]
+    return [(layer, expert) for layer, ids in enumerate(tuned_experts) for expert in ids]
 
 
-class SelectedExperts(nnx.Module):
+class TunedExperts(nnx.Module):
     """The pack: gate, up [N, D, F] and down [N, F, D]."""
 
     def __init__(
         self,
         config: ModelConfig,
-        selected_experts: tuple[tuple[int, ...], ...],
+        tuned_experts: tuple[tuple[int, ...], ...],
         *,
         rngs: nnx.Rngs,
     ):
-        self.experts = selected_experts
-        count = {"selected": len(places(selected_experts))}
+        self.experts = tuned_experts
+        count = {"tuned": len(places(tuned_experts))}
         inward = {**count, "embed": config.hidden_size, "mlp": config.intermediate_size}
-        outward = {axis: inward[axis] for axis in ("selected", "mlp", "embed")}
+        outward = {axis: inward[axis] for axis in ("tuned", "mlp", "embed")}
         std = config.initializer_range
         for name in NAMES:
             setattr(self, name, matrix(rngs, outward if name == "down" else inward, std))
 
-    def by_layer(self, num_experts: int, dtype) -> LayerSelection:
+    def by_layer(self, num_experts: int, dtype) -> LayerTunedExperts:
         """The pack cut into layers, each filled up to the longest: [L, n, …]."""
         total, most = len(places(self.experts)), max(map(len, self.experts))
         slots = np.full((len(self.experts), most), total, np.int32)
@@ -59,7 +59,7 @@ class SelectedExperts(nnx.Module):
             slots[layer, : len(ids)] = range(start, start + len(ids))
             indices[layer, : len(ids)] = ids
             start += len(ids)
-        return LayerSelection(
+        return LayerTunedExperts(
             jnp.asarray(indices),
             *(
                 jnp.take(
