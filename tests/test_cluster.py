@@ -11,7 +11,7 @@ SLURM = {
     "SLURM_STEP_ID": "0",
     "SLURM_STEP_NODELIST": "node[07-08,12]",
     "SLURM_STEP_NUM_TASKS": "4",
-    "SLURM_STEP_NUM_NODES": "4",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x4)",
     "SLURM_NTASKS": "4",
     "SLURM_PROCID": "2",
     "SLURM_LOCALID": "0",
@@ -62,21 +62,27 @@ def test_a_process_alone(environment):
             },
             Cluster("node1:9876", 2, 1, heartbeat_timeout=50),
         ),
-        ([], SLURM, Cluster("node07:61441", 4, 2)),
-        ([], {**SLURM, "SLURM_STEP_NODELIST": "a,b"}, Cluster("a:61441", 4, 2)),
+        ([], SLURM, Cluster(None, 4, 2, [])),
         # Two tasks on a node: each takes a GPU of its own, unless SLURM has bound it to one.
         (
             [],
-            {**SLURM, "SLURM_STEP_NUM_NODES": "2", "SLURM_LOCALID": "1"},
-            Cluster("node07:61441", 4, 2, [1]),
+            {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_LOCALID": "1"},
+            Cluster(None, 4, 2, [1]),
         ),
         (
             [],
-            {**SLURM, "SLURM_STEP_NUM_NODES": "2", "CUDA_VISIBLE_DEVICES": "0"},
-            Cluster("node07:61441", 4, 2),
+            {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "CUDA_VISIBLE_DEVICES": "0"},
+            Cluster(None, 4, 2, []),
         ),
-        ([], OPEN_MPI, Cluster("10.0.0.1:61442", 2, 1, [1])),
-        (FLAGS[:1], SLURM, Cluster("node1:9876", 4, 2)),
+        (
+            [],
+            {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "JAX_LOCAL_DEVICE_IDS": "2,3"},
+            Cluster(None, 4, 2),
+        ),
+        ([], OPEN_MPI, Cluster(None, 2, 1, [1])),
+        # Open MPI's own daemons are tasks of SLURM: what Open MPI says counts.
+        ([], {**SLURM, **OPEN_MPI}, Cluster(None, 2, 1, [1])),
+        (FLAGS[:1], SLURM, Cluster("node1:9876", 4, 2, [])),
     ],
 )
 def test_several_processes(arguments, environment, expected):
@@ -85,24 +91,10 @@ def test_several_processes(arguments, environment, expected):
     assert rest == ["--config", "a.py"]
 
 
-def test_a_host_of_a_tpu_slice(monkeypatch):
-    from jax._src.clusters import cloud_tpu_cluster
-
+def test_a_cloud_tpu_is_left_to_jax(monkeypatch):
     monkeypatch.setattr(cluster, "_TPU_DEVICES", ("null",))
-    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
-    for name, value in {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_ID": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost,localhost",
-        "MEGASCALE_COORDINATOR_ADDRESS": "localhost",
-        "MEGASCALE_NUM_SLICES": "2",
-        "MEGASCALE_SLICE_ID": "1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    assert find_cluster([], {})[0] == Cluster("localhost:8482", 4, 3)
-    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
-    monkeypatch.setenv("MEGASCALE_NUM_SLICES", "1")
-    assert find_cluster([], {})[0] is None
+    assert find_cluster([], {}) == (Cluster(), [])
+    assert find_cluster([], {"JAX_NUM_PROCESSES": "1"}) == (None, [])
 
 
 @pytest.mark.parametrize(

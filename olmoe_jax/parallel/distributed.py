@@ -1,9 +1,9 @@
 """Several processes as one run: joining, waiting for each other, and ending together.
 
-jax's coordination service, which process 0 hosts, connects them. A thread in each process beats
-and listens: when a process fails, it says so there and the others end with its exit code; when one
-falls silent, process 0 says so. jax's own heartbeat, which takes a little longer, sees the death of
-process 0. For a single process nothing of this is imported or started.
+jax's coordination service, which process 0 hosts, connects the processes. A process that fails
+leaves its exit code there; a thread in each other process finds the code and exits with it. jax's
+heartbeat ends the run when a process falls silent. For a single process nothing of this is
+imported or started.
 """
 
 import contextlib
@@ -14,85 +14,77 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from olmoe_jax.errors import UserError
 from olmoe_jax.parallel.cluster import Cluster, find_cluster
 
-BARRIER_TIMEOUT = 3600
+WAIT_TIMEOUT = 3600
 """Seconds to wait for another process that lives: it may be reading or exporting much."""
 
 _JOIN_TIMEOUT = 300
+_LEAVE_TIMEOUT = 10
 _BEAT = 1.0
-_PART_TIMEOUT = 15
 _FAILURE = "olmoe_jax/failure"
-_ALIVE = "olmoe_jax/alive/"
-_PARTED = "olmoe_jax/parted/"
-_numbers = itertools.count()
-_ending = threading.RLock()  # the main thread says why before the watch, which saw it too, exits
+_numbers = itertools.count()  # all processes count alike
+_ending = threading.RLock()  # the main thread says why before the watching thread may exit
 
 
 @contextlib.contextmanager
 def joined(arguments: Sequence[str]) -> Iterator[list[str]]:
-    """Makes this process one of a run's, where its flags or environment say so.
+    """Makes this process one of a run's processes, if its flags or environment say so.
 
-    Yields the arguments without the cluster's flags. An error inside ends all processes: its line
-    is printed once, and they exit with the same code (not 0).
+    Yields the arguments without the cluster's flags. An error inside ends all processes: one of
+    them prints the error's line, and all exit with the same code (not 0).
 
     Raises:
-      UserError: a wrong or half configuration, or no contact with the others.
+      UserError: a wrong or incomplete configuration, or no contact with the others.
     """
     if {"--help", "-h"} & {*arguments}:
         yield list(arguments)
         return
     cluster, rest = find_cluster(arguments, os.environ)
-    if cluster is None:
+    if cluster is None or not _connect(cluster):
         yield rest
         return
-    _connect(cluster)
-    watch = _Watch(cluster)
+    ended = threading.Event()
+    watch = threading.Thread(target=_watch, args=(ended,), name="olmoe_jax-watch", daemon=True)
     watch.start()
     try:
-        _check_devices(cluster)
+        _check_devices()
         yield rest
         barrier("the end")
     except BaseException as error:
         _fail(error)
-    watch.stop()
+    ended.set()
+    watch.join()
     import jax
 
     jax.distributed.shutdown()
 
 
 def is_writer() -> bool:
-    """Whether this process writes what the run writes once: logs, metrics, exports."""
+    """Returns whether this process writes what the run writes once: logs, metrics, exports."""
     import jax
 
     return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Returns when all processes are here; they must come in the same order.
+    """Returns when all processes are here. All must call the barriers in the same order.
 
     Raises:
-      UserError: one did not come within BARRIER_TIMEOUT.
+      UserError: a process did not come within WAIT_TIMEOUT.
     """
     client = _client()
-    if client is None:
-        return
-    try:
-        client.wait_at_barrier(f"olmoe_jax/{next(_numbers)}/{name}", BARRIER_TIMEOUT * 1000)
-    except RuntimeError as error:
-        if "timed out" in str(error) or "DEADLINE" in str(error):
-            raise UserError(
-                f"waited {BARRIER_TIMEOUT} s for the other processes ({name}); see what they do"
-            ) from error
-        raise
+    if client is not None:
+        with _one_line_timeout(name):
+            client.wait_at_barrier(_numbered(name), WAIT_TIMEOUT * 1000)
 
 
 @contextlib.contextmanager
 def writer_first(name: str) -> Iterator[None]:
-    """Process 0 does what is inside, then the others: what it made they find."""
+    """Runs the block on process 0, then on the others, which find what process 0 made."""
     if not is_writer():
         barrier(name)
     yield
@@ -101,18 +93,23 @@ def writer_first(name: str) -> Iterator[None]:
 
 
 def from_writer(name: str, value: str) -> str:
-    """Process 0's value, on every process; each name once."""
+    """Returns process 0's value on every process.
+
+    Raises:
+      UserError: process 0 did not come within WAIT_TIMEOUT.
+    """
     client = _client()
     if client is None:
         return value
+    key = _numbered(name)
     if is_writer():
-        client.key_value_set(f"olmoe_jax/value/{name}", value, allow_overwrite=True)
-    barrier(name)
-    return client.key_value_try_get(f"olmoe_jax/value/{name}")
+        client.key_value_set(key, value)
+    with _one_line_timeout(name):
+        return client.blocking_key_value_get(key, WAIT_TIMEOUT * 1000)
 
 
 def is_lost_contact(error: BaseException) -> bool:
-    """Whether a collective or a barrier failed for want of another process."""
+    """Returns whether a collective or a barrier failed because another process is gone."""
     words = ("Gloo", "gloo", "NCCL", "oordination", "heartbeat")
     return _client() is not None and any(word in str(error) for word in words)
 
@@ -121,17 +118,39 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def _client():
-    """jax's client of the coordination service, which has barriers with a timeout; or None."""
-    state = sys.modules.get("jax._src.distributed")
-    return state.global_state.client if state else None
+def _numbered(name: str) -> str:
+    return f"olmoe_jax/{next(_numbers)}/{name}"
 
 
-def _connect(cluster: Cluster) -> None:
+@contextlib.contextmanager
+def _one_line_timeout(name: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "timed out" not in str(error) and "DEADLINE" not in str(error):
+            raise
+        raise UserError(
+            f"waited {WAIT_TIMEOUT} s for the other processes ({name}); see what they do"
+        ) from error
+
+
+def _client() -> Any:
+    """Returns jax's client of the coordination service; None for a process alone.
+
+    jax has no public name for this client. `multihost_utils.sync_global_devices` runs a collective
+    on the devices, which has no timeout and cannot be cancelled (see marin-community/marin#8538),
+    and no public function tells the others why a process ends.
+    """
+    module = sys.modules.get("jax._src.distributed")
+    return module.global_state.client if module else None
+
+
+def _connect(cluster: Cluster) -> bool:
+    """Joins the other processes; returns False if there are none."""
     import jax
 
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # SIGTERM is ours: see training.preemption.
+    # jax's own service catches SIGTERM from here on, also before the first step and after the last,
+    # where a run must end at once. olmoe_jax.parallel.preemption catches SIGTERM between them.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -139,71 +158,51 @@ def _connect(cluster: Cluster) -> None:
             cluster.num_processes,
             cluster.process_id,
             local_device_ids=cluster.local_device_ids,
-            cluster_detection_method="deactivate",
+            cluster_detection_method="deactivate" if cluster.coordinator_address else None,
             initialization_timeout=_JOIN_TIMEOUT,
-            # Ours comes first: it can say in a line what happened.
-            heartbeat_timeout_seconds=cluster.heartbeat_timeout + 10,
+            heartbeat_timeout_seconds=cluster.heartbeat_timeout,
         )
+    except ValueError:
+        if cluster.num_processes is None:
+            return False  # A machine that has a TPU's device files, but no TPU for jax.
+        raise
     except RuntimeError as error:
         raise UserError(
             f"process {cluster.process_id} of {cluster.num_processes} cannot join at "
-            f"{cluster.coordinator_address} ({_one_line(error)[:200]}); all processes must "
-            f"start within {_JOIN_TIMEOUT} s, each with its own process_id, and reach that host "
-            "and port"
+            f"{cluster.coordinator_address or 'the address that jax found'} "
+            f"({_one_line(error)[:200]}); all processes must start within {_JOIN_TIMEOUT} s, each "
+            "with its own process_id, and reach that host and port"
         ) from error
+    return jax.process_count() > 1
 
 
-def _check_devices(cluster: Cluster) -> None:
+def _check_devices() -> None:
     import jax
 
-    own = jax.local_device_count()
-    if own * cluster.num_processes != jax.device_count():
+    own, processes = jax.local_device_count(), jax.process_count()
+    if own * processes != jax.device_count():
         raise UserError(
-            f"process {cluster.process_id} has {own} devices, which is not a share of the "
-            f"{jax.device_count()} of all {cluster.num_processes} processes; give each equally many"
+            f"process {jax.process_index()} has {own} devices, which is not a share of the "
+            f"{jax.device_count()} of all {processes} processes; give each equally many"
         )
 
 
-class _Watch(threading.Thread):
-    """Beats, listens for failures, and on process 0 notices who has fallen silent."""
+def _watch(ended: threading.Event) -> None:
+    """Exits with the code of a process that failed; returns when `ended` is set."""
+    while not ended.wait(_BEAT):
+        if (code := _failure()) is not None:
+            _exit(code)
 
-    def __init__(self, cluster: Cluster):
-        super().__init__(name="olmoe_jax-watch", daemon=True)
-        self._cluster, self._end, self._client = cluster, threading.Event(), _client()
-        self._last = {}  # process: (its last beat, when that was first seen)
 
-    def run(self) -> None:
-        for beat in itertools.count():
-            with contextlib.suppress(RuntimeError):  # the service is gone: jax ends the process
-                self._tick(beat)
-            if self._end.wait(_BEAT):
-                return
-
-    def stop(self) -> None:
-        self._end.set()
-        self.join()
-
-    def _tick(self, beat: int) -> None:
-        own = f"{_ALIVE}{self._cluster.process_id}"
-        self._client.key_value_set(own, str(beat), allow_overwrite=True)
-        if failure := _failure(self._client):
-            _exit(int(failure))
-        if self._cluster.process_id == 0:
-            self._look_for_silence()
-
-    def _look_for_silence(self) -> None:
-        now, limit = time.monotonic(), self._cluster.heartbeat_timeout
-        beats = dict(self._client.key_value_dir_get(_ALIVE))
-        for process in range(self._cluster.num_processes):
-            beat = beats.get(f"{_ALIVE}{process}")
-            if process not in self._last or self._last[process][0] != beat:
-                self._last[process] = beat, now
-            elif now - self._last[process][1] > limit:
-                _end_all(1, f"error: {_lost(f'process {process} has been silent for {limit} s')}")
+def _failure() -> int | None:
+    """Returns the exit code of the process that failed first; None while all are well."""
+    with contextlib.suppress(RuntimeError):  # no such key yet, or the service is gone
+        return int(_client().key_value_try_get(_FAILURE))
+    return None
 
 
 def _fail(error: BaseException) -> NoReturn:
-    """Ends all processes for this error of one of them."""
+    """Ends all processes because of this process's error."""
     if isinstance(error, SystemExit):
         _end_all(error.code if isinstance(error.code, int) else 1, "")
     if isinstance(error, KeyboardInterrupt):
@@ -211,64 +210,39 @@ def _fail(error: BaseException) -> NoReturn:
     if isinstance(error, UserError):
         _end_all(2, f"error: {_one_line(error)}")
     if is_lost_contact(error):
-        # Most often another process failed first, and is about to say why.
-        deadline = time.monotonic() + 5 * _BEAT
-        while time.monotonic() < deadline:
-            with contextlib.suppress(RuntimeError):
-                if failure := _failure(_client()):
-                    _exit(int(failure))
-            time.sleep(_BEAT / 5)
-        _end_all(1, f"error: {_lost(f'a process does not answer ({_one_line(error)[:200]})')}")
+        # Most often another process failed first and is about to say why: let the watching thread
+        # find its code.
+        time.sleep(5 * _BEAT)
+        _end_all(
+            1,
+            f"error: a process does not answer ({_one_line(error)[:200]}); look at its output; "
+            "the same command continues from the last checkpoint",
+        )
     _end_all(1, "".join(traceback.format_exception(error)).rstrip())
 
 
-def _lost(what: str) -> str:
-    return f"{what}; look at its output; the same command continues from the last checkpoint"
-
-
 def _end_all(code: int, message: str) -> NoReturn:
-    """Prints the message, unless another process was first, and exits; the others follow."""
+    """Prints the message and exits, and so do the others; the first of them that fails counts."""
     with _ending:
-        with contextlib.suppress(RuntimeError):
-            client = _client()
-            try:
-                client.key_value_set(_FAILURE, str(code))
-            except RuntimeError:
-                if failure := _failure(client):
-                    _exit(int(failure))
+        try:
+            _client().key_value_set(_FAILURE, str(code))
+        except RuntimeError:
+            if (first := _failure()) is not None:
+                _exit(first)
         if message:
             print(message, file=sys.stderr, flush=True)
         _exit(code)
 
 
-def _failure(client) -> str | None:
-    try:
-        return client.key_value_try_get(_FAILURE)
-    except RuntimeError as error:
-        if "NOT_FOUND" not in str(error):
-            raise
-        return None
-
-
 def _exit(code: int) -> NoReturn:
-    """Past the normal exit, which would wait for processes that are no more."""
+    """Ends this process without Python's exit, which would wait for processes that are gone."""
+    import jax
+
     with _ending:
         sys.stdout.flush()
         sys.stderr.flush()
         with contextlib.suppress(RuntimeError):
-            _part()
+            _client().wait_at_barrier("olmoe_jax/leave", _LEAVE_TIMEOUT * 1000)
+            # Process 0 goes last: jax aborts a process whose service is gone.
+            time.sleep(_BEAT if jax.process_index() == 0 else 0)
         os._exit(code)
-
-
-def _part() -> None:
-    """Process 0 goes last: the service it hosts tells the others, and jax aborts without it."""
-    state = sys.modules["jax._src.distributed"].global_state
-    if state.process_id != 0:
-        state.client.key_value_set(f"{_PARTED}{state.process_id}", "", allow_overwrite=True)
-        return
-    deadline = time.monotonic() + _PART_TIMEOUT
-    while time.monotonic() < deadline:
-        if len(state.client.key_value_dir_get(_PARTED)) == state.num_processes - 1:
-            break
-        time.sleep(_BEAT / 10)
-    time.sleep(_BEAT)

@@ -1,6 +1,7 @@
 """SIGTERM stops a run after a step that all its processes agree on."""
 
 import signal
+from types import FrameType
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,16 @@ from olmoe_jax.parallel.sharding import BATCH
 
 
 class Preemption:
-    """Catches SIGTERM while it is entered.
+    """A context that catches SIGTERM.
 
-    One process stops after the step in which the signal came. Several ask each other in every
-    step, with one small all-reduce behind the update that nobody waits for: its answer is read
-    when the step is reported. Whichever process got the signal, all stop after the same step.
+    A single process stops after the step in which the signal came. Several processes ask each other
+    in every step with one small all-reduce behind the update. Nobody waits for this all-reduce: the
+    answer is read when the step is reported. So all processes stop after the same step, whichever
+    got the signal.
+
+    jax's preemption service (`multihost_utils.reached_preemption_sync_point`) finds such a step
+    too, but catches SIGTERM from `jax.distributed.initialize()` to the end of the process: a run
+    that tokenises or exports would ignore the signal.
     """
 
     def __init__(self, mesh: Mesh):
@@ -29,11 +35,11 @@ class Preemption:
         self._previous = signal.signal(signal.SIGTERM, self._request)
         return self
 
-    def __exit__(self, *_) -> None:
-        # None: a handler that was not set from Python, which cannot be put back.
+    def __exit__(self, *_: object) -> None:
+        # None: a handler that was not set from Python and cannot be put back.
         signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)
 
-    def _request(self, *_) -> None:
+    def _request(self, number: int, frame: FrameType | None) -> None:
         self._requested = True
 
     @property
@@ -42,12 +48,12 @@ class Preemption:
         return self._agreed if self._several else self._requested
 
     def ask(self) -> jax.Array | bool:
-        """Starts asking all processes; call it once a step, after the update."""
+        """Starts asking all processes; returns what `settle` takes. Call it after each update."""
         if not self._several:
             return self._requested
         own = np.full(jax.local_device_count(), self._requested)
         return self._any(jax.make_array_from_process_local_data(self._flags, own))
 
     def settle(self, answer: jax.Array | bool) -> None:
-        """Takes the answer to `ask`; call it when the step is reported."""
+        """Reads the answer to `ask`. Call it when the step is reported."""
         self._agreed |= bool(answer)
