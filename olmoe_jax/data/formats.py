@@ -14,6 +14,10 @@ from olmoe_jax.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Part of a data set's identity: raise it whenever the same row would give other tokens or another
+# mask. A run then refuses to continue on the changed examples and says why.
+RULES_VERSION = 1
+
 Row = Mapping[str, Any]
 
 ACCEPTED_FIELDS = (

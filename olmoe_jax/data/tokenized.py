@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,25 +12,31 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from olmoe_jax.data.cache import load_arrays, save_arrays
-from olmoe_jax.data.formats import FormattedRow, encode_batch, format_row
+from olmoe_jax.data.formats import RULES_VERSION, FormattedRow, encode_batch, format_row
 from olmoe_jax.data.reading import content_digest, read_rows, row_location
 from olmoe_jax.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Part of the cache key: raise it whenever the same rows would give other tokens or another mask.
-_FORMAT_VERSION = 1
+# Part of the cache's directory name alone: raise it whenever the stored arrays change their layout.
+# A new layout holds the same examples, so a run may continue across it.
+_CACHE_VERSION = 1
 _ROWS_PER_TOKENIZER_CALL = 1000
 
 
 @dataclass(frozen=True)
 class TokenizedDataset:
-    """The examples that train, in the order of the data file.
+    """The examples of a data file that train, in the order of the file.
 
-    tokens: int32 [all tokens]; trained: bool [all tokens], the tokens that the loss covers;
-    offsets: int64 [stored examples + 1]; rows: int64 [N], which stored examples this set holds.
-    dropped_rows and total_rows count the rows of the data file, also in a subset of it.
+    Attributes:
+      tokens: int32 [all tokens], the stored examples one after the other.
+      trained: bool [all tokens], the tokens that the loss covers.
+      offsets: int64 [stored examples + 1], where each example starts in `tokens`.
+      rows: int64 [N], the stored examples that this data set holds.
+      dropped_rows: rows of the data file without a token to train on, also in a subset.
+      total_rows: rows of the data file, also in a subset.
+      origin: the named parts that determine the stored examples, see `identity`.
     """
 
     tokens: np.ndarray
@@ -39,7 +45,7 @@ class TokenizedDataset:
     rows: np.ndarray
     dropped_rows: int
     total_rows: int
-    fingerprint: str
+    origin: Mapping[str, str | int]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -67,9 +73,23 @@ class TokenizedDataset:
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> "TokenizedDataset":
         """Returns a data set of the examples at `indices`, in that order, on the same arrays."""
-        rows = self.rows[np.asarray(indices, np.int64)]
-        fingerprint = hashlib.sha256(self.fingerprint.encode() + rows.tobytes()).hexdigest()
-        return replace(self, rows=rows, fingerprint=fingerprint)
+        return replace(self, rows=self.rows[np.asarray(indices, np.int64)])
+
+    def identity(self) -> dict[str, str | int]:
+        """Returns the named parts that determine the examples, for a message that names one.
+
+        content: hash of the data file or of the hub's rows.
+        tokenizer: hash of the tokenizer and its end-of-text token.
+        max_seq_length: the length at which an example is cut.
+        rules: the version of the rules in data/formats.py.
+        split: hash of the positions of this set's examples among those of the file.
+        """
+        return {**self.origin, "split": hashlib.sha256(self.rows.tobytes()).hexdigest()}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of `identity()`: two data sets with the same one hold the same examples."""
+        return _hash(self.identity())
 
 
 def tokenize_dataset(
@@ -87,9 +107,14 @@ def tokenize_dataset(
     """
     if max_seq_length < 1:
         raise ValueError(f"max_seq_length must be positive, not {max_seq_length}")
-    key = _cache_key(content_digest(path, split), tokenizer, max_seq_length)
+    origin = {
+        "content": content_digest(path, split),
+        "tokenizer": _tokenizer_digest(tokenizer),
+        "max_seq_length": max_seq_length,
+        "rules": RULES_VERSION,
+    }
     root = cache_dir or os.environ.get("OLMOE_JAX_CACHE") or "~/.cache/olmoe_jax"
-    directory = Path(root).expanduser() / "tokenized" / key
+    directory = Path(root).expanduser() / "tokenized" / _hash([_CACHE_VERSION, origin])
     cached = load_arrays(directory)
     if cached is None:
         arrays, info = _tokenize(path, read_rows(path, split), tokenizer, max_seq_length)
@@ -103,7 +128,7 @@ def tokenize_dataset(
         cached = load_arrays(directory) or (arrays, info)
     arrays, info = cached
     rows = np.arange(len(arrays["offsets"]) - 1)
-    return TokenizedDataset(**arrays, rows=rows, **info, fingerprint=key)
+    return TokenizedDataset(**arrays, rows=rows, **info, origin=origin)
 
 
 def held_out_split(
@@ -129,13 +154,16 @@ def held_out_split(
     return dataset.subset(np.sort(order[held_out:])), dataset.subset(np.sort(order[:held_out]))
 
 
-def _cache_key(data_digest: str, tokenizer: "PreTrainedTokenizerBase", max_seq_length: int) -> str:
-    # Truncation and padding are not used here, and other callers change them.
+def _tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
     serialised = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Every call of the tokenizer sets these two, and the calls here use neither.
     serialised.pop("truncation", None)
     serialised.pop("padding", None)
-    parts = [_FORMAT_VERSION, data_digest, serialised, tokenizer.eos_token, max_seq_length]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return _hash([serialised, tokenizer.eos_token])
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _tokenize(

@@ -17,7 +17,7 @@ def make_dataset():
             rows=np.arange(len(lengths)),
             dropped_rows=0,
             total_rows=len(lengths),
-            fingerprint="synthetic",
+            origin={"content": "synthetic"},
         )
 
     return make

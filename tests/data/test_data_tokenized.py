@@ -75,6 +75,30 @@ def test_cache_is_used_until_data_tokenizer_or_settings_change(
     assert len(tokenizations) == 4
 
 
+def test_identity_names_the_part_that_changed(
+    data, tokenizer, tokenizer_dir, tmp_path, monkeypatch
+):
+    def identity(file=data, tokenizer=tokenizer, max_seq_length=20):
+        return tokenize_dataset(file, tokenizer, max_seq_length, str(tmp_path / "cache")).identity()
+
+    original = identity()
+    other_tokenizer = load_tokenizer(str(tokenizer_dir))
+    other_tokenizer.add_tokens(["cc"])
+    rules = module.RULES_VERSION
+
+    def changed(actual):
+        return [name for name in original if actual[name] != original[name]]
+
+    assert changed(identity(tokenizer=other_tokenizer)) == ["tokenizer"]
+    assert changed(identity(max_seq_length=19)) == ["max_seq_length"]
+    assert changed(identity(write(tmp_path / "other.jsonl", ROWS[::-1]))) == ["content"]
+    monkeypatch.setattr(module, "_CACHE_VERSION", module._CACHE_VERSION + 1)
+    assert changed(identity()) == []
+    monkeypatch.setattr(module, "RULES_VERSION", rules + 1)
+    assert changed(identity()) == ["rules"]
+    assert json.loads(json.dumps(original)) == original
+
+
 @pytest.mark.parametrize("damage", ["truncated", "altered", "missing", "no_json"])
 def test_damaged_cache_is_rebuilt(data, tokenizer, tmp_path, tokenizations, damage):
     cache = tmp_path / "cache"
@@ -136,6 +160,8 @@ def test_held_out_split(make_dataset):
     again, _ = held_out_split(dataset, 0.1, seed=7)
     other, _ = held_out_split(dataset, 0.1, seed=8)
     assert train.fingerprint == again.fingerprint != other.fingerprint
+    different = train.identity().items() ^ other.identity().items()
+    assert {name for name, _ in different} == {"split"}
     assert [len(part) for part in held_out_split(make_dataset([3, 3]), 0.01, seed=0)] == [1, 1]
     with pytest.raises(UserError, match=r"set data\.eval_path"):
         held_out_split(make_dataset([3]), 0.1, seed=0)

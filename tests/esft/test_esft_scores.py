@@ -34,7 +34,7 @@ def make_examples(lengths=LENGTHS):
         rows=np.arange(len(lengths)),
         dropped_rows=0,
         total_rows=len(lengths),
-        fingerprint="synthetic",
+        origin={"content": "synthetic"},
     )
 
 
