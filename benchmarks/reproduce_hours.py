@@ -22,8 +22,9 @@ from eval.reproduce import TASKS
 from eval.tasks import TASKS as BY_NAME
 from olmoe_jax.checkpoints.expert_config import ExpertConfig
 from olmoe_jax.methods.trained import method_trains
+from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.model.decoder import parameter_specs
-from olmoe_jax.model.flops import StepFlops, forward_flops_per_token, step_flops_per_token
+from olmoe_jax.model.flops import StepFlops, step_flops_per_token
 from olmoe_jax.plan.devices import KINDS
 from olmoe_jax.plan.known import OLMOE_1B_7B as MODEL
 from olmoe_jax.plan.planning import ESFT_EXPERTS
@@ -114,7 +115,8 @@ def evaluation_hours(dataset: str, share: float) -> float:
     for task in TASKS.get(dataset, (dataset,)):
         examples, tokens = PROMPTS[task]
         context = tokens / examples / 2
-        seconds += tokens * forward_flops_per_token(MODEL, context) / (share * H100.flops)
+        flops = step_flops_per_token(MODEL, ModelSettings(), lambda name: False, context)
+        seconds += tokens * flops.forward / (share * H100.flops)
         steps = math.ceil(examples / BATCH) * BY_NAME[task].max_new_tokens
         seconds += steps * weights / (share * H100.bandwidth)
     return seconds / 3600

@@ -27,7 +27,7 @@ from olmoe_jax.data import Batch
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
 from olmoe_jax.methods.trained import router_method
 from olmoe_jax.model.config import ModelSettings, model_config_from_hf
-from olmoe_jax.model.flops import train_flops_per_token
+from olmoe_jax.model.flops import step_flops_per_token
 from olmoe_jax.model.lora import LoraSettings
 from olmoe_jax.parallel import sharding
 from olmoe_jax.parallel.cpu import restart_with_huge_pages
@@ -156,8 +156,7 @@ def make_step(args, mesh: Mesh) -> tuple[Callable[[], tuple[Any, jax.Array]], fl
 def build(args, shape: Shape, mesh: Mesh) -> tuple[Program, float]:
     """The program of a run with random weights, and its FLOPs per token.
 
-    The FLOPs are those that a run reports: also of LoRA and ESFT, which need fewer, they are those
-    of full fine-tuning.
+    The FLOPs are what the mathematics of the step needs, as a run reports them.
     """
     # How ESFT scores experts does not matter to a step.
     name = "esft_gate" if args.method == "esft" else args.method
@@ -182,10 +181,9 @@ def build(args, shape: Shape, mesh: Mesh) -> tuple[Program, float]:
     model = Model(config, settings, None, None, None, experts)
     options = Config(model=ModelOptions(init="random"), method=method)
     program = build_program(options, model, mesh, total_steps=1000)
-    flops = train_flops_per_token(
-        config, args.method, args.router_gradient_experts, shape.length / 2
-    )
-    return program, flops
+    trains = program.state.parameters.__contains__
+    flops = step_flops_per_token(config, settings, trains, shape.length / 2)
+    return program, flops.model
 
 
 def random_batch(shape: Shape) -> Batch:

@@ -15,7 +15,7 @@ from olmoe_jax.checkpoints import opening
 from olmoe_jax.config import Config, first_difference, to_dict, validate
 from olmoe_jax.errors import UserError
 from olmoe_jax.methods.experts import given_experts, settle_experts
-from olmoe_jax.model.flops import train_flops_per_token
+from olmoe_jax.model.flops import step_flops_per_token
 from olmoe_jax.parallel import distributed, sharding
 from olmoe_jax.parallel.preemption import Preemption
 from olmoe_jax.training import run_directory
@@ -151,6 +151,7 @@ class _Run:
         self.expert_load = np.zeros((model.config.num_layers, model.config.num_experts))
         self.reported: dict[str, float] = {}  # of the last step that was, for train.best_metric
         self.last_report = time.monotonic()
+        self.flops_per_token = self._flops_per_token()
 
     def execute(self) -> TrainResult:
         """Runs the remaining steps."""
@@ -180,6 +181,14 @@ class _Run:
         self._say_if(self.profile.close())
         self.checkpoints.close()
         self.reporter.close()
+
+    def _flops_per_token(self) -> float:
+        """Returns what the mathematics of a step needs for an average token of the data."""
+        lengths = self.datasets.train.lengths
+        # A token attends to half of its example on average; long examples hold more tokens.
+        context = float((lengths**2).sum() / lengths.sum()) / 2
+        trains = self.state.parameters.__contains__
+        return step_flops_per_token(self.model.config, self.model.settings, trains, context).model
 
     def _reporter(self, output: Path) -> Reporter | Silence:
         if not distributed.is_writer():
@@ -303,15 +312,7 @@ class _Run:
         self._check_finite(step, metrics)
 
     def _scalars(self, step: data.Step, metrics: StepMetrics, seconds: float) -> dict[str, float]:
-        method, speed = self.config.method, step.tokens / seconds
-        # Positions attend to half of their example on average.
-        flops = train_flops_per_token(
-            self.model.config,
-            method.name,
-            method.router_gradient_experts,
-            step.tokens / step.examples / 2,
-        )
-        statistics = metrics.statistics
+        speed, statistics = step.tokens / seconds, metrics.statistics
         return {
             "train/loss": float(metrics.loss),
             "train/learning_rate": float(metrics.learning_rate),
@@ -323,7 +324,7 @@ class _Run:
             "data/tokens": step.tokens,
             "speed/seconds_per_step": seconds,
             "speed/tokens_per_second": speed,
-            "speed/model_teraflops_per_second": flops * speed / 1e12,
+            "speed/model_teraflops_per_second": self.flops_per_token * speed / 1e12,
             **router_scalars(statistics.load, statistics.entropy, step.tokens),
             **_router_scalar(metrics),
             **self.clock.take(),
