@@ -9,7 +9,7 @@ from pathlib import Path
 
 from eval.backends import BACKENDS, DTYPES, check_backend, open_backend
 from eval.evaluation import Decoding, evaluate, open_output, open_task, settings_of
-from eval.tasks import HARNESS, TASKS, split_names, tasks_of
+from eval.tasks import TASKS, tasks_of
 from eval.tasks.task import Task, Tools, read_examples
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
 from olmoe_jax.parallel.cpu import restart_with_huge_pages, use_all_cores
@@ -18,7 +18,6 @@ EXAMPLE = """examples:
   python -m eval.run --model runs/densemixer_gsm --tasks gsm --output runs/densemixer_gsm/eval
   python -m eval.run --model runs/quickstart/hf --tasks gsm,intent,law --output results \\
       --data data --limit 20 --max_new_tokens 64
-  python -m eval.run --model runs/densemixer_gsm --tasks lm_eval:arc_easy,gsm --output results
   JUDGE_API_KEY=… python -m eval.run --model olmoe_law --tasks law --output results_law \\
       --judge_url https://api.example.com/v1 --judge_model some-model
 
@@ -29,20 +28,18 @@ The same command continues an evaluation that was interrupted.
 def main(arguments: Sequence[str]) -> None:
     """The command line."""
     args = parser().parse_args(arguments)
-    own, harness = split_names(args.tasks)
-    tasks = tasks_of(own) if own or not harness else []
+    tasks = tasks_of(args.tasks)
     decoding = _decoding(args)
     _check_positive(args, "limit", "judge_workers")
     tools = Tools(run_programs=_sandbox(args, tasks))
     examples = {task.name: read_examples(task, args.data)[: args.limit] for task in tasks}
     check_backend(args.backend, args.model, args.adapter)
     server = _judge_server(args)
-    harness_tasks = _harness_tasks(args, harness)
     open_output(args.output, _model(args))
     settings = {
         task.name: settings_of(task, examples[task.name], decoding, args.limit) for task in tasks
     }
-    for asked in (*settings.values(), *(asked for _, asked in harness_tasks)):
+    for asked in settings.values():
         open_task(args.output, asked)
     if server:
         from eval.judge.judge import Judge
@@ -57,9 +54,6 @@ def main(arguments: Sequence[str]) -> None:
             task, examples[task.name], settings[task.name], args.output, backend, tools
         )
         _print_result(task.name, result)
-    for task, asked in harness_tasks:
-        result = task.evaluate(asked, args.output, args.model, backend)
-        _print_result(task.directory, result)
     print(f"wrote {args.output}")
 
 
@@ -73,7 +67,7 @@ def parser() -> ArgumentParser:
         metavar="DIR",
         help="a PEFT adapter of that model, or the LoRA run that made it",
     )
-    add("--tasks", required=True, metavar="NAMES", help=f"some of {','.join(TASKS)}, {HARNESS}NAME")
+    add("--tasks", required=True, metavar="NAMES", help=f"some of {','.join(TASKS)}")
     add("--output", required=True, type=Path, metavar="DIR")
     add("--backend", choices=BACKENDS, default="jax")
     add("--data", metavar="DIR", help="local data files (docs/evaluation.md); default: the hub")
@@ -81,13 +75,6 @@ def parser() -> ArgumentParser:
     add("--compute_dtype", choices=DTYPES, default="float32")
     add("--batch_size", type=int, default=16, metavar="N", help="prompts decoded together")
     add("--max_new_tokens", type=int, metavar="N", help="default: each task's own")
-    harness = result.add_argument_group(f"tasks of lm-evaluation-harness, {HARNESS}NAME")
-    harness.add_argument(
-        "--lm_eval_tasks", type=Path, metavar="DIR", help="with yaml files of more"
-    )
-    harness.add_argument(
-        "--lm_eval_fewshot", type=int, metavar="N", help="solved examples; default: the task's own"
-    )
     code = result.add_argument_group("humaneval and mbpp")
     code.add_argument(
         "--allow_code_execution", action="store_true", help="run what the model wrote, in a sandbox"
@@ -120,19 +107,6 @@ def _model(args: argparse.Namespace) -> dict[str, str | None]:
         "backend": args.backend,
         "compute_dtype": args.compute_dtype,
     }
-
-
-def _harness_tasks(args: argparse.Namespace, names: Sequence[str]) -> list[tuple]:
-    """lm_eval's tasks, each with what is asked of it."""
-    if not names:
-        return []
-    from eval.harness.tasks import check_installed, load_tasks
-
-    check_installed(names, args.backend)
-    return [
-        (task, task.settings(args.limit, args.batch_size, args.seed))
-        for task in load_tasks(names, args.lm_eval_tasks, args.lm_eval_fewshot)
-    ]
 
 
 def _check_positive(args: argparse.Namespace, *names: str) -> None:

@@ -19,7 +19,6 @@ class Metric:
     low: float
     high: float
     rows: int
-    higher_is_better: bool = True
 
 
 def bootstrap(

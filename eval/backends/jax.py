@@ -9,7 +9,7 @@ import olmoe_jax
 from eval.backends import Prompts, Sampling
 from olmoe_jax.checkpoints.opening import open_source
 from olmoe_jax.data import load_tokenizer
-from olmoe_jax.generation.likelihood import Pair, log_likelihoods
+from olmoe_jax.generation.likelihood import TokenPair, log_likelihoods
 from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.parallel.sharding import decoding_mesh
 
@@ -38,6 +38,6 @@ class JaxBackend(Prompts):
                 batch_size=len(prompts),
             )
 
-    def log_likelihoods(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
+    def log_likelihoods(self, pairs: Sequence[TokenPair]) -> list[tuple[float, bool]]:
         with jax.set_mesh(self._mesh):
             return log_likelihoods(self._model, pairs)

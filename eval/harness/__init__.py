@@ -1,4 +1,7 @@
-"""Tasks of lm-evaluation-harness with this project's model: --tasks lm_eval:NAME.
+"""lm-evaluation-harness with this project's model: `python -m eval.harness run --help`.
 
-`answers` knows nothing of lm_eval; `tasks` and `language_model` need it installed.
+lm_eval's command line, cache and result files do the work; `eval.report` reads the results.
 """
+
+NAME = "olmoe_jax"
+"""The model's name in lm_eval: --model olmoe_jax."""

@@ -13,10 +13,10 @@ MARKDOWN, HTML = "report.md", "report.html"
 EXAMPLE = """example:
   python -m eval.report runs/frozen_gsm runs/densemixer_gsm base=results_base --output report
 
-RUNS are directories that eval.run wrote (--output) or train.py (train.output_dir), with the
-evaluations in them. A row of the tables is a method: that of the training run that an evaluation's
-model comes from, "base" for the model that the runs started from, else the directory's name;
-NAME=DIR names it. Evaluations of one method on several tasks are one row.
+RUNS are directories that eval.run wrote (--output), lm_eval (--output_path) or train.py
+(train.output_dir, with the evaluations in it). A row of the tables is a method: the one of the
+training run that made an evaluation's model, "base" for the model that the runs started from, else
+the directory's name; NAME=DIR names it. Evaluations of one method on several tasks are one row.
 """
 
 

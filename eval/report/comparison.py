@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eval.report.inputs import Inputs, Result
+from eval.report.inputs import Inputs
+from eval.report.results import Result
 from eval.statistics import Difference, holm, paired_difference
 from olmoe_jax.errors import UserError
 
@@ -99,11 +100,11 @@ def remarks(inputs: Inputs) -> Iterator[str]:
             found = [result.settings.get(setting) for result in values]
             if setting not in _IGNORED_SETTINGS and len(set(map(str, found))) > 1:
                 yield f"{task}: {setting} is not the same everywhere: {_grouped(names, found)}."
-    models = {name: r.model for column in inputs.results.values() for name, r in column.items()}
     for field in ("backend", "compute_dtype"):
-        found = [model.get(field) for model in models.values()]
+        found = [model.get(field) for model in inputs.models.values()]
         if len(set(found)) > 1:
-            yield f"Not all were decoded with the same {field}: {_grouped(list(models), found)}."
+            names = list(inputs.models)
+            yield f"Not all were decoded with the same {field}: {_grouped(names, found)}."
 
 
 def _grouped(names: Sequence[str], values: Sequence[Any]) -> str:

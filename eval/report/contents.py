@@ -19,8 +19,8 @@ from eval.report.document import (
     Table,
 )
 from eval.report.figures import Named, loss_curves, match_curves, router_curves
+from eval.report.harness import PREFIX
 from eval.report.inputs import Inputs
-from eval.tasks import HARNESS_DIRECTORY
 
 SIGNIFICANT = 0.05
 _PROMPT_END = 600
@@ -45,7 +45,7 @@ def _scores(inputs: Inputs, metrics: dict[str, str]) -> Iterator[Block]:
         return
     yield Heading(2, "Scores")
     text = "In percent, with the 95% bootstrap interval over the rows; the best of a task is bold."
-    if any(task.startswith(HARNESS_DIRECTORY) for task in metrics):
+    if any(task.startswith(PREFIX) for task in metrics):
         text += (
             " Of lm_eval's tasks the interval is 1.96 standard errors to both sides; what is no "
             "share is in lm_eval's own unit, of which less may be better (a ↓ says so)."

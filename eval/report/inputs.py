@@ -1,20 +1,20 @@
 """What a report is made of: the evaluations and training runs in the directories it is given.
 
 A row of the report is a method. An evaluation belongs to the training run that holds its directory,
-or whose directory (or export in it) its model.json names, as the adapter or else the model, and has
-that run's method; the base model of a run is "base", any other model the name of the evaluation's
-directory. NAME=DIR names it.
+or to the run whose directory, or export in it, the evaluation names as its adapter or else as its
+model. The row is then that run's method. The base model of a run is "base"; any other model has the
+name of the evaluation's directory. NAME=DIR names a row.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from configs.table import DATASETS, METHODS
-from eval.evaluation import MODEL, RESULT, ROWS, SETTINGS
-from eval.tasks import HARNESS_DIRECTORY, TASKS
+from eval.evaluation import MODEL
+from eval.report.harness import harness_directories, read_harness
+from eval.report.results import Evaluation, Result, is_evaluation, read_evaluation
 from olmoe_jax.checkpoints import directory
 from olmoe_jax.config import ModelOptions
 from olmoe_jax.errors import UserError
@@ -27,8 +27,13 @@ BASE = "base"
 class TrainingRun:
     """A train.output_dir.
 
-    data: a short name of the data set; metrics: the lines of metrics.jsonl; scores: the picture of
-    the experts' scores by which an ESFT run selected.
+    Attributes:
+      path: the directory.
+      method: as configs/table.py names it.
+      data: a short name of the data set.
+      base: the model from which the run started.
+      metrics: the lines of metrics.jsonl.
+      scores: the picture of the experts' scores by which an ESFT run selected, if it is there.
     """
 
     path: Path
@@ -40,77 +45,81 @@ class TrainingRun:
 
 
 @dataclass(frozen=True)
-class Result:
-    """One evaluated task: where it is, its result.json, and {row id: its samples' scores}."""
-
-    path: Path
-    model: Mapping[str, str]
-    settings: Mapping[str, Any]
-    metrics: Mapping[str, Mapping[str, float]]
-    rows: Mapping[str, list[dict[str, Any]]] = field(repr=False)
-
-
-@dataclass(frozen=True)
 class Inputs:
-    """All of a report.
+    """Everything that a report shows.
 
-    runs: (name of the method, run) pairs; results: {task: {name of the method: result}};
-    unfinished: directories of tasks that were begun and have no result yet.
+    Attributes:
+      runs: (row's name, run) pairs.
+      results: {task: {row's name: result}}.
+      models: {row's name: what names its model}.
+      unfinished: directories of tasks that were begun and have no result yet.
     """
 
     runs: list[tuple[str, TrainingRun]]
-    results: dict[str, dict[str, Result]]
-    unfinished: list[Path]
+    results: dict[str, dict[str, Result]] = field(default_factory=dict)
+    models: dict[str, Mapping[str, str | None]] = field(default_factory=dict)
+    unfinished: list[Path] = field(default_factory=list)
 
     @property
     def methods(self) -> list[str]:
-        """The names that have results: the base first, then in the order of the configs' table."""
+        """The rows that have results: the base first, then in the order of the configs' table."""
         order = {name: place for place, name in enumerate((BASE, *METHODS))}
         found = dict.fromkeys(name for column in self.results.values() for name in column)
         return sorted(found, key=lambda name: order.get(name, len(order)))
 
+    def add(self, evaluation: Evaluation, name: str) -> None:
+        """Puts an evaluation's results into the row `name`.
+
+        Raises:
+          UserError: the row has a result of one of these tasks already.
+        """
+        for task, result in evaluation.results.items():
+            column = self.results.setdefault(task, {})
+            if name in column:
+                raise UserError(
+                    f"{column[name].path} and {result.path} both are {task} of {name}; name one of "
+                    f"them, e.g. {name}_2={evaluation.path}, or leave one out"
+                )
+            column[name] = result
+            self.models[name] = evaluation.model
+        self.unfinished.extend(evaluation.unfinished)
+
 
 def read_inputs(arguments: Sequence[str]) -> Inputs:
-    """Everything in the directories that the arguments (DIR or NAME=DIR) name.
+    """Reads everything in the directories that the arguments (DIR or NAME=DIR) name.
 
     Raises:
       UserError: a directory is neither an evaluation nor a training run, a file in it is damaged,
         or two evaluations would fill the same cell.
     """
     runs: dict[Path, tuple[str | None, TrainingRun]] = {}
-    evaluations: dict[Path, str | None] = {}
+    evaluations: dict[Path, tuple[str | None, Evaluation]] = {}
     for argument in arguments:
         name, path = _split(argument)
-        if is_evaluation(path):
-            evaluations.setdefault(path.resolve(), name)
-        elif is_run(path):
+        found = _evaluations(path)
+        if is_run(path):
             runs.setdefault(path.resolve(), (name, open_run(path)))
-            for inner in sorted(path.glob(f"*/{MODEL}")):
-                if is_evaluation(inner.parent):
-                    evaluations.setdefault(inner.parent.resolve(), name)
-        else:
+        elif not found:
             raise UserError(
-                f"{path}: neither an evaluation (no {MODEL}) nor a training run (no {CONFIG} of "
-                f"one); write a directory that eval.run or train.py wrote"
+                f"{path}: neither an evaluation (no {MODEL}, no results of lm_eval) nor a training "
+                f"run (no {CONFIG} of one); write a directory that eval.run, lm_eval or train.py "
+                "wrote"
             )
-    models = {path: _model(path) for path in evaluations}
-    for path, model in models.items():
-        if (run := _run_of(path, model)) and run.resolve() not in runs:
+        for evaluation in found:
+            evaluations.setdefault(evaluation.path, (name, evaluation))
+    # Curves of a run whose evaluation alone was named.
+    for _, evaluation in evaluations.values():
+        if (run := _run_of(evaluation)) and run.resolve() not in runs:
             runs[run.resolve()] = (None, open_run(run))
     bases = {ModelOptions().path, *(run.base for _, run in runs.values())}
-    inputs = Inputs([(name or run.method, run) for name, run in runs.values()], {}, [])
-    for path, name in evaluations.items():
-        _add(inputs, path, models[path], name or _name(path, models[path], runs, bases))
+    inputs = Inputs([(name or run.method, run) for name, run in runs.values()])
+    for name, evaluation in evaluations.values():
+        inputs.add(evaluation, name or _row_name(evaluation, runs, bases))
     return inputs
 
 
-def is_evaluation(path: Path) -> bool:
-    """Whether eval.run wrote this directory."""
-    return (path / MODEL).is_file()
-
-
 def is_run(path: Path) -> bool:
-    """Whether train.py wrote this directory; a Hugging Face checkpoint has a config.json too."""
+    """Returns whether train.py wrote this directory, and not save_pretrained."""
     file = path / CONFIG
     return file.is_file() and {"method", "train"} <= directory.read_json(file).keys()
 
@@ -132,7 +141,7 @@ def open_run(path: Path) -> TrainingRun:
             "back, or leave the run out"
         ) from None
     name = f"{method}_lora" if lora else method
-    # Of its own, or beside the expert config that it was given.
+    # The run scored the experts itself, or was given an expert config that lies beside the picture.
     given = config["method"].get("experts_path")
     places = [path, *([Path(given).parent] if given else [])]
     scores = next((p / "scores.png" for p in places if (p / "scores.png").exists()), None)
@@ -140,7 +149,7 @@ def open_run(path: Path) -> TrainingRun:
 
 
 def data_name(train_path: str) -> str:
-    """A short name of a data set: the table's, or that of its file (of train.*: its folder)."""
+    """Returns a data set's short name: the table's, or its file's (the folder's of train.*)."""
     for name, dataset in DATASETS.items():
         if train_path.partition(":")[0] == dataset.hub_id:
             return name
@@ -149,6 +158,7 @@ def data_name(train_path: str) -> str:
 
 
 def _split(argument: str) -> tuple[str | None, Path]:
+    """Returns name and directory of NAME=DIR or DIR."""
     name, equals, path = argument.partition("=")
     if Path(argument).exists() or not equals:
         name, path = "", argument
@@ -161,67 +171,32 @@ def _split(argument: str) -> tuple[str | None, Path]:
     return name or None, Path(path)
 
 
-def _model(evaluation: Path) -> dict[str, Any]:
-    model = directory.read_json(evaluation / MODEL)
-    if not isinstance(model.get("model"), str):
-        raise UserError(f"{evaluation / MODEL}: names no model; it is not a file of eval.run")
-    return model
+def _evaluations(path: Path) -> list[Evaluation]:
+    """Reads the evaluation in a directory, or those directly below it."""
+    own = [path] if is_evaluation(path) else [file.parent for file in path.glob(f"*/{MODEL}")]
+    # lm_eval puts a directory with the model's name between.
+    of_harness = harness_directories(path, depth=2 if is_run(path) else 1)
+    return [
+        *(read_evaluation(place.resolve()) for place in sorted(own)),
+        *(read_harness(place.resolve()) for place in of_harness),
+    ]
 
 
-def _run_of(evaluation: Path, model: Mapping[str, str]) -> Path | None:
-    """The directory of the training run that made an evaluation's model, if it is there.
-
-    Of a model with an adapter, the run that made the adapter.
-    """
-    named = Path(model.get("adapter") or model["model"])
+def _run_of(evaluation: Evaluation) -> Path | None:
+    """Returns the training run that made the model, or the adapter, if the run is there."""
+    named = Path(evaluation.model.get("adapter") or evaluation.model["model"])
     # Where the model is not (any more), the evaluation may have been moved together with its run.
-    for place in (named, named.parent) if named.exists() else (evaluation.parent,):
+    for place in (named, named.parent) if named.exists() else evaluation.path.parents[:2]:
         if is_run(place):
             return place
     return None
 
 
-def _name(path: Path, model: Mapping[str, str], runs: Mapping, bases: set[str]) -> str:
-    if run := _run_of(path, model):
+def _row_name(
+    evaluation: Evaluation, runs: Mapping[Path, tuple[str | None, TrainingRun]], bases: set[str]
+) -> str:
+    if run := _run_of(evaluation):
         name, opened = runs[run.resolve()]
         return name or opened.method
-    is_base = model["model"] in bases and not model.get("adapter")
-    return BASE if is_base else path.name
-
-
-def _add(inputs: Inputs, evaluation: Path, model: Mapping[str, str], name: str) -> None:
-    """Puts an evaluation's tasks into the table."""
-    harness = sorted(path.name for path in evaluation.glob(f"{HARNESS_DIRECTORY}*"))
-    for task in (*TASKS, *harness):
-        path = evaluation / task
-        if not (path / RESULT).exists():
-            if (path / SETTINGS).exists():
-                inputs.unfinished.append(path)
-            continue
-        column = inputs.results.setdefault(task, {})
-        if name in column:
-            raise UserError(
-                f"{column[name].path} and {path} both are {task} of {name}; name one of them, e.g. "
-                f"{name}_2={evaluation}, or leave one out"
-            )
-        column[name] = _result(path, model)
-
-
-def _result(path: Path, model: Mapping[str, str]) -> Result:
-    stored = directory.read_json(path / RESULT)
-    try:
-        rows: dict[str, list[dict]] = {}
-        with open(path / ROWS, encoding="utf-8") as file:
-            for row in map(json.loads, file):
-                rows.setdefault(row["id"], []).append(row)
-        metrics = {
-            name: {key: float(metric[key]) for key in ("value", "low", "high", "rows")}
-            | {"higher_is_better": bool(metric.get("higher_is_better", True))}
-            for name, metric in stored["metrics"].items()
-        }
-        return Result(path, model, stored["settings"], metrics, rows)
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{path}: {RESULT} or {ROWS} is damaged ({type(error).__name__}: {error}); the same "
-            "eval.run command writes them again"
-        ) from None
+    is_base = evaluation.model["model"] in bases and not evaluation.model.get("adapter")
+    return BASE if is_base else evaluation.path.name

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from eval.harness import NAME as HARNESS_MODEL
 from eval.tasks.code import HumanEval, Mbpp
 from eval.tasks.gsm import Gsm
 from eval.tasks.intent import Intent
@@ -15,19 +16,6 @@ TASKS: dict[str, Task] = {
     for task in (Gsm(), Mbpp(), HumanEval(), Intent(), Law(), Summary(), Translation())
 }
 
-HARNESS = "lm_eval:"
-"""What the names of lm-evaluation-harness' tasks begin with."""
-HARNESS_DIRECTORY = "lm_eval_"
-"""What the directories of their results begin with."""
-
-
-def split_names(names: str) -> tuple[str, list[str]]:
-    """A list of names without those of lm-evaluation-harness' tasks, and these, each once."""
-    wanted = [name.strip() for name in names.split(",")]
-    harness = [name.removeprefix(HARNESS) for name in wanted if name.startswith(HARNESS)]
-    own = ",".join(name for name in wanted if not name.startswith(HARNESS))
-    return own, list(dict.fromkeys(harness))
-
 
 def tasks_of(names: str) -> Sequence[Task]:
     """The tasks of a comma-separated list, each once.
@@ -37,9 +25,16 @@ def tasks_of(names: str) -> Sequence[Task]:
     """
     wanted = list(dict.fromkeys(name.strip() for name in names.split(",")))
     for name in wanted:
+        if name.startswith("lm_eval:"):
+            raise UserError(
+                f"--tasks {name}: lm_eval's tasks have lm_eval's own command: python -m "
+                f"eval.harness run --model {HARNESS_MODEL} --model_args pretrained=DIR --tasks "
+                f"{name.removeprefix('lm_eval:')} --log_samples --output_path DIR "
+                "(docs/evaluation.md)"
+            )
         if name not in TASKS:
             raise UserError(
                 f"--tasks: there is no task {name!r}; did you mean {nearest(name, TASKS)}? "
-                f"The tasks are {', '.join(TASKS)} and {HARNESS}NAME"
+                f"The tasks are {', '.join(TASKS)}"
             )
     return [TASKS[name] for name in wanted]

@@ -1,10 +1,10 @@
-"""The log-probabilities of given texts: a compiled forward pass over batches of tokens.
+"""Log-probabilities of given continuations: one compiled forward pass over a batch.
 
-Shapes: B rows, S positions, N scored positions of all rows. Sizes are rounded up to few, as in
-`generation`.
+Shapes: B rows, S positions, N scored positions of all rows. B, S and N are rounded up (`bucket`),
+so that many batches share few programs.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,26 +19,27 @@ from olmoe_jax.parallel.sharding import active_mesh
 
 _SHORTEST = 32
 
-Pair = tuple[Sequence[int], Sequence[int]]
-"""Tokens of a context, at least one, and of what follows it."""
+TokenPair = tuple[Sequence[int], Sequence[int]]
+"""The tokens of a context, at least one, and the tokens of its continuation."""
 
 
-def log_likelihoods(model: Olmoe, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
-    """log p(continuation | context) of each pair, and whether greedy decoding would write it.
+def log_likelihoods(model: Olmoe, pairs: Sequence[TokenPair]) -> list[tuple[float, bool]]:
+    """Returns log p(continuation | context) of each pair, and whether greedy decoding writes it.
 
-    All pairs are one batch. Those that differ in their last token alone share a row; logits exist
-    for the continuations' positions only, CHUNK of them at a time.
+    All pairs are one batch. Pairs that differ only in their last token share a row, since a row
+    holds all tokens but the last (the choices of a multiple choice question are often one token).
 
     Args:
-      model: from `olmoe_jax.from_pretrained`; under `jax.set_mesh` the rows are split over it.
-      pairs: tokens; a context must not be empty.
+      model: from `olmoe_jax.from_pretrained`; under `jax.set_mesh` the devices share the rows.
+      pairs: (context, continuation) tokens; a context is not empty.
     """
     rows: dict[tuple[int, ...], int] = {}
-    places = []  # (row, column) whose logits predict a token of a continuation
+    places = []  # (row, column) of each hidden state that predicts a token of a continuation
     for context, continuation in pairs:
         row = rows.setdefault((*context, *continuation[:-1]), len(rows))
-        first = len(context) - 1
-        places += [(row, first + index) for index in range(len(continuation))]
+        places += [(row, len(context) - 1 + index) for index in range(len(continuation))]
+
+    # Pad rows to a multiple of the devices, and all sizes to a bucket.
     length = bucket(max(map(len, rows)), _SHORTEST)
     mesh = active_mesh()
     devices = 1 if mesh is None else mesh.size
@@ -50,6 +51,7 @@ def log_likelihoods(model: Olmoe, pairs: Sequence[Pair]) -> list[tuple[float, bo
     positions, targets = np.zeros(room, np.int32), np.zeros(room, np.int32)
     positions[: len(places)] = [row * length + column for row, column in places]
     targets[: len(places)] = [token for _, continuation in pairs for token in continuation]
+
     graph, parameters = split(model)
     scored = _scores(graph, parameters, tokens, segments, positions, targets)
     values, greedy = (np.asarray(part)[: len(places)] for part in scored)
@@ -69,29 +71,18 @@ def _scores(
     positions: jax.Array,
     targets: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities [N] of the targets [N] at positions [N] of tokens [B, S], flattened.
+    """Returns log p of each target [N] float32, and whether it is the most probable token [N] bool.
 
-    And, [N], whether the target is the most probable token there.
+    tokens and segments are [B, S]; positions [N] count in the flattened [B*S].
     """
     model: Olmoe = merge(graph, parameters)
     hidden, _ = model.hidden(tokens, segments)
-    hidden = hidden.reshape(-1, hidden.shape[-1])[positions]
+    hidden = hidden.reshape(-1, hidden.shape[-1])[positions]  # [N, D]
 
-    def score(at):
+    def score(at: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         hidden, target = at
         logits = model.logits(hidden[None, None])[0, 0]
         return logits[target] - jax.nn.logsumexp(logits), jnp.argmax(logits) == target
 
+    # CHUNK positions at a time: [N, V] logits of a whole batch would not fit.
     return jax.lax.map(score, (hidden, targets), batch_size=CHUNK)
-
-
-def rolling_windows(tokens: Sequence[int], prefix: int, context: int) -> Iterator[Pair]:
-    """Pairs whose log-likelihoods add up to that of a text longer than the model's context.
-
-    Each token is predicted once. The first window begins with the token `prefix`, a later one with
-    the last token before it; the last one reaches back as far as the model's context does.
-    """
-    for start in range(0, len(tokens), context):
-        end = min(start + context, len(tokens))
-        before = tokens[end - context - 1 : start] if start else [prefix]
-        yield before, tokens[start:end]

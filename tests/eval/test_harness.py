@@ -1,18 +1,17 @@
-"""Tasks of lm-evaluation-harness: the answers' mathematics without it, and with it if installed."""
+"""lm-evaluation-harness: log-likelihoods, the model's answers to lm_eval, and the whole command."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
-from helpers import make_model, message_of, tiny_config
+from helpers import make_model, message_of, run_module, tiny_config
 
-from eval import run
-from eval.backends import Prompts
-from eval.harness.answers import Answers, sampling_of
+from eval.report.__main__ import main as write_report
 from eval.report.inputs import read_inputs
-from eval.tasks import split_names
-from olmoe_jax.generation.likelihood import log_likelihoods, rolling_windows
+from eval.tasks import tasks_of
+from olmoe_jax.generation.likelihood import log_likelihoods
 
 CONFIG = tiny_config()
 RANDOM = np.random.default_rng(0)
@@ -50,94 +49,118 @@ def test_log_likelihoods_are_those_of_the_logits():
     assert [greedy for _, greedy in found[-2:]] == [True, False]
 
 
-@pytest.mark.parametrize(("count", "last"), [(1, 0), (4, 0), (5, 3), (8, 1), (11, 1)])
-def test_rolling_windows(count, last):
-    """Every token once, full contexts at the end, as lm_eval documents it."""
-    text = list(range(count))
-    windows = list(rolling_windows(text, 99, 4))
-    assert [token for _, after in windows for token in after] == text
-    assert all(len(before) + len(after) - 1 <= 4 for before, after in windows)
-    assert windows[0][0] == [99]
-    for before, after in windows[1:]:
-        assert before == text[after[0] - len(before) : after[0]]
-        assert len(before) + len(after) - 1 == 4
-    assert len(windows[-1][0]) >= last
+def requests(*arguments: tuple) -> list[SimpleNamespace]:
+    return [SimpleNamespace(args=args) for args in arguments]
 
 
 class Counting:
-    """A backend whose answers say what was asked; it can be killed."""
+    """A backend that remembers its batches and whose answers say what was asked."""
 
-    def __init__(self, batches_to_live: int = 100):
-        self.batches, self.left = [], batches_to_live
+    context = 16
 
-    def _one_more(self, batch):
+    def __init__(self, tokenizer, batches_to_live: int = 100):
+        self.tokenizer, self.batches, self.left = tokenizer, [], batches_to_live
+
+    def encode(self, text):
+        return self.tokenizer(text).input_ids
+
+    def log_likelihoods(self, pairs):
+        self._take(pairs)
+        return [(-sum(after) - len(before) / 8, True) for before, after in pairs]
+
+    def generate(self, prompts, sampling):
+        self._take((prompts, sampling))
+        return [f"{prompt}:{sampling.max_new_tokens}" for prompt in prompts]
+
+    def _take(self, batch):
         if self.left == 0:
             raise KeyboardInterrupt
         self.left -= 1
         self.batches.append(batch)
 
-    def log_likelihoods(self, pairs):
-        self._one_more(pairs)
-        return [(-sum(after) - len(before) / 8, True) for before, after in pairs]
 
-    def generate(self, prompts, sampling):
-        self._one_more((prompts, sampling))
-        return [f"{prompt}:{sampling.max_new_tokens}" for prompt in prompts]
+@pytest.fixture
+def open_model(tokenizer, monkeypatch):
+    """Returns a function that makes lm_eval's model over a `Counting` backend."""
+    pytest.importorskip("lm_eval")
+    from eval.harness import model
+
+    def make(context: int = 16, **arguments):
+        backend = Counting(tokenizer, **arguments)
+        backend.context = context
+        monkeypatch.setattr(model, "check_backend", lambda *_: None)
+        monkeypatch.setattr(model, "JaxBackend", lambda *_: backend)
+        return model.OlmoeLM("m", batch_size=2), backend
+
+    return make
 
 
-def answers(path, tokenizer, backend, context=16) -> Answers:
-    path.mkdir(exist_ok=True)
-    return Answers(path, Prompts(tokenizer), context, lambda: backend, batch_size=2)
+def test_a_killed_evaluation_continues_from_the_cache(tmp_path, open_model):
+    from lm_eval.api.model import CachingLM
 
-
-def test_answers_continue_where_they_were_killed(tmp_path, tokenizer):
-    pairs = [([1] * n, [n]) for n in (1, 3, 2, 5, 4)]
-    expected = [(-n - n / 8, True) for n in (1, 3, 2, 5, 4)]
+    asked = requests(*(("a" * n, "b" * n) for n in (1, 3, 2, 5, 4)))
+    expected = open_model()[0].loglikelihood(asked, disable_tqdm=True)
+    cache = str(tmp_path / "cache.db")
+    killed, _ = open_model(batches_to_live=1)
     with pytest.raises(KeyboardInterrupt):
-        answers(tmp_path, tokenizer, Counting(1)).log_likelihoods(pairs)
-    backend = Counting()
-    assert answers(tmp_path, tokenizer, backend).log_likelihoods(pairs) == expected
+        CachingLM(killed, cache).loglikelihood(asked)
+    again, backend = open_model()
+    assert CachingLM(again, cache).loglikelihood(asked) == expected
+    # The two longest were answered before, and are not asked again.
     assert [[len(before) for before, _ in batch] for batch in backend.batches] == [[3, 2], [1]]
-    assert answers(tmp_path, tokenizer, Counting(0)).log_likelihoods(pairs) == expected
-    other = [([1], [7]), *pairs[1:]]
-    message = message_of(answers(tmp_path, tokenizer, Counting()).log_likelihoods, other)
-    assert "answers to other requests" in message
 
 
-def test_answers_that_do_not_fit(tmp_path, tokenizer):
-    asked = answers(tmp_path, tokenizer, backend := Counting(), context=8)
-    asked.log_likelihoods([(list(range(20)), [1, 2])])
-    assert backend.batches == [[(list(range(13, 20)), [1, 2])]]
-    assert asked.shortened == 1
-    assert "asks for the probability of 9 tokens" in message_of(
-        asked.log_likelihoods, [([1], [1] * 9)]
-    )
-    assert asked.texts([("abcdefgh", {"max_gen_toks": 3})]) == ["defgh:3"]
-    assert "asks for 8 new tokens" in message_of(asked.texts, [("a", {"max_gen_toks": 8})])
-    # A text of 20 tokens: windows of 8, and the last one reaches back.
-    asked.rolling_log_likelihoods([[1] * 20], prefix=9)
-    windows = [pair for batch in backend.batches[2:] for pair in batch]
-    assert sorted((len(b), len(a)) for b, a in windows) == [(1, 8), (1, 8), (5, 4)]
+def test_requests_that_do_not_fit(open_model):
+    model, backend = open_model(context=8)
+    model.loglikelihood(requests(("a" * 20, "bc")), disable_tqdm=True)
+    (((before, after),),) = backend.batches
+    assert (len(before), len(after)) == (7, 2)
+    asked = requests(("a", "b" * 9))
+    message = message_of(model.loglikelihood, asked)
+    assert "asks for the probability of 9 tokens" in message
+    asked = requests(("abcdefgh", {"max_gen_toks": 3}))
+    assert model.generate_until(asked, disable_tqdm=True) == ["defgh:3"]
+    asked = requests(("a", {"max_gen_toks": 8}))
+    assert "asks for 8 new tokens" in message_of(model.generate_until, asked)
 
 
-def test_texts_are_asked_by_their_options(tmp_path, tokenizer):
-    backend = Counting()
+@pytest.mark.parametrize("count", [1, 4, 5, 8, 11])
+def test_rolling_windows(count, open_model):
+    """Every token once, and full contexts at the end."""
+    model, backend = open_model(context=4)
+    text = "abcdefghijk"[:count]
+    model.loglikelihood_rolling(requests((text,)), disable_tqdm=True)
+    windows = [pair for batch in backend.batches for pair in batch]
+    tokens = backend.encode(text)
+    assert sorted(token for _, after in windows for token in after) == sorted(tokens)
+    for before, after in windows:
+        assert len(before) + len(after) - 1 <= 4
+        start = tokens.index(after[0])
+        if start:
+            assert before == tokens[start - len(before) : start]
+            assert len(before) + len(after) - 1 == 4
+        else:
+            assert before == [backend.tokenizer.eos_token_id]
+
+
+def test_texts_are_asked_by_their_options(open_model):
+    model, backend = open_model(context=1000)
     short = {"until": ["\n", ""], "max_gen_toks": 4, "do_sample": False, "temperature": 0.7}
     drawn = {"until": "x", "do_sample": True, "temperature": 0.5}
-    requests = [("a", short), ("b", drawn), ("cc", short), ("d", short)]
-    asked = answers(tmp_path, tokenizer, backend, context=1000)
-    assert asked.texts(requests) == ["a:4", "b:256", "cc:4", "d:4"]
-    assert [prompts for prompts, _ in backend.batches] == [("cc", "a"), ("d",), ("b",)]
+    asked = requests(("a", short), ("b", drawn), ("cc", short), ("d", short))
+    assert model.generate_until(asked, disable_tqdm=True) == ["a:4", "b:256", "cc:4", "d:4"]
+    assert [prompts for prompts, _ in backend.batches] == [["cc", "a"], ["d"], ["b"]]
     found = [(sampling.temperature, sampling.stop) for _, sampling in backend.batches]
     assert found == [(0, ("\n",)), (0, ("\n",)), (0.5, ("x",))]
-    assert "num_beams=4" in message_of(sampling_of, {"num_beams": 4})
+    assert len({sampling.seed for _, sampling in backend.batches}) == 3
+    asked = requests(("a", {"num_beams": 4}))
+    assert "num_beams=4" in message_of(model.generate_until, asked)
 
 
-def test_names_and_what_is_missing(tmp_path, monkeypatch):
-    assert split_names("lm_eval:b, gsm,lm_eval:a,lm_eval:b") == ("gsm", ["b", "a"])
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    command = ["--model", "m", "--output", str(tmp_path / "o"), "--tasks", "lm_eval:arc_easy"]
-    assert "pip install lm_eval" in message_of(run.main, command)
+def test_the_old_name_says_the_new_command():
+    message = message_of(tasks_of, "gsm,lm_eval:arc_easy")
+    assert "python -m eval.harness run --model olmoe_jax" in message
+    assert "--tasks arc_easy" in message
 
 
 DATA = [
@@ -184,7 +207,7 @@ metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]
 
 
 @pytest.mark.slow
-def test_the_scores_of_lm_eval_itself(tiny_model, data_dir, tmp_path, capsys):
+def test_the_scores_of_lm_eval_itself(tiny_model, tmp_path):
     """Against lm_eval's own model class, which runs transformers, on tasks in local files."""
     lm_eval = pytest.importorskip("lm_eval")
     pytest.importorskip("torch")
@@ -196,14 +219,13 @@ def test_the_scores_of_lm_eval_itself(tiny_model, data_dir, tmp_path, capsys):
     common = COMMON.format(file=tmp_path / "rows.jsonl")
     for name, text in TASKS.items():
         (tmp_path / f"tasks/{name}.yaml").write_text(text + common)
-    group = "group: both\ntask: [choice, write]\n"
-    (tmp_path / "tasks/both.yaml").write_text(group)
-    names = ["choice", "write", "perplexity"]
-    command = ["--model", str(tiny_model), "--output", str(tmp_path / "out"), "--batch_size", "5"]
-    command += ["--lm_eval_tasks", str(tmp_path / "tasks"), "--data", str(data_dir)]
-    asked = ",".join(f"lm_eval:{name}" for name in [*names, "both"])
-    run.main([*command, "--tasks", f"{asked},gsm", "--limit", "11", "--max_new_tokens", "4"])
-    printed = capsys.readouterr().out
+    (tmp_path / "tasks/both.yaml").write_text("group: both\ntask: [choice, write]\n")
+    names, out = ["choice", "write", "perplexity"], tmp_path / "out"
+    command = ["eval.harness", "run", "--model", "olmoe_jax", "--batch_size", "5", "--limit", "11"]
+    command += ["--model_args", f"pretrained={tiny_model}", "--include_path", tmp_path / "tasks"]
+    command += ["--output_path", out, "--log_samples", "--use_cache", tmp_path / "cache"]
+    code, _, stderr = run_module(*command, "--tasks", "perplexity,both")
+    assert code == 0, stderr
     model = HFLM(pretrained=str(tiny_model), dtype="float32", batch_size=4, device="cpu")
     expected = lm_eval.simple_evaluate(
         model,
@@ -212,49 +234,51 @@ def test_the_scores_of_lm_eval_itself(tiny_model, data_dir, tmp_path, capsys):
         limit=11,
         bootstrap_iters=0,
     )
+    # A group without metrics of its own: its tasks are the columns.
+    inputs = read_inputs([f"mine={out}"])
+    assert inputs.results.keys() == {f"lm_eval:{name}" for name in names}
+    assert inputs.models["mine"] == {
+        "model": str(tiny_model),
+        "adapter": None,
+        "backend": "jax",
+        "compute_dtype": "float32",
+    }
     for name in names:
-        path = tmp_path / f"out/lm_eval_{name}"
-        metrics = json.loads((path / "result.json").read_text())["metrics"]
+        result = inputs.results[f"lm_eval:{name}"]["mine"]
         theirs = {
             key.removesuffix(",none"): value
             for key, value in expected["results"][name].items()
             if key.endswith(",none") and "_stderr" not in key
         }
-        assert metrics.keys() == theirs.keys() != set()
+        assert result.metrics.keys() == theirs.keys() != set()
         for metric, value in theirs.items():
             scale = 100 if name != "perplexity" else 1
-            assert metrics[metric]["value"] == pytest.approx(scale * value, rel=1e-4)
-            assert metrics[metric]["rows"] == 11
-            assert metrics[metric]["higher_is_better"] == (name != "perplexity")
-        rows = [json.loads(line) for line in (path / "rows.jsonl").read_text().splitlines()]
-        for row, sample in zip(rows, expected["samples"][name], strict=True):
-            assert row["id"] == str(sample["doc_id"])
-            answer = [resp[0] for resp in sample["resps"]]
+            assert result.metrics[metric]["value"] == pytest.approx(scale * value, rel=1e-4)
+            assert result.metrics[metric]["rows"] == 11
+            assert result.metrics[metric]["higher_is_better"] == (name != "perplexity")
+        (file,) = out.glob(f"*/samples_{name}_*.jsonl")
+        for line, sample in zip(
+            file.read_text().splitlines(), expected["samples"][name], strict=True
+        ):
+            found = json.loads(line)
+            assert found["doc_id"] == sample["doc_id"]
+            row = result.rows[str(found["doc_id"])][0]
+            theirs = sample["resps"]
             if name == "choice":
-                assert row["answer"] == pytest.approx([value for value, _ in answer], rel=1e-4)
+                values = [[float(value), greedy] for ((value, greedy),) in found["resps"]]
+                assert [v for v, _ in values] == pytest.approx(
+                    [v for ((v, _),) in theirs], rel=1e-4
+                )
+                assert [greedy for _, greedy in values] == [
+                    str(greedy) for ((_, greedy),) in theirs
+                ]
                 assert row["reference"] == sample["doc"]["choices"][sample["target"]]
                 assert row["acc"] == sample["acc"]
             elif name == "write":
-                assert row["output"] == answer[0]
+                assert found["resps"] == theirs
+                assert row["output"] == theirs[0][0]
             else:
-                assert row["answer"] == pytest.approx(answer[0], rel=1e-4)
-    assert "lm_eval_choice" in printed
-    # A column of the report as any other; the group has those of its members.
-    results = read_inputs([str(tmp_path / "out")]).results
-    assert list(results) == ["gsm", *sorted(f"lm_eval_{name}" for name in [*names, "both"])]
-    assert results["lm_eval_both"]["out"].metrics.keys() == {
-        "choice/acc",
-        "choice/acc_norm",
-        "write/exact_match",
-    }
-    # Nothing is left to compute, and other settings are refused.
-    again = (tmp_path / "out/lm_eval_choice/result.json").read_bytes()
-    run.main([*command, "--tasks", "lm_eval:choice", "--limit", "11"])
-    assert (tmp_path / "out/lm_eval_choice/result.json").read_bytes() == again
-    message = message_of(run.main, [*command, "--tasks", "lm_eval:choice", "--limit", "10"])
-    assert "limit=11, now it is 10" in message
-    for name, culprit in [("choise", "did you mean choice?"), ("humaneval", "code from the hub")]:
-        message = message_of(run.main, [*command, "--tasks", f"lm_eval:{name}"])
-        assert culprit in message
-    hf = [*command, "--tasks", "lm_eval:choice", "--backend", "hf"]
-    assert "with jax only" in message_of(run.main, hf)
+                assert float(found["resps"][0][0]) == pytest.approx(theirs[0][0], rel=1e-4)
+    write_report([str(out), "--output", str(tmp_path / "report")])
+    markdown = (tmp_path / "report/report.md").read_text()
+    assert "word\\_perplexity ↓" in markdown

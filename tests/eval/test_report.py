@@ -115,20 +115,82 @@ class Page(HTMLParser):
             self.tables[-1][-1][-1] += data
 
 
+def write_harness(path: Path, groups: dict, date: str = "1", limit=None, **tasks) -> Path:
+    """lm_eval's files: {task or group: its metric "m", or its rows' scores "acc"}."""
+    results, hashes = {}, {}
+    for name, scores in tasks.items():
+        if isinstance(scores, list):
+            mean = sum(scores) / len(scores)
+            results[name] = {"alias": name, "acc,none": mean, "acc_stderr,none": 0.1}
+        else:
+            results[name] = {"m,none": scores, "m_stderr,none": "N/A"}
+        if groups.get(name):
+            continue
+        hashes[name] = f"hash of {name}"
+        samples = [
+            {
+                "doc_id": index,
+                "arguments": {
+                    "gen_args_0": {"arg_0": f"{index}?", "arg_1": " yes"},
+                    "gen_args_1": {"arg_0": f"{index}?", "arg_1": " no"},
+                },
+                "resps": [[["-2.5", "False"]], [["-1.5", "True"]]],
+                "target": "0",
+                "filter": "none",
+                "metrics": ["acc"],
+                "acc": score,
+            }
+            for index, score in enumerate(scores if isinstance(scores, list) else [None])
+        ]
+        path.mkdir(parents=True, exist_ok=True)
+        lines = "".join(json.dumps(sample) + "\n" for sample in samples)
+        (path / f"samples_{name}_{date}.jsonl").write_text(lines)
+    stored = {
+        "results": results,
+        "group_subtasks": groups,
+        "higher_is_better": {name: {"m": False, "acc": True} for name in tasks},
+        "n-shot": {},
+        "task_hashes": hashes,
+        "lm_eval_version": "0.4.13",
+        "config": {"model": "olmoe_jax", "model_args": {"pretrained": path.name}, "limit": limit},
+    }
+    write_json(path / f"results_{date}.json", stored)
+    return path
+
+
+def test_results_of_lm_eval(tmp_path):
+    """A group with metrics stands for its tasks, and the latest result of a task counts."""
+    path = tmp_path / "run/lm_eval/m"
+    groups = {"all": ["inner", "c"], "inner": ["a", "b"], "a": [], "b": []}
+    write_harness(path, groups, "1", all=[0.5], inner=[0.5], a=[1.0, 0.0], b=[1.0], c=[0.0])
+    write_harness(path, {}, "2", limit=2, d=[0.0, 0.0])
+    write_harness(path, {}, "3", limit=2, d=[1.0, 0.0])
+    inputs = read_inputs([f"x={path.parent}"])
+    assert list(inputs.results) == ["lm_eval:all", "lm_eval:d"]
+    group, task = (column["x"] for column in inputs.results.values())
+    assert list(group.rows) == ["a/0", "a/1", "b/0", "c/0"]
+    assert task.metrics["acc"] == {
+        "value": 50.0, "low": 50 - 19.6, "high": 50 + 19.6, "rows": 2, "higher_is_better": True
+    }  # fmt: skip
+    assert task.settings["limit"] == 2
+    row = {"prompt": "0?", "output": "no", "reference": "yes", "acc": 1.0}
+    assert task.rows["0"] == [row]
+    (path / "samples_d_3.jsonl").unlink()
+    assert "run lm_eval again with --log_samples" in message_of(read_inputs, [str(path)])
+    (path / "results_3.json").write_text("{}")
+    assert "is damaged" in message_of(read_inputs, [str(path)])
+
+
 def test_the_best_is_bold(tmp_path, runs):
     """The highest, or the lowest where less is better, which the column says."""
     markdown, _ = report(tmp_path / "higher", *runs)
     assert markdown.count("**90.00 (") == 1
     assert "↓" not in markdown
-    for run in (runs[0], f"{runs[1]}/eval", f"{runs[2]}/eval"):
-        file = Path(run) / "gsm/result.json"
-        result = json.loads(file.read_text())
-        result["metrics"]["exact_match"]["higher_is_better"] = False
-        file.write_text(json.dumps(result))
-    markdown, _ = report(tmp_path / "lower", *runs)
-    assert r"gsm (exact\_match ↓)" in markdown
-    assert markdown.count("**10.00 (") == 1
-    assert "**90.00 (" not in markdown
+    paths = [write_harness(tmp_path / name, {}, t=value) for name, value in (("a", 9.5), ("b", 12))]
+    markdown, _ = report(tmp_path / "lower", *map(str, paths))
+    assert "lm\\_eval:t (m ↓)" in markdown
+    assert markdown.count("**9.50 (") == 1
+    assert "**12.00 (" not in markdown
 
 
 def test_numbers_of_the_tables(tmp_path, runs):
