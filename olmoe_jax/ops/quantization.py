@@ -1,12 +1,13 @@
-"""Frozen weights in 8 or 4 bits, each block of 64 numbers with a scale of its own.
+"""Frozen weights in 8 or 4 bits; each block of 64 numbers has its own scale.
 
-The storage of QLoRA (https://arxiv.org/abs/2305.14314): a block is divided by its largest magnitude
-and each number becomes the nearest of 16 values. These are NF4, quantiles of a normal distribution
-(which trained weights nearly have) and zero. "int8" has 255 equidistant values instead. Blocks lie
-along a matrix's input, as bitsandbytes' do, whose matrices are [out, in]. Unlike there, scales are
-bfloat16, a quarter of a bit per number; codes are chosen for the rounded scale.
+The storage is that of QLoRA (https://arxiv.org/abs/2305.14314). A block is divided by its largest
+magnitude, and each number becomes the nearest of 16 values. The values of "nf4" are zero and
+quantiles of a normal distribution, which trained weights nearly follow. "int8" has 255 equidistant
+values. Blocks lie along a matrix's input, as those of bitsandbytes do, whose matrices are
+[out, in]. Scales are bfloat16, a quarter of a bit per number; bitsandbytes has float32 scales, or
+quantizes them a second time. The codes are chosen for the rounded scale.
 
-Shapes: matrices [..., D, F] in blocks [..., n, 64, F], the last of which may be filled up.
+Shapes: matrices [..., D, F] in n blocks [..., n, 64, F]; zeros fill the last block up.
 """
 
 import dataclasses
@@ -37,10 +38,11 @@ _LARGEST = {"int8": 127, "nf4": 1}
 )
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """Matrices in blocks, as arrays of numpy or jax, or their shapes.
+    """Quantized matrices: arrays of numpy or jax, or their shapes.
 
     Attributes:
-      codes: int8 [..., 64 n, F], or of NF4 two to a byte: uint8 [..., 32 n, F], the first low.
+      codes: int8 [..., 64 n, F]; for "nf4" uint8 [..., 32 n, F], two codes to a byte, the first in
+        the low bits.
       scales: bfloat16 [..., n, F].
       width: D.
     """
@@ -51,13 +53,13 @@ class Quantized:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the matrices: [..., D, F]."""
+        """The shape of the matrices, [..., D, F]."""
         *outer, _, columns = self.codes.shape
         return (*outer, self.width, columns)
 
 
 def quantized_shapes(shape: tuple[int, ...], scheme: Scheme) -> Quantized:
-    """Shapes and dtypes of what `quantize` makes of matrices of this shape."""
+    """Returns the shapes and dtypes of what `quantize` makes of matrices of this shape."""
     *outer, width, columns = shape
     blocks = -(-width // BLOCK)
     rows, dtype = {"int8": (BLOCK, jnp.int8), "nf4": (BLOCK // 2, jnp.uint8)}[scheme]
@@ -69,9 +71,9 @@ def quantized_shapes(shape: tuple[int, ...], scheme: Scheme) -> Quantized:
 
 
 def quantize(weight: np.ndarray, scheme: Scheme) -> Quantized:
-    """Matrices [..., D, F] of any float dtype, on the host."""
+    """Quantizes matrices [..., D, F] of any float dtype on the host."""
     if weight.ndim > 2:
-        # One matrix at a time: what lies between is never as large as the model's.
+        # One matrix at a time: the float32 copies stay as small as one matrix.
         parts = [quantize(matrix, scheme) for matrix in weight]
         return jax.tree.map(lambda *same: np.stack(same), *parts)
     width, columns = weight.shape
@@ -92,7 +94,7 @@ def quantize(weight: np.ndarray, scheme: Scheme) -> Quantized:
 
 
 def dequantize(weight: Quantized, dtype: DTypeLike) -> jax.Array:
-    """The matrices [..., D, F] that the codes stand for, computed in float32."""
+    """Returns the matrices [..., D, F] in `dtype`, computed in float32."""
     *outer, blocks, columns = weight.scales.shape
     values = weight.codes
     if values.dtype == jnp.uint8:
@@ -104,16 +106,16 @@ def dequantize(weight: Quantized, dtype: DTypeLike) -> jax.Array:
 
 
 def dequantized(tree: Any, dtype: DTypeLike) -> Any:
-    """The tree with arrays in the place of what is `Quantized`."""
+    """Returns the tree with every `Quantized` replaced by its matrices in `dtype`."""
 
-    def in_full(leaf):
+    def in_full(leaf: Any) -> Any:
         return dequantize(leaf, dtype) if _is_leaf(leaf) else leaf
 
     return jax.tree.map(in_full, tree, is_leaf=_is_leaf)
 
 
 def is_quantized(tree: Any) -> bool:
-    """Whether something in the tree is `Quantized`."""
+    """Says if the tree contains a `Quantized`."""
     return any(map(_is_leaf, jax.tree.leaves(tree, is_leaf=_is_leaf)))
 
 
@@ -122,8 +124,9 @@ def _is_leaf(value: Any) -> bool:
 
 
 def _nf4(codes: jax.Array) -> jax.Array:
-    """NF4[codes], float32: elementwise, since TPUs gather slowly.
+    """Returns NF4[codes], float32.
 
-    By selecting (`jnp.where`), the constants to choose from would be stored as whole arrays.
+    The sum is elementwise because TPUs gather slowly. A chain of `jnp.where` would store each of
+    the 16 constants as a whole array.
     """
     return sum(jnp.float32(value) * (codes == code) for code, value in enumerate(NF4))

@@ -121,7 +121,7 @@ def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return entry if isinstance(entry, tuple) else (entry,) if entry else ()
 
 
-def vocabulary_axes(shape: tuple[int, int], mesh) -> tuple[str, ...]:
+def vocabulary_axes(shape: tuple[int, ...], mesh) -> tuple[str, ...]:
     """The mesh axes that split the rows of a [V, D] parameter; none: V does not divide."""
     return mesh_axes(partition_spec(shape, ("vocab", "embed"), mesh)[0])
 

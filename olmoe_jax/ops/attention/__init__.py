@@ -1,13 +1,12 @@
-"""Causal attention over packed rows: the choice of a backend.
+"""Causal attention over packed rows, computed by one of four backends.
 
 Shapes: B rows, S positions, H heads, G key/value heads (G divides H; each serves H/G consecutive
 heads), d head size.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from olmoe_jax.errors import UserError
 from olmoe_jax.ops.attention.kernels import cudnn, pallas_triton, splash
@@ -23,15 +22,21 @@ _PLATFORM = {"pallas_triton": "gpu", "cudnn": "gpu", "splash": "tpu"}
 
 
 def default_backend(platform: str) -> str:
-    """The backend for a platform ("cpu", "gpu", "tpu")."""
+    """Returns the backend for a platform ("cpu", "gpu" or "tpu")."""
     return {"gpu": "pallas_triton", "tpu": "splash"}.get(platform, "chunked")
 
 
-def check_backend(backend: str | None, platform: str, head_size: int, dtype: Any) -> str:
-    """The backend that computes attention: `backend`, or where it is None the platform's.
+def check_backend(backend: str | None, platform: str, head_size: int, dtype: DTypeLike) -> str:
+    """Returns `backend`, or the platform's default if it is None, once the backend can run.
+
+    Args:
+      backend: one of BACKENDS or None.
+      platform: "cpu", "gpu" or "tpu".
+      head_size: d.
+      dtype: the compute dtype.
 
     Raises:
-      UserError: it does not run on the platform, or not with this head size or dtype.
+      UserError: the backend does not run on the platform, with this head size or in this dtype.
     """
     backend = backend or default_backend(platform)
     wrong = None
@@ -51,18 +56,22 @@ def check_backend(backend: str | None, platform: str, head_size: int, dtype: Any
 def attention(
     q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, backend: str | None = None
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(d)) v over earlier positions of the same segment, differentiable.
+    """Returns softmax(q k^T / sqrt(d)) v over the position and earlier ones of its segment.
 
-    No backend but cudnn makes an array of S^2 elements. The kernels (all but chunked) cannot be
-    partitioned: under a mesh, call this inside `jax.shard_map`.
+    Differentiable in q, k and v. Only cudnn makes an array of S^2 elements. The kernels (all
+    backends but chunked) cannot be partitioned: under a mesh, call this inside `jax.shard_map`.
 
     Args:
-      q: [B, S, H, d]; k, v: [B, S, G, d].
-      segments: [B, S] int; padding is a segment of its own, so that every query sees itself.
-      backend: one of BACKENDS; None is the default backend's choice for this process's platform.
+      q: [B, S, H, d].
+      k, v: [B, S, G, d].
+      segments: [B, S] int. Padding is a segment of its own, so that every query sees itself.
+      backend: one of BACKENDS; None takes the default of this process's platform.
 
     Returns:
-      [B, S, H, d] in q's dtype; scores and softmax in float32.
+      [B, S, H, d] in q's dtype. Scores and softmax are float32.
+
+    Raises:
+      ValueError: there is no such backend.
     """
     backend = backend or default_backend(jax.default_backend())
     if backend not in BACKENDS:

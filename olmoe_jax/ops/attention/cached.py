@@ -1,4 +1,4 @@
-"""Attention of one query a row to a cache of keys and values, as decoding needs it.
+"""Attention of one query per row to a cache of keys and values, for decoding.
 
 Shapes: B rows, T positions of the cache, H heads, G key/value heads (G divides H; each serves H/G
 consecutive heads), d head size.
@@ -13,9 +13,9 @@ import jax.numpy as jnp
 def cached_attention(
     q: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(d)) v over the visible keys; no gradients.
+    """Returns softmax(q k^T / sqrt(d)) v over the visible keys. Not meant to be differentiated.
 
-    All of the cache is read, where it lies: to slice the filled part out would copy it.
+    The whole cache is read in place: slicing the filled part out would copy it.
 
     Args:
       q: [B, 1, H, d].
@@ -23,7 +23,7 @@ def cached_attention(
       visible: [B, T] bool.
 
     Returns:
-      [B, 1, H, d] in q's dtype; scores and softmax in float32. A query that sees no key gives 0.
+      [B, 1, H, d] in q's dtype. Scores and softmax are float32. A query that sees no key gives 0.
     """
     batch, groups, _, width = keys.shape
     queries = q.reshape(batch, groups, -1, width)

@@ -1,12 +1,12 @@
 """Causal attention over packed rows in plain XLA: FlashAttention-2's loops over square blocks.
 
-https://arxiv.org/abs/2307.08691. Blocks of later keys, and of keys whose segments the queries do
-not meet, are not computed. Everything is laid out with the positions of the queries last: then the
-softmax reduces over rows, and no matmul has to transpose a block of scores, which costs a CPU as
-much as the matmul.
+The algorithm is that of https://arxiv.org/abs/2307.08691. It skips blocks of later keys, and blocks
+of keys that share no segment with the queries. The positions of the queries are the last dimension
+of every array. So the softmax reduces over rows, and no matmul transposes a block of scores, which
+would cost a CPU as much as the matmul itself.
 
-Shapes: B rows, G key/value heads, N = B*G, R heads for each of them, n blocks of b positions,
-Q = R*b the queries of a block, d head size.
+Shapes: B rows, G key/value heads, N = B*G, R heads per key/value head, n blocks of b positions,
+Q = R*b queries of a block, d head size.
 """
 
 import math
@@ -17,20 +17,23 @@ import jax.numpy as jnp
 from olmoe_jax.ops.remat import keep
 
 BLOCK = 128
-"""Positions per block, at most: two heads' scores fit into a core's cache."""
+"""The most positions per block: two heads' scores fit into a core's cache."""
+
+_State = tuple[jax.Array, jax.Array, jax.Array]
+_Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
 
 _MASKED = -1e30
 
 
 def chunked(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
-    """See `olmoe_jax.ops.attention.attention`."""
+    """Computes `olmoe_jax.ops.attention.attention`."""
     batch, length, heads, size = q.shape
     groups = k.shape[2]
     count = -(-length // BLOCK)
     block = -(-length // count)
     padding = count * block - length
 
-    def blocks(x):  # [B, S, heads, d] -> [n, N, Q, d], for keys [n, N, b, d]
+    def blocks(x: jax.Array) -> jax.Array:  # [B, S, heads, d] -> [n, N, Q or b, d]
         x = jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0)))
         x = x.reshape(batch, count, block, groups, -1, size)
         return x.transpose(1, 0, 3, 4, 2, 5).reshape(count, batch * groups, -1, size)
@@ -44,22 +47,35 @@ def chunked(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> ja
 
 
 @jax.custom_vjp
-def _attention(q, k, v, segments):
-    """q [n, N, Q, d]; k, v [n, N, b, d]; segments [n, B, b] -> [n, N, d, Q] in q's dtype."""
+def _attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+    """Returns the attention of all blocks.
+
+    Args:
+      q: [n, N, Q, d].
+      k, v: [n, N, b, d].
+      segments: [n, B, b].
+
+    Returns:
+      [n, N, d, Q] in q's dtype.
+    """
     return _forward(q, k, v, segments)[0]
 
 
-def _forward(q, k, v, segments):
+def _forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array
+) -> tuple[jax.Array, _Residuals]:
     v_t = v.swapaxes(2, 3)
 
-    def queries(_, inputs):
+    def queries(_: None, inputs: tuple[jax.Array, ...]):
+        """Attends from one block of queries to its own block of keys, then to the earlier ones."""
         i, first, q_i, k_i, v_i, segments_i = inputs
         scores = _scores(q_i, k_i, segments_i, segments_i, diagonal=True)
         top = scores.max(axis=1)
         p = jnp.exp(scores - top[:, None])
         state = top, p.sum(axis=1), _matmul(v_i, p.astype(v.dtype))
 
-        def earlier(j, state):
+        def earlier(j: jax.Array, state: _State) -> _State:
+            # The online softmax: a new maximum shrinks the sums so far.
             top, total, out = state
             scores = _scores(q_i, k[j], segments_i, segments[j], diagonal=False)
             new_top = jnp.maximum(top, scores.max(axis=1))
@@ -75,17 +91,18 @@ def _forward(q, k, v, segments):
     return out, (q, k, v, segments, out, log_totals)
 
 
-def _backward(residuals, g):
+def _backward(residuals: _Residuals, g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     q, k, v, segments, out, log_totals = residuals
     scale = 1 / math.sqrt(q.shape[-1])
     k_t, g_rows = k.swapaxes(2, 3), g.swapaxes(2, 3)
-    # Softmax's gradient p * (dp - sum(p * dp)); the sum is that of g * out over d.
+    # The softmax's gradient is p * (dp - sum(p * dp)); that sum equals the sum of g * out over d.
     sums = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), axis=2)
 
-    def queries(carry, inputs):
+    def queries(carry: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, ...]):
+        """Adds one block of queries' share to dk and dv; returns its dq."""
         i, first, q_i, segments_i, g_i, sums_i, log_totals_i = inputs
 
-        def pair(j, carry, diagonal=False):
+        def pair(j: jax.Array, carry: _State, diagonal: bool = False) -> _State:
             dq_i, dk, dv = carry
             scores = _scores(q_i, k[j], segments_i, segments[j], diagonal)
             p = jnp.exp(scores - log_totals_i[:, None])
@@ -97,8 +114,8 @@ def _backward(residuals, g):
 
         zero = jnp.zeros(k_t.shape[1:3] + q_i.shape[1:2], jnp.float32)
         state = pair(i, (zero, *carry), diagonal=True)
-        dq_i, *carry = jax.lax.fori_loop(first, i, pair, state)
-        return tuple(carry), dq_i.astype(q.dtype)
+        dq_i, dk, dv = jax.lax.fori_loop(first, i, pair, state)
+        return (dk, dv), dq_i.astype(q.dtype)
 
     zeros = jnp.zeros(k.shape, jnp.float32)
     inputs = jnp.arange(len(q)), _first_blocks(segments), q, segments, g_rows, sums, log_totals
@@ -109,8 +126,21 @@ def _backward(residuals, g):
 _attention.defvjp(_forward, _backward)
 
 
-def _scores(q, k, query_segments, key_segments, diagonal: bool):
-    """k q^T / sqrt(d) [N, b, Q] float32, masked; `diagonal`: the keys are the queries' own."""
+def _scores(
+    q: jax.Array,
+    k: jax.Array,
+    query_segments: jax.Array,
+    key_segments: jax.Array,
+    diagonal: bool,
+) -> jax.Array:
+    """Returns k q^T / sqrt(d) [N, b, Q] float32, masked.
+
+    Args:
+      q: [N, Q, d].
+      k: [N, b, d].
+      query_segments, key_segments: [B, b].
+      diagonal: the keys are those of the queries' own block, so that later ones are masked.
+    """
     scores = _matmul(k, q, transpose_right=True) / math.sqrt(q.shape[-1])
     visible = key_segments[:, :, None] == query_segments[:, None, :]
     block = visible.shape[-1]
@@ -120,19 +150,28 @@ def _scores(q, k, query_segments, key_segments, diagonal: bool):
     return jnp.where(visible[:, None, :, None], by_head, _MASKED).reshape(scores.shape)
 
 
-def _first_blocks(segments):
-    """[n] for each block of queries, the first block of keys with a segment in its range."""
+def _first_blocks(segments: jax.Array) -> jax.Array:
+    """Returns, for each block of queries, the first block of keys that can share a segment.
+
+    Two blocks share no segment if the ranges of their segment numbers do not meet.
+
+    Args:
+      segments: [n, B, b].
+
+    Returns:
+      [n] int.
+    """
     low, high = segments.min(axis=-1), segments.max(axis=-1)  # [n, B]
     meet = (low[:, None] <= high[None]) & (low[None] <= high[:, None])
     return jnp.argmax(meet.any(axis=-1), axis=1)
 
 
-def _matmul(a, b, transpose_right=False):
-    """For each of N, a b or a b^T, in float32."""
+def _matmul(a: jax.Array, b: jax.Array, transpose_right: bool = False) -> jax.Array:
+    """Returns a b, or a b^T, for each of the N, in float32."""
     dimensions = (((2,), (2 if transpose_right else 1,)), ((0,), (0,)))
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
-def _add_at(x, index, value):
-    """x[index] += value, in place (`x.at` would scatter)."""
+def _add_at(x: jax.Array, index: jax.Array, value: jax.Array) -> jax.Array:
+    """Adds `value` to x[index] in place; `x.at[index].add` would become a scatter."""
     return jax.lax.dynamic_update_index_in_dim(x, x[index] + value, index, 0)

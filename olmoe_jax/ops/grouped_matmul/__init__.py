@@ -1,9 +1,9 @@
-"""Grouped matrix multiplication: each group of rows by its own weight matrix.
+"""Grouped matrix multiplication: each group of rows is multiplied by its own weight matrix.
 
-Shapes: N rows, D in, F out, E groups. Rows are sorted by group; rows past sum(group_sizes) belong
-to no group and give zeros. Groups may be empty, sizes need not be multiples of anything.
+Shapes: N rows, D in, F out, E groups. Rows are sorted by group. Rows past sum(group_sizes) belong
+to no group and give zeros. Groups may be empty, and a size may be any number.
 
-A backend is a module with two functions, of which the product and its gradients are made:
+A backend is a module with two functions, which the product and its gradients are made of:
 `rows_by_weights`, which can also multiply by the transposed weights, and `rows_by_rows`.
 """
 
@@ -24,22 +24,22 @@ BACKENDS: dict[str, ModuleType] = {
 }
 _PLATFORM = {"tokamax": "gpu", "pallas_triton": "gpu", "ragged_dot": "tpu"}
 _IN_ONE_PIECE = ("ragged_dot", "tokamax")
-"""Backends whose `rows_by_rows` needs groups that follow each other."""
+"""Backends whose `rows_by_rows` needs groups without a gap between them."""
 
 
 def default_backend(platform: str) -> str:
-    """The backend for a platform ("cpu", "gpu", "tpu").
+    """Returns the backend for a platform ("cpu", "gpu" or "tpu").
 
-    On GPUs a library's kernels, which its makers test there; `pallas_triton` has never run on one.
+    GPUs get tokamax's kernels, which their makers test on GPUs. `pallas_triton` has not run on one.
     """
     return {"gpu": "tokamax", "tpu": "ragged_dot"}.get(platform, "blocked")
 
 
 def check_backend(backend: str | None, platform: str) -> str:
-    """The backend of grouped matmuls: `backend`, or where it is None the platform's.
+    """Returns `backend`, or the platform's default if it is None, once the backend can run.
 
     Raises:
-      UserError: it does not run on the platform, or is not installed.
+      UserError: the backend does not run on the platform, or is not installed.
     """
     backend = backend or default_backend(platform)
     wrong = None
@@ -55,19 +55,22 @@ def check_backend(backend: str | None, platform: str) -> str:
 def grouped_matmul(
     x: jax.Array, w: jax.Array, group_sizes: jax.Array, backend: str | None = None
 ) -> jax.Array:
-    """y[i] = x[i] @ w[group of row i].
+    """Returns y with y[i] = x[i] @ w[group of row i]. Differentiable in x and w.
 
     The kernels (`tokamax`, `pallas_triton`) cannot be partitioned: under a mesh, call this inside
     `jax.shard_map`.
 
     Args:
       x: [N, D], rows sorted by group.
-      w: [E, D, F], dtype of x.
+      w: [E, D, F] in x's dtype.
       group_sizes: [E] int32, with a sum of at most N.
-      backend: one of BACKENDS; None is `check_backend`'s choice for this process's platform.
+      backend: one of BACKENDS; None takes the default of this process's platform.
 
     Returns:
-      [N, F] in x's dtype; products are accumulated in float32.
+      [N, F] in x's dtype; the products add up in float32.
+
+    Raises:
+      ValueError: there is no such backend.
     """
     backend = backend or check_backend(None, jax.default_backend())
     if backend not in BACKENDS:
@@ -77,15 +80,19 @@ def grouped_matmul(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped_matmul(backend, x, w, group_sizes):
+def _grouped_matmul(backend: str, x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> jax.Array:
     return BACKENDS[backend].rows_by_weights(x, w, group_sizes, contract_last=False)
 
 
-def _forward(backend, x, w, group_sizes):
+def _forward(
+    backend: str, x: jax.Array, w: jax.Array, group_sizes: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
     return _grouped_matmul(backend, x, w, group_sizes), (x, w, group_sizes)
 
 
-def _backward(backend, residuals, g):
+def _backward(
+    backend: str, residuals: tuple[jax.Array, jax.Array, jax.Array], g: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
     x, w, group_sizes = residuals
     dx = BACKENDS[backend].rows_by_weights(g, w, group_sizes, contract_last=True)
     ends = jnp.cumsum(group_sizes)
@@ -99,55 +106,67 @@ _grouped_matmul.defvjp(_forward, _backward)
 def grouped_matmul_tuned(
     x: jax.Array,
     w: jax.Array,
-    selected: jax.Array,
+    tuned: jax.Array,
     indices: jax.Array,
     group_sizes: jax.Array,
     backend: str | None = None,
 ) -> jax.Array:
-    """`grouped_matmul` with some of the matrices replaced; only these get a gradient.
+    """Computes `grouped_matmul` with some matrices replaced; only the replacements get a gradient.
 
     The weight gradients of the other groups are not computed.
 
     Args:
-      x, w, group_sizes, backend: as there.
-      selected: [n, D, F], the replacements.
-      indices: [n] int32, the groups that they replace; E or more: none (padding).
+      x, w, group_sizes, backend: those of `grouped_matmul`.
+      tuned: [n, D, F], the replacements.
+      indices: [n] int32, the groups that they replace. E or more replaces none (padding).
     """
-    return grouped_matmul(x, replace(w, selected, indices), group_sizes, backend)
+    return grouped_matmul(x, replace(w, tuned, indices), group_sizes, backend)
 
 
-def replace(w: jax.Array, selected: jax.Array, indices: jax.Array) -> jax.Array:
-    """w [E, D, F] with w[indices[i]] = selected[i]; indices of E or more are ignored."""
-    return w.at[indices].set(selected, mode="drop")
+def replace(w: jax.Array, tuned: jax.Array, indices: jax.Array) -> jax.Array:
+    """Returns w [E, D, F] with w[indices[i]] = tuned[i]; indices of E or more are ignored."""
+    return w.at[indices].set(tuned, mode="drop")
 
 
-def _selected_forward(x, w, selected, indices, group_sizes, backend):
-    y = grouped_matmul_tuned(x, w, selected, indices, group_sizes, backend)
-    return y, (x, w, selected, indices, group_sizes)
+def _tuned_forward(
+    x: jax.Array,
+    w: jax.Array,
+    tuned: jax.Array,
+    indices: jax.Array,
+    group_sizes: jax.Array,
+    backend: str | None,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    y = grouped_matmul_tuned(x, w, tuned, indices, group_sizes, backend)
+    return y, (x, w, tuned, indices, group_sizes)
 
 
-def _selected_backward(backend, residuals, g):
-    x, w, selected, indices, group_sizes = residuals
+def _tuned_backward(
+    backend: str | None, residuals: tuple[jax.Array, ...], g: jax.Array
+) -> tuple[jax.Array, None, jax.Array, None, None]:
+    x, w, tuned, indices, group_sizes = residuals
     backend = backend or check_backend(None, jax.default_backend())
-    whole = replace(w, selected, indices)
+    whole = replace(w, tuned, indices)
     dx = BACKENDS[backend].rows_by_weights(g, whole, group_sizes, contract_last=True)
+    # A padding index points at an appended empty group.
     indices = jnp.minimum(indices, group_sizes.shape[0])
     sizes = jnp.append(group_sizes, 0)[indices]
     ends = jnp.append(jnp.cumsum(group_sizes), 0)[indices]
     if backend in _IN_ONE_PIECE:
         x, g, ends = _in_one_piece(x, g, sizes, ends)
-    dselected = BACKENDS[backend].rows_by_rows(x, g, sizes, ends, selected.dtype)
-    return dx, None, dselected, None, None
+    d_tuned = BACKENDS[backend].rows_by_rows(x, g, sizes, ends, tuned.dtype)
+    return dx, None, d_tuned, None, None
 
 
-grouped_matmul_tuned.defvjp(_selected_forward, _selected_backward)
+grouped_matmul_tuned.defvjp(_tuned_forward, _tuned_backward)
 
 
-def _in_one_piece(x, g, sizes, ends):
-    """x and g with the groups' rows moved to the front, group after group, and where they end."""
+def _in_one_piece(
+    x: jax.Array, g: jax.Array, sizes: jax.Array, ends: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Moves the groups' rows to the front, without gaps. Returns x, g and the groups' new ends."""
     new_ends = jnp.cumsum(sizes)
     row = jnp.arange(x.shape[0])
     group = jnp.searchsorted(new_ends, row, side="right", method="compare_all")
-    # Rows past the groups are some row's copy, which nobody reads.
+    # Rows past the last group repeat some row; no backend reads them.
     source = jnp.clip(row + (ends - new_ends)[jnp.minimum(group, len(sizes) - 1)], 0, len(x) - 1)
     return x[source], g[source], new_ends

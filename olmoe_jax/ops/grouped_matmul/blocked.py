@@ -1,31 +1,35 @@
 """Grouped matrix multiplication in plain XLA: blocks of one group's rows, group after group.
 
-Shapes: N rows, D in, F out, E groups. Runs anywhere; the backend of CPUs.
+This backend runs anywhere and is the default on CPUs. Shapes: N rows, D in, F out, E groups.
 """
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 _SMALL_MATRIX = 1 << 14
-"""Elements of a matrix for which rows computed in vain cost less than a program with more loops."""
+"""Elements of a matrix below which computing unused rows costs less than compiling more loops."""
 
 
-def rows_by_weights(x, w, group_sizes, contract_last: bool):
-    """x [N, D] by w [E, D, F], or with `contract_last` x [N, F] by w transposed."""
+def rows_by_weights(
+    x: jax.Array, w: jax.Array, group_sizes: jax.Array, contract_last: bool
+) -> jax.Array:
+    """Returns x [N, D] times w [E, D, F] or, with `contract_last`, x [N, F] times w transposed."""
     rows, block = x.shape[0], _block_rows(x.shape[0], w.shape[0])
     parts = _parts(block, w.shape[1] * w.shape[2])
     padded = _padded(x, block)
     dimensions = (((1,), (1 if contract_last else 0,)), ((), ()))
 
-    def body(out, weight, first, valid):
+    def body(out: jax.Array, weight: jax.Array, first: jax.Array, valid: jax.Array) -> jax.Array:
         block_rows = jax.lax.dynamic_slice_in_dim(padded, first, valid.size)
         y = jax.lax.dot_general(
             block_rows, weight, dimensions, preferred_element_type=jnp.float32
         ).astype(x.dtype)
-        # Rows of later groups are zeroed here and written when their group comes.
+        # The rows of later groups become zeros here; the later groups overwrite them.
         return jax.lax.dynamic_update_slice_in_dim(
             out, jnp.where(valid[:, None], y, 0), first, axis=0
         )
@@ -36,12 +40,21 @@ def rows_by_weights(x, w, group_sizes, contract_last: bool):
     return _for_each_block(group_sizes, ends, w, parts, out, body)[:rows]
 
 
-def rows_by_rows(x, g, sizes, ends, dtype):
-    """For each group, x^T g over its rows, summed in float32: [groups, D, F] of `dtype`."""
+def rows_by_rows(
+    x: jax.Array, g: jax.Array, sizes: jax.Array, ends: jax.Array, dtype: DTypeLike
+) -> jax.Array:
+    """Returns x^T g of each group's rows, [groups, D, F] in `dtype`, summed in float32.
+
+    Args:
+      x: [N, D].
+      g: [N, F].
+      sizes: [groups] int32.
+      ends: [groups] int32; the rows of a group are ends - sizes to ends.
+    """
     block = _block_rows(x.shape[0], sizes.shape[0])
     x_padded, g_padded = _padded(x, block), _padded(g, block)
 
-    def product(rows, first, end):
+    def product(rows: int, first: jax.Array, end: jax.Array) -> jax.Array:
         x_rows, g_rows = (
             jax.lax.dynamic_slice_in_dim(padded, first, rows) for padded in (x_padded, g_padded)
         )
@@ -52,57 +65,78 @@ def rows_by_rows(x, g, sizes, ends, dtype):
             preferred_element_type=jnp.float32,
         )
 
-    def nothing(first, end):
+    def nothing(first: jax.Array, end: jax.Array) -> jax.Array:
         return jnp.zeros((x.shape[1], g.shape[1]), jnp.float32)
 
     parts = _parts(block, x.shape[1] * g.shape[1])
-    last_blocks = [nothing, *(functools.partial(product, rows) for rows in parts)]
+    last_blocks: list[Callable] = [nothing, *(functools.partial(product, rows) for rows in parts)]
 
-    def group(_, inputs):
+    def group(_: None, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         size, end = inputs
         whole = jnp.maximum(0, size - 1) // block
         rest = size - whole * block
-        # The last block first: most groups have no other, and need no zeros to add to.
+        # The last block comes first: most groups have only one, which so needs no zeros to add to.
         total = jax.lax.switch(-(-rest // parts[0]), last_blocks, end - rest, end)
 
-        def add_block(index, total):
+        def add_block(index: jax.Array, total: jax.Array) -> jax.Array:
             return total + product(block, end - size + index * block, end)
 
-        # Rounded group by group, so that one matrix is in float32 and not all of them.
+        # Rounding group by group keeps one matrix in float32 instead of all of them.
         return None, jax.lax.fori_loop(0, whole, add_block, total).astype(dtype)
 
     return jax.lax.scan(group, None, (sizes, ends))[1]
 
 
 def _block_rows(rows: int, groups: int) -> int:
-    """Rows per block: twice the mean group as a power of two in 16…256, so that most need one."""
+    """Returns the rows per block: twice the mean group, as a power of two from 16 to 256.
+
+    So most groups need one block.
+    """
     mean = max(1, rows // groups)
     return min(256, max(16, 2 << math.ceil(math.log2(mean))))
 
 
 def _parts(block: int, matrix: int) -> range:
-    """How many rows a group's last block may have: eighths of a block, or 16, 32, ...
+    """Returns the numbers of rows that a group's last block may have: eighths of a block.
 
-    Each is a loop to compile, so for a small matrix (of `matrix` elements) there is but the block.
+    A part has at least 16 rows. Each number is a loop to compile, so that for a small matrix (of
+    `matrix` elements) the only one is the whole block.
     """
     part = block if matrix < _SMALL_MATRIX else max(16, block // 8)
     return range(part, block + 1, part)
 
 
-def _for_each_block(sizes, ends, weights, parts, carry, body):
-    """Scans over groups and, inside, over blocks of a group's rows, in row order.
+def _for_each_block(
+    sizes: jax.Array,
+    ends: jax.Array,
+    weights: jax.Array,
+    parts: Sequence[int],
+    carry: jax.Array,
+    body: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
+    """Scans over the groups and, inside, over the blocks of a group's rows, in row order.
 
-    A group's rows are ends - sizes … ends. `body(carry, weight, first_row, valid)` sees a block
-    that starts at `first_row`; `valid` [rows of the block] marks the rows of this group. Blocks
-    have `parts[-1]` rows, but the last one of `parts`; it may also cover rows of later groups.
+    Args:
+      sizes, ends: [E] int32; the rows of a group are ends - sizes to ends.
+      weights: [E, D, F].
+      parts: the numbers of rows that a group's last block may have; its other blocks have
+        `parts[-1]`. The last block may also cover rows of later groups.
+      carry: the first block's carry.
+      body: called as body(carry, weight, first_row, valid) for the block that starts at
+        `first_row`; `valid` [rows of the block] marks the rows of the group.
+
+    Returns:
+      The last block's carry.
     """
     part, block = parts[0], parts[-1]
 
-    def group(carry, inputs):
+    def group(
+        carry: jax.Array, inputs: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[jax.Array, None]:
         weight, size, end = inputs
 
-        def blocks(rows, first, count, carry):
-            def one_block(index, carry):
+        def blocks(rows: int, first: jax.Array, count: jax.Array, carry: jax.Array) -> jax.Array:
+            def one_block(index: jax.Array, carry: jax.Array) -> jax.Array:
                 start = first + index * rows
                 return body(carry, weight, start, start + jnp.arange(rows) < end)
 
@@ -112,7 +146,7 @@ def _for_each_block(sizes, ends, weights, parts, carry, body):
         carry = blocks(block, end - size, whole, carry)
         rest = size - whole * block
         for rows in parts[:-1]:
-            # A loop of at most one turn: `lax.switch` would copy the carry.
+            # A loop of at most one iteration, since `lax.switch` would copy the carry.
             count = ((rest > rows - part) & (rest <= rows)).astype(jnp.int32)
             carry = blocks(rows, end - rest, count, carry)
         return carry, None
@@ -120,6 +154,6 @@ def _for_each_block(sizes, ends, weights, parts, carry, body):
     return jax.lax.scan(group, carry, (weights, sizes, ends))[0]
 
 
-def _padded(x, block):
-    """Room for the last block, which may start on the last row."""
+def _padded(x: jax.Array, block: int) -> jax.Array:
+    """Appends `block` rows of zeros, since the last block may start on the last row."""
     return jnp.pad(x, ((0, block), (0, 0)))

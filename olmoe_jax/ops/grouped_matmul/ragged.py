@@ -1,16 +1,20 @@
 """Grouped matrix multiplication by `jax.lax.ragged_dot_general`, which is native on TPUs.
 
-On CPUs and GPUs it becomes a matmul of all rows with all weights: there, for tests only.
+On CPUs and GPUs it becomes a matmul of all rows by all weights, which only tests use.
 """
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 
 def dimensions(
     lhs: int, rhs: int, rhs_groups: tuple[int, ...]
 ) -> jax.lax.RaggedDotDimensionNumbers:
-    """Of a product over lhs's and rhs's dimensions, the groups being lhs's rows."""
+    """Returns the numbers of a product summed over lhs's dimension `lhs` and rhs's `rhs`.
+
+    The rows of lhs are the groups' rows; `rhs_groups` are the dimensions of rhs that count groups.
+    """
     return jax.lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((lhs,), (rhs,)), ((), ())),
         lhs_ragged_dimensions=[0],
@@ -23,19 +27,30 @@ BY_TRANSPOSED_WEIGHTS = dimensions(1, 2, (0,))
 BY_ROWS = dimensions(0, 0, ())
 
 
-def rows_by_weights(x, w, group_sizes, contract_last: bool):
-    """x [N, D] by w [E, D, F], or with `contract_last` x [N, F] by w transposed."""
+def rows_by_weights(
+    x: jax.Array, w: jax.Array, group_sizes: jax.Array, contract_last: bool
+) -> jax.Array:
+    """Returns x [N, D] times w [E, D, F] or, with `contract_last`, x [N, F] times w transposed."""
     numbers = BY_TRANSPOSED_WEIGHTS if contract_last else BY_WEIGHTS
     return _dot(x, w, group_sizes, numbers).astype(x.dtype)
 
 
-def rows_by_rows(x, g, sizes, ends, dtype):
-    """For each group, x^T g over its rows, summed in float32: [groups, D, F] of `dtype`.
+def rows_by_rows(
+    x: jax.Array, g: jax.Array, sizes: jax.Array, ends: jax.Array, dtype: DTypeLike
+) -> jax.Array:
+    """Returns x^T g of each group's rows, [groups, D, F] in `dtype`, summed in float32.
 
-    The groups follow each other: `ends` is the cumulative sum of `sizes`.
+    Args:
+      x: [N, D].
+      g: [N, F].
+      sizes: [groups] int32.
+      ends: [groups] int32, the cumulative sum of `sizes`: the groups have no gap between them.
+      dtype: the dtype of the result.
     """
     return _dot(x, g, sizes, BY_ROWS).astype(dtype)
 
 
-def _dot(lhs, rhs, sizes, numbers):
+def _dot(
+    lhs: jax.Array, rhs: jax.Array, sizes: jax.Array, numbers: jax.lax.RaggedDotDimensionNumbers
+) -> jax.Array:
     return jax.lax.ragged_dot_general(lhs, rhs, sizes, numbers, preferred_element_type=jnp.float32)

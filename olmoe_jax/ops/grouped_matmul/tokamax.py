@@ -1,7 +1,7 @@
 """Grouped matrix multiplication by tokamax's Triton kernels, for NVIDIA GPUs.
 
-tokamax (https://github.com/openxla/tokamax) is a library of kernels that its makers test and tune
-on such GPUs. It is imported when it is used, since it need not be installed elsewhere.
+The makers of tokamax (https://github.com/openxla/tokamax) test and tune its kernels on such GPUs.
+The library is imported when a kernel is called, since other machines need not have it installed.
 """
 
 import importlib.util
@@ -10,53 +10,70 @@ import logging
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.typing import DTypeLike
 
 from olmoe_jax.ops.grouped_matmul.ragged import BY_ROWS, BY_TRANSPOSED_WEIGHTS, BY_WEIGHTS
 
 
 def missing() -> str | None:
-    """What must be done before these kernels can be used; None: nothing."""
+    """Returns what stops these kernels from running and what to do; None if nothing does."""
     if importlib.util.find_spec("tokamax") is None:
         return "is not installed; run pip install tokamax==0.0.12"
     if jax.__version_info__ >= (0, 12):
-        # Its kernels call `pl.dot`, which is gone.
+        # tokamax 0.0.12's kernels call `pl.dot`, which jax 0.12 removed.
         return f"needs a jax below 0.12, and this is {jax.__version__}; install an older jax"
     return None
 
 
-def rows_by_weights(x, w, group_sizes, contract_last: bool):
-    """x [N, D] by w [E, D, F], or with `contract_last` x [N, F] by w transposed."""
+def rows_by_weights(
+    x: jax.Array, w: jax.Array, group_sizes: jax.Array, contract_last: bool
+) -> jax.Array:
+    """Returns x [N, D] times w [E, D, F] or, with `contract_last`, x [N, F] times w transposed."""
     if contract_last:
-        # tokamax transposes the weights before its kernel. In a loop over layers XLA would rather
-        # keep all layers' weights transposed, a second copy of them; a fixed layout forbids it.
+        # tokamax transposes the weights before its kernel. In a loop over layers XLA would move
+        # the transposition out of the loop and keep a second copy of all layers' weights. A fixed
+        # layout forbids that.
         w = with_layout_constraint(w, Layout(major_to_minor=(0, 1, 2)))
     numbers = BY_TRANSPOSED_WEIGHTS if contract_last else BY_WEIGHTS
     y = _dot(x, w, group_sizes, numbers, x.dtype)
-    # The kernel leaves the rows of no group as it finds them.
+    # The kernel does not write the rows of no group.
     is_row = jnp.arange(x.shape[0]) < jnp.sum(group_sizes)
     return jnp.where(is_row[:, None], y, 0)
 
 
-def rows_by_rows(x, g, sizes, ends, dtype):
-    """For each group, x^T g over its rows, summed in float32: [groups, D, F] of `dtype`.
+def rows_by_rows(
+    x: jax.Array, g: jax.Array, sizes: jax.Array, ends: jax.Array, dtype: DTypeLike
+) -> jax.Array:
+    """Returns x^T g of each group's rows, [groups, D, F] in `dtype`, summed in float32.
 
-    The groups follow each other: `ends` is the cumulative sum of `sizes`.
+    Args:
+      x: [N, D].
+      g: [N, F].
+      sizes: [groups] int32.
+      ends: [groups] int32, the cumulative sum of `sizes`: the groups have no gap between them.
+      dtype: the dtype of the result.
     """
     out = _dot(x, g, sizes, BY_ROWS, dtype)
-    # For an empty group the kernel of 0.0.12 multiplies the rows before it, by its source.
+    # By its source, the kernel of 0.0.12 multiplies other rows for an empty group.
     return jnp.where((sizes > 0)[:, None, None], out, 0)
 
 
-def _dot(lhs, rhs, sizes, numbers, dtype):
+def _dot(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    sizes: jax.Array,
+    numbers: jax.lax.RaggedDotDimensionNumbers,
+    dtype: DTypeLike,
+) -> jax.Array:
     from absl import flags
     from tokamax import ragged_dot_general
 
-    # Its options are absl flags, for which it would parse this program's command line.
+    # tokamax's options are absl flags; absl would parse this program's command line for them.
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
     logger = logging.getLogger("absl")
     level = logger.level
-    # It would warn of every shape that it ships no measurements of.
+    # tokamax warns about every shape that it ships no measurements for.
     logger.setLevel(logging.ERROR)
     try:
         return ragged_dot_general(
