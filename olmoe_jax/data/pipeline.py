@@ -97,7 +97,7 @@ class TrainingData:
         self._process_count = process_count
         self.row_length = max_seq_length
         if pack:
-            steps = self._step_examples()
+            steps = self.epoch_examples()
             # Elsewhere a step that the sample misses may take one more.
             sample = self._repeated(steps) if one_microbatch else steps[:_SAMPLED_STEPS]
             self.row_length = self._shortest_row_length(max_seq_length, sample)
@@ -108,7 +108,7 @@ class TrainingData:
 
         # Grain counts on past the end of an epoch, so the index that map_with_index gives is the
         # step of the run, and the shuffle below it uses another order in every epoch.
-        steps = self._repeated(self._step_examples().map_with_index(self._step))
+        steps = self._repeated(self.epoch_examples().map_with_index(self._step))
         options = grain.ReadOptions(
             num_threads=_PREFETCH_THREADS, prefetch_buffer_size=_PREFETCH_STEPS
         )
@@ -117,7 +117,7 @@ class TrainingData:
     def first_epoch_padding_share(self) -> float:
         """Returns the exact share of padding in the rows of the first epoch."""
         places = 0
-        for examples in self._step_examples():
+        for examples in self.epoch_examples():
             rows, row_length = self._rows(examples)
             places += len(rows) * row_length
         return 1 - int(self.dataset.lengths.sum()) / places
@@ -126,14 +126,14 @@ class TrainingData:
         """Returns the largest number of micro-batches in a step of the run."""
         return max(
             len(self._rows(examples)[0]) // self._rows_per_batch
-            for examples in self._repeated(self._step_examples())
+            for examples in self._repeated(self.epoch_examples())
         )
 
     def _repeated(self, epoch: "grain.MapDataset") -> "grain.MapDataset":
         """The steps of the run, from those of one epoch."""
         return epoch.repeat(self._epochs).slice(slice(self.total_steps))
 
-    def _step_examples(self) -> "grain.MapDataset[np.ndarray]":
+    def epoch_examples(self) -> "grain.MapDataset[np.ndarray]":
         """The example indices of each step of one epoch."""
         import grain
 

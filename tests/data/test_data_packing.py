@@ -20,14 +20,14 @@ def test_packing_invariants(seed):
 @pytest.mark.parametrize(
     ("lengths", "row_length", "rows"),
     [
-        ([6, 5, 5, 4, 3, 3, 2, 2], 10, 3),
-        ([10, 8, 4, 3, 3, 3], 16, 2),  # best-fit decreasing alone needs three
-        ([4] * 4000 + [6] * 4000, 10, 4000),  # too many to fill row by row
-        ([], 10, 0),
+        ([6, 5, 5, 4, 3, 3, 2, 2], 10, [[0, 3], [1, 2], [4, 5, 6, 7]]),
+        ([2, 6, 5, 7], 10, [[3, 0], [1], [2]]),  # 2 goes where it leaves 1, not 2 or 3
+        ([10, 8, 4, 3, 3, 3], 16, [[0, 2], [1, 3, 4], [5]]),  # two rows would do: 10+3+3, 8+4+3
+        ([], 10, []),
     ],
 )
-def test_packing_finds_a_perfect_fit(lengths, row_length, rows):
-    assert len(pack(lengths, row_length)) == rows
+def test_packing_is_best_fit_decreasing(lengths, row_length, rows):
+    assert pack(lengths, row_length) == rows
 
 
 def test_packing_refuses_an_example_longer_than_a_row():
