@@ -1,12 +1,11 @@
 """What each fine-tuning method trains."""
 
-import math
 from collections.abc import Callable
 
 from olmoe_jax.checkpoints.expert_config import ExpertConfig
 from olmoe_jax.config import MethodOptions
 from olmoe_jax.model.config import ModelConfig, RouterMethod
-from olmoe_jax.model.parameters import ROUTER, Parameters
+from olmoe_jax.model.parameters import ROUTER, Parameters, count_parameters
 
 
 def is_adapter(name: str) -> bool:
@@ -90,12 +89,11 @@ def group_of(name: str) -> str:
 
 
 def parameter_table(trained: Parameters, frozen: Parameters) -> list[str]:
-    """Lines that count the trained and frozen parameters of each group."""
+    """Returns lines that count the trained and frozen parameters of each group."""
     counts: dict[str, list[int]] = {}
-    for column, parameters in enumerate((trained, frozen)):
-        for name, value in parameters.items():
-            for group in (group_of(name), "all"):
-                counts.setdefault(group, [0, 0])[column] += math.prod(value.shape)
+    for name, count in count_parameters(trained | frozen).items():
+        for group in (group_of(name), "all"):
+            counts.setdefault(group, [0, 0])[name not in trained] += count
     counts["all"] = counts.pop("all")
     lines = [f"{'parameters':20}{'trained':>16}{'frozen':>16}"]
     return lines + [f"  {group:18}{a:16,}{b:16,}" for group, (a, b) in counts.items()]

@@ -5,6 +5,8 @@ flat dict {"layers.experts.gate": array [L, E, D, F], …}; `split` and `merge` 
 """
 
 import dataclasses
+import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -63,3 +65,21 @@ def specs(model_function) -> dict[str, ParameterSpec]:
         ".".join(path): ParameterSpec(tuple(variable.shape), variable.get_metadata("axes"))
         for path, variable in nnx.to_flat_state(state)
     }
+
+
+def count_parameters(parameters: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> dict[str, int]:
+    """Returns how many numbers of each parameter the model computes with.
+
+    ESFT's tuned experts (`tuned.*`) replace experts of the base. The base's copies of these experts
+    stay in memory, but no token passes through them: the base's experts count without them, so
+    that a model of tuned experts has as many parameters as its base.
+
+    Args:
+      parameters: all parameters of a model, trained and frozen; arrays or their shapes.
+    """
+    counts = {name: math.prod(value.shape) for name, value in parameters.items()}
+    for name in parameters:
+        part, _, matrix_name = name.partition(".")
+        if part == "tuned":
+            counts[f"layers.moe.experts.{matrix_name}"] -= counts[name]
+    return counts

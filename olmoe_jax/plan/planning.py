@@ -13,6 +13,7 @@ from olmoe_jax.methods.experts import given_experts
 from olmoe_jax.model.config import ModelConfig, ModelSettings
 from olmoe_jax.model.decoder import parameter_specs
 from olmoe_jax.model.flops import StepFlops, step_flops_per_token
+from olmoe_jax.model.parameters import count_parameters
 from olmoe_jax.parallel import sharding
 from olmoe_jax.plan.costs import Roofline, microbatch_traffic, roofline, update_traffic
 from olmoe_jax.plan.devices import Topology, open_devices, parse_topology
@@ -121,14 +122,16 @@ def plan(
     length = config.data.max_seq_length
     flops = step_flops_per_token(model_config, settings, step.trains, length / 2)
     shapes = step.shapes
+    counts = count_parameters(shapes.trained | shapes.frozen)
+    trained = sum(counts[name] for name in shapes.trained)
     return Plan(
         config,
         where,
         dict(mesh.shape),
         settings,
         assumed,
-        _count(shapes.trained),
-        _count(shapes.frozen),
+        trained,
+        sum(counts.values()) - trained,
         rows_per_step,
         microbatches,
         programs,
@@ -169,10 +172,6 @@ def _experts(
         return given, None
     number = min(number, model_config.num_experts)
     return ExpertConfig((tuple(range(number)),) * model_config.num_layers), number
-
-
-def _count(parameters) -> int:
-    return sum(math.prod(value.shape) for value in parameters.values())
 
 
 def _roofline(

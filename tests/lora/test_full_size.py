@@ -128,3 +128,6 @@ def test_parameter_table():
     }
     assert rows["selected experts"] == ["188,743,680", "0"]
     assert rows["head"] == ["103,022,592", "0"]
+    # The base's copies of the tuned experts take no part: the sum is the base's 6,919,161,856.
+    assert rows["experts"] == ["0", "6,253,707,264"]
+    assert rows["all"] == ["291,766,272", "6,627,395,584"]

@@ -94,6 +94,8 @@ def test_adapters_and_tuned_experts(plans):
     # The frozen weights stay while the adapters are updated.
     assert lora["memory"]["update"]["resident"] == pytest.approx(4 * BASE / 8, rel=0.05)
     assert esft["parameters_trained"] == L * 2 * 3 * D * F + V * D
+    # The base's copies of the tuned experts count once, as trained.
+    assert esft["parameters_frozen"] == BASE - esft["parameters_trained"]
     assert "2 selected experts in each layer" in esft["assumptions"][1]
     # Nothing to evaluate on: nothing to compile for it.
     assert set(esft["memory"]) == {"accumulate", "update"}
