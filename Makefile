@@ -25,6 +25,7 @@ test-slow: $(VENV)/dev.stamp
 lint: $(VENV)/dev.stamp
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
+	$(VENV)/bin/python -m mypy
 
 $(VENV)/runtime.stamp: requirements.txt constraints.txt | $(VENV)/bin/python
 	@echo "installing requirements.txt into $(VENV) (a few minutes the first time)"
