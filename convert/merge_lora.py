@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from olmoe_jax.checkpoints import directory, overrides
-from olmoe_jax.checkpoints.adapter import MergedSource
 from olmoe_jax.checkpoints.export import export_hf
 from olmoe_jax.checkpoints.huggingface import DTYPES
 from olmoe_jax.checkpoints.opening import open_source
+from olmoe_jax.checkpoints.peft import MergedSource
 from olmoe_jax.errors import ArgumentParser, run_command
 
 EXAMPLE = """example:

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from olmoe_jax.checkpoints import directory, names, safetensors_file
-from olmoe_jax.checkpoints.adapter import read_adapter, to_peft
 from olmoe_jax.checkpoints.expert_config import read_expert_config
 from olmoe_jax.checkpoints.loading import load_parameters, stack_tuned
 from olmoe_jax.checkpoints.opening import open_source
+from olmoe_jax.checkpoints.peft import read_adapter, to_peft
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
 from olmoe_jax.methods.trained import esft_names, split_trained, trained_names
 from olmoe_jax.model.config import ModelSettings
-from olmoe_jax.model.parameters import ROUTER, Parameters, merge
+from olmoe_jax.model.parameters import Parameters, merge
 from olmoe_jax.parallel.sharding import make_mesh
 from olmoe_jax.training.optimizer import adamw, schedule
 from olmoe_jax.training.step import DeviceBatch, Trainer, initial_state
@@ -69,9 +69,9 @@ def compute(args: argparse.Namespace) -> dict[str, np.ndarray]:
     parameters = load_parameters(source, make_mesh(devices=jax.devices()[:1]))
     settings = ModelSettings(router_method=args.method)
     if args.adapter:
-        lora, adapters, router = read_adapter(args.adapter, config)
+        lora, adapter = read_adapter(args.adapter, config)
         settings = dataclasses.replace(settings, lora=lora)
-        parameters |= adapters if router is None else {**adapters, ROUTER: router}
+        parameters |= adapter
         trains = trained_names(lora=True, router=args.router == "trained")
     elif args.experts:
         chosen = read_expert_config(args.experts, config)

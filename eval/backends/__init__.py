@@ -53,10 +53,10 @@ def check_backend(name: str, model: str, adapter: str | None = None) -> None:
     """
     if name == "jax":
         if adapter:
-            from olmoe_jax.checkpoints.adapter import adapter_directory, read_adapter
             from olmoe_jax.checkpoints.opening import open_source
+            from olmoe_jax.checkpoints.peft import read_adapter
 
-            read_adapter(adapter_directory(adapter), open_source(model).config)
+            read_adapter(adapter, open_source(model).config)
         return
     if name == "vllm" and adapter:
         raise UserError(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from eval.backends import Prompts, Sampling
 from olmoe_jax.checkpoints import directory, safetensors_file
-from olmoe_jax.checkpoints.adapter import ROUTER, adapter_directory
+from olmoe_jax.checkpoints.peft import ROUTER_FILE, adapter_directory
 from olmoe_jax.data import load_tokenizer
 from olmoe_jax.data.hub import first_line
 from olmoe_jax.errors import UserError
@@ -62,8 +62,8 @@ def _adapted(model, adapter: str):
     from peft import PeftModel
 
     path = adapter_directory(adapter)
-    if (path / ROUTER).exists():
-        stored = safetensors_file.read_header(path / ROUTER)
+    if (path / ROUTER_FILE).exists():
+        stored = safetensors_file.read_header(path / ROUTER_FILE)
         routers = {
             name: torch.from_numpy(tensor.read().astype("float32"))
             for name, tensor in stored.items()

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from olmoe_jax.checkpoints import adapter, directory, names
+from olmoe_jax.checkpoints import directory, names, peft
 from olmoe_jax.checkpoints.huggingface import (
     DTYPES,
     serving_warnings,
@@ -53,8 +53,7 @@ def export_adapter(run: RunCheckpoint, output: Path) -> None:
     trained = run.trained()
     with directory.new_directory(output) as partial:
         if run.lora:
-            router = trained.pop("layers.moe.router", None)
-            adapter.write_adapter(partial, trained, run.lora, run.base, router)
+            peft.write_adapter(partial, trained, run.lora, run.base)
         else:
             tensors = [
                 *names.tuned_to_hf(trained, run.experts.experts),

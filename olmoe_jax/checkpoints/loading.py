@@ -13,12 +13,12 @@ from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from olmoe_jax.checkpoints import names
-from olmoe_jax.checkpoints.adapter import adapter_directory, read_adapter
 from olmoe_jax.checkpoints.opening import open_source
+from olmoe_jax.checkpoints.peft import read_adapter
 from olmoe_jax.checkpoints.source import Source
 from olmoe_jax.model.config import ModelConfig, ModelSettings
 from olmoe_jax.model.decoder import Olmoe, graph_of, parameter_specs
-from olmoe_jax.model.lora import LoraSettings, is_target
+from olmoe_jax.model.lora import is_target
 from olmoe_jax.model.parameters import ROUTER, Parameters, ParameterSpec, merge, split
 from olmoe_jax.model.tuned import NAMES, places
 from olmoe_jax.ops.quantization import Quantized, Scheme, quantize, quantized_shapes
@@ -176,7 +176,7 @@ def from_pretrained(
 
     added = {}
     if adapter is not None:
-        lora, added = _read_adapter(str(adapter), source.config)
+        lora, added = read_adapter(adapter, source.config)
         settings = dataclasses.replace(settings, lora=lora)
     shardings = sharding.parameter_shardings(parameter_specs(source.config, settings), mesh)
     parameters = load_parameters(source, mesh, dtype) | {
@@ -184,11 +184,3 @@ def from_pretrained(
         for name, value in added.items()
     }
     return merge(graph_of(source.config, settings), parameters)
-
-
-def _read_adapter(
-    path_or_hub_id: str, config: ModelConfig
-) -> tuple[LoraSettings, dict[str, np.ndarray]]:
-    """Settings and parameters of an adapter, with the router that trained beside it."""
-    lora, parameters, router = read_adapter(adapter_directory(path_or_hub_id), config)
-    return lora, parameters if router is None else parameters | {ROUTER: router}

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from olmoe_jax.checkpoints import adapter, directory, names
+from olmoe_jax.checkpoints import directory, names, peft
 from olmoe_jax.checkpoints.expert_config import read_expert_config
 from olmoe_jax.checkpoints.huggingface import HFCheckpoint
 from olmoe_jax.checkpoints.source import (
@@ -72,12 +72,12 @@ class RunCheckpoint:
         weight = self._base_weight(row, layer, experts)
         if self.experts and row.per_expert:
             return self._with_tuned(weight, row, layer, experts)
-        if not self.lora or adapter.target_of(row) not in self.lora.targets:
+        if not self.lora or peft.target_of(row) not in self.lora.targets:
             return weight
-        a, b = (self._array(adapter.parameter_name(row, part))[layer] for part in "ab")
+        a, b = (self._array(peft.parameter_name(row, part))[layer] for part in "ab")
         if row.per_expert:
             a, b = a[experts], b[experts]
-        return adapter.merged(weight, a.read().result(), b.read().result(), self.lora)
+        return peft.merged(weight, a.read().result(), b.read().result(), self.lora)
 
     def _with_tuned(self, weight, row: names.Row, layer: int, experts: slice) -> np.ndarray:
         wanted = range(*experts.indices(self.config.num_experts))

@@ -16,7 +16,6 @@ from jax.typing import DTypeLike
 
 from olmoe_jax import data
 from olmoe_jax.checkpoints import directory
-from olmoe_jax.checkpoints.adapter import read_adapter
 from olmoe_jax.checkpoints.expert_config import ExpertConfig
 from olmoe_jax.checkpoints.loading import (
     load_parameters,
@@ -25,6 +24,7 @@ from olmoe_jax.checkpoints.loading import (
     stack_tuned,
 )
 from olmoe_jax.checkpoints.opening import open_source
+from olmoe_jax.checkpoints.peft import read_adapter
 from olmoe_jax.checkpoints.source import Source, read_model_config
 from olmoe_jax.config import Config
 from olmoe_jax.errors import UserError
@@ -141,7 +141,7 @@ def open_model(config: Config) -> Model:
     settings = with_backends(model_settings(config), model_config, jax.default_backend())
     model = Model(model_config, settings, source, files, directory.resolve(tokenizer))
     if config.method.adapter_path:
-        _read_adapter(config.method.adapter_path, model)  # complains before anything is written
+        _starting_adapter(config.method.adapter_path, model)  # complains before anything is written
     return model
 
 
@@ -328,7 +328,7 @@ def initial_parameters(config: Config, model: Model, mesh: Mesh) -> tuple[Parame
         pack = stack_tuned(drawn, chosen) if chosen else {}
         parameters = drawn
     if config.method.adapter_path:
-        pack = _read_adapter(config.method.adapter_path, model)
+        pack = _starting_adapter(config.method.adapter_path, model)
     elif model.settings.lora:
         parameters |= random(is_adapter)
     parameters |= jax.device_put(pack, {name: shardings[name] for name in pack})
@@ -339,9 +339,13 @@ def initial_parameters(config: Config, model: Model, mesh: Mesh) -> tuple[Parame
     return split_trained(trains, parameters)
 
 
-def _read_adapter(path: str, model: Model) -> dict[str, np.ndarray]:
-    """The parameters of a PEFT adapter, and its router where it has one."""
-    lora, adapters, router = read_adapter(directory.resolve(path), model.config)
+def _starting_adapter(path: str, model: Model) -> dict[str, np.ndarray]:
+    """Returns the parameters of the adapter that the run starts from.
+
+    Raises:
+      UserError: the adapter cannot be read, or does not agree with the run's LoRA options.
+    """
+    lora, parameters = read_adapter(path, model.config)
     wanted = model.settings.lora
     same_size = (set(lora.targets), lora.rank) == (set(wanted.targets), wanted.rank)
     if not same_size or not math.isclose(lora.scale, wanted.scale):
@@ -350,12 +354,10 @@ def _read_adapter(path: str, model: Model) -> dict[str, np.ndarray]:
             f"{' with rslora' if lora.rslora else ''}, targets {','.join(lora.targets)}; set "
             "method.lora_rank, lora_alpha, lora_rslora and lora_targets to these"
         )
-    if router is not None:
-        if model.settings.router_method == "frozen":
-            raise UserError(
-                f"method.adapter_path={path}: holds a trained router, but method.name=frozen keeps "
-                "the base's; write conventional or densemixer, or start from convert.merge_lora's "
-                "output"
-            )
-        adapters[ROUTER] = router
-    return adapters
+    if ROUTER in parameters and model.settings.router_method == "frozen":
+        raise UserError(
+            f"method.adapter_path={path}: holds a trained router, but method.name=frozen keeps "
+            "the base's; write conventional or densemixer, or start from convert.merge_lora's "
+            "output"
+        )
+    return parameters

@@ -14,9 +14,10 @@ from convert import merge_lora
 from eval import run
 from eval.backends import Sampling, check_backend, open_backend
 from eval.fingerprint import adapter_fingerprint
-from olmoe_jax.checkpoints.adapter import write_adapter
 from olmoe_jax.checkpoints.huggingface import HFCheckpoint
+from olmoe_jax.checkpoints.peft import write_adapter
 from olmoe_jax.model.lora import LoraSettings
+from olmoe_jax.model.parameters import ROUTER
 
 LORA = LoraSettings(4, 8.0)
 
@@ -32,7 +33,8 @@ def adapters(tiny_model, tmp_path_factory):
         shape = config.num_layers, config.hidden_size, config.num_experts
         router = np.random.default_rng(seed).normal(size=shape)
         numbers = random_adapters(config, LORA, seed)
-        write_adapter(path / "adapter", numbers, LORA, "base", router.astype(np.float32))
+        parameters = numbers | {ROUTER: router.astype(np.float32)}
+        write_adapter(path / "adapter", parameters, LORA, "base")
         paths.append(path)
     return paths
 

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 import olmoe_jax
 from convert import merge_lora, to_hf
 from olmoe_jax.checkpoints import directory
-from olmoe_jax.checkpoints.adapter import read_adapter, write_adapter
+from olmoe_jax.checkpoints.peft import read_adapter, write_adapter
 from olmoe_jax.checkpoints.safetensors_file import load
 from olmoe_jax.errors import UserError
 from olmoe_jax.model.lora import LoraSettings
@@ -25,7 +25,8 @@ def make_adapter(path, config=CONFIG, lora=None, router=None, **changes):
     """An adapter directory; `changes` are fields of adapter_config.json."""
     lora = lora or LoraSettings(4, 8.0)
     path.mkdir()
-    write_adapter(path, random_adapters(config, lora), lora, "base", router)
+    trained = {} if router is None else {"layers.moe.router": router}
+    write_adapter(path, random_adapters(config, lora) | trained, lora, "base")
     file = path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     return path
@@ -104,7 +105,7 @@ def test_missing_files(tmp_path):
     (b / "adapter_config.json").unlink()
     (c / "adapter_config.json").write_text("{")
     assert "a/adapter_model.safetensors: no such file" in reading_error(a)
-    assert "b/adapter_config.json: no such file" in reading_error(b)
+    assert "b: holds no adapter_config.json; write a PEFT adapter's directory" in reading_error(b)
     assert "c/adapter_config.json: not JSON" in reading_error(c)
 
 
@@ -154,7 +155,7 @@ def test_merging(base, tmp_path):
     assert f"{missing}: no such directory" in merge_error(base, missing, tmp_path / "out")
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "adapter_config.json: no such file" in merge_error(base, empty, tmp_path / "out")
+    assert "empty: holds no adapter_config.json" in merge_error(base, empty, tmp_path / "out")
     trained = tmp_path / "trained"
     trained.mkdir()
     name = "model.layers.5.mlp.experts.0.gate_proj.weight"

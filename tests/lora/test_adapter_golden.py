@@ -12,7 +12,7 @@ import pytest
 from helpers import load_checkpoint_tensors, load_safetensors
 
 from convert import merge_lora, parity
-from olmoe_jax.checkpoints.adapter import ROUTER
+from olmoe_jax.checkpoints.peft import ROUTER_FILE
 
 GRADIENTS = (
     "lora/densemixer_router_unfrozen",
@@ -73,7 +73,7 @@ def test_merges(shared, tmp_path, name):
     adapter, output = tmp_path / "adapter", tmp_path / "merged"
     shutil.copytree(folder / case["lora"]["adapter"], adapter)
     if case["lora"].get("gate"):
-        shutil.copyfile(folder / case["lora"]["gate"], adapter / ROUTER)
+        shutil.copyfile(folder / case["lora"]["gate"], adapter / ROUTER_FILE)
     base = folder / case["checkpoint"]
     arguments = ["--model", base, "--adapter", adapter, "--output", output]
     merge_lora.main([*map(str, arguments), "--dtype", case["dtype"]])

@@ -21,9 +21,10 @@ from safetensors.numpy import save_file
 
 import olmoe_jax
 from convert import merge_lora, to_hf
-from olmoe_jax.checkpoints.adapter import ROUTER, read_adapter, to_peft, write_adapter
 from olmoe_jax.checkpoints.huggingface import HFCheckpoint
+from olmoe_jax.checkpoints.peft import ROUTER_FILE, read_adapter, to_peft, write_adapter
 from olmoe_jax.model.lora import TARGETS, LoraSettings
+from olmoe_jax.model.parameters import ROUTER
 from olmoe_jax.parallel.sharding import make_mesh
 from olmoe_jax.training.setup import initial_parameters, open_model
 
@@ -45,11 +46,8 @@ def run(run_files, base, tmp_path_factory):
 
 
 def our_logits(base, adapter):
-    lora, adapters, router = read_adapter(adapter, CONFIG)
-    weights = base_weights(base) | adapters
-    if router is not None:
-        weights["layers.moe.router"] = router
-    return np.asarray(make_model(CONFIG, weights, lora=lora)(TOKENS))
+    lora, parameters = read_adapter(adapter, CONFIG)
+    return np.asarray(make_model(CONFIG, base_weights(base) | parameters, lora=lora)(TOKENS))
 
 
 def torch_base(base):
@@ -70,12 +68,12 @@ def with_peft(base, adapter):
     from peft import PeftModel
 
     model = PeftModel.from_pretrained(torch_base(base), adapter)
-    if (adapter / ROUTER).exists():
+    if (adapter / ROUTER_FILE).exists():
         import torch
 
         routers = {
             name: torch.from_numpy(value.copy())
-            for name, value in load_safetensors(adapter / ROUTER).items()
+            for name, value in load_safetensors(adapter / ROUTER_FILE).items()
         }
         unused = model.base_model.model.load_state_dict(routers, strict=False).unexpected_keys
         assert not unused
@@ -89,8 +87,9 @@ def test_our_adapter_in_peft(run, base):
     assert_close(our_logits(base, adapter), expected)
     # The adapter matters, all of it: not the base's logits, nor those without the router.
     assert relative_error(torch_logits(torch_base(base)), expected) > 1e-3
-    lora, adapters, _ = read_adapter(adapter, CONFIG)
+    lora, adapters = read_adapter(adapter, CONFIG)
     assert all(value.any() for value in adapters.values())
+    del adapters[ROUTER]
     without = make_model(CONFIG, base_weights(base) | adapters, lora=lora)(TOKENS)
     assert relative_error(without, expected) > 1e-4
 
@@ -120,7 +119,7 @@ def test_export_is_what_trained(run, base, tmp_path):
     )
     merged = load_checkpoint_tensors(tmp_path / "merged")
     assert_same_bits(load_checkpoint_tensors(tmp_path / "again"), merged)
-    for file in ("adapter_model.safetensors", "adapter_config.json", ROUTER, "tokenizer.json"):
+    for file in ("adapter_model.safetensors", "adapter_config.json", ROUTER_FILE, "tokenizer.json"):
         exported = (tmp_path / "adapter" / file).read_bytes()
         assert exported == (run / "adapter" / file).read_bytes(), file
     # Of the base, what trained differs and nothing else.
@@ -164,7 +163,7 @@ def test_key_names(run):
     assert {name: value.shape for name, value in tensors.items()} == expected
     assert f"{PREFIX}.1.mlp.experts.7.gate_proj.lora_A.weight" in tensors
     assert {value.dtype for value in tensors.values()} == {np.dtype(np.float32)}
-    routers = load_safetensors(run / "adapter" / ROUTER)
+    routers = load_safetensors(run / "adapter" / ROUTER_FILE)
     assert {name: value.shape for name, value in routers.items()} == {
         f"model.layers.{layer}.mlp.gate.weight": (8, 32) for layer in range(2)
     }
@@ -207,9 +206,9 @@ def test_per_expert_adapter_in_both(base, tmp_path, targets, rslora):
     adapters = random_adapters(CONFIG, lora)
     adapter = tmp_path / "adapter"
     adapter.mkdir()
-    write_adapter(adapter, adapters, lora, str(base), None)
-    settings, again, router = read_adapter(adapter, CONFIG)
-    assert (settings.rank, settings.targets, router) == (4, targets, None)
+    write_adapter(adapter, adapters, lora, str(base))
+    settings, again = read_adapter(adapter, CONFIG)
+    assert (settings.rank, settings.targets) == (4, targets)
     assert settings.scale == lora.scale
     assert_same_bits(again, adapters)
     expected = torch_logits(with_peft(base, adapter))
@@ -272,7 +271,7 @@ ATTENTION = ("q", "k", "v", "o")
 )
 def test_adapter_made_by_peft(base, tmp_path, targets, rank, options):
     expected = made_by_peft(base, tmp_path / "a", **options)
-    lora, _, _ = read_adapter(tmp_path / "a", CONFIG)
+    lora, _ = read_adapter(tmp_path / "a", CONFIG)
     assert (lora.targets, lora.rank) == (targets, rank)
     assert_close(our_logits(base, tmp_path / "a"), expected)
     assert relative_error(torch_logits(torch_base(base)), expected) > 0.01
@@ -288,12 +287,12 @@ def test_router_and_dtype(run, base, tmp_path):
     assert code == 0, stderr
     ours = load_checkpoint_tensors(output)
     assert {str(value.dtype) for value in ours.values()} == {"bfloat16"}
-    lora, adapters, router = read_adapter(run / "adapter", CONFIG)
-    peft = dict(to_peft(adapters, lora))
+    lora, parameters = read_adapter(run / "adapter", CONFIG)
+    peft = dict(to_peft(parameters, lora))
     for name, value in load_checkpoint_tensors(base).items():
         rounded = value.astype(ours[name].dtype)
         if name.endswith("mlp.gate.weight"):
-            rounded = router[int(name.split(".")[2])].T.astype(rounded.dtype)
+            rounded = parameters[ROUTER][int(name.split(".")[2])].T.astype(rounded.dtype)
         elif "_proj." in name:
             module = "base_model.model." + name.removesuffix(".weight")
             a, b = (peft[f"{module}.lora_{part}.weight"] for part in "AB")
@@ -311,7 +310,7 @@ def test_training_starts_from_an_adapter(run, run_files, base, tmp_path):
     """Its numbers and its router's, not new ones; the first loss is the adapted model's."""
     adapter = tmp_path / "adapter"
     shutil.copytree(run / "adapter", adapter)
-    lora, adapters, router = read_adapter(adapter, CONFIG)
+    lora, parameters = read_adapter(adapter, CONFIG)
     config = short_run(
         run_files,
         base,
@@ -322,7 +321,7 @@ def test_training_starts_from_an_adapter(run, run_files, base, tmp_path):
     )
     mesh = make_mesh(devices=jax.devices()[:1])
     trained, frozen = jax.device_get(initial_parameters(config, open_model(config), mesh))
-    assert_same_bits(trained, adapters | {"layers.moe.router": router})
+    assert_same_bits(trained, parameters)
     model = make_model(CONFIG, trained | frozen, lora=lora)
     assert_close(model(TOKENS), torch_logits(with_peft(base, adapter)))
 
@@ -331,8 +330,8 @@ def test_shared_adapter(shared):
     """The adapter that PEFT wrote for the golden numbers, on its base."""
     folder = shared / "reference" / "lora"
     config = HFCheckpoint(folder / "checkpoint").config
-    lora, adapters, router = read_adapter(folder / "adapter", config)
-    assert (lora.rank, lora.alpha, lora.targets, router) == (4, 8, TARGETS, None)
+    lora, adapters = read_adapter(folder / "adapter", config)
+    assert (lora.rank, lora.alpha, lora.targets) == (4, 8, TARGETS)
     stored = load_safetensors(folder / "adapter" / "adapter_model.safetensors")
     assert_same_bits(
         {name: np.ascontiguousarray(value) for name, value in to_peft(adapters, lora)}, stored
@@ -343,12 +342,12 @@ def test_stored_in_half_precision(base, tmp_path):
     """Adapters in bfloat16 or float16 files are read as float32."""
     lora = LoraSettings(4, 8.0)
     adapters = random_adapters(CONFIG, lora)
-    write_adapter(tmp_path, adapters, lora, str(base), None)
+    write_adapter(tmp_path, adapters, lora, str(base))
     tensors = {
         name: np.ascontiguousarray(value).astype(np.float16)
         for name, value in to_peft(adapters, lora)
     }
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    _, again, _ = read_adapter(tmp_path, CONFIG)
+    _, again = read_adapter(tmp_path, CONFIG)
     for name, value in adapters.items():
         np.testing.assert_array_equal(again[name], value.astype(np.float16).astype(np.float32))

@@ -8,8 +8,8 @@ from helpers import random_weights, tiny_config, write_hf_checkpoint
 from lora.tiny_adapters import random_adapters
 
 import olmoe_jax
-from olmoe_jax.checkpoints.adapter import write_adapter
 from olmoe_jax.checkpoints.huggingface import HFCheckpoint
+from olmoe_jax.checkpoints.peft import write_adapter
 from olmoe_jax.model.lora import LoraSettings
 
 CORE = ("base", "clip_qkv", "combined", "experts64", "gqa", "norm_topk", "rope_theta", "tied")
@@ -85,7 +85,7 @@ def test_small_model_with_and_without_adapter(tmp_path):
     config, lora = tiny_config(num_kv_heads=2), LoraSettings(4, 6.0)
     write_hf_checkpoint(tmp_path / "base", config, random_weights(config))
     (tmp_path / "adapter").mkdir()
-    write_adapter(tmp_path / "adapter", random_adapters(config, lora), lora, "base", None)
+    write_adapter(tmp_path / "adapter", random_adapters(config, lora), lora, "base")
     plain = compare(tmp_path / "base", 6, 10)
     assert compare(tmp_path / "base", 6, 10, tmp_path / "adapter") != plain
 

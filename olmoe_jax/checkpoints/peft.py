@@ -10,17 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from olmoe_jax.checkpoints import directory, fused_adapter, names, safetensors_file
+from olmoe_jax.checkpoints import directory, names, peft_fused, safetensors_file
 from olmoe_jax.checkpoints.source import Source
 from olmoe_jax.errors import UserError
 from olmoe_jax.model.config import ModelConfig
 from olmoe_jax.model.lora import TARGETS, LoraSettings
+from olmoe_jax.model.parameters import ROUTER
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 EXPORTED = "adapter"
 """Where a LoRA run exports its adapter."""
-ROUTER = "router.safetensors"
+ROUTER_FILE = "router.safetensors"
 """Beside the adapter, when the router trained at full rank: `model.layers.N.mlp.gate.weight`."""
 
 _UNSUPPORTED = (
@@ -40,7 +41,7 @@ _UNSUPPORTED = (
 
 _PREFIX = "base_model.model."
 _PARTS = {"a": "lora_A", "b": "lora_B"}
-_ROUTER_ROW = next(row for row in names.TABLE if row.ours == "layers.moe.router")
+_ROUTER_ROW = next(row for row in names.TABLE if row.ours == ROUTER)
 
 
 def target_of(row: names.Row) -> str | None:
@@ -82,20 +83,21 @@ def write_adapter(
     parameters: dict[str, np.ndarray],
     settings: LoraSettings,
     base: str,
-    router: np.ndarray | None,
 ) -> None:
     """Writes an adapter into an existing directory.
 
     Args:
-      parameters: our adapter parameters, any float dtype; stored as float32.
+      parameters: the adapters, any float dtype, stored as float32; and the router [L, D, E] when
+        it trained at full rank, stored in a file of its own.
+      settings: the adapters' size and scale.
       base: the hub id or path of the base model, for adapter_config.json.
-      router: [L, D, E] when it trained: stored beside the adapter.
     """
     tensors = {name: value.astype(np.float32) for name, value in to_peft(parameters, settings)}
     safetensors_file.save(output / WEIGHTS, tensors)
-    if router is not None:
-        layers = {_ROUTER_ROW.theirs.format(layer=i): w.T for i, w in enumerate(router)}
-        safetensors_file.save(output / ROUTER, layers)
+    if ROUTER in parameters:
+        stacked = parameters[ROUTER]
+        layers = {_ROUTER_ROW.theirs.format(layer=i): w.T for i, w in enumerate(stacked)}
+        safetensors_file.save(output / ROUTER_FILE, layers)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -134,19 +136,29 @@ def adapter_directory(path_or_hub_id: str) -> Path:
 
 
 def read_adapter(
-    path: Path, config: ModelConfig
-) -> tuple[LoraSettings, dict[str, np.ndarray], np.ndarray | None]:
-    """Settings, our parameters (stacked, float32) and, where there is one, the router [L, D, E].
+    path_or_hub_id: str | Path, config: ModelConfig
+) -> tuple[LoraSettings, dict[str, np.ndarray]]:
+    """Reads an adapter of a model with this architecture.
+
+    Args:
+      path_or_hub_id: a PEFT adapter's directory or hub id, or the LoRA run that exported one.
+      config: the base model's architecture.
+
+    Returns:
+      The adapter's settings, and its parameters by our names, float32, stacked over layers and
+      experts. A router that trained beside the adapter is among them, under its own name.
 
     Raises:
-      UserError: not a LoRA adapter of this model, or with features that change its mathematics.
+      UserError: there is no adapter, it is another model's, or it uses features of PEFT that
+        compute something else than W + scale * A B.
     """
+    path = adapter_directory(str(path_or_hub_id))
     file = path / CONFIG
     adapter_config = directory.read_json(file)
     settings = _read_settings(adapter_config, file)
     tensors = safetensors_file.read_header(path / WEIGHTS)
-    if fused_adapter.is_fused(tensors):
-        settings, tensors = fused_adapter.per_expert(
+    if peft_fused.is_fused(tensors):
+        settings, tensors = peft_fused.per_expert(
             tensors, settings, adapter_config, config, path / WEIGHTS
         )
     targets = tuple(
@@ -172,21 +184,19 @@ def read_adapter(
         parameters[parameter_name(row, part)] = stacked
     if unknown := tensors.keys() - used:
         raise UserError(f"{path / WEIGHTS}: unexpected tensor {min(unknown)}")
-    return settings, parameters, read_router(path, config)
+    if (path / ROUTER_FILE).exists():
+        parameters[ROUTER] = _read_router(path / ROUTER_FILE, config)
+    return settings, parameters
 
 
-def read_router(path: Path, config: ModelConfig) -> np.ndarray | None:
-    """The router trained beside an adapter, [L, D, E] float32, or None."""
-    if not (path / ROUTER).exists():
-        return None
-    tensors = safetensors_file.read_header(path / ROUTER)
-    shape = names.hf_shape(_ROUTER_ROW, config)
-    return np.stack(
-        [
-            _read(tensors, _ROUTER_ROW.theirs.format(layer=layer), shape, path / ROUTER).T
-            for layer in range(config.num_layers)
-        ]
-    ).astype(np.float32)
+def _read_router(file: Path, config: ModelConfig) -> np.ndarray:
+    """Returns the router that trained beside an adapter, [L, D, E] float32."""
+    tensors, shape = safetensors_file.read_header(file), names.hf_shape(_ROUTER_ROW, config)
+    layers = (
+        _read(tensors, _ROUTER_ROW.theirs.format(layer=layer), shape, file).T
+        for layer in range(config.num_layers)
+    )
+    return np.stack(list(layers))
 
 
 def _read(tensors, name: str, shape: tuple[int, ...], path: Path) -> np.ndarray:
@@ -216,7 +226,7 @@ def _read_settings(config: dict[str, Any], file: Path) -> LoraSettings:
         value = config.get(field)
         if isinstance(value, bool) or not isinstance(value, kinds) or value <= 0:
             raise UserError(f"{file}: {field} is {value!r}; it must be a positive number")
-    unreadable = fused_adapter.unreadable(config)
+    unreadable = peft_fused.unreadable(config)
     for field in (*_UNSUPPORTED, *([unreadable] if unreadable else [])):
         if config.get(field):
             raise UserError(
@@ -251,7 +261,7 @@ class MergedSource:
 
     def __init__(self, base: Source, path: Path, dtype: np.dtype | None = None):
         self.config, self.files, self._base, self._dtype = base.config, base.files, base, dtype
-        self._settings, self._adapter, self._router = read_adapter(path, base.config)
+        self._settings, self._adapter = read_adapter(path, base.config)
         self._adapted = {row.ours for row in rows_of(self._settings)}
 
     def dtype(self, row: names.Row) -> np.dtype:
@@ -261,8 +271,8 @@ class MergedSource:
         return self._base.export_dtype()
 
     def read(self, row: names.Row, layer: int | None, experts: slice = slice(None)) -> np.ndarray:
-        if row is _ROUTER_ROW and self._router is not None:
-            return self._router[layer]
+        if row.ours in self._adapter:  # the router, trained at full rank
+            return self._adapter[row.ours][layer]
         weight = self._base.read(row, layer, *([experts] if row.per_expert else []))
         if row.ours not in self._adapted:
             return weight
