@@ -3,15 +3,18 @@
 from collections.abc import Sequence
 
 import olmoe_jax
-from olmoe_jax.config.command_line import parse_config
+from olmoe_jax.config.load import parse_config
 from olmoe_jax.errors import run_command
 from olmoe_jax.parallel import distributed
 from olmoe_jax.parallel.cpu import restart_with_huge_pages
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Trains what the arguments ask for, alone or as one of a run's processes."""
     with distributed.joined(arguments) as rest:
-        olmoe_jax.train(parse_config(rest))
+        config = parse_config(rest)
+        # The name `olmoe_jax.train` imports jax: --help and errors come before.
+        olmoe_jax.train(config)
 
 
 if __name__ == "__main__":

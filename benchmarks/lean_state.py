@@ -22,7 +22,7 @@ import numpy as np
 
 from olmoe_jax import data
 from olmoe_jax.config import Config, OptimizerOptions, apply_overrides
-from olmoe_jax.config.file import load_config
+from olmoe_jax.config.load import load_config
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
 from olmoe_jax.model.parameters import Parameters
 from olmoe_jax.parallel import sharding

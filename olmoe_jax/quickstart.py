@@ -18,7 +18,7 @@ from olmoe_jax.checkpoints import directory
 from olmoe_jax.checkpoints.loading import ModelSettings
 from olmoe_jax.checkpoints.source import read_model_config
 from olmoe_jax.config import apply_overrides
-from olmoe_jax.config.file import load_config
+from olmoe_jax.config.load import load_config
 from olmoe_jax.errors import run_command
 from olmoe_jax.model.decoder import Olmoe
 

@@ -9,7 +9,7 @@ from helpers import ROOT, message_of
 
 from configs.table import experiment
 from olmoe_jax.config import FIELDS, apply_overrides
-from olmoe_jax.config.command_line import help_text, parse_config
+from olmoe_jax.config.load import help_text, parse_config
 
 GSM = experiment("densemixer", "gsm")
 CONFIG = str(ROOT / "configs" / "densemixer_gsm.py")
@@ -57,7 +57,7 @@ def test_help_lists_every_field():
     for path, entry in FIELDS.items():
         assert f"--config.{path}=" in text
         assert entry.help.split(":")[0].split(",")[0][:20] in text
-    assert "--config.train.batch_size=256  (int)\n      examples per step\n" in text
+    assert "--config.train.batch_size=256  (int; 1 or more)\n      examples per step\n" in text
     assert "--config.train.export_dtype=none  (one of bfloat16, float32 or none)" in text
     assert max(map(len, text.splitlines())) <= 100
 
@@ -91,7 +91,7 @@ def test_train_bad_usage_is_one_line_and_exit_2(tmp_path):
 def test_the_command_line_is_read_without_jax():
     code = f"""
 import sys
-from olmoe_jax.config.command_line import parse_config
+from olmoe_jax.config.load import parse_config
 parse_config(["--config", {CONFIG!r}])
 assert "jax" not in sys.modules
 """

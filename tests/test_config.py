@@ -19,7 +19,6 @@ from olmoe_jax.config import (
     apply_overrides,
     first_difference,
     from_dict,
-    parse_override,
     to_dict,
     validate,
 )
@@ -59,7 +58,6 @@ def test_override(path, text, value):
     overridden = getattr(getattr(apply_overrides(GSM, {path: text}), section), name)
     assert overridden == value
     assert type(overridden) is type(value)
-    assert parse_override(path, text) == value
 
 
 def test_overrides_leave_the_rest_alone():
@@ -131,7 +129,7 @@ def test_a_section_is_not_a_field():
         ("optimizer.learning_rate", "inf", "must be finite; write e.g. 1e-06"),
         ("optimizer.warmup_ratio", "1.5", "must be from 0 to 1; write e.g. 0.03"),
         ("optimizer.warmup_ratio", "-0.1", "must be from 0 to 1; write e.g. 0.03"),
-        ("optimizer.weight_decay", "-0.1", "must be 0.0 or more; write e.g. 0.0"),
+        ("optimizer.weight_decay", "-0.1", "must be 0 or more; write e.g. 0.0"),
         ("optimizer.beta1", "1.0", "must be 0 or more and below 1; write e.g. 0.9"),
         ("optimizer.beta2", "-0.5", "must be 0 or more and below 1; write e.g. 0.999"),
         ("optimizer.epsilon", "0.0", "must be positive; write e.g. 1e-08"),
@@ -142,7 +140,7 @@ def test_a_section_is_not_a_field():
         ("data.eval_path", "", "must not be empty; write e.g. PATH or none"),
         ("model.path", "", "must not be empty; write e.g. allenai/OLMoE-1B-7B-0125"),
         ("method.router_gradient_experts", "0", "must be 1 or more; write e.g. 1 or none"),
-        ("method.router_aux_loss_coefficient", "-0.1", "must be 0.0 or more; write e.g. 0.0"),
+        ("method.router_aux_loss_coefficient", "-0.1", "must be 0 or more; write e.g. 0.0"),
         ("method.lora_rank", "0", "must be 1 or more; write e.g. 1 or none"),
         ("method.lora_alpha", "0.0", "must be positive; write e.g. 16.0"),
         ("method.lora_dropout", "1.0", "must be 0 or more and below 1; write e.g. 0.1"),
@@ -234,7 +232,7 @@ def test_every_number_has_a_range():
         ),
         (
             {"optimizer.master_dtype": "bfloat16"},
-            "optimizer.master_dtype=bfloat16: gradients are added up in the weights' dtype",
+            "optimizer.master_dtype=bfloat16: gradients add up in the weights' dtype",
         ),
         ({"method.adapter_path": "a"}, "method.adapter_path=a: only read with method.lora_rank"),
         (
@@ -245,17 +243,20 @@ def test_every_number_has_a_range():
         ({"method.lora_alpha": "8.0"}, "method.lora_alpha=8.0: only read with method.lora_rank"),
         (
             {"data.eval_path": "none", "data.eval_fraction": "0", "train.eval_every": "5"},
-            "train.eval_every=5: there is nothing to evaluate on",
+            "train.eval_every=5: there is nothing to evaluate",
         ),
         (
             {"data.eval_path": "none", "data.eval_fraction": "0", "train.export_best": "true"},
-            "train.export_best=true: the best model is",
+            "train.export_best=true: evaluations find the best",
         ),
         (
             {"data.eval_path": "none", "data.eval_fraction": "0", "generate.every": "5"},
             "generate.every=5: there is nothing to decode",
         ),
-        ({"train.best_metric": "exact_match"}, "train.best_metric=exact_match: nothing is decoded"),
+        (
+            {"train.best_metric": "exact_match"},
+            "train.best_metric=exact_match: the run decodes nothing",
+        ),
         ({"generate.examples": "5"}, "generate.examples=5: only read with generate.every"),
     ],
 )

@@ -7,7 +7,7 @@ from helpers import ROOT, message_of
 
 from configs.table import DATASETS, METHODS, experiment
 from olmoe_jax.config import MethodOptions, ModelOptions, OptimizerOptions, validate
-from olmoe_jax.config.file import load_config
+from olmoe_jax.config.load import load_config
 
 # The experiments
 
@@ -115,8 +115,9 @@ def test_broken_config_files(tmp_path):
     assert config_error(tmp_path, "x = 1\ndef get_config(:\n").startswith(":2: SyntaxError: ")
     assert config_error(tmp_path, "import no_such_module\n").startswith(":1: ModuleNotFoundError")
     unknown = imports + "def get_config():\n    return Config(train=TrainOptions(batchsize=8))\n"
-    assert config_error(tmp_path, unknown).startswith(":3: TypeError: ")
-    assert config_error(tmp_path, unknown).endswith("; did you mean train.batch_size?")
+    assert config_error(tmp_path, unknown) == (
+        ":3: unknown config field train.batchsize: did you mean train.batch_size?"
+    )
     wrong = imports + "def get_config():\n    return Config(train=TrainOptions(batch_size='8'))\n"
     assert config_error(tmp_path, wrong) == "train.batch_size='8': expected int; write e.g. 256"
 

@@ -8,7 +8,7 @@ from eval.tasks.gsm import Gsm
 from eval.tasks.intent import Intent
 from eval.tasks.judged import Law, Summary, Translation
 from eval.tasks.task import Task
-from olmoe_jax.config.schema import nearest
+from olmoe_jax.config.fields import nearest
 from olmoe_jax.errors import UserError
 
 TASKS: dict[str, Task] = {

@@ -1,11 +1,10 @@
-"""The configuration of a run: its fields, reading them from files and flags, and what is refused.
+"""The configuration of a run: its fields, its files and flags, and the errors about them.
 
-This package needs no jax, so that a mistake shows at once.
+This package imports no jax, so that a user reads about a mistake at once.
 """
 
 from olmoe_jax.config.options import (
     FIELDS,
-    SECTIONS,
     Config,
     DataOptions,
     GenerateOptions,
@@ -14,19 +13,17 @@ from olmoe_jax.config.options import (
     ModelOptions,
     OptimizerOptions,
     TrainOptions,
+)
+from olmoe_jax.config.values import (
     apply_overrides,
-    check_types,
     first_difference,
     from_dict,
-    get_field,
-    parse_override,
     to_dict,
     validate,
 )
 
 __all__ = [
     "FIELDS",
-    "SECTIONS",
     "Config",
     "DataOptions",
     "GenerateOptions",
@@ -36,11 +33,8 @@ __all__ = [
     "OptimizerOptions",
     "TrainOptions",
     "apply_overrides",
-    "check_types",
     "first_difference",
     "from_dict",
-    "get_field",
-    "parse_override",
     "to_dict",
     "validate",
 ]

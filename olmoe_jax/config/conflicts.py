@@ -1,44 +1,41 @@
-"""Combinations of configuration fields in which one would be missing or silently ignored."""
+"""Combinations of fields that cannot work, or in which a run would silently ignore a field."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-from olmoe_jax.config.schema import show
-
-if TYPE_CHECKING:
-    from olmoe_jax.config.options import Config
+from olmoe_jax.config.fields import show
+from olmoe_jax.config.options import Config
 
 _ESFT_SCORING = ("esft_top_p", "esft_score_tokens")
 _ESFT_ONLY = (*_ESFT_SCORING, "experts_path", "esft_train_head", "esft_densemixer")
 _LORA_DETAILS = ("lora_alpha", "lora_dropout", "lora_targets", "lora_rslora")
 
 
-def conflicts(config: "Config") -> Iterator[str]:
-    """One line for each, which says what to write instead."""
+def conflicts(config: Config) -> Iterator[str]:
+    """Yields one line for each conflict, which says what to write instead."""
     sections = (_model, _quantization, _optimizer, _router_gradient, _method)
-    for of_section in (*sections, _evaluation, _mesh):
-        yield from of_section(config)
+    for conflicts_of in (*sections, _evaluation, _generate, _mesh):
+        yield from conflicts_of(config)
 
 
-def _model(config: "Config") -> Iterator[str]:
+def _model(config: Config) -> Iterator[str]:
     model = config.model
     if model.init == "random" and model.config_path is None:
         yield "model.init=random: needs the network's shape; set model.config_path to a config.json"
     if model.init == "pretrained" and model.config_path is not None:
         yield (
-            f"model.config_path={model.config_path}: only read with model.init=random; "
-            "write none, since the pretrained model.path has its own config.json"
+            f"model.config_path={model.config_path}: only read with model.init=random; write none: "
+            "the pretrained model.path has its own config.json"
         )
 
 
-def _quantization(config: "Config") -> Iterator[str]:
-    model, method = config.model, config.method
+def _quantization(config: Config) -> Iterator[str]:
+    model = config.model
     if model.base_quantization is None:
         return
     asked = f"model.base_quantization={model.base_quantization}"
-    if method.lora_rank is None:
+    if config.method.lora_rank is None:
         yield (
-            f"{asked}: what is quantized cannot train; write none, or train adapters: "
+            f"{asked}: quantized weights cannot train; write none, or train adapters: "
             "method.lora_rank=64, with method.name=frozen, conventional or densemixer"
         )
     if model.init == "random":
@@ -50,7 +47,7 @@ def _quantization(config: "Config") -> Iterator[str]:
         )
 
 
-def _optimizer(config: "Config") -> Iterator[str]:
+def _optimizer(config: Config) -> Iterator[str]:
     model, optimizer = config.model, config.optimizer
     if optimizer.gradients_dtype == "bfloat16" and model.compute_dtype != "bfloat16":
         yield (
@@ -59,12 +56,12 @@ def _optimizer(config: "Config") -> Iterator[str]:
         )
     if optimizer.master_dtype == "bfloat16" and optimizer.gradients_dtype != "bfloat16":
         yield (
-            "optimizer.master_dtype=bfloat16: gradients are added up in the weights' dtype; write "
-            "float32, or optimizer.gradients_dtype=bfloat16 besides"
+            "optimizer.master_dtype=bfloat16: gradients add up in the weights' dtype; write "
+            "float32, or set optimizer.gradients_dtype=bfloat16 too"
         )
 
 
-def _router_gradient(config: "Config") -> Iterator[str]:
+def _router_gradient(config: Config) -> Iterator[str]:
     model, method = config.model, config.method
     esft = method.name.startswith("esft_")
     densemixer = method.name == "densemixer" or (esft and method.esft_densemixer)
@@ -87,7 +84,7 @@ def _router_gradient(config: "Config") -> Iterator[str]:
         )
 
 
-def _method(config: "Config") -> Iterator[str]:
+def _method(config: Config) -> Iterator[str]:
     method, defaults = config.method, type(config.method)()
     esft = method.name.startswith("esft_")
     if method.lora_rank is not None and esft:
@@ -121,45 +118,39 @@ def _method(config: "Config") -> Iterator[str]:
         )
 
 
-def _evaluation(config: "Config") -> Iterator[str]:
-    data, train = config.data, config.train
-    yield from _generate(config)
-    if data.eval_path is None and data.eval_fraction == 0:
-        if train.eval_every is not None:
-            yield (
-                f"train.eval_every={train.eval_every}: there is nothing to evaluate on; write "
-                "none, or set data.eval_path or data.eval_fraction"
-            )
-        if train.export_best:
-            yield (
-                "train.export_best=true: the best model is known by evaluations; "
-                "write false, or set data.eval_path or data.eval_fraction"
-            )
-        if config.generate.every is not None:
-            yield (
-                f"generate.every={config.generate.every}: there is nothing to decode; write none, "
-                "or set data.eval_path or data.eval_fraction"
-            )
-
-
-def _generate(config: "Config") -> Iterator[str]:
-    generate, train = config.generate, config.train
-    if generate.every is not None:
+def _evaluation(config: Config) -> Iterator[str]:
+    data, train, generate = config.data, config.train, config.generate
+    if data.eval_path is not None or data.eval_fraction > 0:
         return
-    if train.best_metric == "exact_match":
+    instead = "or set data.eval_path or data.eval_fraction"
+    if train.eval_every is not None:
         yield (
-            "train.best_metric=exact_match: nothing is decoded while training; set generate.every, "
-            "or write eval_loss"
+            f"train.eval_every={train.eval_every}: there is nothing to evaluate; write none, "
+            f"{instead}"
         )
-    for name, default in vars(type(generate)()).items():
-        if (value := getattr(generate, name)) != default:
+    if train.export_best:
+        yield f"train.export_best=true: evaluations find the best model; write false, {instead}"
+    if generate.every is not None:
+        yield f"generate.every={generate.every}: there is nothing to decode; write none, {instead}"
+
+
+def _generate(config: Config) -> Iterator[str]:
+    if config.generate.every is not None:
+        return
+    if config.train.best_metric == "exact_match":
+        yield (
+            "train.best_metric=exact_match: the run decodes nothing while it trains; set "
+            "generate.every, or write eval_loss"
+        )
+    for name, default in vars(type(config.generate)()).items():
+        if (value := getattr(config.generate, name)) != default:
             yield (
                 f"generate.{name}={show(value)}: only read with generate.every; set that, or "
                 f"write {show(default)}"
             )
 
 
-def _mesh(config: "Config") -> Iterator[str]:
+def _mesh(config: Config) -> Iterator[str]:
     mesh = config.mesh
     default = type(mesh)().expert_exchange
     if mesh.expert == 1 and mesh.expert_exchange != default:

@@ -4,7 +4,7 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from olmoe_jax.config.command_line import parse_config
+from olmoe_jax.config.load import parse_config
 from olmoe_jax.errors import ArgumentParser, run_command
 from olmoe_jax.plan.devices import parse_topology, prepare_environment
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from olmoe_jax.checkpoints.opening import CHECKPOINTS
 from olmoe_jax.config import TrainOptions
-from olmoe_jax.config.evaluation import best_mode
 from olmoe_jax.errors import UserError
+
+_MORE_IS_BETTER = ("exact_match", "router_entropy")
 
 
 def score_of(metrics: Mapping[str, float]) -> float:
@@ -30,7 +31,9 @@ class Best:
 
     def __init__(self, options: TrainOptions):
         self._metric = options.best_metric
-        self._sign = 1 if best_mode(options.best_metric, options.best_metric_mode) == "max" else -1
+        mode = options.best_metric_mode
+        mode = mode or ("max" if self._metric in _MORE_IS_BETTER else "min")
+        self._sign = 1 if mode == "max" else -1
         self.score = -math.inf
         """Of the best so far; a continued run sets it."""
 

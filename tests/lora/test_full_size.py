@@ -11,7 +11,7 @@ from helpers import ROOT
 from configs.table import DATASETS, METHODS
 from olmoe_jax.checkpoints.expert_config import ExpertConfig
 from olmoe_jax.config import validate
-from olmoe_jax.config.file import load_config
+from olmoe_jax.config.load import load_config
 from olmoe_jax.methods.trained import method_trains, parameter_table, router_method
 from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.model.decoder import parameter_specs

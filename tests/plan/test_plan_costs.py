@@ -8,7 +8,7 @@ from helpers import ROOT, tiny_config
 from jax.experimental import topologies
 
 from configs.table import METHODS
-from olmoe_jax.config.file import load_config
+from olmoe_jax.config.load import load_config
 from olmoe_jax.errors import UserError
 from olmoe_jax.methods.trained import esft_names, trained_names
 from olmoe_jax.model.config import ModelSettings

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from olmoe_jax.config import Config, from_dict
-from olmoe_jax.config.schema import show
+from olmoe_jax.config.fields import show
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,4 +1,4 @@
-"""What a configuration field is: its declaration, type, range, and the words of its errors."""
+"""A field of the configuration: its declaration, type and range, and the errors about its value."""
 
 import dataclasses
 import difflib
@@ -6,7 +6,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from olmoe_jax.errors import UserError
@@ -14,43 +14,60 @@ from olmoe_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Rule:
-    """What a value must satisfy, in words and as a test, with a value that does."""
+    """The range of a field's values.
+
+    Attributes:
+      requirement: the range in words: "must be ...".
+      test: returns whether a value lies in the range.
+      example: a value in the range, as the command line spells it.
+    """
 
     requirement: str
     test: Callable[[Any], bool]
     example: str
 
 
-def at_least(minimum: float) -> Rule:
+def at_least(minimum: int) -> Rule:
+    """Returns the rule of numbers from `minimum` on."""
     return Rule(f"must be {minimum} or more", lambda value: value >= minimum, str(minimum))
 
 
 def not_empty(example: str = "PATH") -> Rule:
+    """Returns the rule of texts that are not empty."""
     return Rule("must not be empty", bool, example)
 
 
 POSITIVE = Rule("must be positive", lambda value: value > 0, "1")
 SHARE = Rule("must be from 0 to 1", lambda value: 0 <= value <= 1, "0")
+SHARE_ABOVE_ZERO = Rule("must be above 0 and at most 1", lambda value: 0 < value <= 1, "0.2")
+SHARE_BELOW_ONE = Rule("must be 0 or more and below 1", lambda value: 0 <= value < 1, "0")
 UINT32 = Rule("must be from 0 to 4294967295", lambda value: 0 <= value < 2**32, "0")
+AXIS_OR_REST = Rule("must be positive, or -1", lambda value: value == -1 or value > 0, "-1")
 LORA_TARGETS = Rule(
     "must be some of q,k,v,o,gate,up,down, separated by commas",
     lambda value: set(value.split(",")) <= {"q", "k", "v", "o", "gate", "up", "down"},
     "q,k,v,o",
 )
-SHARE_BELOW_ONE = Rule("must be 0 or more and below 1", lambda value: 0 <= value < 1, "0")
 
 
 def option(default: Any, help: str, rule: Rule | None = None) -> Any:
-    """A dataclass field with its description (unit and default rule) and range."""
-    return field(default=default, metadata={"help": help, "rule": rule})
+    """Returns a dataclass field with a default, a description (unit, default rule) and a range."""
+    return dataclasses.field(default=default, metadata={"help": help, "rule": rule})
 
 
 @dataclass(frozen=True)
 class Field:
-    """One entry of the schema that is read off the dataclasses above."""
+    """A field as its dataclass declares it.
+
+    Attributes:
+      path: SECTION.NAME.
+      kind: bool, int, float or str.
+      choices: the values of a str field that accepts only these.
+      optional: whether None is a value.
+    """
 
     path: str
-    kind: type  # bool, int, float or str
+    kind: type
     choices: tuple[str, ...]
     optional: bool
     default: Any
@@ -59,18 +76,19 @@ class Field:
 
     @property
     def type_name(self) -> str:
+        """The type, in words."""
         name = f"one of {', '.join(self.choices)}" if self.choices else self.kind.__name__
         return f"{name} or none" if self.optional else name
 
     @property
     def example(self) -> str:
-        """A valid value: the default, where there is one."""
+        """A valid value: the default if there is one."""
         if self.rule and self.default in (None, ""):
             return f"{self.rule.example} or none" if self.optional else self.rule.example
         return show(self.default)
 
     def parse(self, text: str) -> Any:
-        """The value that `text` means on a command line."""
+        """Returns the value that `text` means on a command line."""
         if self.optional and text.lower() == "none":
             return None
         value: Any = text
@@ -84,7 +102,7 @@ class Field:
         return self.check_type(value, shown=text)
 
     def check_type(self, value: Any, shown: str | None = None) -> Any:
-        """`value`, if its type is the declared one; an int is good for a float."""
+        """Returns `value`, an int of a float field as a float; a `UserError` on another type."""
         if value is None and self.optional:
             return None
         if self.kind is float and type(value) is int:
@@ -94,6 +112,7 @@ class Field:
         return value
 
     def check_range(self, value: Any) -> None:
+        """Raises a `UserError` if `value`, of the right type, is out of range."""
         finite = not isinstance(value, float) or math.isfinite(value)
         if finite and (value is None or self.rule is None or self.rule.test(value)):
             return
@@ -105,25 +124,23 @@ class Field:
         return UserError(f"{self.path}={shown}: expected {self.type_name}{instead}")
 
 
-def read_schema(sections: Mapping[str, type]) -> dict[str, Field]:
-    """{dotted path: Field} of the sections' dataclasses."""
-    schema = {}
+def read_fields(sections: Mapping[str, type]) -> dict[str, Field]:
+    """Returns {SECTION.NAME: Field} of the sections' dataclasses."""
+    fields = {}
     for section, cls in sections.items():
         annotations = typing.get_type_hints(cls)
         for declared in dataclasses.fields(cls):
-            path = f"{section}.{declared.name}"
-            kind, choices, optional = _read_annotation(annotations[declared.name])
-            schema[path] = Field(
-                path, kind, choices, optional, declared.default, **declared.metadata
+            path, annotation = f"{section}.{declared.name}", annotations[declared.name]
+            fields[path] = Field(
+                path, *_read_annotation(annotation), declared.default, **declared.metadata
             )
-    return schema
+    return fields
 
 
 def _read_annotation(annotation: Any) -> tuple[type, tuple[str, ...], bool]:
-    """kind, choices, optional of `T`, `Literal[...]`, and either `| None`."""
-    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
-        inner, _ = typing.get_args(annotation)
-        kind, choices, _ = _read_annotation(inner)
+    """Returns (kind, choices, optional) of T or Literal[...], either with `| None` or without."""
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        kind, choices, _ = _read_annotation(typing.get_args(annotation)[0])
         return kind, choices, True
     if typing.get_origin(annotation) is Literal:
         return str, typing.get_args(annotation), False
@@ -131,12 +148,12 @@ def _read_annotation(annotation: Any) -> tuple[type, tuple[str, ...], bool]:
 
 
 def show(value: Any) -> str:
-    """`value` as it is written on the command line."""
+    """Returns `value` as the command line spells it."""
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def nearest(given: str, candidates: Iterable[str]) -> str:
-    """The candidate most like `given`, as a whole or in its part after the last dot."""
+    """Returns the candidate that is most like `given`, as a whole or in its last dotted part."""
 
     def likeness(candidate: str) -> tuple[float, float]:
         whole = _ratio(given, candidate)

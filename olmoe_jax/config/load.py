@@ -1,0 +1,147 @@
+"""Configs from a Python file that defines `get_config()` and from flags; the help of train.py."""
+
+import difflib
+import re
+import runpy
+import sys
+import textwrap
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from olmoe_jax.config.fields import nearest, show
+from olmoe_jax.config.options import FIELDS, SECTIONS, Config
+from olmoe_jax.config.values import apply_overrides, check_types, unknown_field
+from olmoe_jax.errors import UserError
+
+EXAMPLE = "--config configs/densemixer_gsm.py"
+USAGE = """\
+Fine-tunes OLMoE on one data set and writes a Hugging Face checkpoint.
+
+    python train.py --config configs/densemixer_gsm.py [--config.FIELD.SUBFIELD=VALUE ...]
+
+Flags are --name=value or --name value. The config is a Python file that defines get_config().
+A flag sets any of its fields. The same command with the same output directory continues a run
+that was interrupted.
+
+Example: two passes with a smaller batch into another directory
+
+    python train.py --config configs/densemixer_gsm.py --config.train.epochs=2 \\
+        --config.train.batch_size=64 --config.train.output_dir=runs/short
+
+Several processes can share a run (docs/cluster.md). SLURM, Open MPI and Cloud TPUs are found.
+Elsewhere each process gets --coordinator_address=HOST:PORT --num_processes=N --process_id=I.
+--heartbeat_timeout=SECONDS (30) says how long a process may be silent before the run ends.
+
+Fields with their defaults (a config file may set others), types and ranges:
+"""
+
+
+def parse_config(arguments: Sequence[str]) -> Config:
+    """Returns the validated Config of a command line; `--help` prints the help and exits."""
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text())
+        sys.exit(0)
+    flags = dict(_read_flags(arguments))
+    path = flags.pop("--config", "")
+    if not path:
+        raise UserError(f"--config is missing: write e.g. {EXAMPLE} (--help explains)")
+    overrides = {name.removeprefix("--config."): text for name, text in flags.items()}
+    return apply_overrides(load_config(path), overrides)
+
+
+def help_text() -> str:
+    """Returns the usage, an example, and every field with its default, type, range and meaning."""
+    lines = [USAGE]
+    for section, cls in SECTIONS.items():
+        lines.append(f"{section}: {cls.__doc__}\n")
+        for path, field in FIELDS.items():
+            if not path.startswith(f"{section}."):
+                continue
+            accepted = field.type_name
+            if field.rule and field.rule.requirement.startswith("must be "):
+                accepted += f"; {field.rule.requirement.removeprefix('must be ')}"
+            declared = f"  --config.{path}={show(field.default)}  ({accepted})"
+            lines += textwrap.wrap(declared, 100, subsequent_indent=" " * 6)
+            indent = " " * 6
+            lines += textwrap.wrap(field.help, 96, initial_indent=indent, subsequent_indent=indent)
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def _read_flags(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yields each flag's (name, value), in order; a later flag of the same name wins."""
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        _check_flag(name)
+        if not equals:
+            value = next(rest, "--")
+            if value.startswith("--"):
+                raise UserError(f"{name} needs a value: write {name}=VALUE")
+        yield name, value
+
+
+def _check_flag(name: str) -> None:
+    if name == "--config" or name.startswith("--config."):
+        return
+    if not name.startswith("-"):
+        raise UserError(f"unexpected argument {name}: flags are --name=value, e.g. {EXAMPLE}")
+    # `--train.seed` and `--seed` are like `--config.train.seed` in their last part.
+    known = ["config", "help", *(f"config.{path}" for path in FIELDS)]
+    raise UserError(f"unknown flag {name}: did you mean --{nearest(name.lstrip('-'), known)}?")
+
+
+def load_config(path: str | Path) -> Config:
+    """Returns the Config that the Python file `path` defines, after a check of its types.
+
+    `apply_overrides` and `validate` check the ranges: the command line may still set a field that
+    the file leaves open.
+
+    Raises:
+      UserError: the file is missing, fails, or defines no Config.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(_missing_file(path))
+    try:
+        get_config = runpy.run_path(str(path)).get("get_config")
+        config = get_config() if callable(get_config) else None
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(_failure(path, error)) from error
+    if not callable(get_config):
+        raise UserError(f"{path}: define get_config() in it, a function that returns a Config")
+    if not isinstance(config, Config):
+        raise UserError(
+            f"{path}: get_config() returned a {type(config).__name__}; it must return a "
+            "olmoe_jax.config.Config"
+        )
+    return check_types(config)
+
+
+def _missing_file(path: Path) -> str:
+    if path.is_dir():
+        return f"{path} is a directory: name one of the config files in it"
+    if not path.parent.is_dir():
+        return f"{path}: there is no directory {path.parent}"
+    present = sorted(file.name for file in path.parent.glob("*.py"))
+    close = difflib.get_close_matches(path.name, present, n=3, cutoff=0.3)
+    hint = f"nearest there: {', '.join(close)}" if close else "no name there is like it"
+    return f"{path}: no such file; {hint}"
+
+
+def _failure(path: Path, error: Exception) -> str:
+    """Returns what went wrong in a config file, and on which of its lines."""
+    message = f"{type(error).__name__}: {error}"
+    frames = [
+        f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)
+    ]
+    line = frames[-1] if frames else None
+    if isinstance(error, SyntaxError):
+        line, message = error.lineno, f"SyntaxError: {error.msg}"
+    elif unknown := re.search(r"(\w+)\.__init__\(\) got .* keyword argument '(\w+)'", str(error)):
+        section = next((name for name, cls in SECTIONS.items() if cls.__name__ == unknown[1]), None)
+        message = str(unknown_field(f"{section}.{unknown[2]}")) if section else message
+    return f"{path}:{line}: {message}" if line else f"{path}: {message}"
