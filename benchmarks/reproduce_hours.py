@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from configs.table import DATASETS, ESFT, METHODS, experiment
-from eval.reproduce import TASKS
-from eval.tasks import TASKS as BY_NAME
+from eval.reproduce.cells import tasks_of
+from eval.tasks import TASKS
 from olmoe_jax.checkpoints.expert_config import ExpertConfig
 from olmoe_jax.methods.trained import method_trains
 from olmoe_jax.model.config import ModelSettings
@@ -112,12 +112,12 @@ def evaluation_hours(dataset: str, share: float) -> float:
     """Of one model on a data set's tasks, on one GPU."""
     weights = 2 * sum(math.prod(spec.shape) for spec in parameter_specs(MODEL).values())
     seconds = 0.0
-    for task in TASKS.get(dataset, (dataset,)):
+    for task in tasks_of(dataset):
         examples, tokens = PROMPTS[task]
         context = tokens / examples / 2
         flops = step_flops_per_token(MODEL, ModelSettings(), lambda name: False, context)
         seconds += tokens * flops.forward / (share * H100.flops)
-        steps = math.ceil(examples / BATCH) * BY_NAME[task].max_new_tokens
+        steps = math.ceil(examples / BATCH) * TASKS[task].max_new_tokens
         seconds += steps * weights / (share * H100.bandwidth)
     return seconds / 3600
 

@@ -38,32 +38,6 @@ class Decoding:
     seed: int = 0
 
 
-def open_output(output: Path, model: Mapping[str, str | None]) -> None:
-    """Makes the directory of a model's results, or makes sure that it is this model's.
-
-    Args:
-      output: the directory.
-      model: what names it; `model` and `adapter`, paths, may differ when the content is the same.
-
-    Raises:
-      UserError: it holds another model's results, or something else.
-    """
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output}: is a file; write a directory")
-    if (output / MODEL).exists():
-        _check_same(output, directory.read_json(output / MODEL), model, free=["model", "adapter"])
-        return
-    if output.exists() and any(e.name != f".{MODEL}.partial" for e in output.iterdir()):
-        raise UserError(
-            f"--output {output}: holds files but no evaluation; write an empty or new directory"
-        )
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        directory.write_json(output / MODEL, dict(model))
-    except OSError as error:
-        raise UserError(f"--output {output}: cannot write there ({error.strerror})") from None
-
-
 def settings_of(
     task: Task, examples: Sequence[Example], decoding: Decoding, limit: int | None
 ) -> dict[str, Any]:
@@ -82,29 +56,6 @@ def settings_of(
     }
 
 
-def open_task(output: Path, settings: Mapping[str, Any]) -> None:
-    """Makes a task's directory, or makes sure that what it holds was made the same way.
-
-    Raises:
-      UserError: it was not; names what differs.
-    """
-    path = output / settings["task"]
-    if (path / SETTINGS).exists():
-        _check_same(path, directory.read_json(path / SETTINGS), settings)
-        return
-    path.mkdir(exist_ok=True)
-    directory.write_json(path / SETTINGS, settings)
-
-
-def _check_same(path: Path, stored: Mapping, wanted: Mapping, free: Sequence[str] = ()) -> None:
-    for name in wanted:
-        if name not in free and stored.get(name) != wanted[name]:
-            raise UserError(
-                f"{path} holds results with {name}={stored.get(name)}, now it is {wanted[name]}; "
-                "write another --output, or the former settings to continue"
-            )
-
-
 def evaluate(
     task: Task,
     examples: Sequence[Example],
@@ -118,7 +69,7 @@ def evaluate(
     Args:
       task: whose prompts, post-processing and scores.
       examples: its examples.
-      settings: from `settings_of`; `open_task` has accepted them.
+      settings: from `settings_of`; the task's directory holds them.
       output: the evaluation's directory.
       backend: loads the model; called only when there is something to decode.
       tools: for the scorers.

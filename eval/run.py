@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eval.backends import BACKENDS, DTYPES, check_backend, open_backend
-from eval.evaluation import Decoding, evaluate, open_output, open_task, settings_of
+from eval.evaluation import MODEL, SETTINGS, Decoding, evaluate, settings_of
+from eval.outputs import open_output
 from eval.tasks import TASKS, tasks_of
 from eval.tasks.task import Task, Tools, read_examples
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
@@ -35,12 +36,13 @@ def main(arguments: Sequence[str]) -> None:
     examples = {task.name: read_examples(task, args.data)[: args.limit] for task in tasks}
     check_backend(args.backend, args.model, args.adapter)
     server = _judge_server(args)
-    open_output(args.output, _model(args))
+    # The same content under another path is the same model.
+    open_output(args.output, MODEL, _model(args), free=["model", "adapter"])
     settings = {
         task.name: settings_of(task, examples[task.name], decoding, args.limit) for task in tasks
     }
-    for asked in settings.values():
-        open_task(args.output, asked)
+    for name, asked in settings.items():
+        open_output(args.output / name, SETTINGS, asked)
     if server:
         from eval.judge.judge import Judge
 

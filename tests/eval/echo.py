@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from eval.evaluation import Decoding, evaluate, open_output, open_task, settings_of
+from eval.evaluation import MODEL, SETTINGS, Decoding, evaluate, settings_of
+from eval.outputs import open_output
 from eval.tasks import TASKS
 from eval.tasks.task import Tools, read_examples
 
@@ -34,6 +35,6 @@ FIVES = Decoding(batch_size=5)
 def evaluate_gsm(output: Path, data: Path, backend, decoding=FIVES, limit=None):
     examples = read_examples(GSM, str(data))[:limit]
     settings = settings_of(GSM, examples, decoding, limit)
-    open_output(output, {"model": "m", "fingerprint": "f"})
-    open_task(output, settings)
+    open_output(output, MODEL, {"model": "m", "fingerprint": "f"})
+    open_output(output / GSM.name, SETTINGS, settings)
     return evaluate(GSM, examples, settings, output, lambda: backend, Tools())

@@ -16,8 +16,9 @@ from helpers import ROOT, assert_user_error, message_of, run_module
 
 from eval import run
 from eval.backends import Sampling, check_backend, open_backend
-from eval.evaluation import Decoding, evaluate, open_output, open_task, settings_of
+from eval.evaluation import MODEL, SETTINGS, Decoding, evaluate, settings_of
 from eval.fingerprint import model_fingerprint
+from eval.outputs import open_output
 from eval.predictions import PredictionFile
 from eval.tasks import TASKS
 from eval.tasks.task import Example, Task, Tools, read_examples
@@ -72,8 +73,8 @@ def test_samples_draw_different_numbers(tmp_path):
     task = TASKS["humaneval"]
     examples = [Example(str(i), "x" * i, "tests") for i in range(3)]
     settings = settings_of(task, examples, Decoding(2, samples=3, temperature=0.5, seed=7), None)
-    open_output(tmp_path, {"model": "m"})
-    open_task(tmp_path, settings)
+    open_output(tmp_path, MODEL, {"model": "m"})
+    open_output(tmp_path / task.name, SETTINGS, settings)
     backend = Echo()
     tools = Tools(run_programs=lambda programs: ["wrong"] * len(programs))
     evaluate(task, examples, settings, tmp_path, lambda: backend, tools)
@@ -89,8 +90,8 @@ def test_long_prompts_lose_examples(tmp_path):
     long = Example("0", "User: aaaaaaaaaaaa\n\nbbbb\n\ncccc\n\nAssistant:", "c")
     short = Example("1", "User: c\n\nAssistant:", "c")
     settings = settings_of(task, [long, short], Decoding(), None)
-    open_output(tmp_path, {"model": "m"})
-    open_task(tmp_path, settings)
+    open_output(tmp_path, MODEL, {"model": "m"})
+    open_output(tmp_path / task.name, SETTINGS, settings)
     result = evaluate(task, [long, short], settings, tmp_path, lambda: backend, Tools())
     assert backend.calls[0][0] == ["User: cccc\n\nAssistant:", "User: c\n\nAssistant:"]
     assert result["counts"]["shortened_prompts"] == 1
@@ -111,10 +112,10 @@ def test_other_settings_are_refused_by_name(tmp_path, data_dir):
         arguments = (tmp_path, data_dir, Echo(), decoding, limit)
         assert name in message_of(evaluate_gsm, *arguments)
     other = {"model": "m", "fingerprint": "g"}
-    assert "fingerprint=f, now it is g" in message_of(open_output, tmp_path, other)
-    open_output(tmp_path, {"model": "moved", "fingerprint": "f"})
-    assert "no evaluation" in message_of(open_output, tmp_path / "gsm", other)
-    assert "is a file" in message_of(open_output, tmp_path / "model.json", other)
+    assert "fingerprint=f, now it is g" in message_of(open_output, tmp_path, MODEL, other)
+    open_output(tmp_path, MODEL, {"model": "moved", "fingerprint": "f"}, free=["model"])
+    assert "and no model.json" in message_of(open_output, tmp_path / "gsm", MODEL, other)
+    assert "is a file" in message_of(open_output, tmp_path / "model.json", MODEL, other)
 
 
 def test_fingerprint_is_the_content(tmp_path):

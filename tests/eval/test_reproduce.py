@@ -12,8 +12,9 @@ import pytest
 from helpers import ROOT, assert_user_error, message_of, run_module
 
 from configs.table import DATASETS, METHODS
-from eval import reproduce
-from eval.reproduce import Plan, Step, main
+from eval.reproduce.__main__ import main
+from eval.reproduce.cells import Command, Reproduction
+from eval.reproduce.runner import Runner
 
 
 def write(file: Path) -> None:
@@ -21,16 +22,16 @@ def write(file: Path) -> None:
     file.touch()
 
 
-def plan(output: Path, methods, datasets, data=None, **config) -> Plan:
+def table(output: Path, methods, datasets, data=None, **config) -> Reproduction:
     fields = {name.replace("__", "."): value for name, value in config.items()}
-    return Plan(output, methods, datasets, "m/x", data, fields, ["--limit=5"])
+    return Reproduction(output, methods, datasets, "m/x", data, fields, ["--limit=5"])
 
 
 def test_all_cells_of_the_table(tmp_path):
-    whole = plan(tmp_path, METHODS, list(DATASETS))
-    steps = list(whole.steps())
-    assert len(steps) == 1 + 6 * (6 * 3 + 2 * 5)
-    assert steps[0].command[2:8] == [
+    whole = table(tmp_path, METHODS, list(DATASETS))
+    steps = list(whole.commands())
+    assert len(steps) == 1 + 6 * 8 * 3
+    assert steps[0].arguments[2:8] == [
         "--model", "m/x", "--tasks", "gsm,mbpp,humaneval,intent,law,summary,translation",
         "--output", f"{tmp_path}/base/eval",
     ]  # fmt: skip
@@ -43,23 +44,19 @@ def test_all_cells_of_the_table(tmp_path):
 
 
 def test_steps_of_a_cell(tmp_path):
-    (tmp_path / "gsm").mkdir()
-    small = plan(tmp_path, ["esft_token"], ["gsm"], str(tmp_path), train__batch_size="8")
-    _, score, select, train, export, evaluate = small.steps()
-    experts, run = f"{tmp_path}/scores/gsm/esft_token.json", tmp_path / "esft_token_gsm"
-    assert score.name == "score gsm"
-    assert f"{tmp_path}/gsm/train.jsonl" in score.command
-    assert select.command[-4:] == ["token", "--top_p=0.2", "--output", experts]
-    assert f"--config.method.experts_path={experts}" in train.command
-    assert f"--config.data.eval_path={tmp_path}/gsm8k/test.jsonl" in train.command
-    assert train.command[-1] == "--config.train.batch_size=8"
-    assert export.command[-1] == str(run / "hf")
-    assert evaluate.command[-3:] == ["--data", str(tmp_path), "--limit=5"]
+    cell = table(tmp_path, ["esft_token"], ["gsm"], tmp_path, train__batch_size="8")
+    _, train, export, evaluate = cell.commands()
+    run = tmp_path / "esft_token_gsm"
+    assert train.arguments[2].endswith("configs/esft_token_gsm.py")
+    assert f"--config.data.eval_path={tmp_path}/gsm8k/test.jsonl" in train.arguments
+    assert train.arguments[-1] == "--config.train.batch_size=8"
+    assert export.arguments[-1] == str(run / "hf")
+    assert evaluate.arguments[-3:] == ["--data", str(tmp_path), "--limit=5"]
     assert evaluate.weights == (run / "checkpoints", run / "hf")
 
 
 def test_what_is_there_is_done(tmp_path):
-    steps = {step.name: step for step in plan(tmp_path, ["frozen"], ["gsm"]).steps()}
+    steps = {step.name: step for step in table(tmp_path, ["frozen"], ["gsm"]).commands()}
     train, export = steps["train frozen gsm"], steps["export frozen gsm"]
     write(tmp_path / "frozen_gsm/loss.png")
     assert train.done()
@@ -73,7 +70,7 @@ def test_what_is_there_is_done(tmp_path):
 
 
 def test_errors_come_before_anything_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(reproduce.Runner, "run", lambda self, step: pytest.fail(step.name))
+    monkeypatch.setattr(Runner, "run", lambda self, step: pytest.fail(step.name))
     output = ["--output", str(tmp_path / "out"), "--model", "m/x"]
     for arguments, expected in (
         (["--methods", "dense"], "--methods: there is no 'dense'"),
@@ -92,24 +89,28 @@ def test_errors_come_before_anything_runs(tmp_path, monkeypatch):
         assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     (tmp_path / "out/x").touch()
-    assert "not of this command" in message_of(main, [*output, "--datasets", "gsm"])
+    assert "holds other files and no reproduce.json" in message_of(
+        main, [*output, "--datasets", "gsm"]
+    )
     stored = {"model": "m/y", "data": None, "config": {}, "evaluation": []}
     (tmp_path / "out/reproduce.json").write_text(json.dumps(stored))
-    assert 'with model="m/y", now it is "m/x"' in message_of(main, [*output, "--datasets", "gsm"])
+    assert "was begun with model=m/y, now it is m/x" in message_of(
+        main, [*output, "--datasets", "gsm"]
+    )
 
 
 def test_sigterm_and_failures_end_all(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     try:
-        runner = reproduce.Runner(tmp_path)
-        fails = Step("a", ["-c", "raise SystemExit(3)"], lambda: False)
+        runner = Runner(tmp_path)
+        fails = Command("a", ["-c", "raise SystemExit(3)"], lambda: False)
         assert message_of(runner.run, fails).startswith("a failed with exit code 3")
-        stops = Step("b", ["-c", "pass"], lambda: False)
+        stops = Command("b", ["-c", "pass"], lambda: False)
         assert message_of(runner.run, stops).startswith("b stopped before its end")
         # The step that runs gets the signal too: it does not sleep to its end.
         sends = f"import os, time; os.kill({os.getpid()}, {int(signal.SIGTERM)}); time.sleep(60)"
         started = time.monotonic()
-        sleeps = Step("c", ["-c", sends], lambda: True)
+        sleeps = Command("c", ["-c", sends], lambda: True)
         assert message_of(runner.run, sleeps).startswith("SIGTERM while at: c; the same command")
         assert time.monotonic() - started < 30
     finally:
@@ -135,18 +136,18 @@ def test_small_from_score_to_report(tmp_path, capfd):
         if line.startswith("step 1/20") and any("train esft_gate" in line for line in said):
             os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert (output / "conventional_gsm/eval/gsm/result.json").exists()
+    assert (output / "densemixer_gsm/eval/gsm/result.json").exists()
     assert not (output / "esft_gate_gsm/loss.png").exists()
 
     code, said, stderr = run_module(*arguments, timeout=600)
     assert code == 0, stderr
     assert [line for line in said.splitlines() if line.startswith("[")] == [
-        "[7/9] train esft_gate gsm",
-        "[8/9] export esft_gate gsm",
-        "[9/9] evaluate esft_gate gsm",
+        "[5/7] train esft_gate gsm",
+        "[6/7] export esft_gate gsm",
+        "[7/7] evaluate esft_gate gsm",
     ]
     report = (output / "report/report.md").read_text()
-    for name in ("base", "conventional", r"esft\_gate"):
+    for name in ("base", "densemixer", r"esft\_gate"):
         assert f"\n| {name} | " in report
     assert "router_entropy_gsm.svg" in report
     assert "experts_esft_gate_gsm.png" in report

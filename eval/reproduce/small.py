@@ -1,15 +1,18 @@
-"""What `eval.reproduce --small` works with: a small model pretrained on generated word problems."""
+"""A small model, pretrained on generated word problems, for --small."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from configs.table import ESFT, LORA
-from eval.reproduce import ROOT, Plan, Step
+from configs.table import ESFT, FULL, LORA
+from eval.reproduce.cells import ROOT, Command, Reproduction
 from olmoe_jax.checkpoints import directory
 
+METHODS = (FULL[-1], ESFT[0])
+"""Trained by default: a method that trains everything, and one that trains some experts."""
 PROMPT = "Answer the following question.\n\n"
-"""Before every other question, as in the evaluation's prompts; the eval loss has none."""
+"""The first line of the evaluation's prompts and of half of the training prompts, but not of the
+eval loss's prompts: the model learns both."""
 ROWS, TEST_ROWS = 2000, 60
 SIZES = {"hidden_size": 64, "intermediate_size": 64}
 FIELDS = {
@@ -24,41 +27,38 @@ FIELDS = {
     "train.checkpoint_every": "20",
 }
 BASE = {"train.max_steps": "120", "optimizer.learning_rate": "3e-3"}
-FAMILIES = {
-    "lora": {"optimizer.learning_rate": "1e-2", "method.lora_rank": "8"},
-    "esft": {"optimizer.learning_rate": "3e-3"},
-}
+LORA_FIELDS = {"optimizer.learning_rate": "1e-2", "method.lora_rank": "8"}
+ESFT_FIELDS = {"optimizer.learning_rate": "3e-3"}
 EVALUATION = ("--batch_size=60", "--max_new_tokens=32", "--compute_dtype=float32")
 
 
-def small_plan(
+def small_reproduction(
     output: Path, methods: Sequence[str], config: Mapping[str, str], evaluation: Sequence[str]
-) -> Plan:
-    """The plan for the small model; what the user sets comes after its own settings."""
+) -> Reproduction:
+    """Returns gsm's part of the table with the small model; the user's settings come last."""
     small = output / "small"
-
-    def by_method(method: str) -> Mapping[str, str]:
-        family = "lora" if method in LORA else "esft" if method in ESFT else "full"
-        return FIELDS | FAMILIES.get(family, {})
-
-    return Plan(
+    return Reproduction(
         output,
         methods,
         ["gsm"],
         str(small / "model"),
-        str(small / "data"),
+        small / "data",
         config,
         [*EVALUATION, *evaluation],
-        by_method,
+        _fields,
     )
 
 
-def write_inputs(path: Path, run: Callable[[Step], None]) -> None:
-    """Makes the data, and trains and exports the model; what is there already stays.
+def _fields(method: str) -> Mapping[str, str]:
+    return FIELDS | (LORA_FIELDS if method in LORA else ESFT_FIELDS if method in ESFT else {})
+
+
+def write_inputs(path: Path, run: Callable[[Command], None]) -> None:
+    """Makes the data, then trains and exports the model; what is there already stays.
 
     Args:
       path: the directory.
-      run: executes a step.
+      run: executes a command.
     """
     data, base, model = path / "data", path / "base", path / "model"
     if not data.exists():
@@ -73,20 +73,21 @@ def write_inputs(path: Path, run: Callable[[Step], None]) -> None:
         "train.export_hf": "false",
         **BASE,
     }
-    command = [str(ROOT / "train.py"), "--config", str(ROOT / "configs/conventional_gsm.py")]
-    command += [f"--config.{name}={value}" for name, value in fields.items()]
+    train = [str(ROOT / "train.py"), "--config", str(ROOT / f"configs/{FULL[-1]}_gsm.py")]
+    train += [f"--config.{name}={value}" for name, value in fields.items()]
     export = ["-m", "convert.to_hf", "--checkpoint", str(base), "--output", str(model)]
-    for step in (
-        Step("train the base", command, lambda: model.exists() or (base / "loss.png").exists()),
-        Step("export the base", export, model.exists),
+    trained = base / "loss.png"
+    for command in (
+        Command("train the base", train, lambda: model.exists() or trained.exists()),
+        Command("export the base", export, model.exists),
     ):
-        if not step.done():
-            print(step.name, flush=True)
-            run(step)
+        if not command.done():
+            print(command.name, flush=True)
+            run(command)
 
 
 def _write_data(path: Path) -> None:
-    """gsm/train.jsonl and gsm8k/test.jsonl, as of the real data; model/: tokenizer, config.json."""
+    """Writes gsm/train.jsonl, gsm8k/test.jsonl, and model/ with tokenizer and config.json."""
     from olmoe_jax.quickstart import MODEL, examples, train_tokenizer
 
     rows = examples(ROWS + TEST_ROWS, seed=0)

@@ -1,0 +1,42 @@
+"""Output directories that keep what was asked, so that a rerun continues only the same work."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from olmoe_jax.checkpoints import directory
+from olmoe_jax.errors import UserError
+
+
+def open_output(path: Path, file: str, asked: Mapping[str, Any], free: Sequence[str] = ()) -> None:
+    """Makes a directory, or makes sure that it was begun with the same values.
+
+    Args:
+      path: the directory.
+      file: the file in it that keeps the values.
+      asked: JSON values by name.
+      free: names whose values may differ from the kept ones.
+
+    Raises:
+      UserError: a value differs (named), or the directory is of something else.
+    """
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--output {path}: is a file; write a directory")
+    if (path / file).exists():
+        kept = directory.read_json(path / file)
+        for name, value in asked.items():
+            if name not in free and kept.get(name) != value:
+                raise UserError(
+                    f"{path} was begun with {name}={kept.get(name)}, now it is {value}; write "
+                    f"another --output, or the former {name} to continue"
+                )
+        return
+    if path.exists() and any(entry.name != f".{file}.partial" for entry in path.iterdir()):
+        raise UserError(
+            f"--output {path}: holds other files and no {file}; write an empty or new directory"
+        )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        directory.write_json(path / file, dict(asked))
+    except OSError as error:
+        raise UserError(f"--output {path}: cannot write there ({error.strerror})") from None
