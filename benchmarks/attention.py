@@ -1,21 +1,23 @@
 """Forward and backward of attention, every backend: python -m benchmarks.attention [--topology …]
 
-Without --topology, times the chunked backend on this machine beside what was there before it: 512
-queries at a time with all their keys. The runs are interleaved and the ratio is of each pair. With
-it (h100:8, v5e:2x4, …), compiles every backend for these devices, which need not be there, and says
-what they would allocate besides inputs and outputs.
+Without --topology, the script times the chunked backend on this machine beside a plain one that
+attends from 512 queries at a time to all keys. The runs are interleaved, and the ratio is the
+median over the pairs. With --topology (h100:8, v5e:2x4, …) it compiles every backend for these
+devices, which need not be there, and prints what a device allocates besides inputs and outputs.
 """
 
+import argparse
 import json
 import math
 import re
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
 from olmoe_jax.ops.attention import BACKENDS, attention, check_backend
@@ -43,12 +45,17 @@ def main(arguments: Sequence[str]) -> None:
     print(json.dumps(result) if args.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
 
 
-def before(q, k, v, segments):
-    """512 queries at a time, all keys; the backward pass recomputes the probabilities."""
+def all_keys(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+    """Attends from 512 queries at a time to all keys; the backward recomputes the probabilities.
+
+    Args:
+      q, k, v: [B, S, H, d].
+      segments: [B, S] int.
+    """
     length = q.shape[1]
     chunk = 512 if length % 512 == 0 else length
 
-    def queries(start):
+    def queries(start: jax.Array) -> jax.Array:
         own, own_segments = (
             jax.lax.dynamic_slice_in_dim(part, start, chunk, 1) for part in (q, segments)
         )
@@ -62,31 +69,37 @@ def before(q, k, v, segments):
     return jnp.moveaxis(out, 0, 1).reshape(q.shape)
 
 
-def forward_and_backward(backend: str) -> Callable:
-    """(q, k, v, segments, gradient of the output) -> the output and the gradients of q, k, v."""
+def forward_and_backward(backend: str) -> Callable[..., tuple[jax.Array, ...]]:
+    """Returns a function that computes the output and the gradients of q, k and v.
 
-    def function(q, k, v, segments):
+    Its arguments are q, k, v, the segments and the output's gradient.
+    """
+
+    def function(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
         if backend == ALL_KEYS:
-            return before(q, k, v, segments)
+            return all_keys(q, k, v, segments)
         return attention(q, k, v, segments, backend)
 
-    def run(q, k, v, segments, g):
+    def run(
+        q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, g: jax.Array
+    ) -> tuple[jax.Array, ...]:
         out, backward = jax.vjp(lambda *qkv: on_own_rows(function, *qkv, segments), q, k, v)
         return out, *backward(g)
 
     return run
 
 
-def shapes(args, devices: int = 1) -> list[tuple[int, ...]]:
-    """Of q, k, v, segments and the output's gradient."""
+def shapes(args: argparse.Namespace, devices: int = 1) -> list[tuple[int, ...]]:
+    """Returns the shapes of q, k, v, the segments and the output's gradient."""
     rows, length, heads, size = map(int, args.shape.split(","))
     q, k = ((rows * devices, length, n, size) for n in (heads, args.kv_heads or heads))
     return [q, k, k, q[:2], q]
 
 
-def timed(args) -> dict:
-    """Milliseconds (wall) of the chunked backend and of `before`, and the ratio of these and of the
-    CPU times, which other processes on the machine disturb less.
+def timed(args: argparse.Namespace) -> dict[str, float]:
+    """Returns milliseconds of `all_keys` and of the chunked backend, and how many times as long.
+
+    The ratio of the CPU times is less disturbed by other processes on the machine.
     """
     random = np.random.default_rng(0)
     arrays = [jnp.asarray(random.normal(size=shape), args.dtype) for shape in shapes(args)]
@@ -99,15 +112,15 @@ def timed(args) -> dict:
         for name, function in functions.items():
             start = np.array([time.perf_counter(), time.process_time()])
             jax.block_until_ready(function(*arrays))
-            if run:  # The first compiles.
+            if run:  # The first run compiles.
                 spent[name].append([time.perf_counter(), time.process_time()] - start)
     wall, cpu = np.median(np.divide(spent[ALL_KEYS], spent["chunked"]), axis=0)
     result = {f"{name}, ms": round(1e3 * np.median(spent[name], axis=0)[0], 2) for name in spent}
     return result | {"ratio": round(wall, 2), "ratio of CPU times": round(cpu, 2)}
 
 
-def compiled(args) -> dict:
-    """For each backend of the topology: MiB of temporaries, and the largest array over S²."""
+def compiled(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Returns MiB of temporaries and the largest array over S², for each of the backends."""
     topology = parse_topology(args.topology)
     prepare_environment(topology)
     jax.config.update("jax_platforms", "cpu")  # jax has read the environment already
@@ -133,15 +146,17 @@ def compiled(args) -> dict:
     return result
 
 
-def _compile(function, arguments, mesh):
+def _compile(
+    function: Callable[..., Any], arguments: Sequence[jax.ShapeDtypeStruct], mesh: Mesh
+) -> jax.stages.Compiled:
     device = mesh.devices.flat[0]
     platform = "cuda" if device.platform == "gpu" else device.platform
     with jax.set_mesh(mesh), jax.default_device(device):
         return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).compile()
 
 
-def _largest_array(program) -> int:
-    """Elements, on one device."""
+def _largest_array(program: jax.stages.Compiled) -> int:
+    """Returns the elements of the largest array on one device."""
     dimensions = re.findall(r"\b[a-z]+\d*\[([\d,]+)\]", program.as_text())
     return max(int(np.prod([int(size) for size in found.split(",")])) for found in dimensions)
 

@@ -1,10 +1,11 @@
-"""What a checkpoint costs the steps around it: python -m benchmarks.checkpointing
+"""The cost of a checkpoint to the steps around it: python -m benchmarks.checkpointing
 
-Steps with AdamW updates on a few random tokens, of a model whose size matters and not its FLOPs. A
-save starts in the background, as in a run, while steps go on until it is complete; then the same is
-saved once more and waited for.
+The steps are AdamW updates on a few random tokens: the size of the state matters, the FLOPs do
+not. A save starts in the background, as in a run, and steps go on until it is complete. Then the
+same state is saved once more and waited for.
 """
 
+import argparse
 import json
 import statistics
 import tempfile
@@ -30,9 +31,11 @@ def main(arguments: Sequence[str]) -> None:
     parser = make_parser()
     parser.prog, parser.description = "python -m benchmarks.checkpointing", __doc__
     parser.set_defaults(rows=1, length=32, what="update")
-    parser.add_argument("--saves", type=int, default=3, help="of each kind")
+    parser.add_argument("--saves", type=int, default=3, help="saves of each kind")
     parser.add_argument("--steps", type=int, default=10, help="timed steps without a save")
-    parser.add_argument("--output", type=Path, help="write there; default: a temporary directory")
+    parser.add_argument(
+        "--output", type=Path, help="directory to write in; default: a temporary one"
+    )
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     args = parser.parse_args(arguments)
     if args.what != "update" or min(args.saves, args.steps) < 1:
@@ -42,8 +45,8 @@ def main(arguments: Sequence[str]) -> None:
     print(json.dumps(result) if args.json else report(result))
 
 
-def measure(args, directory: Path) -> dict[str, Any]:
-    """Seconds of steps and saves, each kind `args.saves` times."""
+def measure(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
+    """Returns the seconds of steps and of saves, each kind of save `args.saves` times."""
     mesh = sharding.make_mesh()
     with jax.set_mesh(mesh):
         run = _Run(build(args, shape_of(args), mesh)[0], args, directory)
@@ -58,8 +61,8 @@ def measure(args, directory: Path) -> dict[str, Any]:
         "state_gib": state / GIB,
         "step_seconds": median(alone),
         "longest_step_seconds": max(alone),
-        # Medians of the saves: how long `save` held the steps up, the step that it preceded (with
-        # it), the steps until the save was complete, and how long that took.
+        # Medians over the saves: how long `save` held the steps up, the step after it (with the
+        # call), the steps until the save was complete, and the time until then.
         "blocked_seconds": median(blocked for blocked, _, _ in background),
         "saving_step_seconds": median(blocked + steps[0] for blocked, steps, _ in background),
         "step_during_save_seconds": median(median(steps) for _, steps, _ in background),
@@ -69,7 +72,9 @@ def measure(args, directory: Path) -> dict[str, Any]:
 
 
 class _Run:
-    def __init__(self, program: Program, args, directory: Path):
+    """A run that can step and save."""
+
+    def __init__(self, program: Program, args: argparse.Namespace, directory: Path):
         self.program, self.state = program, program.state
         self.batch = program.to_devices(random_batch(shape_of(args)))
         self.checkpoints = Checkpointer(directory, keep=1, identity={})
@@ -96,7 +101,11 @@ class _Run:
         self.checkpoints.wait()
 
     def save_behind_steps(self) -> tuple[float, list[float], float]:
-        """Seconds that `save` took, that each step took until it was complete, and until then."""
+        """Saves in the background and steps until the save is complete.
+
+        Returns:
+          The seconds of the call of `save`, of each step, and until the save was complete.
+        """
         started = time.perf_counter()
         blocked = _seconds(self.save)
         steps = [timed(self.step)[0]]
@@ -112,7 +121,7 @@ def _seconds(function: Callable[[], None]) -> float:
 
 
 def report(result: dict[str, Any]) -> str:
-    """The result for a person to read."""
+    """Returns the result as text for a person."""
     step, blocked = result["step_seconds"], result["blocked_seconds"]
     complete, waited = result["complete_seconds"], result["waited_seconds"]
     return f"""state                {result["state_gib"]:.2f} GiB

@@ -1,13 +1,13 @@
-"""All eight methods on one small model: pretrains it on text, fine-tunes it, compares.
+"""All eight methods on one small model: it is pretrained on text, fine-tuned, and compared.
 
     python -m benchmarks.compare_methods --text BOOK.txt [BOOK.txt …] --task ROWS.jsonl \\
         --output runs/compare_methods
 
-The model has about 7M parameters, OLMoE's ratio of experts to selected experts, and a tokenizer
-trained on the text and the task. A tenth of the task's rows is held out; without --task the rows
-are the quickstart's word problems. Every cell (method, seed) runs in a process of its own and is
-cached in OUTPUT: run the command again to continue. Writes table.md, cosines.md and comparison.png
-there; --report only writes these again.
+The model has about 7M parameters, 32 experts of which a token selects 4 (OLMoE: 8 of 64), and a
+tokenizer trained on the text and the task. A tenth of the task's rows is held out. Without --task
+the rows are the quickstart's word problems. Every cell (method, seed) runs in its own process and
+is cached in OUTPUT: run the command again to continue. OUTPUT gets table.md, cosines.md and
+comparison.png; --report only writes these again.
 """
 
 import argparse
@@ -28,10 +28,10 @@ import numpy as np
 from benchmarks.comparison_report import write_report
 from configs.table import ESFT, LORA, METHODS, experiment
 from olmoe_jax.checkpoints import directory
-from olmoe_jax.config import Config, DataOptions, ModelOptions
+from olmoe_jax.config import Config, DataOptions, ModelOptions, TrainOptions
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
 
-# From a few short trials on a part of the training rows.
+# Chosen by a few short trials on a part of the training rows.
 LEARNING_RATES = {"full": 3e-3, "lora": 1e-2, "esft": 1e-2}
 MODEL = {
     "architectures": ["OlmoeForCausalLM"],
@@ -48,15 +48,15 @@ MODEL = {
 }
 VOCABULARY = 4096
 ROW_LENGTH = 256  # tokens
-ROWS = 8  # of a step of pretraining
+ROWS = 8  # per step of pretraining
 BATCH_SIZE = 32  # examples per step of fine-tuning
-BATCH_ROWS = 6  # of its micro-batches; the word problems of a step fit into 5 or 6
+BATCH_ROWS = 6  # per micro-batch; the word problems of a step fit into 5 or 6 rows
 LONGEST_ANSWER = 96  # tokens
 WORD_PROBLEMS = 6000
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs the cells that are not there yet, then reports."""
+    """Runs the cells that have no result yet, then reports."""
     args = parse(arguments)
     if args.cell:
         name, seed = args.cell
@@ -78,14 +78,14 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
+    """Returns the command line's values."""
     parser = ArgumentParser(prog="python -m benchmarks.compare_methods", description=__doc__)
-    parser.add_argument("--text", nargs="+", type=Path, required=True, help="to pretrain on")
+    parser.add_argument("--text", nargs="+", type=Path, required=True, help="files to pretrain on")
     parser.add_argument("--task", type=Path, help="rows (.jsonl) to fine-tune on")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--pretrain_steps", type=int, default=400)
-    parser.add_argument("--steps", type=int, default=200, help="of fine-tuning, of every method")
+    parser.add_argument("--steps", type=int, default=200, help="fine-tuning steps of every method")
     parser.add_argument("--examples", type=int, default=200, help="held-out rows to evaluate")
     parser.add_argument("--report", action="store_true", help="only report the cells in OUTPUT")
     parser.add_argument("--cell", nargs=2, metavar=("METHOD", "SEED"), help=argparse.SUPPRESS)
@@ -93,7 +93,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def run_in_process(output: Path, arguments: Sequence[str]) -> None:
-    """This script in a process of its own; all of them share what they compile."""
+    """Runs this script in its own process. All such processes share a compilation cache."""
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(output / "compiled")}
     command = [sys.executable, "-m", "benchmarks.compare_methods", *arguments]
     if code := subprocess.run(command, env=environment, check=False).returncode:
@@ -101,12 +101,12 @@ def run_in_process(output: Path, arguments: Sequence[str]) -> None:
 
 
 def cell_file(output: Path, name: str, seed: int | str) -> Path:
-    """Where a cell's result is."""
+    """Returns the path of a cell's result."""
     return output / "cells" / f"{name}_{seed}.json"
 
 
 def write_inputs(path: Path, texts: Sequence[Path], task: Path | None, examples: int) -> None:
-    """The rows to pretrain on, the task's two parts, a tokenizer and config.json."""
+    """Writes the rows to pretrain on, the task's two parts, a tokenizer and config.json."""
     from olmoe_jax.data.formats import format_row
     from olmoe_jax.quickstart import examples as word_problems
     from olmoe_jax.quickstart import train_tokenizer
@@ -121,7 +121,7 @@ def write_inputs(path: Path, texts: Sequence[Path], task: Path | None, examples:
     held_out, trained = ([rows[i] for i in part] for part in np.split(order, [len(rows) // 10]))
     formatted = [format_row(row, "") for row in trained]
     text = "\n".join(file.read_text(encoding="utf-8") for file in texts)
-    # The questions too, without their answers: the base should know the task's characters.
+    # The base reads the questions, without their answers, to know the task's characters.
     questions = "\n".join(row.boundaries[0] for row in formatted)
     with directory.new_directory(path) as partial:
         write_rows(partial / "text.jsonl", text_rows(text, 800) + text_rows(questions, 400))
@@ -133,7 +133,7 @@ def write_inputs(path: Path, texts: Sequence[Path], task: Path | None, examples:
 
 
 def text_rows(text: str, size: int) -> list[dict[str, str]]:
-    """Plain text in rows of `size` characters, about ROW_LENGTH tokens."""
+    """Returns plain text in rows of `size` characters, about ROW_LENGTH tokens."""
     starts = range(0, len(text), size)
     return [{"prompt": "", "completion": text[start : start + size]} for start in starts]
 
@@ -145,7 +145,7 @@ def write_rows(file: Path, rows: list[dict]) -> None:
 
 
 def run_base(args: argparse.Namespace) -> dict[str, Any]:
-    """Pretrains the model that all cells start from; its own numbers on the task."""
+    """Pretrains the model that all cells start from. Returns its numbers on the task."""
     import olmoe_jax
     from benchmarks.router_cosine import held_out_batches, held_out_loss, router_cosines
 
@@ -163,7 +163,7 @@ def run_base(args: argparse.Namespace) -> dict[str, Any]:
         data=DataOptions(
             train_path=str(inputs / "text.jsonl"), eval_fraction=0.01, max_seq_length=ROW_LENGTH
         ),
-        # OLMoE's own weight of the load-balancing loss.
+        # The weight of the load-balancing loss in OLMoE's pretraining.
         method=dataclasses.replace(config.method, router_aux_loss_coefficient=0.01),
         optimizer=dataclasses.replace(config.optimizer, learning_rate=3e-3, schedule="cosine"),
         train=train_options(
@@ -180,8 +180,8 @@ def run_base(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def train_options(config: Config, output: Path, steps: int, **options):
-    """`config.train` for a run of so many steps that keeps its last checkpoint only."""
+def train_options(config: Config, output: Path, steps: int, **options: Any) -> TrainOptions:
+    """Returns `config.train` for a run of `steps` steps that keeps its last checkpoint only."""
     return dataclasses.replace(
         config.train,
         output_dir=str(output),
@@ -194,7 +194,7 @@ def train_options(config: Config, output: Path, steps: int, **options):
 
 
 def cell_config(args: argparse.Namespace, method: str, seed: int) -> Config:
-    """Fine-tuning of the base with one method and seed."""
+    """Returns the configuration that fine-tunes the base with one method and seed."""
     inputs, run = args.output / "inputs", args.output / "runs" / f"{method}_{seed}"
     config = experiment(method, "intent")
     family = "lora" if method in LORA else "esft" if method in ESFT else "full"
@@ -247,12 +247,12 @@ def run_cell(args: argparse.Namespace, method: str, seed: int) -> dict[str, Any]
         batches, _ = held_out_batches(args.output / "inputs", ROW_LENGTH, ROWS)
         model = olmoe_jax.from_pretrained(run)
         cell["cosines"] = router_cosines(model, batches[len(batches) // 2])
-    shutil.rmtree(run)  # large, and the cell has all that is asked of it
+    shutil.rmtree(run)  # The run is large, and the cell has all that the report needs.
     return cell
 
 
 def answer(args: argparse.Namespace, checkpoint: Path) -> dict[str, Any]:
-    """The model's answers to held-out rows, and the share that says the same as the row's."""
+    """Generates answers to the held-out rows. Returns the share of right ones and ten examples."""
     import olmoe_jax
     from olmoe_jax.data import load_tokenizer
     from olmoe_jax.data.formats import format_row
@@ -273,7 +273,7 @@ def answer(args: argparse.Namespace, checkpoint: Path) -> dict[str, Any]:
 
 
 def score(answers: Sequence[str], expected: Sequence[str]) -> dict[str, Any]:
-    """Share of right answers; where they are JSON objects, also of right first fields."""
+    """Returns the share of right answers and, for JSON objects, of right first fields."""
     pairs = [(answer_value(a), answer_value(b)) for a, b in zip(answers, expected, strict=True)]
     result = {"exact_match": sum(a == b for a, b in pairs) / len(pairs)}
     if all(isinstance(b, dict) and b for _, b in pairs):
@@ -284,7 +284,10 @@ def score(answers: Sequence[str], expected: Sequence[str]) -> dict[str, Any]:
 
 
 def answer_value(text: str) -> Any:
-    """What an answer says: the number after ####, JSON (a full stop behind it), or its text."""
+    """Returns what an answer says: the number after ####, JSON's value, or the stripped text.
+
+    JSON may end with a full stop.
+    """
     if number := re.search(r"####\s*(\S+)", text):
         return number[1]
     try:

@@ -1,14 +1,16 @@
 """Times our training step against PyTorch's: python -m benchmarks.compare_pytorch
 
-Forward and backward at the same shape, float32, on the same number of CPU cores: DenseMixer against
-the reference (densemixer on transformers 4), conventional training against transformers 4 and 5.
-In each round every side runs once, in a process of its own, one after the other, with the huge
-pages that train.py asks for; a side's time is the best of all its steps. PyTorch's threads wait for
-each other by spinning, so that anything else that runs on these cores costs it many times its
-share: measure on an idle machine, or with --threads 1 and look at the CPU time. The first run makes
-the virtual environments of the PyTorch sides.
+Both sides run forward and backward at the same shape in float32 on the same number of CPU cores.
+DenseMixer is compared with the reference (densemixer on transformers 4), conventional training with
+transformers 4 and 5. In each round every side runs once, in its own process, one after the other,
+with the huge pages that train.py asks for. A side's time is the best of all its steps.
+
+PyTorch's threads spin while they wait for each other, so that other work on these cores costs
+PyTorch many times its share. Measure on an idle machine, or with --threads 1 and compare the CPU
+time. The first run makes the virtual environments of the PyTorch sides.
 """
 
+import argparse
 import dataclasses
 import json
 import os
@@ -33,7 +35,7 @@ OURS = None
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """One of the programs compared: ours, or PyTorch's in one of VENVS."""
+    """One of the compared programs: ours, or PyTorch's in one of VENVS."""
 
     name: str
     venv: str | None
@@ -62,18 +64,18 @@ CASES: dict[str, tuple[int, tuple[Side, ...]]] = {
     "conventional": (2048, CONVENTIONAL),
     "conventional_large_vocabulary": (50304, CONVENTIONAL),
 }
-"""Vocabulary and sides of each case; the first side is what the others are compared with."""
+"""Vocabulary and sides of each case. The other sides are compared with the first one."""
 
 
 def main(arguments: Sequence[str]) -> None:
     parser = ArgumentParser(prog="python -m benchmarks.compare_pytorch", description=__doc__)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--shape", default="mid", help="of benchmarks.step")
+    parser.add_argument("--shape", default="mid", help="shape of benchmarks.step")
     parser.add_argument(
         "--eager", action="store_true", help="also transformers 5's eager experts, which are slow"
     )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=3, help="of a side in a round")
+    parser.add_argument("--steps", type=int, default=3, help="steps of a side in a round")
     parser.add_argument("--threads", type=int, default=2, help="CPU cores to use")
     parser.add_argument("--venvs", type=Path, default=ROOT / "build" / "pytorch")
     parser.add_argument("--json", action="store_true", help="print all results as JSON")
@@ -90,7 +92,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def make_venv(path: Path, requirements: Sequence[str]) -> None:
-    """Installs the requirements into a new virtual environment, unless it was done before."""
+    """Installs the requirements into a new virtual environment, unless it exists already."""
     complete = path / "complete"
     if complete.exists() and complete.read_text().split() == list(requirements):
         return
@@ -101,8 +103,8 @@ def make_venv(path: Path, requirements: Sequence[str]) -> None:
     complete.write_text("\n".join(requirements))
 
 
-def compare(case: str, args, venvs: Path) -> list[dict[str, Any]]:
-    """All rounds of a case; of each side its best time, its peak memory and the ratio."""
+def compare(case: str, args: argparse.Namespace, venvs: Path) -> list[dict[str, Any]]:
+    """Runs all rounds of a case. Returns each side's best time, peak memory and ratio."""
     vocabulary, sides = CASES[case]
     sides += (EAGER,) * (args.eager and sides is CONVENTIONAL)
     runs: dict[str, list[dict[str, Any]]] = {side.name: [] for side in sides}
@@ -131,18 +133,20 @@ def compare(case: str, args, venvs: Path) -> list[dict[str, Any]]:
         )
     for result in results:
         if abs(result["loss"] - results[0]["loss"]) > 0.1:
-            raise UserError(f"{case}: {result['side']} has another loss, so does other work")
+            raise UserError(
+                f"{case}: {result['side']} has another loss, so it computes something else"
+            )
         result["ratio"] = result["seconds"] / results[0]["seconds"]
     return results
 
 
 def busy_cores(seconds: float = 0.5) -> float:
-    """Cores that other programs use now (this one sleeps)."""
+    """Returns the number of cores that other programs use while this one sleeps."""
 
     def work() -> tuple[int, int]:
         fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
         ticks = list(map(int, fields))
-        return sum(ticks[:8]), ticks[3] + ticks[4]  # all, and of these idle or waiting
+        return sum(ticks[:8]), ticks[3] + ticks[4]  # all; idle or waiting for the disk
 
     total, idle = work()
     time.sleep(seconds)
@@ -150,8 +154,8 @@ def busy_cores(seconds: float = 0.5) -> float:
     return (1 - idle / max(1, total)) * (os.cpu_count() or 1)
 
 
-def run_side(side: Side, vocabulary: int, args, venvs: Path) -> dict[str, Any]:
-    """One process of a side: what its script prints."""
+def run_side(side: Side, vocabulary: int, args: argparse.Namespace, venvs: Path) -> dict[str, Any]:
+    """Runs one process of a side. Returns what its script prints."""
     flags = [f"--shape={args.shape}", f"--vocab={vocabulary}", f"--steps={args.steps}", *side.flags]
     if side.venv is OURS:
         command = [sys.executable, "-m", "benchmarks.step", "--json", *flags]
@@ -167,7 +171,7 @@ def run_side(side: Side, vocabulary: int, args, venvs: Path) -> dict[str, Any]:
 
 
 def run_checked(command: Sequence[str | Path]) -> str:
-    """A command's standard output."""
+    """Runs a command. Returns its standard output."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu"} | TUNABLES
     result = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
@@ -179,7 +183,7 @@ def run_checked(command: Sequence[str | Path]) -> str:
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
-    """The results as a Markdown table."""
+    """Returns the results as a Markdown table."""
     lines = [
         "| case | side | seconds | times ours | CPU seconds | peak memory, GiB | over the model |",
         "| --- | --- | --- | --- | --- | --- | --- |",

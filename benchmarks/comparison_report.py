@@ -1,4 +1,4 @@
-"""What compare_methods found, as Markdown tables and a figure."""
+"""The Markdown tables and the figure of compare_methods."""
 
 import statistics
 from collections.abc import Callable, Mapping
@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 from configs.table import ESFT, LORA, METHODS
 
 Cells = Mapping[tuple[str, int], dict]
-"""(method, seed) -> what run_cell returned; ("base", 0): the model before fine-tuning."""
+"""The results of `run_cell` by (method, seed); ("base", 0) is the model before fine-tuning."""
 
 
 def write_report(cells: Cells, output: Path) -> None:
-    """Writes table.md, cosines.md and comparison.png from the cells that there are."""
+    """Writes table.md, cosines.md and comparison.png from the cells that exist."""
     (output / "table.md").write_text(method_table(cells), encoding="utf-8")
     (output / "cosines.md").write_text(cosine_table(cells), encoding="utf-8")
     draw(cells).savefig(output / "comparison.png", dpi=110)
@@ -22,7 +22,7 @@ def write_report(cells: Cells, output: Path) -> None:
 
 
 def method_table(cells: Cells) -> str:
-    """A row per method: mean over the seeds, and their lowest and highest where it matters."""
+    """Returns a table with a row per method: the mean, the lowest and the highest of the seeds."""
     field = first_field(cells)
     head = ["method", "eval loss", *([f"`{field}` right"] if field else []), "exact match"]
     head += ["router cosine", "trained", "step time", "peak memory"]
@@ -51,7 +51,7 @@ def method_table(cells: Cells) -> str:
 
 
 def first_field(cells: Cells) -> str | None:
-    """The first field of the task's answers, where they are JSON."""
+    """Returns the name of the first field of the task's answers if they are JSON, else None."""
     return next(iter(cells.values())).get("first_field")
 
 
@@ -60,7 +60,7 @@ def _row(columns: list[str]) -> str:
 
 
 def cosine_table(cells: Cells) -> str:
-    """Cosine of DenseMixer's router gradient for m experts with the exact one, per model."""
+    """Returns a table of the cosines of the router gradient of m experts with the exact one."""
     known = next((cell["cosines"] for cell in cells.values() if "cosines" in cell), {})
     limits = [int(limit) for limit in known]
     head = " | ".join(f"m = {limit}" for limit in limits)
@@ -79,26 +79,29 @@ def of_method(cells: Cells, method: str) -> list[dict]:
 
 
 def spread(values: list[float], form: str, unit: str = "") -> str:
-    """The mean, and the lowest and highest where they differ."""
+    """Returns the mean, with the lowest and the highest value in brackets where they differ."""
     low, mean, high = map(form.format, (min(values), statistics.mean(values), max(values)))
     return f"{mean}{unit}" if low == high else f"{mean}{unit} ({low}–{high})"
 
 
 def own_cosine(method: str, found: list[dict]) -> str:
-    """Of the router gradient that trained the method with the exact one."""
+    """Returns the cosine of the router gradient that trained the method with the exact one."""
     if "conventional" in method:
         return spread([next(iter(cell["cosines"].values())) for cell in found], "{:.3f}")
     return "1 (exact)" if "densemixer" in method else "–"
 
 
 def step_seconds(cells: Cells, method: str) -> float | None:
-    """10th percentile over the steps of all seeds: what else the machine does only adds time."""
+    """Returns the 10th percentile of the steps of all seeds, or None without steps.
+
+    Other work on the machine can only add time to a step.
+    """
     seconds = [s for cell in of_method(cells, method) for s in cell["seconds"]]
     return float(np.quantile(seconds, 0.1)) if seconds else None
 
 
 def draw(cells: Cells) -> Figure:
-    """A dot per seed and a bar at the mean, for every method, of what matters most."""
+    """Draws eval loss, right answers and step time: a dot per seed, a bar at the mean."""
     methods = [method for method in METHODS if of_method(cells, method)]
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)

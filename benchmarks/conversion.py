@@ -1,11 +1,11 @@
-"""Converts a checkpoint of OLMoE-1B-7B's exact shapes, there and back: time, memory, every bit.
+"""Converts a checkpoint of OLMoE-1B-7B's exact shapes there and back: time, memory, equality.
 
     python -m benchmarks.conversion --output DIR
 
 Random bfloat16 weights in sharded safetensors (14 GB) are copied as files, converted by
-convert.from_hf, and back by convert.to_hf, each in a process of its own whose peak memory is
-compared with one that only imports the same modules. Every command is timed until its bytes are on
-the disk. DIR needs room for three copies; a checkpoint that is there from an earlier run is used
+convert.from_hf, and converted back by convert.to_hf. Each command runs in its own process and is
+timed until its bytes are on the disk. Its peak memory is compared with that of a process that only
+imports the same modules. DIR needs room for three copies; the checkpoint of an earlier run is used
 again. With --forward, the checkpoint is then loaded and gives logits in bfloat16.
 """
 
@@ -35,7 +35,7 @@ SHARD_BYTES = 5 * 10**9
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The command line."""
+    """Runs the command line."""
     parser = ArgumentParser(prog="python -m benchmarks.conversion", description=__doc__)
     add_shape_flags(parser)
     parser.set_defaults(shape="full")
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def measure(output: Path, shape: Shape) -> dict[str, Any]:
-    """Runs the commands one after the other and compares what went in with what came out."""
+    """Runs the commands one after the other. Returns their figures and if the weights are equal."""
     model, copy, ours, back = (output / name for name in ("hf", "copy", "converted", "back"))
     generate(model, shape)
     result = {"gib": sum(file.stat().st_size for file in model.iterdir()) / GIB}
@@ -72,7 +72,11 @@ def measure(output: Path, shape: Shape) -> dict[str, Any]:
 
 
 def generate(path: Path, shape: Shape) -> None:
-    """A checkpoint of this shape: random weights of a sensible size, drawn layer by layer."""
+    """Writes a checkpoint of this shape with random weights, drawn layer by layer.
+
+    Raises:
+      UserError: `path` holds a checkpoint of another shape.
+    """
     values = shape.hf_config() | {"architectures": ["OlmoeForCausalLM"], "torch_dtype": "bfloat16"}
     if path.exists():
         if directory.read_json(path / "config.json") != values:
@@ -93,7 +97,7 @@ def generate(path: Path, shape: Shape) -> None:
 
 
 def run(*arguments: str) -> dict[str, float]:
-    """Seconds until a Python command's output is on the disk, and its peak resident memory."""
+    """Runs a Python command. Returns the seconds until its output is on disk, and its peak GiB."""
     os.sync()
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL)
@@ -108,7 +112,7 @@ def run(*arguments: str) -> dict[str, float]:
 
 
 def peak_of(pid: int) -> float:
-    """The most memory that a process ever held, GiB; 0 when it has just ended."""
+    """Returns the most memory that a process ever held, in GiB; 0 if it has just ended."""
     try:
         return peak_resident_gib(pid)
     except OSError:
@@ -116,7 +120,7 @@ def peak_of(pid: int) -> float:
 
 
 def same_weights(one: Path, other: Path) -> bool:
-    """Whether two checkpoints have the same tensors, bit for bit."""
+    """Says if two checkpoints have the same tensors, bit for bit."""
     first, second = HFCheckpoint(one), HFCheckpoint(other)
     return all(
         first.read(row, layer).tobytes() == second.read(row, layer).tobytes()
@@ -151,7 +155,7 @@ def finite_logits(path: str) -> None:
 
 
 def report(result: dict[str, Any]) -> str:
-    """The result for a person to read."""
+    """Returns the result as text for a person."""
     idle, copy = result["idle"]["peak_gib"], result["copy"]["seconds"]
     lines = [f"{result['gib']:.2f} GiB; a process that only imports holds {idle:.2f} GiB"]
     for name in ("copy", "from_hf", "to_hf", "forward"):

@@ -1,12 +1,13 @@
 """Times a decode step's matmul on this CPU: python -m benchmarks.few_rows_matmul
 
-Few rows times one matrix after another, together more than the cache holds, on all cores at once:
-`matmul_by_rows` and XLA's own matmul. Prints microseconds (median of interleaved runs) and GB/s a
-core.
+A few rows are multiplied by one matrix after another, on all cores at once, by `matmul_by_rows` and
+by XLA's own matmul. The matrices together exceed the cache. The script prints microseconds (median
+of interleaved runs) and GB/s per core.
 """
 
+import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from olmoe_jax.errors import ArgumentParser, run_command
 from olmoe_jax.parallel.cpu import restart_with_huge_pages, use_all_cores
 
 _BYTES = 2**28
-"""Of a core's matrices."""
+"""Bytes of a core's matrices."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -33,21 +34,22 @@ def main(arguments: Sequence[str]) -> None:
     print(f"time, XLA's / by rows: {ratio:.2f}")
 
 
-def measure(args) -> dict[str, list[float]]:
-    """Seconds a matrix [D, F], by way and run."""
+def measure(args: argparse.Namespace) -> dict[str, list[float]]:
+    """Returns the seconds per matrix [D, F] of every run, by the way to multiply."""
     import jax
     from jax.sharding import PartitionSpec as P
 
     from olmoe_jax.ops.decoding import matmul_by_rows
 
-    def xla(x, matrices, index):
+    def xla(x: jax.Array, matrices: jax.Array, index: jax.Array) -> jax.Array:
         return x @ jax.lax.dynamic_index_in_dim(matrices, index, keepdims=False)
 
     count = -(-_BYTES // (4 * args.hidden * args.intermediate))
 
-    def all_of(matmul):
-        def on_core(x, matrices):
-            def one(index, x):  # Each needs the one before: none begins early, none is left out.
+    def all_of(matmul: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        def on_core(x: jax.Array, matrices: jax.Array) -> jax.Array:
+            # Each product needs the one before, so that XLA neither reorders nor drops one.
+            def one(index: jax.Array, x: jax.Array) -> jax.Array:
                 y = jax.lax.optimization_barrier(matmul(x, matrices, index))
                 return x + 1e-9 * y[:, :1]
 
@@ -71,7 +73,7 @@ def measure(args) -> dict[str, list[float]]:
         for name, program in programs.items():
             start = time.perf_counter()
             jax.block_until_ready(program(x, matrices))
-            if run:  # The first compiles.
+            if run:  # The first run compiles.
                 seconds[name].append((time.perf_counter() - start) / count)
     return seconds
 

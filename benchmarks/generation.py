@@ -1,18 +1,19 @@
 """Times greedy decoding against transformers' generate: python -m benchmarks.generation
 
-The same random float32 model and prompts, all new tokens of all rows, on the same CPU cores. In
-each round either side runs once, in a process of its own, one after the other; a side's time is
-the best of all its runs. PyTorch's threads spin while they wait: on a busy machine write
---threads 1 and compare the CPU time. The first run makes PyTorch's virtual environment.
+Both sides decode the same prompts with the same random float32 model on the same CPU cores, all new
+tokens of all rows. In each round each side runs once, in its own process, one after the other. A
+side's time is the best of all its runs. PyTorch's threads spin while they wait: on a busy machine
+write --threads 1 and compare the CPU time. The first run makes PyTorch's virtual environment.
 """
 
+import argparse
 import dataclasses
 import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -62,13 +63,13 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def parser() -> ArgumentParser:
-    """All flags."""
+    """Returns a parser of all flags."""
     result = ArgumentParser(prog="python -m benchmarks.generation", description=__doc__)
     add_shape_flags(result)
     result.set_defaults(rows=16, length=64)
     result.add_argument("--new_tokens", type=int, default=128)
     result.add_argument("--rounds", type=int, default=3)
-    result.add_argument("--repeats", type=int, default=2, help="timed runs of a process")
+    result.add_argument("--repeats", type=int, default=2, help="timed runs per process")
     result.add_argument("--threads", type=int, default=2, help="CPU cores to use")
     result.add_argument("--venvs", type=Path, default=ROOT / "build" / "pytorch")
     result.add_argument("--model", help="measure only ours, on this Hugging Face directory")
@@ -76,13 +77,13 @@ def parser() -> ArgumentParser:
 
 
 def shape_flags(shape: Shape) -> list[str]:
-    """The flags that give this shape."""
+    """Returns the flags that give this shape."""
     sizes = dataclasses.asdict(shape).items()
     return [f"--{name}={value}" for name, value in sizes if isinstance(value, int)]
 
 
 def write_random_model(path: Path, shape: Shape) -> None:
-    """A Hugging Face directory with weights from N(0, 0.02), norms of ones."""
+    """Writes a Hugging Face directory with weights from N(0, 0.02) and norms of ones."""
     from olmoe_jax.checkpoints import directory, names, safetensors_file
     from olmoe_jax.model.config import model_config_from_hf
     from olmoe_jax.model.decoder import parameter_specs
@@ -104,19 +105,19 @@ def write_random_model(path: Path, shape: Shape) -> None:
 
 
 class Numbers:
-    """A tokenizer whose texts are token ids, separated by spaces; nothing ends a text."""
+    """A tokenizer whose texts are token ids separated by spaces. No token ends a text."""
 
     eos_token_id = -1
 
-    def __call__(self, text: str, **_):
+    def __call__(self, text: str, **_: Any) -> SimpleNamespace:
         return SimpleNamespace(input_ids=[int(number) for number in text.split()])
 
-    def decode(self, tokens) -> str:
+    def decode(self, tokens: Iterable[int]) -> str:
         return " ".join(map(str, tokens))
 
 
-def measure(args) -> dict[str, Any]:
-    """Our side: generates once (compiling), then `repeats` times."""
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Generates once with our side to compile, then `repeats` times. Returns times and tokens."""
     use_all_cores()
     import jax
 
@@ -144,7 +145,7 @@ def measure(args) -> dict[str, Any]:
 
 
 def report(runs: dict[str, list[dict[str, Any]]]) -> str:
-    """Best times, their ratios, and whether the tokens are the same."""
+    """Returns a text with the best times, their ratios, and the share of equal tokens."""
     best = {
         side: [min(min(run[what]) for run in of_side) for what in ("seconds", "cpu_seconds")]
         for side, of_side in runs.items()

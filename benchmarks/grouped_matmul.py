@@ -1,10 +1,11 @@
-"""Compiles each backend's grouped matmul for devices that need not be there:
-python -m benchmarks.grouped_matmul --topology h100:1
+"""Compiles each backend's grouped matmul: python -m benchmarks.grouped_matmul --topology h100:1
 
-Forward and gradients of a scan over layers, whose stacked weights a backend must not copy: prints
-what one device would allocate besides inputs and outputs. Nothing is executed.
+The devices need not be there: nothing is executed. The program is forward and gradients of a scan
+over layers, whose stacked weights a backend must not copy. The script prints what one device
+allocates besides inputs and outputs.
 """
 
+import argparse
 import json
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from benchmarks.memory import GIB
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
@@ -24,7 +26,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = ArgumentParser(prog="python -m benchmarks.grouped_matmul", description=__doc__)
     parser.add_argument("--topology", required=True, help="one device, e.g. h100:1")
     parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--rows", type=int, default=32_768, help="of all experts together")
+    parser.add_argument("--rows", type=int, default=32_768, help="rows of all experts together")
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--intermediate", type=int, default=1024)
@@ -36,7 +38,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def backends(topology: str) -> list[str]:
-    """What runs on the topology's devices and is installed."""
+    """Returns the backends that run on the topology's devices and are installed."""
     platform, usable = parse_topology(topology).kind.platform, []
     for backend in BACKENDS:
         try:
@@ -46,23 +48,25 @@ def backends(topology: str) -> list[str]:
     return usable
 
 
-def compiled(args, backend: str) -> dict[str, float]:
-    """GiB of one layer's and of all layers' weights, and of temporaries."""
+def compiled(args: argparse.Namespace, backend: str) -> dict[str, float]:
+    """Returns the GiB of one layer's weights, of all layers' weights, and of temporaries."""
     topology = parse_topology(args.topology)
     prepare_environment(topology)
     jax.config.update("jax_platforms", "cpu")  # jax has read the environment already
     devices = open_devices(topology)
     whole = NamedSharding(make_mesh(devices=devices), P())
 
-    def array(shape, dtype=args.dtype):
+    def array(shape: tuple[int, ...], dtype: DTypeLike = args.dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
 
     matrices = (args.layers, args.experts, args.hidden, args.intermediate)
     weights = (array(matrices), array((*matrices[:2], *matrices[:1:-1])))
     rows, sizes = array((args.rows, args.hidden)), array((args.experts,), jnp.int32)
 
-    def loss(weights, rows, sizes):
-        def layer(rows, layer_weights):
+    def loss(weights: tuple[jax.Array, jax.Array], rows: jax.Array, sizes: jax.Array) -> jax.Array:
+        def layer(
+            rows: jax.Array, layer_weights: tuple[jax.Array, jax.Array]
+        ) -> tuple[jax.Array, None]:
             inward, outward = layer_weights
             hidden = grouped_matmul(rows, inward, sizes, backend)
             return grouped_matmul(jax.nn.silu(hidden), outward, sizes, backend), None
@@ -82,7 +86,7 @@ def compiled(args, backend: str) -> dict[str, float]:
 
 
 def report(result: dict[str, dict[str, float]]) -> str:
-    """The results as a Markdown table."""
+    """Returns the results as a Markdown table."""
     columns = list(next(iter(result.values())))
     lines = [f"| backend | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
     for backend, values in result.items():

@@ -1,12 +1,12 @@
-"""What a lean optimizer state costs in accuracy: loss curves against float32.
+"""The accuracy cost of a lean optimizer state: loss curves against float32.
 
     python -m benchmarks.lean_state --steps 200 --seeds 0 1 2
 
-The quickstart's model and word problems with DenseMixer, computed in bfloat16, 8 micro-batches a
-step. Two experiments: training from random weights, where
-updates are large; and fine-tuning of what float32 trained, with a learning rate so small that a
-bfloat16 weight moves once in many updates, as in the experiments on OLMoE (`configs/table.py`).
-Every run of a seed sees the same batches from the same weights.
+The quickstart's model learns its word problems with DenseMixer, computed in bfloat16, in 8
+micro-batches a step. "scratch" trains from random weights, where updates are large. "fine-tuning"
+continues from what float32 trained, with a learning rate so small that a bfloat16 weight moves once
+in many updates, as in the experiments on OLMoE (`configs/table.py`). All runs of a seed see the
+same batches and start from the same weights.
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ from olmoe_jax.model.parameters import Parameters
 from olmoe_jax.parallel import sharding
 from olmoe_jax.quickstart import CONFIG
 from olmoe_jax.training.setup import (
+    Datasets,
     Program,
     build_program,
     load_datasets,
@@ -35,25 +36,25 @@ from olmoe_jax.training.setup import (
     row_layout,
     training_data,
 )
+from olmoe_jax.training.step import TrainState
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, str]] = {
     "float32": {},
     "bfloat16 moments": {"moments_dtype": "bfloat16"},
     "int8 moments": {"moments_dtype": "int8"},
     "and gradients": {"moments_dtype": "bfloat16", "gradients_dtype": "bfloat16"},
     "and master": dict.fromkeys(("moments_dtype", "gradients_dtype", "master_dtype"), "bfloat16"),
-    "no clipping": {"max_grad_norm": None},
 }
 SCRATCH_RATE, FINE_TUNING_RATE = 3e-3, 1e-5
 
 
 class Curve(NamedTuple):
-    """Of one run."""
+    """The losses of one run."""
 
-    losses: list[float]  # of each step
+    losses: list[float]  # one per step
     eval_before: float
     eval_after: float
-    weights: Parameters  # at the end, on the host, as the model reads them
+    weights: Parameters  # at the end, on the host
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -62,13 +63,17 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--batch_size", type=int, default=64, help="examples per step")
     parser.add_argument(
-        "--states", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="besides float32"
+        "--states",
+        nargs="+",
+        choices=VARIANTS,
+        default=list(VARIANTS),
+        help="states to compare with float32",
     )
     parser.add_argument("--json", action="store_true", help="print all curves as one line")
     args = parser.parse_args(arguments)
     if min(args.steps, args.batch_size) < 1:
         raise UserError("--steps and --batch_size must be positive")
-    # Runs differ in the update at most: what they share is compiled once.
+    # Runs differ only in the update: a cache compiles what they share once.
     with tempfile.TemporaryDirectory() as compiled:
         jax.config.update("jax_compilation_cache_dir", compiled)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -81,10 +86,12 @@ def measure(
     steps: int,
     seeds: Sequence[int],
     batch_size: int,
-    variants: dict[str, dict[str, str | bool | None]],
+    variants: dict[str, dict[str, str]],
 ) -> dict[str, dict[str, list[dict]]]:
-    """{experiment: {variant: a dict of a `Curve`'s numbers for each seed}}."""
-    curves = {name: {v: [] for v in variants} for name in ("scratch", "fine-tuning")}
+    """Returns a `Curve`'s numbers as a dict, by experiment, variant and seed."""
+    curves: dict[str, dict[str, list[dict]]] = {
+        name: {v: [] for v in variants} for name in ("scratch", "fine-tuning")
+    }
     for seed in seeds:
         base = None
         for experiment, rate in (("scratch", SCRATCH_RATE), ("fine-tuning", FINE_TUNING_RATE)):
@@ -118,7 +125,7 @@ def _config(steps: int, seed: int, batch_size: int, rate: float, options: dict) 
 
 
 def run(config: Config, start: Parameters | None) -> Curve:
-    """Trains from random weights, or from `start` rounded to bfloat16 as a published base is."""
+    """Trains from random weights, or from `start` rounded to bfloat16 like a published base."""
     mesh, model = sharding.make_mesh(devices=jax.devices()[:1]), open_model(config)
     datasets = load_datasets(config, model)
     steps = training_data(config, datasets, mesh)
@@ -142,8 +149,8 @@ def run(config: Config, start: Parameters | None) -> Curve:
         return Curve(losses, before, evaluate(state), jax.device_get(state.parameters))
 
 
-def _evaluate(config: Config, datasets, program: Program, state) -> float:
-    """Mean loss per target of the held-out word problems."""
+def _evaluate(config: Config, datasets: Datasets, program: Program, state: TrainState) -> float:
+    """Returns the mean loss per target of the held-out word problems."""
     evaluation = datasets.evaluation
     total = sum(
         float(program.evaluate(state.parameters, program.frozen, program.to_devices(batch))[0])
@@ -155,7 +162,7 @@ def _evaluate(config: Config, datasets, program: Program, state) -> float:
 
 
 def report(curves: dict[str, dict[str, list[dict]]]) -> str:
-    """A Markdown table for each experiment; ± is the largest distance of a seed from the mean."""
+    """Returns a Markdown table per experiment; ± is a seed's largest distance from the mean."""
     lines = []
     for experiment, variants in curves.items():
         reference = variants["float32"]

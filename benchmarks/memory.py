@@ -1,4 +1,4 @@
-"""Resident memory of a process. Standard library only, Linux."""
+"""Resident memory of a process, on Linux. Imports the standard library only."""
 
 from pathlib import Path
 
@@ -6,12 +6,15 @@ GIB = 2**30
 
 
 def resident_gib() -> float:
-    """What is in memory now."""
+    """Returns the GiB that this process has in memory now."""
     return _status("VmRSS")
 
 
 def peak_resident_gib(pid: int | str = "self") -> float:
-    """The most that ever was. getrusage's ru_maxrss would include the parent's before exec."""
+    """Returns the most GiB that a process ever had in memory.
+
+    getrusage's ru_maxrss would include what the parent held before exec.
+    """
     return _status("VmHWM", pid)
 
 

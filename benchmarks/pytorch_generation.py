@@ -1,11 +1,12 @@
-"""Times transformers' `generate` for benchmarks.generation, in a virtual environment of its own.
+"""Times transformers' `generate` for benchmarks.generation, in its own virtual environment.
 
-Needs torch and transformers only. Prints one line of JSON, the last one.
+The script needs only torch and transformers, and prints one line of JSON, the last one.
 """
 
 import argparse
 import json
 import time
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_shape_flags(parser)
     parser.add_argument("--model", required=True, help="a Hugging Face directory")
-    parser.add_argument("--experts_implementation", help="eager, grouped_mm, …; default: its own")
+    parser.add_argument(
+        "--experts_implementation", help="eager, grouped_mm, …; default: transformers' own"
+    )
     parser.add_argument("--new_tokens", type=int, required=True)
     parser.add_argument("--repeats", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
@@ -24,8 +27,8 @@ def main() -> None:
     print(json.dumps(measure(args)))
 
 
-def measure(args) -> dict:
-    """Generates once to warm up, then `repeats` times; greedy, all new tokens of all rows."""
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Generates once to warm up, then `repeats` times: greedy, all new tokens of all rows."""
     import torch
     from transformers import AutoModelForCausalLM
 

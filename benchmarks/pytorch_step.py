@@ -1,7 +1,7 @@
 """Times forward and backward of transformers' OLMoE on random tokens, for compare_pytorch.
 
-Needs torch and transformers only (and densemixer with --method=densemixer): it runs in the virtual
-environments that compare_pytorch makes. Prints one line of JSON, the last one.
+The script needs only torch and transformers, and densemixer with --method=densemixer. It runs in
+the virtual environments that compare_pytorch makes, and prints one line of JSON, the last one.
 """
 
 import argparse
@@ -9,13 +9,14 @@ import importlib.metadata
 import json
 import os
 import time
+from typing import Any
 
 import numpy as np
 
 from benchmarks.memory import peak_resident_gib, resident_gib
-from benchmarks.shapes import add_shape_flags, shape_of
+from benchmarks.shapes import Shape, add_shape_flags, shape_of
 
-# densemixer reads this when it is imported, and patches transformers then.
+# densemixer reads this variable when it is imported, and then patches transformers.
 ENABLE = "DENSEMIXER_ENABLED"
 
 
@@ -23,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_shape_flags(parser)
     parser.add_argument("--method", choices=("conventional", "densemixer"), default="conventional")
-    parser.add_argument("--experts_implementation", help="of transformers 5: eager, grouped_mm")
+    parser.add_argument("--experts_implementation", help="transformers 5: eager or grouped_mm")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -31,7 +32,7 @@ def main() -> None:
     print(json.dumps(measure(args)))
 
 
-def measure(args) -> dict:
+def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Makes the model, runs a step to warm up, then times steps."""
     import torch
     import transformers
@@ -61,13 +62,13 @@ def measure(args) -> dict:
         "tokens_per_step": shape.tokens,
         "peak_resident_gib": peak,
         "peak_over_model_gib": peak - with_model,
-        # transformers 5 has other blocks, and no densemixer.
+        # densemixer does not patch transformers 5, whose blocks have another interface.
         "router_spread": None if args.experts_implementation else router_spread(model),
     }
 
 
-def make_model(shape, experts_implementation: str | None):
-    """OLMoE with random float32 weights, in training mode, with PyTorch's fused attention."""
+def make_model(shape: Shape, experts_implementation: str | None) -> Any:
+    """Returns OLMoE with random float32 weights, in training mode, with fused attention."""
     from transformers import OlmoeConfig, OlmoeForCausalLM
 
     settings = {"attn_implementation": "sdpa"}
@@ -77,8 +78,12 @@ def make_model(shape, experts_implementation: str | None):
     return OlmoeForCausalLM._from_config(config, **settings).train()
 
 
-def timed_step(model, tokens) -> tuple[float, float, float]:
-    """Seconds of forward (all positions' logits, their loss) and backward, CPU time, and loss."""
+def timed_step(model: Any, tokens: Any) -> tuple[float, float, float]:
+    """Runs forward (the logits and loss of all positions) and backward.
+
+    Returns:
+      Wall seconds, CPU seconds and the loss.
+    """
     model.zero_grad(set_to_none=True)
     cpu, start = time.process_time(), time.perf_counter()
     loss = model(input_ids=tokens, labels=tokens).loss
@@ -86,12 +91,13 @@ def timed_step(model, tokens) -> tuple[float, float, float]:
     return time.perf_counter() - start, time.process_time() - cpu, loss.item()
 
 
-def router_spread(model) -> float:
-    """How the gradients of the unselected experts' probabilities differ: 0 unless by DenseMixer.
+def router_spread(model: Any) -> float:
+    """Returns how much the gradients of the unselected experts' probabilities differ.
 
-    For one token, dL/dlogit_j = p_j (dL/dp_j - sum_i p_i dL/dp_i). Where only selected experts
-    have a dL/dp_j, dL/dlogit_j / p_j is the same number for all others. The spread is the standard
-    deviation of these numbers over the largest.
+    The spread is 0 unless DenseMixer is in effect. For one token,
+    dL/dlogit_j = p_j (dL/dp_j - sum_i p_i dL/dp_i). If only selected experts have a dL/dp_j, then
+    dL/dlogit_j / p_j is the same number for all others. The spread is the standard deviation of
+    these numbers over the largest.
     """
     import torch
 

@@ -1,12 +1,14 @@
-"""How well a router gradient agrees with exact DenseMixer's, and the loss on held-out rows.
+"""The agreement of cheaper router gradients with exact DenseMixer's, on held-out rows.
 
-python -m benchmarks.router_cosine --model RUN/hf --inputs DIRECTORY prints the cosines for m
-experts and for lower precision; DIRECTORY (compare_methods' OUTPUT/inputs) has eval.jsonl and the
-tokenizer.
+    python -m benchmarks.router_cosine --model RUN/hf --inputs DIRECTORY
+
+The script prints the cosines for m experts and for lower precision. DIRECTORY (compare_methods'
+OUTPUT/inputs) has eval.jsonl and the tokenizer.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,10 +24,10 @@ from olmoe_jax.training.step import DeviceBatch, Trainer
 
 
 def router_cosines(model: Olmoe, batch: DeviceBatch) -> dict[str, float]:
-    """Cosine of DenseMixer's router gradient for m experts with the exact one, by m.
+    """Returns the cosine of the router gradient of m experts with the exact one, by m.
 
-    m is K, 2K, 4K and E (K of E experts are selected); m = K is the conventional gradient. The
-    gradient is of all layers' router weights, as one vector.
+    m is K, 2K, 4K and E, where a token selects K of E experts; m = K is the conventional gradient.
+    All layers' router weights together form one vector.
     """
     per_token, experts = model.config.num_experts_per_token, model.config.num_experts
     limits = sorted({min(per_token * factor, experts) for factor in (1, 2, 4)} | {experts})
@@ -35,7 +37,10 @@ def router_cosines(model: Olmoe, batch: DeviceBatch) -> dict[str, float]:
 
 
 def precision_cosines(model: Olmoe, batch: DeviceBatch) -> dict[str, float]:
-    """The same for all experts in lower precision (`method.router_gradient_dtype`), by dtype."""
+    """Returns the cosine of the gradient in lower precision with the exact one, by dtype.
+
+    The dtypes are those of `method.router_gradient_dtype`.
+    """
     exact = _router_gradient(model, batch)
     return {
         dtype: _cosine(_router_gradient(model, batch, dtype=dtype), exact)
@@ -50,7 +55,7 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> float:
 def _router_gradient(
     model: Olmoe, batch: DeviceBatch, limit: int | None = None, dtype: str | None = None
 ) -> np.ndarray:
-    """DenseMixer's gradient with m = `limit`, float64 [L * D * E]."""
+    """Returns DenseMixer's gradient with m = `limit`, float64 [L * D * E]."""
     frozen = split(model)[1]
     router = {ROUTER: frozen.pop(ROUTER)}
     trainer = _trainer(
@@ -64,7 +69,7 @@ def _router_gradient(
 
 
 def held_out_batches(inputs: Path, row_length: int, rows: int) -> tuple[list[DeviceBatch], int]:
-    """`inputs`/eval.jsonl in packed batches [rows, row_length], and the number of its targets."""
+    """Returns `inputs`/eval.jsonl in packed batches [rows, row_length], and its targets' number."""
     tokenizer = data.load_tokenizer(str(inputs))
     dataset = data.tokenize_dataset(str(inputs / "eval.jsonl"), tokenizer, row_length, None)
     batches = data.evaluation_batches(
@@ -81,13 +86,13 @@ def held_out_batches(inputs: Path, row_length: int, rows: int) -> tuple[list[Dev
 
 
 def held_out_loss(model: Olmoe, batches: list[DeviceBatch], targets: int) -> float:
-    """Loss per target."""
+    """Returns the loss per target."""
     loss, parameters = jax.jit(_trainer(model).loss), split(model)[1]
     return sum(float(loss({}, parameters, batch)[0]) for batch in batches) / targets
 
 
-def _trainer(model: Olmoe, **settings) -> Trainer:
-    """For losses and gradients alone."""
+def _trainer(model: Olmoe, **settings: Any) -> Trainer:
+    """Returns a trainer for losses and gradients; it cannot update."""
     return Trainer(model.config, ModelSettings(**settings), None, None, 1.0)
 
 

@@ -1,11 +1,12 @@
 """Times training steps on random tokens: python -m benchmarks.step --shape mid --method densemixer
 
-A step is the trainer's own program: forward and backward of the mean loss of rows of random
-tokens, with the gradients of everything that trains (--what gradients), or with the AdamW update
-besides (--what update). A dense matmul is timed in turn with the steps: the best that this machine
-does now, which the step's share is taken of.
+A step is the trainer's own program on rows of random tokens: forward and backward of the mean
+loss, with the gradients of everything that trains (--what gradients) or also with the AdamW update
+(--what update). A dense matmul is timed in turn with the steps. Its speed is the most that this
+machine reaches now, and the report gives the step's share of it.
 """
 
+import argparse
 import dataclasses
 import functools
 import json
@@ -29,6 +30,7 @@ from olmoe_jax.methods.trained import router_method
 from olmoe_jax.model.config import ModelSettings, model_config_from_hf
 from olmoe_jax.model.flops import step_flops_per_token
 from olmoe_jax.model.lora import LoraSettings
+from olmoe_jax.model.parameters import Parameters
 from olmoe_jax.parallel import sharding
 from olmoe_jax.parallel.cpu import restart_with_huge_pages
 from olmoe_jax.training.setup import Model, Program, build_program
@@ -56,7 +58,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def make_parser() -> ArgumentParser:
-    """The flags that say what a step is."""
+    """Returns a parser of the flags that say what a step is."""
     parser = ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
     add_shape_flags(parser)
     parser.add_argument("--method", choices=METHODS, default="densemixer")
@@ -72,8 +74,8 @@ def make_parser() -> ArgumentParser:
     return parser
 
 
-def measure(args) -> dict[str, Any]:
-    """Makes the program, runs it once (it compiles), then times it in turn with a matmul."""
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Makes the program, runs it once to compile it, then times it in turn with a matmul."""
     devices, shape, mesh = jax.devices(), shape_of(args), sharding.make_mesh()
     imported = resident_gib()
     matmul, matmul_flops = dense_matmul(jnp.dtype(shape.compute_dtype))
@@ -90,7 +92,7 @@ def measure(args) -> dict[str, Any]:
         peak = peak_resident_gib() - imported
     else:
         peak = devices[0].memory_stats()["peak_bytes_in_use"] / GIB
-    # Virtual CPU devices share the cores, all of which one matmul uses.
+    # One matmul uses all cores, which virtual CPU devices share.
     matmul_flops *= 1 if on_cpu else len(devices)
     return {
         "shape": dataclasses.asdict(shape),
@@ -106,21 +108,24 @@ def measure(args) -> dict[str, Any]:
         "tokens_per_step": shape.tokens,
         "flops_per_step": flops_per_token * shape.tokens,
         "matmul_flops_per_second": matmul_flops / min(matmuls),
-        # Accelerators: what the allocator held at most, on one device. CPU: what the process grew
-        # by after its imports, compilation included.
+        # Accelerators: the allocator's peak on one device. CPU: the growth of the process since its
+        # imports, compilation included.
         "peak_memory_gib": peak,
         "peak_resident_gib": peak_resident_gib(),
         "peak_over_model_gib": peak_resident_gib() - with_model,
     }
 
 
-def make_step(args, mesh: Mesh) -> tuple[Callable[[], tuple[Any, jax.Array]], float]:
-    """A function that runs a step, returning all that it made and the loss; FLOPs per token.
+def make_step(
+    args: argparse.Namespace, mesh: Mesh
+) -> tuple[Callable[[], tuple[Any, jax.Array]], float]:
+    """Returns a function that runs a step, and the step's FLOPs per token.
 
-    To be called under `jax.set_mesh(mesh)`. Its random weights are there when this returns.
+    The function returns the step's outputs and its loss. Call both under `jax.set_mesh(mesh)`. The
+    random weights are complete when this returns.
 
     Raises:
-      UserError: flags that would be without effect or cannot work.
+      UserError: a flag has no effect or cannot work.
     """
     shape = shape_of(args)
     if args.router_gradient_experts is not None and args.method != "densemixer":
@@ -137,12 +142,12 @@ def make_step(args, mesh: Mesh) -> tuple[Callable[[], tuple[Any, jax.Array]], fl
     zero_sums, accumulate, apply = program.zero_sums, program.accumulate, program.update
     state, frozen, position = program.state, program.frozen, np.zeros(2, np.uint32)
 
-    def gradients(parameters):
+    def gradients(parameters: Parameters) -> tuple[Any, jax.Array]:
         sums = accumulate(parameters, frozen, zero_sums(), batch, position)
         return sums, sums.loss
 
     if args.what == "gradients":
-        # Bound alone, so that the optimizer's state, which is not used, takes no memory.
+        # Only the parameters are bound, so that the unused optimizer state is freed.
         return functools.partial(gradients, state.parameters), flops_per_token
 
     def update():
@@ -153,12 +158,12 @@ def make_step(args, mesh: Mesh) -> tuple[Callable[[], tuple[Any, jax.Array]], fl
     return update, flops_per_token
 
 
-def build(args, shape: Shape, mesh: Mesh) -> tuple[Program, float]:
-    """The program of a run with random weights, and its FLOPs per token.
+def build(args: argparse.Namespace, shape: Shape, mesh: Mesh) -> tuple[Program, float]:
+    """Returns the program of a run with random weights, and its FLOPs per token.
 
     The FLOPs are what the mathematics of the step needs, as a run reports them.
     """
-    # How ESFT scores experts does not matter to a step.
+    # A step does not depend on how ESFT scores experts.
     name = "esft_gate" if args.method == "esft" else args.method
     method = MethodOptions(
         name=name,
@@ -187,7 +192,7 @@ def build(args, shape: Shape, mesh: Mesh) -> tuple[Program, float]:
 
 
 def random_batch(shape: Shape) -> Batch:
-    """Rows of random tokens, one example each; the loss is the mean over their targets."""
+    """Returns rows of random tokens, one example each, with weights that make the loss a mean."""
     size = (shape.rows, shape.length)
     tokens = np.random.default_rng(0).integers(0, shape.vocab, size, dtype=np.int32)
     targets = np.roll(tokens, -1, axis=1)
@@ -198,8 +203,8 @@ def random_batch(shape: Shape) -> Batch:
     return Batch(tokens, targets, np.ones(size, np.int32), positions, weights)
 
 
-def dense_matmul(dtype) -> tuple[Callable[[], jax.Array], float]:
-    """A large square matmul on one device, to compare with, and its FLOPs."""
+def dense_matmul(dtype: jnp.dtype) -> tuple[Callable[[], jax.Array], float]:
+    """Returns a large square matmul on one device to compare with, and its FLOPs."""
     side = 2048 if jax.default_backend() == "cpu" else 8192
     x = jnp.full((side, side), 0.5, dtype)
     multiply = jax.jit(jnp.dot)
@@ -207,14 +212,14 @@ def dense_matmul(dtype) -> tuple[Callable[[], jax.Array], float]:
 
 
 def timed(function: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds until a call's result is there, and the CPU time of all threads meanwhile."""
+    """Returns the seconds until a call's result exists, and the CPU seconds of all threads."""
     cpu, start = time.process_time(), time.perf_counter()
     jax.block_until_ready(function())
     return time.perf_counter() - start, time.process_time() - cpu
 
 
 def report(result: dict[str, Any]) -> str:
-    """The result for a person to read."""
+    """Returns the result as text for a person."""
     times, shape = result["step_seconds"], result["shape"]
     best, flops = min(times), result["flops_per_step"]
     peak = result["matmul_flops_per_second"]
