@@ -1,4 +1,4 @@
-"""`python -m olmoe_jax.data preview`: what a data file becomes for the model."""
+"""The command `python -m olmoe_jax.data preview`, which shows a data file as the model sees it."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from olmoe_jax.data.formats import encode_batch
+from olmoe_jax.data.formats import TokenizedExample, encode_batch
 from olmoe_jax.data.reading import read_rows
 from olmoe_jax.data.tokenized import format_row_of
 from olmoe_jax.data.tokenizer import load_tokenizer
@@ -27,7 +27,11 @@ _EXAMPLE = """example:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prints the rows that the arguments ask for. Raises `UserError` for bad usage or bad data."""
+    """Prints the rows that the arguments ask for.
+
+    Raises:
+      UserError: the usage or the data is bad.
+    """
     args = _parser().parse_args(argv)
     tokenizer = load_tokenizer(args.tokenizer)
     rows = read_rows(args.data)[: args.rows]
@@ -36,8 +40,8 @@ def main(argv: Sequence[str]) -> None:
     ]
     examples = list(encode_batch(texts, tokenizer, args.max_seq_length))
     if args.json:
-        for tokens, trained in examples:
-            print(_as_json(tokens, trained))
+        for example in examples:
+            print(_as_json(example))
     else:
         _print_text(examples, tokenizer)
 
@@ -73,23 +77,25 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _as_json(tokens: np.ndarray, trained: np.ndarray) -> str:
-    labels = np.where(trained, tokens, _UNTRAINED_LABEL)
+def _as_json(example: TokenizedExample) -> str:
+    labels = np.where(example.trained, example.tokens, _UNTRAINED_LABEL)
     return json.dumps(
-        {"kept": bool(trained.any()), "input_ids": tokens.tolist(), "labels": labels.tolist()}
+        {
+            "kept": bool(example.trained.any()),
+            "input_ids": example.tokens.tolist(),
+            "labels": labels.tolist(),
+        }
     )
 
 
-def _print_text(
-    examples: Sequence[tuple[np.ndarray, np.ndarray]], tokenizer: "PreTrainedTokenizerBase"
-) -> None:
+def _print_text(examples: Sequence[TokenizedExample], tokenizer: "PreTrainedTokenizerBase") -> None:
     marks = _COLOUR if sys.stdout.isatty() else _PLAIN_MARKS
-    for number, (tokens, trained) in enumerate(examples, 1):
-        count = int(trained.sum())
+    for number, example in enumerate(examples, 1):
+        count = int(example.trained.sum())
         fate = f"{count} to train on" if count else "dropped: none to train on"
-        print(f"--- row {number}: {len(tokens)} tokens, {fate}")
-        print(_marked_text(tokens, trained, tokenizer, marks))
-    kept = [len(tokens) for tokens, trained in examples if trained.any()]
+        print(f"--- row {number}: {len(example.tokens)} tokens, {fate}")
+        print(_marked_text(example, tokenizer, marks))
+    kept = [len(example.tokens) for example in examples if example.trained.any()]
     print(
         f"rows {len(examples)}, kept {len(kept)}, dropped {len(examples) - len(kept)}, "
         f"tokens {sum(kept)}, longest {max(kept, default=0)}"
@@ -97,16 +103,14 @@ def _print_text(
 
 
 def _marked_text(
-    tokens: np.ndarray,
-    trained: np.ndarray,
-    tokenizer: "PreTrainedTokenizerBase",
-    marks: tuple[str, str],
+    example: TokenizedExample, tokenizer: "PreTrainedTokenizerBase", marks: tuple[str, str]
 ) -> str:
-    changes = np.flatnonzero(np.diff(trained)) + 1
+    """Returns the text of an example with `marks` around each part that trains."""
+    changes = np.flatnonzero(np.diff(example.trained)) + 1
     pieces = []
-    for span in np.split(np.arange(len(tokens)), changes):
-        text = tokenizer.decode(tokens[span].tolist())
-        pieces.append(f"{marks[0]}{text}{marks[1]}" if trained[span].any() else text)
+    for span in np.split(np.arange(len(example.tokens)), changes):
+        text = tokenizer.decode(example.tokens[span].tolist())
+        pieces.append(f"{marks[0]}{text}{marks[1]}" if example.trained[span].any() else text)
     return "".join(pieces)
 
 

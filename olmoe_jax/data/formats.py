@@ -1,6 +1,7 @@
 """Rows of every accepted format -> text -> token ids, with a mark on the tokens that train.
 
-The texts and the masking are those of the PyTorch reference, down to its spaces.
+The texts and the masking are those of the PyTorch reference, down to its spaces. The rule that
+masks a prompt is `tokens_before`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,8 +29,8 @@ ACCEPTED_FIELDS = (
 
 _CHOICE_NAMES = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-# The reference builds its prompts from indented triple-quoted strings: the indentation, the first
-# newline and the last four spaces are part of what the model is trained on.
+# The reference builds its prompts from indented triple-quoted strings, so the model trains on the
+# indentation, the first newline and the last four spaces too.
 _INSTRUCTION_PROMPT = """
         Below is an instruction that describes a task. Write a response that appropriately \
 completes the request.
@@ -55,23 +56,75 @@ context. Write a response that appropriately completes the request.
 
 @dataclass(frozen=True)
 class FormattedRow:
-    """The text of a row and where training on it starts and stops.
+    """The text of a row and the places where training on the text starts and stops.
 
     Each boundary is a prefix of `text`. The tokens after the first boundary train, those after
-    the second do not, those after the third do, and so on. A boundary is measured in tokens of
-    the prefix tokenised alone, as in the reference: where its last token would merge with what
-    follows, it is off by that much.
+    the second do not, those after the third do, and so on. `tokens_before` places a boundary
+    among the tokens.
     """
 
     text: str
     boundaries: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class TokenizedExample:
+    """The tokens of a row.
+
+    Attributes:
+      tokens: int32 [n].
+      trained: bool [n], the tokens that the loss covers.
+      prompt_length: how many tokens come before the first answer, at most n. A conversation of
+        several turns has one prompt too: everything before its first assistant turn.
+    """
+
+    tokens: np.ndarray
+    trained: np.ndarray
+    prompt_length: int
+
+    def prompt_and_answer(self, eos_id: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Returns the tokens of the prompt and those of the first answer, without its eos.
+
+        The first answer ends at the first eos after the prompt, in a conversation too. None: the
+        example holds no eos there, because the text was cut.
+        """
+        prompt, rest = np.split(self.tokens, [self.prompt_length])
+        ends = np.flatnonzero(rest == eos_id)
+        return (prompt, rest[: ends[0]]) if len(ends) else None
+
+
+def tokens_before(prefix: Sequence[int], tokens: Sequence[int] | np.ndarray) -> int:
+    """Returns how many of `tokens` come before a boundary: the rule that masks a prompt.
+
+    The rule counts: the text has as many tokens before the boundary as the prefix has when the
+    prefix is tokenised alone. The PyTorch reference counts in the same way. Exceptions follow
+    where the tokenizer merges the end of the prompt with the start of the answer into one token,
+    which straddles the boundary:
+
+    - A straddling token in the place of the prefix's last token counts as prompt and does not
+      train. A rule that let it train would return on how many leading tokens `prefix` and `tokens`
+      agree.
+    - A straddling token in the place of the prefix's last k + 1 tokens puts the boundary k tokens
+      too late: the next k tokens, all answer, do not train either.
+    - A prefix that takes k tokens fewer alone than in the text puts the boundary k tokens too
+      early: the last k tokens of the prompt train.
+
+    A text that is cut before the boundary has no token behind the boundary.
+
+    Args:
+      prefix: token ids of the text up to the boundary, tokenised alone.
+      tokens: token ids of the whole text, possibly cut.
+    """
+    return min(len(prefix), len(tokens))
+
+
 def format_row(row: Row, eos: str) -> FormattedRow:
     """Returns the text of `row`, `eos` included.
 
-    Fields that are null count as absent (the hub fills missing columns with null). Raises
-    `UserError` when the fields are of no accepted format, or a field has the wrong type.
+    A field that is null counts as absent, because the hub fills missing columns with null.
+
+    Raises:
+      UserError: the fields are of no accepted format, or a field has the wrong type.
     """
     fields = {name: value for name, value in row.items() if value is not None}
     for required, formatter in _FORMATS:
@@ -81,22 +134,12 @@ def format_row(row: Row, eos: str) -> FormattedRow:
     raise UserError(f"unknown fields (found: {found}); accepted: {ACCEPTED_FIELDS}")
 
 
-def encode(
-    row: Row, tokenizer: "PreTrainedTokenizerBase", max_seq_length: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (tokens int32 [n], trained bool [n]) of one row, n <= max_seq_length.
-
-    Raises `UserError` as `format_row` does.
-    """
-    return next(encode_batch([format_row(row, tokenizer.eos_token)], tokenizer, max_seq_length))
-
-
 def encode_batch(
     rows: Sequence[FormattedRow], tokenizer: "PreTrainedTokenizerBase", max_seq_length: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields (tokens int32 [n], trained bool [n]) for each row, from one call of the tokenizer.
+) -> Iterator[TokenizedExample]:
+    """Yields the example of each row, from one call of the tokenizer.
 
-    A text longer than `max_seq_length` loses its end. No token is put before a text.
+    A text longer than `max_seq_length` tokens loses its end. No token is put before a text.
     """
     strings = [string for row in rows for string in (row.text, *row.boundaries)]
     encoding = tokenizer(
@@ -105,14 +148,15 @@ def encode_batch(
     ids = iter(encoding["input_ids"])
     for row in rows:
         tokens = np.asarray(next(ids)[:max_seq_length], np.int32)
+        boundaries = [tokens_before(next(ids), tokens) for _ in row.boundaries]
         trained = np.zeros(len(tokens), bool)
-        for _ in row.boundaries:
-            trained[len(next(ids)) :] ^= True
-        yield tokens, trained
+        for boundary in boundaries:
+            trained[boundary:] ^= True
+        yield TokenizedExample(tokens, trained, prompt_length=boundaries[0])
 
 
 def _join(before: str, after: str) -> str:
-    # Exactly these three characters, as in the reference: other whitespace gets a space too.
+    # The reference looks at these three characters alone: other whitespace gets a space too.
     whitespace = (" ", "\n", "\t")
     separated = before.endswith(whitespace) or after.startswith(whitespace)
     return before + after if separated else f"{before} {after}"
@@ -162,9 +206,12 @@ def _instruction(row: Row, eos: str) -> FormattedRow:
 
 
 def _messages(row: Row, eos: str) -> FormattedRow:
-    """One user and one assistant turn are exactly prompt and completion. With more, turns are
-    joined by the same rule, every assistant turn ends in eos, and every assistant turn trains.
-    A system turn goes in front of the first user turn, with a newline between."""
+    """Returns a conversation, in which every assistant turn ends in `eos` and trains.
+
+    One user and one assistant turn give exactly the text of a prompt and its completion. Further
+    turns are joined by the same rule. A system turn goes in front of the first user turn, with a
+    newline between the two.
+    """
     text, ends = "", []
     for index, content in enumerate(_turns(row["messages"])):
         text = _join(text, content) if index else content
@@ -175,7 +222,7 @@ def _messages(row: Row, eos: str) -> FormattedRow:
 
 
 def _turns(messages: Any) -> list[str]:
-    """Returns the contents, user and assistant in turn."""
+    """Returns the contents of the turns, user and assistant alternately."""
     if not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
         raise UserError("field messages must be a list of objects with role and content")
     roles = [message.get("role") for message in messages]
@@ -209,7 +256,7 @@ def _checked_text(value: Any, field: str) -> str:
         raise UserError(f"field {field} must be text, not {type(value).__name__}")
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+    except UnicodeEncodeError as error:  # JSON can hold half of a surrogate pair
         raise UserError(f"field {field} is not valid Unicode: {error.reason}") from error
     return value
 

@@ -104,7 +104,8 @@ def fill_rows(
     for row, members in enumerate(rows):
         start = 0
         for segment, member in enumerate(members, 1):
-            tokens, trained = dataset.example(examples[member])
+            example = dataset.example(examples[member])
+            tokens, trained = example.tokens, example.trained
             end = start + len(tokens)
             batch.tokens[row, start:end] = tokens
             batch.segment_ids[row, start:end] = segment

@@ -1,4 +1,4 @@
-"""A data set as flat arrays of tokens, made once and cached on disk."""
+"""A data set as flat arrays of tokens, tokenised once and cached on disk."""
 
 import hashlib
 import json
@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from olmoe_jax.data.cache import load_arrays, save_arrays
-from olmoe_jax.data.formats import RULES_VERSION, FormattedRow, encode_batch, format_row
+from olmoe_jax.data.formats import (
+    RULES_VERSION,
+    FormattedRow,
+    TokenizedExample,
+    encode_batch,
+    format_row,
+)
 from olmoe_jax.data.reading import content_digest, read_rows, row_location
 from olmoe_jax.errors import UserError
 
@@ -21,7 +27,7 @@ if TYPE_CHECKING:
 
 # Part of the cache's directory name alone: raise it whenever the stored arrays change their layout.
 # A new layout holds the same examples, so a run may continue across it.
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 _ROWS_PER_TOKENIZER_CALL = 1000
 
 
@@ -33,6 +39,7 @@ class TokenizedDataset:
       tokens: int32 [all tokens], the stored examples one after the other.
       trained: bool [all tokens], the tokens that the loss covers.
       offsets: int64 [stored examples + 1], where each example starts in `tokens`.
+      prompt_lengths: int32 [stored examples], see `TokenizedExample`.
       rows: int64 [N], the stored examples that this data set holds.
       dropped_rows: rows of the data file without a token to train on, also in a subset.
       total_rows: rows of the data file, also in a subset.
@@ -42,6 +49,7 @@ class TokenizedDataset:
     tokens: np.ndarray
     trained: np.ndarray
     offsets: np.ndarray
+    prompt_lengths: np.ndarray
     rows: np.ndarray
     dropped_rows: int
     total_rows: int
@@ -59,17 +67,19 @@ class TokenizedDataset:
     def target_counts(self) -> np.ndarray:
         """int64 [N]: the trained tokens of each example that are a target.
 
-        The first token of an example never is: nothing comes before it that could predict it.
+        The first token of an example is never a target, because no token before it predicts it.
         """
         starts = self.offsets[:-1]
         trained = np.add.reduceat(self.trained, starts, dtype=np.int64)
         return (trained - self.trained[starts])[self.rows]
 
-    def example(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (tokens int32 [n], trained bool [n]) of one example."""
+    def example(self, index: int) -> TokenizedExample:
+        """Returns example `index` of this data set; its arrays are views."""
         row = self.rows[index]
         span = slice(self.offsets[row], self.offsets[row + 1])
-        return self.tokens[span], self.trained[span]
+        return TokenizedExample(
+            self.tokens[span], self.trained[span], int(self.prompt_lengths[row])
+        )
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> "TokenizedDataset":
         """Returns a data set of the examples at `indices`, in that order, on the same arrays."""
@@ -99,11 +109,13 @@ def tokenize_dataset(
     cache_dir: str | None,
     split: str = "train",
 ) -> TokenizedDataset:
-    """Returns the tokenised rows of `path` (see `read_rows`), from the cache if they are in it.
+    """Returns the tokenised rows of `path` (see `read_rows`), from the cache where it holds them.
 
-    The cache is `cache_dir`, or $OLMOE_JAX_CACHE, or ~/.cache/olmoe_jax. Raises `UserError` for
-    rows that cannot be read or formatted (naming file and line), when no row is left to train on,
-    and when the cache cannot be written.
+    The cache is `cache_dir`, or $OLMOE_JAX_CACHE, or ~/.cache/olmoe_jax.
+
+    Raises:
+      UserError: a row cannot be read or formatted (the message names file and line), no row is left
+        to train on, or the cache cannot be written.
     """
     if max_seq_length < 1:
         raise ValueError(f"max_seq_length must be positive, not {max_seq_length}")
@@ -134,10 +146,13 @@ def tokenize_dataset(
 def held_out_split(
     dataset: TokenizedDataset, fraction: float, seed: int
 ) -> tuple[TokenizedDataset, TokenizedDataset]:
-    """Returns (train, evaluation): a share of the examples, drawn by `seed`, is held out.
+    """Returns (train, evaluation), where `seed` draws the share of examples that is held out.
 
-    Both keep the order of the data set and have at least one example. Raises `UserError` when
-    the data set has fewer than two, ValueError when `fraction` is not between 0 and 1.
+    Both keep the order of the data set and have at least one example.
+
+    Raises:
+      UserError: the data set has fewer than two examples.
+      ValueError: `fraction` is not between 0 and 1.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"the held-out fraction must be between 0 and 1, not {fraction}")
@@ -148,8 +163,8 @@ def held_out_split(
             "set data.eval_path or data.eval_fraction=0"
         )
     held_out = min(max(round(count * fraction), 1), count - 1)
-    # RandomState, because numpy promises that its stream never changes: a resumed run must not
-    # train on what it evaluated on.
+    # numpy promises that the stream of RandomState never changes. Another stream would make a
+    # resumed run train on what the run evaluated on.
     order = np.random.RandomState(seed).permutation(count)
     return dataset.subset(np.sort(order[held_out:])), dataset.subset(np.sort(order[:held_out]))
 
@@ -172,7 +187,8 @@ def _tokenize(
     tokenizer: "PreTrainedTokenizerBase",
     max_seq_length: int,
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    kept = []
+    """Returns the arrays and the counts of `TokenizedDataset`, for the cache."""
+    kept: list[TokenizedExample] = []
     for start in range(0, len(rows), _ROWS_PER_TOKENIZER_CALL):
         chunk = rows[start : start + _ROWS_PER_TOKENIZER_CALL]
         texts = [
@@ -180,22 +196,23 @@ def _tokenize(
             for index, row in enumerate(chunk)
         ]
         examples = encode_batch(texts, tokenizer, max_seq_length)
-        kept += [(tokens, trained) for tokens, trained in examples if trained.any()]
+        kept += [example for example in examples if example.trained.any()]
     if not kept:
         raise UserError(
             f"{path}: no row has a token to train on within max_seq_length={max_seq_length}; "
             "raise data.max_seq_length"
         )
     arrays = {
-        "tokens": np.concatenate([tokens for tokens, _ in kept]),
-        "trained": np.concatenate([trained for _, trained in kept]),
-        "offsets": np.cumsum([0, *(len(tokens) for tokens, _ in kept)], dtype=np.int64),
+        "tokens": np.concatenate([example.tokens for example in kept]),
+        "trained": np.concatenate([example.trained for example in kept]),
+        "offsets": np.cumsum([0, *(len(example.tokens) for example in kept)], dtype=np.int64),
+        "prompt_lengths": np.array([example.prompt_length for example in kept], np.int32),
     }
     return arrays, {"dropped_rows": len(rows) - len(kept), "total_rows": len(rows)}
 
 
 def format_row_of(path: str, index: int, row: dict[str, Any], eos: str) -> FormattedRow:
-    """`format_row` for row `index` of a data file: its errors name the file and the line."""
+    """Returns `format_row` of row `index` of a data file; errors name the file and the line."""
     try:
         return format_row(row, eos)
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Evaluation by decoding while a run trains: greedy answers to held-out prompts, exact match."""
+"""Decoding within a run: greedy answers to held-out prompts, compared by exact match."""
 
 import dataclasses
 from typing import TYPE_CHECKING
@@ -20,7 +20,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What the model wrote for a prompt, what the data has, and whether they say the same."""
+    """An answer of the model beside the answer in the data.
+
+    Attributes:
+      prompt: the text that the model continued.
+      expected: the answer in the data.
+      output: what the model wrote.
+      right: whether `output` matches `expected`.
+    """
 
     prompt: str
     expected: str
@@ -33,11 +40,11 @@ class HeldOut:
     """A sample of the evaluation examples as texts, the longest prompt first.
 
     Attributes:
-      tokenizer: the run's.
+      tokenizer: the tokenizer of the run.
       texts: (prompt, expected answer) of each example.
       scorer: how an answer is compared.
-      batch_size: prompts decoded together.
-      max_new_tokens: of an answer.
+      batch_size: how many prompts are decoded together.
+      max_new_tokens: the length at which an answer is cut.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -47,19 +54,23 @@ class HeldOut:
     max_new_tokens: int
 
     def answers(self, program: Program, parameters: Parameters) -> list[Answer]:
-        """Decodes with a run's model; under its mesh, and changes nothing of the run.
+        """Returns the model's answer to each prompt; call under the run's mesh.
+
+        Decoding changes nothing of the run.
 
         Args:
-          program: whose model it is, and its frozen parameters.
-          parameters: what trains, as it is now.
+          program: the run's program, for its graph and its frozen parameters.
+          parameters: the trainable parameters at the current step.
         """
         dtype = program.trainer.settings.compute_dtype
-        # As `from_pretrained` has them: read at every token, so cast them once.
+        # Decoding reads every weight once per token, so cast the weights once, not at each read.
+        # `from_pretrained` gives the same dtypes.
         values = {
             name: value if name == ROUTER or isinstance(value, Quantized) else value.astype(dtype)
             for name, value in (parameters | program.frozen).items()
         }
         prompts = [prompt for prompt, _ in self.texts]
+        # Each device decodes as many rows as the others: repeat the last prompt to fill the batch.
         devices = program.mesh.size
         size = -(-min(self.batch_size, len(prompts)) // devices) * devices
         filled = prompts + [prompts[-1]] * (-len(prompts) % size)
@@ -77,29 +88,25 @@ class HeldOut:
 
 
 def held_out_sample(config: Config, model: Model, datasets: Datasets) -> HeldOut | None:
-    """The examples that the run decodes, chosen by train.seed; None: it decodes none.
+    """Returns the examples that the run decodes, drawn by train.seed; None if the run decodes none.
 
-    An example is its first prompt and the answer to it. Left out are those without a prompt, those
-    whose end was cut, and those that do not fit the model's context.
+    The model continues the prompt of an example, and its first answer is expected. An example is
+    left out if it has no prompt, if the end of its first answer was cut, or if prompt and
+    generate.max_new_tokens do not fit the model's context together.
 
     Raises:
-      UserError: none is left.
+      UserError: no example is left.
     """
     options, evaluation = config.generate, datasets.evaluation
     if options.every is None:
         return None
     tokenizer = data.load_tokenizer(str(model.tokenizer_files))
     room = model.config.max_position_embeddings - options.max_new_tokens
-    found: list[tuple[int, str, str]] = []
+    found: list[tuple[np.ndarray, np.ndarray]] = []
     for index in np.random.RandomState(config.train.seed).permutation(len(evaluation)):
-        tokens, trained = evaluation.example(index)
-        start = int(trained.argmax())
-        end = start + int(np.append(~trained[start:], True).argmax())
-        if 0 < start <= room and trained[start] and tokens[end - 1] == tokenizer.eos_token_id:
-            prompt, expected = (
-                tokenizer.decode(t) for t in (tokens[:start], tokens[start : end - 1])
-            )
-            found.append((start, prompt, expected))
+        parts = evaluation.example(index).prompt_and_answer(tokenizer.eos_token_id)
+        if parts and 0 < len(parts[0]) <= room:
+            found.append(parts)
         if len(found) == options.examples:
             break
     if not found:
@@ -109,7 +116,8 @@ def held_out_sample(config: Config, model: Model, datasets: Datasets) -> HeldOut
             f"less generate.max_new_tokens={options.max_new_tokens}); write a smaller "
             "generate.max_new_tokens, or none"
         )
-    # Like lengths share a batch: few programs are compiled.
-    texts = [(prompt, expected) for _, prompt, expected in sorted(found, key=lambda f: -f[0])]
+    # Prompts of like length share a batch, so that few shapes are compiled.
+    found.sort(key=lambda parts: -len(parts[0]))
+    texts = [(tokenizer.decode(prompt), tokenizer.decode(answer)) for prompt, answer in found]
     scorer = options.scorer or scorer_for([expected for _, expected in texts])
     return HeldOut(tokenizer, texts, scorer, options.batch_size, options.max_new_tokens)

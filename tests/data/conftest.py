@@ -14,6 +14,7 @@ def make_dataset():
             tokens=random.integers(2, 2**30, total, dtype=np.int32),
             trained=random.random(total) < 0.6,
             offsets=np.cumsum([0, *lengths], dtype=np.int64),
+            prompt_lengths=np.zeros(len(lengths), np.int32),
             rows=np.arange(len(lengths)),
             dropped_rows=0,
             total_rows=len(lengths),

@@ -3,17 +3,56 @@ import json
 import numpy as np
 import pytest
 
-from olmoe_jax.data.formats import encode, format_row
+from olmoe_jax.data import load_tokenizer
+from olmoe_jax.data.formats import encode_batch, format_row, tokens_before
 from olmoe_jax.errors import UserError
 
 EOS = "<|endoftext|>"
 
 
+def encode(row, tokenizer, max_seq_length=10_000):
+    formatted = format_row(row, tokenizer.eos_token)
+    (example,) = encode_batch([formatted], tokenizer, max_seq_length)
+    assert example.tokens.dtype == np.int32
+    assert example.trained.dtype == bool
+    return example
+
+
 def trained_text(row, tokenizer, max_seq_length=10_000):
-    tokens, trained = encode(row, tokenizer, max_seq_length)
-    assert tokens.dtype == np.int32
-    assert trained.dtype == bool
-    return tokenizer.decode(tokens), tokenizer.decode(tokens[trained])
+    example = encode(row, tokenizer, max_seq_length)
+    return tokenizer.decode(example.tokens), tokenizer.decode(example.tokens[example.trained])
+
+
+@pytest.mark.parametrize(
+    ("prefix", "tokens", "before"),
+    [
+        ([5, 6], [5, 6, 7, 8], 2),
+        ([5, 6], [5, 67, 8], 2),  # 67 straddles: prompt
+        ([4, 5, 6], [4, 567, 8, 9], 3),  # 567 straddles and moves the boundary behind 8
+        ([456], [4, 5, 67, 8], 1),  # 5 is prompt and trains
+        ([5, 6], [5, 6], 2),
+        ([5, 6, 7], [5, 6], 2),  # cut
+        ([], [5], 0),
+    ],
+)
+def test_the_rule_that_masks_a_prompt(prefix, tokens, before):
+    assert tokens_before(prefix, tokens) == before
+
+
+@pytest.mark.parametrize(
+    ("merged", "trained"),
+    [
+        (None, "So." + EOS),
+        (":S", "o." + EOS),  # in the place of ":": only this token does not train
+        ("er:S", EOS),  # in the place of "e", "r" and ":": two more do not train
+    ],
+)
+def test_a_token_that_straddles_prompt_and_answer(merged, trained, tokenizer_dir):
+    tokenizer = load_tokenizer(str(tokenizer_dir))
+    tokenizer.add_tokens([merged] if merged else [])
+    row = {"question": "Why?", "answer": "So."}
+    assert trained_text(row, tokenizer) == ("Question: Why?\nAnswer:So." + EOS, trained)
+    assert encode(row, tokenizer).prompt_length == len("Question: Why?\nAnswer:")
 
 
 @pytest.mark.parametrize(
@@ -70,6 +109,27 @@ def test_every_assistant_turn_of_a_conversation_trains(tokenizer):
     text, trained = trained_text(row, tokenizer)
     assert text == f"Be brief.\nHi Yo{EOS} Bye Ciao{EOS}"
     assert trained == f" Yo{EOS} Ciao{EOS}"
+    assert encode(row, tokenizer).prompt_length == len("Be brief.\nHi")
+
+
+@pytest.mark.parametrize(
+    ("contents", "max_seq_length", "expected"),
+    [
+        (["ab", "cd"], 100, ("ab", " cd")),
+        (["ab", "cd"], 6, ("ab", " cd")),
+        (["ab", "cd"], 5, None),  # the answer's end is cut
+        (["ab", "cd", "ef", "gh"], 100, ("ab", " cd")),
+        (["ab", "cd", "ef", "gh"], 6, ("ab", " cd")),
+        (["", " cd"], 100, ("", " cd")),
+        (["ab ", ""], 100, ("ab ", "")),
+    ],
+)
+def test_prompt_and_first_answer(contents, max_seq_length, expected, tokenizer):
+    roles = ["user", "assistant"] * 2
+    turns = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
+    example = encode({"messages": turns}, tokenizer, max_seq_length)
+    found = example.prompt_and_answer(tokenizer.eos_token_id)
+    assert (found and tuple(tokenizer.decode(part) for part in found)) == expected
 
 
 def test_truncation_cuts_the_end(tokenizer):
@@ -77,6 +137,7 @@ def test_truncation_cuts_the_end(tokenizer):
     assert trained_text(row, tokenizer, 7) == ("abcd ef", " ef")
     assert trained_text(row, tokenizer, 4) == ("abcd", "")
     assert trained_text(row, tokenizer, 3) == ("abc", "")
+    assert [encode(row, tokenizer, n).prompt_length for n in (7, 4, 3)] == [4, 4, 3]
 
 
 @pytest.mark.parametrize(
@@ -106,8 +167,8 @@ def test_bad_rows_say_what_is_wrong(row, message):
 
 def test_golden_cases_of_the_reference(shared, olmoe_tokenizer):
     for case in json.loads((shared / "reference/data/cases.json").read_text())["cases"]:
-        tokens, trained = encode(case["example"], olmoe_tokenizer, case["max_seq_length"])
-        assert trained.any() == case["kept"], case["name"]
-        assert tokens.tolist() == case["expected"]["input_ids"], case["name"]
-        labels = np.where(trained, tokens, -100).tolist()
+        example = encode(case["example"], olmoe_tokenizer, case["max_seq_length"])
+        assert example.trained.any() == case["kept"], case["name"]
+        assert example.tokens.tolist() == case["expected"]["input_ids"], case["name"]
+        labels = np.where(example.trained, example.tokens, -100).tolist()
         assert labels == case["expected"]["labels"], case["name"]

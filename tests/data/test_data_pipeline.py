@@ -57,7 +57,7 @@ def test_every_example_once_per_epoch_in_a_new_order(dataset, pack):
     assert [step.index for step in steps] == list(range(15))
     assert [step.epoch for step in steps] == [0] * 5 + [1] * 5 + [2] * 5
     assert [step.examples for step in steps] == [5, 5, 5, 5, 3] * 3
-    everything = sorted(tuple(dataset.example(i)[0]) for i in range(len(dataset)))
+    everything = sorted(tuple(dataset.example(i).tokens) for i in range(len(dataset)))
     epochs = [steps[start : start + 5] for start in (0, 5, 10)]
     for epoch in epochs:
         assert sorted(e for step in epoch for e in examples_of(step)) == everything

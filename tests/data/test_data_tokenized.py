@@ -36,9 +36,10 @@ def test_examples_and_counts(data, tokenizer, tmp_path):
     assert (len(dataset), dataset.dropped_rows, dataset.total_rows) == (3, 1, 4)
     assert dataset.lengths.tolist() == [5, 6, 7]
     assert dataset.target_counts.tolist() == [3, 4, 5]
-    tokens, trained = dataset.example(1)
-    assert tokenizer.decode(tokens) == "ab cc<|endoftext|>"
-    assert trained.tolist() == [False, False, True, True, True, True]
+    example = dataset.subset([2, 1]).example(1)
+    assert tokenizer.decode(example.tokens) == "ab cc<|endoftext|>"
+    assert example.trained.tolist() == [False, False, True, True, True, True]
+    assert example.prompt_length == 2
     assert (dataset.tokens.dtype, dataset.trained.dtype) == (np.int32, bool)
     assert dataset.offsets.dtype == np.int64
 
@@ -47,7 +48,7 @@ def test_more_rows_than_one_tokenizer_call(tokenizer, tmp_path, monkeypatch):
     data = write(tmp_path / "data.jsonl", [{"prompt": str(i), "completion": ""} for i in range(7)])
     monkeypatch.setattr(module, "_ROWS_PER_TOKENIZER_CALL", 3)
     dataset = tokenize_dataset(data, tokenizer, 20, str(tmp_path / "cache"))
-    texts = [tokenizer.decode(dataset.example(i)[0]) for i in range(7)]
+    texts = [tokenizer.decode(dataset.example(i).tokens) for i in range(7)]
     assert texts == [f"{i} <|endoftext|>" for i in range(7)]
 
 
@@ -92,8 +93,10 @@ def test_identity_names_the_part_that_changed(
     assert changed(identity(tokenizer=other_tokenizer)) == ["tokenizer"]
     assert changed(identity(max_seq_length=19)) == ["max_seq_length"]
     assert changed(identity(write(tmp_path / "other.jsonl", ROWS[::-1]))) == ["content"]
+    # A new layout of the cache is no new data: the rows are tokenised anew, into another directory.
     monkeypatch.setattr(module, "_CACHE_VERSION", module._CACHE_VERSION + 1)
     assert changed(identity()) == []
+    assert len(list((tmp_path / "cache/tokenized").iterdir())) == 5
     monkeypatch.setattr(module, "RULES_VERSION", rules + 1)
     assert changed(identity()) == ["rules"]
     assert json.loads(json.dumps(original)) == original
@@ -156,7 +159,8 @@ def test_held_out_split(make_dataset):
     assert (len(train), len(evaluation)) == (45, 5)
     assert sorted([*train.rows, *evaluation.rows]) == list(range(50))
     assert train.tokens is dataset.tokens
-    np.testing.assert_array_equal(evaluation.example(0)[0], dataset.example(evaluation.rows[0])[0])
+    first, same = evaluation.example(0), dataset.example(evaluation.rows[0])
+    np.testing.assert_array_equal(first.tokens, same.tokens)
     again, _ = held_out_split(dataset, 0.1, seed=7)
     other, _ = held_out_split(dataset, 0.1, seed=8)
     assert train.fingerprint == again.fingerprint != other.fingerprint

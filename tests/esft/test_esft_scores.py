@@ -31,6 +31,7 @@ def make_examples(lengths=LENGTHS):
         tokens=random.integers(0, 258, total, dtype=np.int32),
         trained=np.ones(total, bool),
         offsets=np.cumsum([0, *lengths], dtype=np.int64),
+        prompt_lengths=np.zeros(len(lengths), np.int32),
         rows=np.arange(len(lengths)),
         dropped_rows=0,
         total_rows=len(lengths),
