@@ -1,4 +1,4 @@
-"""`python -m olmoe_jax.plan`: whether a run fits on devices that need not be there."""
+"""The command `python -m olmoe_jax.plan`."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ from olmoe_jax.plan.devices import parse_topology, prepare_environment
 _EPILOG = """\
 --config and --config.FIELD.SUBFIELD=VALUE are those of train.py (python train.py --help).
 
-The compiler of the devices must be installed, the devices need not be there:
+The devices need not exist, but their compiler must be installed:
   h100  pip install "jax[cuda12]" tokamax==0.0.12
   v5e, v6e, v5p  pip install libtpu
 
@@ -26,20 +26,26 @@ def main(arguments: Sequence[str]) -> None:
     topology = parse_topology(options.topology)
     config = parse_config(config_flags)
     prepare_environment(topology)
-    # jax may be imported only now that the environment is set.
-    from olmoe_jax.plan.planning import plan
-    from olmoe_jax.plan.report import to_json, to_text
+    # These import jax, which reads the environment once.
+    from olmoe_jax.plan.planning import ESFT_EXPERTS, plan
+    from olmoe_jax.plan.report import facts, to_text
 
-    given = {} if options.esft_experts is None else {"esft_experts": options.esft_experts}
-    result = plan(config, options.topology, rows_per_step=options.rows_per_step, **given)
-    print(json.dumps(to_json(result)) if options.json else to_text(result))
+    result = facts(
+        plan(
+            config,
+            options.topology,
+            rows_per_step=options.rows_per_step,
+            esft_experts=options.esft_experts or ESFT_EXPERTS,
+        )
+    )
+    print(json.dumps(result) if options.json else to_text(result))
 
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m olmoe_jax.plan",
-        description="Compiles the training step of a configuration for devices that need not be "
-        "there;\nsays whether it fits, what it communicates and how fast it can be at most.",
+        description="Compiles the training step of a configuration for devices that need not "
+        "exist;\nsays whether it fits, what it communicates and how fast it can be at most.",
         epilog=_EPILOG,
     )
     parser.add_argument(
@@ -58,14 +64,14 @@ def _parser() -> ArgumentParser:
         "--esft_experts",
         type=_positive,
         metavar="N",
-        help="selected experts in each layer of an ESFT run without method.experts_path "
-        "(default: 4)",
+        help="tuned experts in each layer of an ESFT run without method.experts_path (default: 4)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 
 def _positive(text: str) -> int:
+    """Returns the number that a flag gives. Raises argparse's error for anything below 1."""
     try:
         value = int(text)
     except ValueError:

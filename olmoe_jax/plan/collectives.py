@@ -1,7 +1,7 @@
 """What a compiled program communicates, read from its optimised HLO.
 
-XLA prints one computation after the other; a loop's body is printed once and runs as often as the
-loop's trip count says. Bytes are those of one device and one run of the program.
+XLA prints one computation after the other and a loop's body once: the body counts as often as the
+loop's trip count says. All bytes are those of one device and one run of the program.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ class Collective(NamedTuple):
     `bytes` is the size of the whole array on a device: the result of an all-gather, the operand of
     the others. `wire_bytes` is what a device sends in the ring algorithm among n devices:
     (n-1)/n of `bytes` for all-gather, reduce-scatter and all-to-all, twice that for all-reduce,
-    all of them for a permute or broadcast.
+    and `bytes` for a permute or a broadcast.
     """
 
     kind: str
@@ -40,22 +40,75 @@ class Collective(NamedTuple):
 
 
 class Communication(NamedTuple):
-    """What a program communicates; `exact` is False when a loop's trip count is not known."""
+    """What a program communicates; `exact` is False if a loop's trip count is unknown."""
 
     collectives: tuple[Collective, ...]
     exact: bool
 
     @property
     def bytes(self) -> int:
+        """The bytes of all collectives."""
         return sum(collective.bytes for collective in self.collectives)
 
     @property
     def wire_bytes(self) -> float:
+        """The bytes that a device sends."""
         return sum(collective.wire_bytes for collective in self.collectives)
+
+
+def communication(hlo: str) -> Communication:
+    """Returns the collectives of an optimised HLO module (`compiled.as_text()`)."""
+    computations, entry = _parse(hlo)
+    devices = math.prod(map(int, re.findall(r"(?:num_partitions|replica_count)=(\d+)", hlo)))
+    exact, chains = True, set()
+
+    # Several instructions may call one computation: count what runs inside it once.
+    @functools.cache
+    def inside(name: str) -> Counter[_Transfer]:
+        nonlocal exact
+        found: Counter[_Transfer] = Counter()
+        for instruction in computations[name].values():
+            kind = _kind(instruction, name)
+            # A TPU's compiler spreads one collective over several fusions: one chain id for all.
+            chain = _CHAIN.search(instruction.attributes)
+            if kind in KINDS and not (chain and chain[1] in chains):
+                found.update(_transfers(kind, instruction, computations[name], devices))
+                chains.update(chain.groups() if chain else ())
+            for called, times in _calls(instruction, computations):
+                below = inside(called)
+                if below and times is None:
+                    exact = False
+                for transfer, count in below.items():
+                    found[transfer] += count * (1 if times is None else times)
+        return found
+
+    totals: dict[tuple[str, str], Collective] = {}
+    for (kind, dtype, size, wire), count in inside(entry).items():
+        old = totals.get((kind, dtype), Collective(kind, dtype, 0, 0, 0.0))
+        totals[kind, dtype] = old._replace(
+            count=old.count + count,
+            bytes=old.bytes + count * size,
+            wire_bytes=old.wire_bytes + count * wire,
+        )
+    return Communication(tuple(totals[key] for key in sorted(totals)), exact)
+
+
+class _Transfer(NamedTuple):
+    """One collective's arrays of one dtype."""
+
+    kind: str
+    dtype: str
+    bytes: int
+    wire_bytes: float
+
+
+# --- HLO text: `  ROOT %name = SHAPE opcode(OPERANDS), ATTRIBUTES` ---
 
 
 @dataclasses.dataclass(frozen=True)
 class _Instruction:
+    """One instruction's text, taken apart."""
+
     name: str
     shape: str
     opcode: str
@@ -77,45 +130,8 @@ _CHAIN = re.compile(r'\bchain_id="(\d+)"')
 _TRIP_COUNT = re.compile(r'known_trip_count"?\s*[:=]\s*\{\s*"?n"?\s*:\s*"?(\d+)')
 
 
-def communication(hlo: str) -> Communication:
-    """The collectives of an optimised HLO module (`compiled.as_text()`)."""
-    computations, entry = _parse(hlo)
-    devices = math.prod(map(int, re.findall(r"(?:num_partitions|replica_count)=(\d+)", hlo)))
-    counts, sizes, wires = Counter(), Counter(), Counter()
-    exact, chains = True, set()
-
-    @functools.cache
-    def inside(name: str) -> tuple[tuple[tuple[str, str, int, float], int], ...]:
-        """((kind, dtype, bytes, wire bytes), times) of everything that a computation runs."""
-        nonlocal exact
-        found: Counter = Counter()
-        for instruction in computations[name].values():
-            kind = _kind(instruction, name)
-            # TPUs spread one collective over several fusions; all its parts name the same chain.
-            chain = _CHAIN.search(instruction.attributes)
-            if kind in KINDS and not (chain and chain[1] in chains):
-                found.update(_collectives(kind, instruction, computations[name], devices))
-                chains.update(chain.groups() if chain else ())
-            for called, times in _calls(instruction, computations):
-                below = inside(called)
-                if below and times is None:
-                    exact = False
-                for collective, count in below:
-                    found[collective] += count * (1 if times is None else times)
-        return tuple(found.items())
-
-    for (kind, dtype, size, wire), count in inside(entry):
-        counts[kind, dtype] += count
-        sizes[kind, dtype] += count * size
-        wires[kind, dtype] += count * wire
-    return Communication(
-        tuple(Collective(*key, counts[key], sizes[key], wires[key]) for key in sorted(counts)),
-        exact,
-    )
-
-
 def _parse(hlo: str) -> tuple[dict[str, _Computation], str]:
-    """Name -> computation, and the entry's name."""
+    """Returns the computations by name, and the name of the entry."""
     computations: dict[str, _Computation] = {}
     entry, current = "", {}
     for line in hlo.splitlines():
@@ -128,7 +144,7 @@ def _parse(hlo: str) -> tuple[dict[str, _Computation], str]:
 
 
 def _instruction(line: str) -> _Instruction | None:
-    """`  ROOT %name = SHAPE opcode(OPERANDS), ATTRIBUTES`, taken apart."""
+    """Returns the instruction on a line, or None if the line holds none."""
     name = _NAME.match(line)
     if not name:
         return None
@@ -145,7 +161,7 @@ def _instruction(line: str) -> _Instruction | None:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` closes."""
+    """Returns the index of the parenthesis that closes the one at `start`."""
     depth = 0
     for index in range(start, len(text)):
         depth += (text[index] == "(") - (text[index] == ")")
@@ -155,78 +171,75 @@ def _closing(text: str, start: int) -> int:
 
 
 def _kind(instruction: _Instruction, computation: str) -> str:
-    """The opcode without the "-start" of its asynchronous form.
-
-    TPUs write a reduce-scatter as a fusion of this name, of an all-reduce and a slice.
-    """
+    """Returns the opcode without the "-start" of its asynchronous form."""
+    # TPUs: a fusion of an all-reduce and a slice, whose computation has this name.
     if instruction.opcode == "all-reduce" and computation.startswith("all-reduce-scatter"):
         return "reduce-scatter"
     return instruction.opcode.removesuffix("-start")
 
 
-def _collectives(
+# --- Sizes ---
+
+
+def _transfers(
     kind: str, instruction: _Instruction, computation: _Computation, devices: int
-) -> Iterator[tuple[str, str, int, float]]:
-    """(kind, dtype, bytes, wire bytes) for each dtype among the operands of a collective."""
+) -> Iterator[_Transfer]:
+    """Yields a collective's transfer for each dtype among its operands."""
     permuted = kind in ("collective-permute", "collective-broadcast")
     members = devices if permuted else _group_size(instruction.attributes, devices)
     if members == 1:
         return
-    by_dtype: Counter = Counter()
-    # The ragged kind's other operands are the output's buffer and where the rows lie.
-    operands = _operands(instruction, computation)
-    for shape in operands[:1] if kind == "ragged-all-to-all" else operands:
+    # An operand may be printed as a name alone: its own instruction has the shape.
+    names = re.findall(r"%([\w.\-]+)", instruction.operands)
+    shapes = [computation[name].shape for name in names if name in computation]
+    if kind == "ragged-all-to-all":
+        # Its other operands are the output's buffer and the positions of the rows.
+        shapes = shapes[:1]
+    by_dtype: Counter[str] = Counter()
+    for shape in shapes:
         for dtype, size in _arrays(shape):
             by_dtype[dtype] += size
     for dtype, size in by_dtype.items():
         whole = size * members if kind == "all-gather" else size
-        ring = 1.0 if permuted else (members - 1) / members
-        yield kind, dtype, whole, whole * ring * (2 if kind == "all-reduce" else 1)
-
-
-def _operands(instruction: _Instruction, computation: _Computation) -> list[str]:
-    """The shapes of an instruction's operands, which may be printed as names alone."""
-    names = re.findall(r"%([\w.\-]+)", instruction.operands)
-    return [computation[name].shape for name in names if name in computation]
+        sent = 1.0 if permuted else (members - 1) / members
+        yield _Transfer(kind, dtype, whole, whole * sent * (2 if kind == "all-reduce" else 1))
 
 
 def _arrays(shape: str) -> Iterator[tuple[str, int]]:
-    """(dtype, bytes) of each array in a shape."""
+    """Yields dtype and bytes of each array in a shape; tokens and the like have no size."""
     for dtype, dimensions in _ARRAY.findall(shape):
-        if (bits := _bits(dtype)) is not None:
+        digits = re.match(r"(?:bf|f|s|u|c)(\d+)", dtype)
+        bits = 8 if dtype == "pred" else int(digits[1]) if digits else None
+        if bits is not None:
+            # "<=4" is a dimension of at most 4.
             sizes = [int(size.removeprefix("<=")) for size in dimensions.split(",") if size]
             yield dtype, math.ceil(math.prod(sizes) * bits / 8)
 
 
-def _bits(dtype: str) -> int | None:
-    """Size of an element; None for tokens and the like."""
-    if dtype == "pred":
-        return 8
-    digits = re.match(r"(?:bf|f|s|u|c)(\d+)", dtype)
-    return int(digits[1]) if digits else None
-
-
 def _group_size(attributes: str, devices: int) -> int:
-    """How many devices take part in one group of a collective."""
+    """Returns how many devices exchange data with each other in one collective."""
     if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes):
         return int(tiled[1])
     if meshed := re.search(
         r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))? ?\{([^}]*)\}", attributes
     ):
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", meshed[1]))
-        # An axis may stand with a part of itself: 'x':(2)4 are 4 of its devices.
+        # A part of an axis may stand for it: 'x':(2)4 are 4 of the axis's devices.
         axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", meshed[2])
         return math.prod(int(part or sizes[axis]) for axis, part in axes)
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
     return len(listed[1].split(",")) if listed else devices
 
 
+# --- Calls ---
+
+
 def _calls(
     instruction: _Instruction, computations: dict[str, _Computation]
 ) -> Iterator[tuple[str, int | None]]:
-    """(computation, times) that an instruction runs; times is None when only the run tells.
+    """Yields the computations that an instruction runs, and how often; None if unknown.
 
-    Of a conditional's branches all are counted.
+    Every branch of a conditional counts.
     """
     if instruction.opcode == "while":
         body = re.search(r"\bbody=%?([\w.\-]+)", instruction.attributes)[1]
@@ -234,7 +247,8 @@ def _calls(
         known = _TRIP_COUNT.search(instruction.attributes)
         yield body, int(known[1]) if known else _limit(computations[condition])
         return
-    if instruction.opcode in ("async-update", "async-done"):  # run what their async-start runs
+    # Both name the computation of their async-start, which counts already.
+    if instruction.opcode in ("async-update", "async-done"):
         return
     for several, one in _CALLED.findall(instruction.attributes):
         for name in re.findall(r"[\w.\-]+", several) if several else [one]:
@@ -243,7 +257,10 @@ def _calls(
 
 
 def _limit(condition: _Computation) -> int | None:
-    """N of a condition `i < N`, where N is the only constant; a counter starts at 0."""
+    """Returns N of a loop's condition `i < N`, or None for another condition.
+
+    The condition qualifies if N is its only constant; XLA's counters start at 0.
+    """
     limits = [
         int(instruction.operands)
         for instruction in condition.values()

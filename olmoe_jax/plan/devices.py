@@ -1,13 +1,14 @@
-"""The devices that a plan can be made for: their figures, and how to compile without them.
+"""The devices that a plan knows: their figures, and how to compile for absent ones.
 
-Figures are the vendors' (NVIDIA's H100 SXM5 data sheet, Google's Cloud TPU documentation).
-Needs no jax to be imported.
+The figures are the vendors' (NVIDIA's H100 SXM5 data sheet, Google's Cloud TPU documentation).
+Importing this module does not import jax, so that the command can set jax's environment first.
 """
 
 import dataclasses
 import math
 import os
 import re
+from typing import Any
 
 from olmoe_jax.errors import UserError
 
@@ -16,17 +17,20 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class DeviceKind:
-    """One row of the table.
+    """A kind of device. None stands for a figure that is not known or does not apply.
 
     Attributes:
-      platform: as jax names it, "gpu", "tpu" or "cpu"; the choice of backends depends on it.
-      capacity: bytes that a program can get; on TPUs what the compiler allows it, on a CPU 0 for
-        this machine's memory over the number of devices.
+      name: the vendor's name.
+      platform: jax's name, "gpu", "tpu" or "cpu"; selects the backends.
+      capacity: bytes that a program can get (on a TPU the compiler's limit); 0: this machine's
+        memory, divided by the number of devices.
       reserve: bytes that no compiler counts: CUDA context, cuDNN and cuBLAS workspaces, NCCL.
-      flops: peak bfloat16 FLOP/s; bandwidth: of the memory, bytes/s; interconnect: bytes/s that a
-        device can send to the others while it receives as much. None: no figure, no roofline.
-      per_host: devices joined by `interconnect`; above, `between_hosts` bounds (None: no bound).
-      install: the command that installs the compiler; None: nothing to install.
+      flops: peak FLOP/s in bfloat16.
+      bandwidth: of the memory, bytes/s.
+      interconnect: bytes/s that a device can send while it receives as much.
+      per_host: number of devices that `interconnect` joins.
+      between_hosts: bytes/s that a device can send to another host.
+      install: command that installs the compiler.
       shapes: TPU slice shapes by number of chips.
     """
 
@@ -82,12 +86,12 @@ dnn_version_info { major: 9 minor: 28 }
 runtime_version { major: 12 minor: 9 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
-"""What XLA asks a device about, as the H100's CUDA driver answers."""
+"""The answers of an H100's CUDA driver to what XLA asks a device."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices of one kind; `shape` is the compiler's name for their arrangement."""
+    """Devices of one kind. `name` is the user's word, `shape` the compiler's for the layout."""
 
     name: str
     kind: DeviceKind
@@ -96,23 +100,23 @@ class Topology:
 
     @property
     def capacity(self) -> int:
-        """Bytes of each device."""
+        """The memory of each device, bytes."""
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return self.kind.capacity or memory // self.count
 
     @property
     def interconnect(self) -> float | None:
-        """Bytes/s that a device can send, over the slowest link on the way."""
+        """Bytes/s that a device can send over the slowest link between the devices."""
         kind = self.kind
         between = kind.per_host and self.count > kind.per_host and kind.between_hosts
         return between or kind.interconnect
 
 
 def parse_topology(text: str) -> Topology:
-    """The topology that `text` names: KIND:COUNT, or for TPUs KIND:SHAPE.
+    """Returns the topology that `text` names: KIND:COUNT, or for TPUs KIND:SHAPE.
 
     Raises:
-      UserError: there is no such kind, or it does not come in this number or shape.
+      UserError: the kind is unknown, or does not come in this number or shape.
     """
     name, _, size = text.partition(":")
     kind = KINDS.get(name)
@@ -137,7 +141,7 @@ def parse_topology(text: str) -> Topology:
 
 
 def _sizes(name: str, kind: DeviceKind) -> str:
-    """In words, what can stand behind the colon."""
+    """Returns a sentence that says what to write after the colon."""
     if kind.shapes:
         known = ", ".join(f"{count} ({shape})" for count, shape in kind.shapes.items())
         return f"write the number of chips or the shape of a slice: {known}"
@@ -147,7 +151,8 @@ def _sizes(name: str, kind: DeviceKind) -> str:
 
 
 def prepare_environment(topology: Topology) -> None:
-    """Sets what jax reads when it starts: plans never touch this machine's accelerators."""
+    """Sets the variables that jax reads when it starts."""
+    # A plan never touches this machine's accelerators: a run may be using them.
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA warns that there is no device
     if topology.kind.platform == "cpu":
@@ -155,14 +160,13 @@ def prepare_environment(topology: Topology) -> None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
 
-def open_devices(topology: Topology) -> list:
-    """The devices to compile for; those of a CPU exist, the others are descriptions.
+def open_devices(topology: Topology) -> list[Any]:
+    """Returns the devices to compile for: real ones for a CPU, else descriptions.
 
     Raises:
-      UserError: the compiler for them is not installed, or this process has too few CPU devices.
+      UserError: the compiler is not installed, or this process has too few CPU devices.
     """
     import jax
-    from jax.experimental import topologies
 
     kind = topology.kind
     if kind.platform == "cpu":
@@ -175,21 +179,7 @@ def open_devices(topology: Topology) -> list:
             )
         return devices[: topology.count]
     try:
-        if kind.platform == "gpu":
-            described = topologies.get_topology_desc(
-                platform="cuda",
-                topology_name=topology.name,
-                target_config=_H100_TARGET,
-                topology=topology.shape,
-            )
-        else:
-            # Without these, libtpu asks the network what machine this is.
-            os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-            os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
-            os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-            # Only one process may use a TPU; compiling uses none.
-            os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-            described = topologies.get_topology_desc(platform="tpu", topology_name=topology.shape)
+        return _describe(topology)
     except (NotImplementedError, RuntimeError) as error:
         if "not implemented" in str(error) or "not installed" in str(error):
             raise UserError(
@@ -201,4 +191,28 @@ def open_devices(topology: Topology) -> list:
             f"--topology={topology.name}: the compiler does not accept it ({reason}); "
             f"{_sizes(topology.name.partition(':')[0], kind)}"
         ) from error
-    return list(described.devices)
+
+
+def _describe(topology: Topology) -> list[Any]:
+    """Returns descriptions of GPUs or TPUs, for which XLA compiles without the devices.
+
+    Raises `NotImplementedError` or `RuntimeError` if the compiler is missing or refuses.
+    """
+    from jax.experimental import topologies
+
+    if topology.kind.platform == "gpu":
+        description = topologies.get_topology_desc(
+            platform="cuda",
+            topology_name=topology.name,
+            target_config=_H100_TARGET,
+            topology=topology.shape,
+        )
+        return list(description.devices)
+    # Without the first three, libtpu asks the network which machine this is.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    # libtpu refuses a second process, for the sake of a TPU that compiling does not use.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    description = topologies.get_topology_desc(platform="tpu", topology_name=topology.shape)
+    return list(description.devices)

@@ -1,4 +1,4 @@
-"""The architecture of published models, for what needs no weights and perhaps has no network."""
+"""The architectures of published models, known without weights or a network."""
 
 from olmoe_jax.model.config import ModelConfig
 
@@ -16,14 +16,14 @@ OLMOE_1B_7B = ModelConfig(
     rms_norm_eps=1e-5,
     pad_token_id=1,
 )
-"""allenai/OLMoE-1B-7B, all releases."""
+"""The architecture of allenai/OLMoE-1B-7B, all releases."""
 
 KNOWN = {"allenai/OLMoE-1B-7B-": OLMOE_1B_7B}
-"""Beginning of a hub id -> architecture."""
+"""Architectures by the beginning of the hub id."""
 
 
 def known_config(hub_id: str) -> ModelConfig | None:
-    """The architecture of a hub id; None: not one of these models."""
+    """Returns the architecture of a hub id, or None if the model is not known."""
     for beginning, config in KNOWN.items():
         if hub_id.startswith(beginning):
             return config

@@ -1,12 +1,13 @@
-"""Compiles the programs of a training step for devices that need not exist.
+"""The programs of a training step, compiled for devices that need not exist.
 
-They are training's own (`olmoe_jax.training.setup.step_functions`), called with shapes.
+The programs are training's own (`step_functions`), traced with shapes instead of arrays.
 """
 
 import dataclasses
 import math
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from olmoe_jax.training.setup import StepFunctions, kept_dtype, step_functions
 from olmoe_jax.training.step import Accumulated, DeviceBatch, TrainState, initial_state
 
 _STEPS = 1000
-"""Of the learning rate schedule, which changes no shape."""
+"""Length of the learning rate schedule: any number will do, no shape depends on it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +39,8 @@ class Memory:
 
     Attributes:
       arguments, outputs, temporaries, code: what the compiler allocates for the program.
-      aliased: outputs that take the place of arguments (donated), and so count once.
-      resident: arrays of the run that the program does not touch but that stay where they are.
+      aliased: outputs that take the place of donated arguments, and so count once.
+      resident: the run's arrays that the program does not touch but that stay in memory.
     """
 
     arguments: int
@@ -51,18 +52,28 @@ class Memory:
 
     @property
     def peak(self) -> int:
+        """The need of the program, each buffer once."""
         allocated = self.arguments + self.outputs - self.aliased + self.temporaries + self.code
         return allocated + self.resident
 
 
 @dataclasses.dataclass(frozen=True)
 class CompiledProgram:
-    """One program; memory is None when the compiler refused it for its size."""
+    """One program of a run.
+
+    Attributes:
+      name: "accumulate", "update" or "evaluate".
+      runs_per_step: how often a training step runs the program.
+      memory: None if the compiler refused the program for its size.
+      needs: bytes of one device at the peak, known for a refused program too.
+      communication: of one run of the program; None if the compiler does not show it.
+    """
 
     name: str
+    runs_per_step: int
     memory: Memory | None
-    needs: int  # bytes at the peak, also when refused
-    communication: Communication | None  # None: the compiler does not show it
+    needs: int
+    communication: Communication | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +99,7 @@ class StepPrograms:
         experts: ExpertConfig | None,
         mesh: Mesh,
     ):
-        self.mesh, self.settings = mesh, settings
+        self.mesh = mesh
         self.trains = method_trains(config.method, model_config, experts)
         specs = parameter_specs(model_config, settings)
         places = sharding.parameter_shardings(specs, mesh)
@@ -107,46 +118,49 @@ class StepPrograms:
         self.functions = step_functions(config, model_config, settings, trained, mesh, _STEPS)
         self.shapes = _shapes(self.functions, config, trained, frozen, mesh)
 
-    def compile(self, name: str) -> CompiledProgram:
-        """Compiles "accumulate", "update" or "evaluate"."""
-        shapes = self.shapes
-        moments = device_bytes(shapes.state) - device_bytes(shapes.trained)
-        function, arguments, resident = {
-            "accumulate": (
-                self.functions.accumulate,
-                (shapes.trained, shapes.frozen, shapes.accumulated, shapes.batch, shapes.position),
-                moments,
-            ),
-            "update": (
-                self.functions.update,
-                (shapes.state, shapes.accumulated),
-                device_bytes(shapes.frozen),
-            ),
-            # The gradients of the step before are still there.
-            "evaluate": (
-                self.functions.evaluate,
-                (shapes.trained, shapes.frozen, shapes.batch),
-                moments + device_bytes(shapes.accumulated.gradients),
-            ),
-        }[name]
+    def compile(self, name: str, runs_per_step: int) -> CompiledProgram:
+        """Compiles "accumulate", "update" or "evaluate" for the mesh's devices."""
+        function, arguments, untouched = self._program(name)
+        resident = sum(map(device_bytes, untouched))
         try:
             compiled, hlo = _compile(function, arguments, self.mesh)
         except jax.errors.JaxRuntimeError as error:
-            temporaries = _refused(str(error))
+            temporaries = _refused_bytes(str(error))
             if temporaries is None:
                 raise
             needs = temporaries + device_bytes(arguments) + resident
-            return CompiledProgram(name, None, needs, None)
+            return CompiledProgram(name, runs_per_step, None, needs, None)
         stats = compiled.memory_analysis()
         memory = Memory(
-            stats.argument_size_in_bytes,
-            stats.output_size_in_bytes,
-            stats.alias_size_in_bytes,
-            stats.temp_size_in_bytes,
-            stats.generated_code_size_in_bytes,
-            resident,
+            arguments=stats.argument_size_in_bytes,
+            outputs=stats.output_size_in_bytes,
+            aliased=stats.alias_size_in_bytes,
+            temporaries=stats.temp_size_in_bytes,
+            code=stats.generated_code_size_in_bytes,
+            resident=resident,
         )
-        return CompiledProgram(name, memory, memory.peak, hlo and communication(hlo))
+        shown = communication(hlo) if hlo else None
+        return CompiledProgram(name, runs_per_step, memory, memory.peak, shown)
+
+    def _program(self, name: str) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...]]:
+        """Returns a jitted function, its arguments, and the run's arrays that it leaves alone."""
+        functions, shapes = self.functions, self.shapes
+        # The state without the trained weights, which are arguments of their own.
+        moments = shapes.state._replace(parameters={})
+        if name == "accumulate":
+            arguments = (
+                shapes.trained,
+                shapes.frozen,
+                shapes.accumulated,
+                shapes.batch,
+                shapes.position,
+            )
+            return functions.accumulate, arguments, (moments,)
+        if name == "update":
+            return functions.update, (shapes.state, shapes.accumulated), (shapes.frozen,)
+        # The gradients of the step before are still in memory.
+        untouched = (moments, shapes.accumulated.gradients)
+        return functions.evaluate, (shapes.trained, shapes.frozen, shapes.batch), untouched
 
 
 def device_bytes(tree: Any) -> int:
@@ -160,41 +174,43 @@ def device_bytes(tree: Any) -> int:
 def _shapes(
     functions: StepFunctions, config: Config, trained: Parameters, frozen: Parameters, mesh: Mesh
 ) -> Shapes:
+    """Returns the shapes and shardings of everything that a step reads or writes."""
     trainer = functions.trainer
     by_device, everywhere = NamedSharding(mesh, sharding.BATCH), NamedSharding(mesh, P())
     rows = (config.train.rows_per_device * mesh.size, config.data.max_seq_length)
     integers = jax.ShapeDtypeStruct(rows, jnp.int32, sharding=by_device)
-    batch = DeviceBatch(
-        *[integers] * 4, jax.ShapeDtypeStruct(rows, jnp.float32, sharding=by_device)
-    )
+    weights = jax.ShapeDtypeStruct(rows, jnp.float32, sharding=by_device)
 
-    def place(shape, where):
+    def place(shape: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
 
     state = jax.eval_shape(lambda p: initial_state(p, trainer.optimizer), trained)
     _, *sums = jax.eval_shape(trainer.zero_sums, trained)
     sums = jax.tree.map(lambda shape: place(shape, everywhere), sums)
     return Shapes(
-        trained,
-        frozen,
-        jax.tree.map(place, state, functions.state_shardings),
-        Accumulated(trained, *sums),
-        batch,
-        jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=everywhere),
+        trained=trained,
+        frozen=frozen,
+        state=jax.tree.map(place, state, functions.state_shardings),
+        accumulated=Accumulated(trained, *sums),
+        batch=DeviceBatch(*[integers] * 4, weights),
+        position=jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=everywhere),
     )
 
 
-def _compile(function, arguments, mesh: Mesh) -> tuple[Any, str | None]:
-    """A jitted function compiled for the mesh's devices, and its optimised HLO."""
+def _compile(
+    function: Callable[..., Any], arguments: tuple[Any, ...], mesh: Mesh
+) -> tuple[Any, str | None]:
+    """Returns a jitted function compiled for the mesh's devices, and its optimised HLO."""
     device = mesh.devices.flat[0]
-    # As jax calls it where it chooses what to emit; kernels ask the default device.
+    # Both say which devices to compile for: the lowering, and kernels that ask for the default
+    # device. Otherwise jax takes the devices of this process.
     platform = "cuda" if device.platform == "gpu" else device.platform
     with jax.set_mesh(mesh), jax.default_device(device):
         lowered = function.trace(*arguments).lower(lowering_platforms=(platform,))
         if platform != "tpu":
             compiled = lowered.compile()
             return compiled, compiled.as_text()
-        # libtpu fails to hand out some programs as text, but dumps them all.
+        # libtpu does not return the text of some programs, but writes all of them to files.
         with tempfile.TemporaryDirectory() as directory:
             dump = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True}
             compiled = lowered.compile(compiler_options=dump)
@@ -202,10 +218,10 @@ def _compile(function, arguments, mesh: Mesh) -> tuple[Any, str | None]:
             return compiled, files[0].read_text() if files else None
 
 
-def _refused(message: str) -> int | None:
-    """Bytes of temporaries for which the TPU compiler refuses a program, from its error.
+def _refused_bytes(message: str) -> int | None:
+    """Returns the bytes of temporaries of a program that the TPU compiler refuses as too large.
 
-    None: an error of another kind.
+    None for an error of another kind.
     """
     size = re.search(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM", message)
     return size and int(float(size[1]) * 2 ** (10 * " KMGT".index(size[2] or " ")))

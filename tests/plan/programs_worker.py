@@ -14,9 +14,9 @@ import numpy as np
 from olmoe_jax import data
 from olmoe_jax.config import from_dict
 from olmoe_jax.parallel import sharding
-from olmoe_jax.plan import plan
 from olmoe_jax.plan.collectives import communication
-from olmoe_jax.plan.report import to_json, to_text
+from olmoe_jax.plan.planning import plan
+from olmoe_jax.plan.report import facts, to_text
 from olmoe_jax.training.setup import build_program, open_model
 from olmoe_jax.training.step import place_batch
 
@@ -86,6 +86,6 @@ base = dataclasses.replace(
 planned["nf4"] = plan(dataclasses.replace(quantized, model=base), "cpu:8")
 planned["state too large"] = too_small(planned["full"], 0.9)
 planned["temporaries too large"] = too_small(planned["full"], 0.1)
-result = {name: {**to_json(p), "text": to_text(p)} for name, p in planned.items()}
+result = {name: {**facts(p), "text": to_text(facts(p))} for name, p in planned.items()}
 result["full"]["training"] = trained(full)
 print(json.dumps(result))

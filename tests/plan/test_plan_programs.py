@@ -96,7 +96,7 @@ def test_adapters_and_tuned_experts(plans):
     assert esft["parameters_trained"] == L * 2 * 3 * D * F + V * D
     # The base's copies of the tuned experts count once, as trained.
     assert esft["parameters_frozen"] == BASE - esft["parameters_trained"]
-    assert "2 selected experts in each layer" in esft["assumptions"][1]
+    assert "2 tuned experts in each layer" in esft["assumptions"][1]
     # Nothing to evaluate on: nothing to compile for it.
     assert set(esft["memory"]) == {"accumulate", "update"}
     assert lora["flops_per_token"] < plans["full"]["flops_per_token"]
@@ -111,7 +111,8 @@ def test_a_quantized_base(plans):
     columns = L * (4 * D + E * (2 * F + D))
     others = 4 * (L * 4 * D + D) + 4 * 2 * V * D // 8
     assert nf4["memory"]["update"]["resident"] == (32 + 2) * columns // 8 + others
-    assert "LoRA rank 4 on nf4 on 8 x" in nf4["text"]
+    assert (nf4["lora_rank"], nf4["base_quantization"]) == (4, "nf4")
+    assert f"{'base quantization':28}nf4" in nf4["text"].splitlines()
 
 
 @pytest.mark.slow
