@@ -7,6 +7,7 @@ On a busy machine look at that of the CPU time.
 """
 
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -56,6 +57,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def measure(path: Path, args) -> dict[str, float]:
     """Median seconds per step with the pipeline and without."""
+    os.environ["OLMOE_JAX_CACHE"] = str(path / "cache")
     inputs = write_inputs(path / "inputs")
     config_json = inputs / "config.json"
     directory.write_json(config_json, json.loads(config_json.read_text()) | MODEL)
@@ -71,7 +73,6 @@ def measure(path: Path, args) -> dict[str, float]:
             train_path=f"{inputs}/train.jsonl",
             eval_fraction=0.0,
             max_seq_length=128,
-            cache_dir=str(path / "cache"),
         ),
         train=TrainOptions(batch_size=args.batch_size, epochs=1000, rows_per_device=16),
     )

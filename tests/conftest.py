@@ -18,6 +18,12 @@ def pytest_collection_modifyitems(items):
 EOS, PAD = "<|endoftext|>", "<|padding|>"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _data_cache(tmp_path_factory):
+    """Keeps the tokens of the tests' data out of the user's cache, also in other processes."""
+    os.environ["OLMOE_JAX_CACHE"] = str(tmp_path_factory.mktemp("data_cache"))
+
+
 @pytest.fixture(scope="session")
 def tokenizer_dir(tmp_path_factory):
     """A tokenizer whose tokens are the bytes of the text."""

@@ -22,6 +22,7 @@ from olmoe_jax.config import (
     to_dict,
     validate,
 )
+from olmoe_jax.config.options import REMOVED
 
 GSM = experiment("densemixer", "gsm")
 
@@ -49,8 +50,8 @@ def override_error(path: str, text: str) -> str:
         ("data.eval_path", "a=b c.jsonl", "a=b c.jsonl"),
         ("method.name", "frozen", "frozen"),
         ("model.remat", "none", "none"),  # a choice of that name, not the absent value
-        ("train.export_dtype", "float32", "float32"),
-        ("train.export_dtype", "none", None),
+        ("model.attention", "chunked", "chunked"),
+        ("model.attention", "none", None),
     ],
 )
 def test_override(path, text, value):
@@ -83,8 +84,8 @@ def test_overrides_leave_the_rest_alone():
             "expected one of frozen, conventional, densemixer, esft_gate, esft_token",
         ),
         ("method.lora_rank", "64.0", "expected int or none; write e.g. 1 or none"),
-        ("method.lora_rslora", "yes", "expected bool; write e.g. false"),
-        ("train.export_dtype", "int8", "expected one of bfloat16, float32 or none"),
+        ("model.base_quantization", "int4", "expected one of nf4, int8 or none"),
+        ("train.best_metric", "loss", "expected one of eval_loss, exact_match"),
     ],
 )
 def test_wrong_type_in_an_override(path, text, expected):
@@ -108,6 +109,17 @@ def test_wrong_type_in_an_override(path, text, expected):
 def test_unknown_field_names_the_nearest(unknown, nearest):
     message = override_error(unknown, "1")
     assert message == f"unknown config field {unknown}: did you mean {nearest}?"
+
+
+def test_a_field_that_is_gone_says_what_to_write_instead():
+    assert override_error("optimizer.fused_update", "true") == (
+        "config field optimizer.fused_update is gone: leave it out; for less memory write "
+        "optimizer.moments_dtype=bfloat16 and optimizer.gradients_dtype=bfloat16"
+    )
+    for path in REMOVED:
+        section, name = path.split(".")
+        assert path not in FIELDS
+        assert override_error(path, "1") == message_of(from_dict, {section: {name: 1}})
 
 
 def test_a_section_is_not_a_field():
@@ -235,11 +247,6 @@ def test_every_number_has_a_range():
             "optimizer.master_dtype=bfloat16: gradients add up in the weights' dtype",
         ),
         ({"method.adapter_path": "a"}, "method.adapter_path=a: only read with method.lora_rank"),
-        (
-            {"mesh.expert_exchange": "weights"},
-            "mesh.expert_exchange=weights: only read with mesh.expert above 1; set that, or write "
-            "tokens",
-        ),
         ({"method.lora_alpha": "8.0"}, "method.lora_alpha=8.0: only read with method.lora_rank"),
         (
             {"data.eval_path": "none", "data.eval_fraction": "0", "train.eval_every": "5"},
@@ -347,7 +354,13 @@ def test_first_difference_across_versions_of_the_fields():
     new = to_dict(GSM)
     older = to_dict(GSM)
     del older["train"]["seed"], older["optimizer"]["moments_dtype"]
+    older["optimizer"]["fused_update"] = older["method"]["lora_rslora"] = False
+    older["data"]["cache_dir"] = "anywhere"
     assert first_difference(older, new) is None
+    assert first_difference(older | {"optimizer": {"offload": True}}, new) == (
+        "optimizer.offload: the run has true; the field is gone: leave it out; for less memory "
+        "write optimizer.moments_dtype=bfloat16 and optimizer.gradients_dtype=bfloat16"
+    )
     older["train"]["shuffle"] = True
     assert first_difference(older, new) == (
         "train.shuffle: the run has true, this command says none"

@@ -118,6 +118,10 @@ def test_broken_config_files(tmp_path):
     assert config_error(tmp_path, unknown) == (
         ":3: unknown config field train.batchsize: did you mean train.batch_size?"
     )
+    gone = imports + "def get_config():\n    return Config(data=DataOptions(cache_dir='x'))\n"
+    assert config_error(tmp_path, gone) == (
+        ":3: config field data.cache_dir is gone: set the environment variable OLMOE_JAX_CACHE"
+    )
     wrong = imports + "def get_config():\n    return Config(train=TrainOptions(batch_size='8'))\n"
     assert config_error(tmp_path, wrong) == "train.batch_size='8': expected int; write e.g. 256"
 

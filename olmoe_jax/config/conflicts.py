@@ -7,13 +7,13 @@ from olmoe_jax.config.options import Config
 
 _ESFT_SCORING = ("esft_top_p", "esft_score_tokens")
 _ESFT_ONLY = (*_ESFT_SCORING, "experts_path", "esft_train_head", "esft_densemixer")
-_LORA_DETAILS = ("lora_alpha", "lora_dropout", "lora_targets", "lora_rslora")
+_LORA_DETAILS = ("lora_alpha", "lora_dropout", "lora_targets")
 
 
 def conflicts(config: Config) -> Iterator[str]:
     """Yields one line for each conflict, which says what to write instead."""
     sections = (_model, _quantization, _optimizer, _router_gradient, _method)
-    for conflicts_of in (*sections, _evaluation, _generate, _mesh):
+    for conflicts_of in (*sections, _evaluation, _generate):
         yield from conflicts_of(config)
 
 
@@ -148,13 +148,3 @@ def _generate(config: Config) -> Iterator[str]:
                 f"generate.{name}={show(value)}: only read with generate.every; set that, or "
                 f"write {show(default)}"
             )
-
-
-def _mesh(config: Config) -> Iterator[str]:
-    mesh = config.mesh
-    default = type(mesh)().expert_exchange
-    if mesh.expert == 1 and mesh.expert_exchange != default:
-        yield (
-            f"mesh.expert_exchange={mesh.expert_exchange}: only read with mesh.expert above 1; "
-            f"set that, or write {default}"
-        )

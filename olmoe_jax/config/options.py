@@ -99,11 +99,6 @@ class DataOptions:
     pack: bool = option(
         True, "put several examples into one row; changes the speed, not the mathematics"
     )
-    cache_dir: str | None = option(
-        None,
-        "directory of tokenised data sets; default: $OLMOE_JAX_CACHE or ~/.cache/olmoe_jax",
-        not_empty(),
-    )
 
 
 @dataclass(frozen=True)
@@ -141,7 +136,6 @@ class MethodOptions:
         "matrices with an adapter: some of q, k, v, o (attention), gate, up, down (every expert)",
         LORA_TARGETS,
     )
-    lora_rslora: bool = option(False, "scale by alpha / sqrt(rank) instead of alpha / rank")
     adapter_path: str | None = option(
         None,
         "PEFT adapter directory to start from (with its router.safetensors, if there is one), of "
@@ -246,16 +240,10 @@ class TrainOptions:
     keep_checkpoints: int = option(
         2, "how many of the latest checkpoints to keep, besides the best one", at_least(1)
     )
-    best_metric: Literal[
-        "eval_loss", "exact_match", "loss", "grad_norm", "router_entropy", "unused_experts"
-    ] = option(
+    best_metric: Literal["eval_loss", "exact_match"] = option(
         "eval_loss",
-        "which number names the best checkpoint; looked at after every evaluation (exact_match: "
-        "generate.every; loss, grad_norm, router_entropy, unused_experts: of the step before)",
-    )
-    best_metric_mode: Literal["min", "max"] | None = option(
-        None,
-        "whether low or high is best; default: max for exact_match and router_entropy, else min",
+        "which number names the best checkpoint: the lowest eval_loss, or the highest exact_match "
+        "(of the answers that generate.every decodes)",
     )
     max_nonfinite_steps: int = option(
         5,
@@ -286,10 +274,6 @@ class TrainOptions:
     export_best: bool = option(
         False, "write the best model by train.best_metric to OUTPUT_DIR/hf_best"
     )
-    export_dtype: Literal["bfloat16", "float32"] | None = option(
-        None,
-        "type of the exported checkpoint's weights (adapters are float32); default: the base's",
-    )
 
 
 @dataclass(frozen=True)
@@ -308,11 +292,6 @@ class MeshOptions:
         "experts",
         at_least(1),
     )
-    expert_exchange: Literal["tokens", "weights"] = option(
-        "tokens",
-        "what devices send each other over expert in every layer: the tokens to all experts' "
-        "devices and the outputs back, or the experts' weights to all tokens' devices",
-    )
 
 
 @dataclass(frozen=True)
@@ -326,15 +305,7 @@ class GenerateOptions:
         at_least(1),
     )
     examples: int = option(64, "evaluation examples in the sample", at_least(1))
-    batch_size: int = option(
-        16, "prompts decoded together, rounded up to a multiple of the devices", at_least(1)
-    )
     max_new_tokens: int = option(256, "length in tokens at which an answer is cut", at_least(1))
-    scorer: Literal["gsm", "intent", "text"] | None = option(
-        None,
-        "what must match: the last number (gsm), intent and slots (intent) or the text; default: "
-        "told from the expected answers",
-    )
 
 
 @dataclass(frozen=True)
@@ -348,6 +319,42 @@ class Config:
     train: TrainOptions = field(default_factory=TrainOptions)
     mesh: MeshOptions = field(default_factory=MeshOptions)
     generate: GenerateOptions = field(default_factory=GenerateOptions)
+
+
+@dataclass(frozen=True)
+class Removed:
+    """A field of earlier versions.
+
+    Attributes:
+      instead: what a user writes instead.
+      default: the value with which an old run continues.
+      free: whether an old run continues with any value, since the field changed no mathematics.
+    """
+
+    instead: str
+    default: bool | str | None = None
+    free: bool = False
+
+
+_LESS_MEMORY = (
+    "leave it out; for less memory write optimizer.moments_dtype=bfloat16 and "
+    "optimizer.gradients_dtype=bfloat16"
+)
+REMOVED = {
+    "data.cache_dir": Removed("set the environment variable OLMOE_JAX_CACHE", free=True),
+    "generate.batch_size": Removed("leave it out; fewer generate.examples need less", free=True),
+    "generate.scorer": Removed("leave it out; the expected answers say what must match"),
+    "mesh.expert_exchange": Removed(
+        "leave it out, or write mesh.fsdp instead of mesh.expert to exchange weights", free=True
+    ),
+    "method.lora_rslora": Removed("write method.lora_alpha=ALPHA*sqrt(RANK) as a number", False),
+    "optimizer.fused_update": Removed(_LESS_MEMORY, False),
+    "optimizer.offload": Removed(_LESS_MEMORY, False),
+    "train.best_metric_mode": Removed("leave it out; train.best_metric says what is best"),
+    "train.export_dtype": Removed(
+        "leave it out; python -m convert.to_hf --dtype exports another type", free=True
+    ),
+}
 
 
 SECTIONS: dict[str, type] = typing.get_type_hints(Config)

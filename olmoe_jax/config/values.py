@@ -7,7 +7,7 @@ from typing import Any
 
 from olmoe_jax.config.conflicts import conflicts
 from olmoe_jax.config.fields import Field, nearest, show
-from olmoe_jax.config.options import FIELDS, SECTIONS, Config
+from olmoe_jax.config.options import FIELDS, REMOVED, SECTIONS, Config
 from olmoe_jax.errors import UserError
 
 
@@ -20,6 +20,8 @@ def get_field(path: str) -> Field:
 
 def unknown_field(path: str) -> UserError:
     """Returns the error about a `path` that is no field: what to write instead."""
+    if path in REMOVED:
+        return UserError(f"config field {path} is gone: {REMOVED[path].instead}")
     if path in SECTIONS:
         inside = ", ".join(name for name in FIELDS if name.startswith(f"{path}."))
         return UserError(f"{path} is a section, not a field: set one of {inside}")
@@ -91,6 +93,10 @@ def first_difference(
     had = {path: field.default for path, field in FIELDS.items()} | _flatten(old)
     says = _flatten(new)
     for path, value in had.items():
+        if (gone := REMOVED.get(path)) and (gone.free or value == gone.default):
+            continue
+        if gone:
+            return f"{path}: the run has {show(value)}; the field is gone: {gone.instead}"
         if path not in ignore and says.get(path) != value:
             return f"{path}: the run has {show(value)}, this command says {show(says.get(path))}"
     return None

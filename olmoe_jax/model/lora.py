@@ -50,7 +50,7 @@ class LoraSettings:
             method["lora_alpha"],
             method["lora_dropout"],
             tuple(target for target in TARGETS if target in method["lora_targets"].split(",")),
-            method["lora_rslora"],
+            method.get("lora_rslora", False),  # runs of earlier versions have it
         )
 
     @property

@@ -1,7 +1,7 @@
 """The best checkpoint of a run, by train.best_metric.
 
-What a checkpoint that was the best when it was saved has beside it: {METRIC: value, "score":
-the value, or minus the value where low is best}. Checkpoints that were not have nothing.
+A checkpoint that was the best when the run saved it has {METRIC: value, "score": the value, or
+minus the value where low is best} beside it. The others have nothing.
 """
 
 import json
@@ -13,44 +13,44 @@ from olmoe_jax.checkpoints.opening import CHECKPOINTS
 from olmoe_jax.config import TrainOptions
 from olmoe_jax.errors import UserError
 
-_MORE_IS_BETTER = ("exact_match", "router_entropy")
+_SIGN = {"eval_loss": -1, "exact_match": 1}
 
 
 def score_of(metrics: Mapping[str, float]) -> float:
-    """How good a checkpoint is; more is better."""
-    # Before train.best_metric existed, the eval loss alone was kept.
+    """Returns how good a checkpoint is; more is better."""
+    # Before train.best_metric existed, runs kept the eval loss alone.
     return metrics["score"] if "score" in metrics else -metrics["eval_loss"]
 
 
 class Best:
-    """Says of a run's numbers whether they are better than all before them.
+    """The best number of a run so far.
 
     Args:
-      options: whose best_metric and best_metric_mode count.
+      options: with the best_metric to compare.
     """
 
     def __init__(self, options: TrainOptions):
         self._metric = options.best_metric
-        mode = options.best_metric_mode
-        mode = mode or ("max" if self._metric in _MORE_IS_BETTER else "min")
-        self._sign = 1 if mode == "max" else -1
         self.score = -math.inf
-        """Of the best so far; a continued run sets it."""
+        """The best score so far; a continued run sets it."""
 
-    def improvement(self, logged: Mapping[str, float | None]) -> dict[str, float] | None:
-        """What to keep with the checkpoint if these numbers are the best so far; else None.
+    def improvement(self, found: Mapping[str, float]) -> dict[str, float] | None:
+        """Returns what to keep with the checkpoint if an evaluation found a new best, else None.
 
-        Of equal ones the first is the best. A number that is missing or not finite is not.
+        Of equal numbers the first is the best. A number that is missing or not finite is not.
         """
-        value = logged.get(self._metric)
-        if value is None or not math.isfinite(value) or self._sign * value <= self.score:
+        value = found.get(self._metric)
+        if value is None or not math.isfinite(value):
             return None
-        self.score = self._sign * value
-        return {self._metric: value, "score": self.score}
+        score = _SIGN[self._metric] * value
+        if score <= self.score:
+            return None
+        self.score = score
+        return {self._metric: value, "score": score}
 
 
 def best_step(run: Path) -> int:
-    """The step of a run's best checkpoint.
+    """Returns the step of a run's best checkpoint.
 
     Raises:
       UserError: none of its checkpoints was ever evaluated.

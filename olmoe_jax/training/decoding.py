@@ -17,6 +17,9 @@ from olmoe_jax.training.setup import Datasets, Model, Program
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_BATCH_SIZE = 16
+"""Prompts decoded together, before this is rounded up to a multiple of the devices."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
@@ -43,14 +46,12 @@ class HeldOut:
       tokenizer: the tokenizer of the run.
       texts: (prompt, expected answer) of each example.
       scorer: how an answer is compared.
-      batch_size: how many prompts are decoded together.
       max_new_tokens: the length at which an answer is cut.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
     texts: list[tuple[str, str]]
     scorer: Scorer
-    batch_size: int
     max_new_tokens: int
 
     def answers(self, program: Program, parameters: Parameters) -> list[Answer]:
@@ -72,7 +73,7 @@ class HeldOut:
         prompts = [prompt for prompt, _ in self.texts]
         # Each device decodes as many rows as the others: repeat the last prompt to fill the batch.
         devices = program.mesh.size
-        size = -(-min(self.batch_size, len(prompts)) // devices) * devices
+        size = -(-min(_BATCH_SIZE, len(prompts)) // devices) * devices
         filled = prompts + [prompts[-1]] * (-len(prompts) % size)
         outputs = generate(
             merge(program.trainer.graph, values),
@@ -119,5 +120,5 @@ def held_out_sample(config: Config, model: Model, datasets: Datasets) -> HeldOut
     # Prompts of like length share a batch, so that few shapes are compiled.
     found.sort(key=lambda parts: -len(parts[0]))
     texts = [(tokenizer.decode(prompt), tokenizer.decode(answer)) for prompt, answer in found]
-    scorer = options.scorer or scorer_for([expected for _, expected in texts])
-    return HeldOut(tokenizer, texts, scorer, options.batch_size, options.max_new_tokens)
+    scorer = scorer_for([expected for _, expected in texts])
+    return HeldOut(tokenizer, texts, scorer, options.max_new_tokens)

@@ -28,5 +28,5 @@ def finish(config: Config, output: Path, step: int) -> None:
         if run.lora:
             export_adapter(run, target)
         else:
-            export_hf(run, target, options.export_dtype)
+            export_hf(run, target, None)
         print(f"exported step {wanted_step} to {target}")

@@ -149,7 +149,6 @@ class _Run:
         profile_steps = config.train.profile_steps if distributed.is_writer() else 0
         self.profile = Profile(output / TENSORBOARD, profile_steps)
         self.expert_load = np.zeros((model.config.num_layers, model.config.num_experts))
-        self.reported: dict[str, float] = {}  # of the last step that was, for train.best_metric
         self.last_report = time.monotonic()
         self.flops_per_token = self._flops_per_token()
 
@@ -238,7 +237,7 @@ class _Run:
             self._report_pending()
             with self.clock.part("decoding"):
                 found["exact_match"] = self._decode()
-        best = self.best.improvement(self.reported | found) if found else None
+        best = self.best.improvement(found)
         if last or best or done % options.checkpoint_every == 0:
             self._report_pending()
             self._save(best)
@@ -305,10 +304,6 @@ class _Run:
         self.expert_load += metrics.statistics.load
         scalars = self._scalars(step, metrics, seconds)
         self.reporter.step(line, scalars)
-        self.reported = line | {
-            "router_entropy": scalars["router/entropy_mean"],
-            "unused_experts": scalars["router/unused_experts"],
-        }
         self._check_finite(step, metrics)
 
     def _scalars(self, step: data.Step, metrics: StepMetrics, seconds: float) -> dict[str, float]:

@@ -46,18 +46,14 @@ FREE_FIELDS = {
     "train.keep_checkpoints",
     "train.export_hf",
     "train.export_best",
-    "train.export_dtype",
     "train.profile_steps",
     "train.wandb_project",
-    "data.cache_dir",
     "model.grouped_matmul",
     "model.attention",
     "mesh.data",
     "mesh.fsdp",
     "mesh.expert",
-    "mesh.expert_exchange",
     "generate.every",
-    "generate.batch_size",
 }
 """What may change between a run and its continuation: no field that changes the mathematics."""
 

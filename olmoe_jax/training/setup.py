@@ -156,7 +156,6 @@ def model_settings(config: Config) -> ModelSettings:
         grouped_matmul=config.model.grouped_matmul,
         attention=config.model.attention,
         lora=LoraSettings.of_method(vars(config.method)),
-        expert_exchange=config.mesh.expert_exchange,
     )
 
 
@@ -183,7 +182,7 @@ def load_datasets(config: Config, model: Model) -> Datasets:
         data.tokenize_dataset,
         tokenizer=tokenizer,
         max_seq_length=options.max_seq_length,
-        cache_dir=options.cache_dir,
+        cache_dir=None,
     )
     train, evaluation = tokenize(options.train_path), None
     if options.eval_path:
@@ -350,9 +349,9 @@ def _starting_adapter(path: str, model: Model) -> dict[str, np.ndarray]:
     same_size = (set(lora.targets), lora.rank) == (set(wanted.targets), wanted.rank)
     if not same_size or not math.isclose(lora.scale, wanted.scale):
         raise UserError(
-            f"method.adapter_path={path}: has rank {lora.rank}, alpha {lora.alpha:g}"
-            f"{' with rslora' if lora.rslora else ''}, targets {','.join(lora.targets)}; set "
-            "method.lora_rank, lora_alpha, lora_rslora and lora_targets to these"
+            f"method.adapter_path={path}: has rank {lora.rank}, alpha "
+            f"{lora.scale * lora.rank:g}, targets {','.join(lora.targets)}; set method.lora_rank, "
+            "lora_alpha and lora_targets to these"
         )
     if ROUTER in parameters and model.settings.router_method == "frozen":
         raise UserError(

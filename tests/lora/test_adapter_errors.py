@@ -268,7 +268,6 @@ def test_start_from_an_adapter_that_does_not_fit(run_files, base, tmp_path):
         ),
         ({"method__adapter_path": "a"}, "method.adapter_path=a: only read with method.lora_rank"),
         ({"method__lora_targets": "q"}, "method.lora_targets=q: only read with method.lora_rank"),
-        ({"method__lora_rslora": True}, "method.lora_rslora=true: only read with method.lora_rank"),
         (
             {"method__lora_rank": 4, "method__lora_targets": "q,router"},
             "method.lora_targets=q,router: must be some of q,k,v,o,gate,up,down, separated by",

@@ -19,13 +19,12 @@ from olmoe_jax.plan.programs import StepPrograms
 from olmoe_jax.training.setup import model_settings, with_backends
 
 MESHES = {
-    "1x2x4 tokens": (1, 2, 4),
-    "1x8x1 tokens": (1, 8, 1),
-    "1x2x4 weights": (1, 2, 4),
-    "2x4x1 tokens": (2, 4, 1),
+    "1x2x4": (1, 2, 4),
+    "1x8x1": (1, 8, 1),
+    "2x4x1": (2, 4, 1),
 }
 CASES = [("densemixer", mesh) for mesh in MESHES]
-CASES += [("conventional", mesh) for mesh in ("1x2x4 tokens", "1x8x1 tokens")]
+CASES += [("conventional", mesh) for mesh in ("1x2x4", "1x8x1")]
 
 
 def accumulate(method: str, mesh: str):
@@ -37,12 +36,7 @@ def accumulate(method: str, mesh: str):
             "data": {"train_path": "none.jsonl", "max_seq_length": 64},
             "method": {"name": method},
             "train": {"output_dir": "none", "rows_per_device": 2},
-            "mesh": {
-                "data": data,
-                "fsdp": fsdp,
-                "expert": expert,
-                "expert_exchange": mesh.split()[1],
-            },
+            "mesh": {"data": data, "fsdp": fsdp, "expert": expert},
         }
     )
     model = read_model_config(Path(sys.argv[1]))

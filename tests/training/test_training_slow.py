@@ -126,7 +126,6 @@ def test_real_data_with_the_real_tokenizer(tmp_path, shared, environment):
         "data.eval_path": shared / "data" / "gsm8k" / "test.jsonl",
         "data.tokenizer_path": shared / "data" / "tokenizer",
         "data.max_seq_length": 512,
-        "data.cache_dir": tmp_path / "cache",
         "optimizer.learning_rate": 1e-3,
         "train.batch_size": 8,
         "train.max_steps": 20,

@@ -43,7 +43,6 @@ class Files:
     tokenizer: Path
     train: Path
     evaluation: Path
-    cache: Path
 
     def values(self, output: Path, **changes) -> dict[str, object]:
         """{dotted field: value} of a tiny run; `changes` have __ for the dot."""
@@ -55,7 +54,6 @@ class Files:
             "data.eval_path": str(self.evaluation),
             "data.tokenizer_path": str(self.tokenizer),
             "data.max_seq_length": 64,
-            "data.cache_dir": str(self.cache),
             "optimizer.learning_rate": 3e-3,
             "train.output_dir": str(output),
             "train.batch_size": 4,
@@ -88,7 +86,7 @@ def make_files(directory: Path, tokenizer: Path, examples: int = 22, seed: int =
     generator = random.Random(seed)
     write_sums(train, examples, generator)
     write_sums(evaluation, 7, generator)
-    return Files(directory / "model", tokenizer, train, evaluation, directory / "cache")
+    return Files(directory / "model", tokenizer, train, evaluation)
 
 
 def write_sums(path: Path, count: int, generator: random.Random) -> None:
