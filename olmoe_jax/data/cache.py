@@ -1,4 +1,4 @@
-"""A directory of arrays that is either whole or not there."""
+"""Directories of arrays, each either whole or absent."""
 
 import json
 import os
@@ -17,7 +17,7 @@ _PUBLISH_ATTEMPTS = 3
 def load_arrays(directory: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
     """Returns the memory-mapped arrays and the information that `save_arrays` wrote.
 
-    None when there is no such directory, or a file in it is missing, truncated or altered.
+    Returns None if the directory is absent, or one of its files is missing, truncated or altered.
     """
     try:
         meta = json.loads((directory / _META).read_text())
@@ -25,7 +25,7 @@ def load_arrays(directory: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]
             if _file_check(directory / name) != check:
                 return None
         arrays = {
-            # Slices of a plain array are much cheaper than those of a np.memmap.
+            # asarray, because slicing a plain array is much cheaper than slicing a np.memmap.
             Path(name).stem: np.asarray(np.load(directory / name, mmap_mode="r"))
             for name in meta["files"]
         }
@@ -37,8 +37,10 @@ def load_arrays(directory: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]
 def save_arrays(directory: Path, arrays: dict[str, np.ndarray], info: dict[str, Any]) -> None:
     """Writes arrays and JSON information to `directory` all at once; replaces a damaged one.
 
-    Another process may do the same at the same time: one of the two (equal) results stays.
-    Raises `OSError` when it cannot write, and then leaves nothing behind.
+    Two processes may write the same directory at the same time: one of the two equal results stays.
+
+    Raises:
+      OSError: the directory cannot be written; nothing is left behind.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = directory.parent / f".{directory.name}.{uuid.uuid4().hex}"
@@ -63,12 +65,12 @@ def _publish(temporary: Path, directory: Path) -> None:
                 return
             if attempt == _PUBLISH_ATTEMPTS - 1:
                 raise
-            # What is there is damaged. A process that has it mapped keeps its pages.
+            # The directory in the way is damaged. A process that maps its files keeps the pages.
             shutil.rmtree(directory, ignore_errors=True)
 
 
 def _file_check(path: Path) -> list[int]:
-    """Size and CRC-32: the sizes alone would not see blocks that a crash left as zeros."""
+    """Returns the file's size and CRC-32; a crash can leave the right size with blocks of zeros."""
     size, checksum = 0, 0
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # mask. A run then refuses to continue on the changed examples and says why.
 RULES_VERSION = 1
 
-Row = Mapping[str, Any]
+Fields = Mapping[str, Any]  # a row of a data file, by the names of its columns
 
 ACCEPTED_FIELDS = (
     "prompt + completion; prompt + answer or answers; question + answer or answers; "
@@ -73,7 +73,8 @@ class TokenizedExample:
 
     Attributes:
       tokens: int32 [n].
-      trained: bool [n], the tokens that the loss covers.
+      trained: bool [n], the tokens that the loss covers. The loss leaves out the first token of an
+        example, trained or not, because no token before it predicts it.
       prompt_length: how many tokens come before the first answer, at most n. A conversation of
         several turns has one prompt too: everything before its first assistant turn.
     """
@@ -118,7 +119,7 @@ def tokens_before(prefix: Sequence[int], tokens: Sequence[int] | np.ndarray) -> 
     return min(len(prefix), len(tokens))
 
 
-def format_row(row: Row, eos: str) -> FormattedRow:
+def format_row(row: Fields, eos: str) -> FormattedRow:
     """Returns the text of `row`, `eos` included.
 
     A field that is null counts as absent, because the hub fills missing columns with null.
@@ -150,6 +151,7 @@ def encode_batch(
         tokens = np.asarray(next(ids)[:max_seq_length], np.int32)
         boundaries = [tokens_before(next(ids), tokens) for _ in row.boundaries]
         trained = np.zeros(len(tokens), bool)
+        # Each boundary turns training on or off for all tokens behind it.
         for boundary in boundaries:
             trained[boundary:] ^= True
         yield TokenizedExample(tokens, trained, prompt_length=boundaries[0])
@@ -162,22 +164,22 @@ def _join(before: str, after: str) -> str:
     return before + after if separated else f"{before} {after}"
 
 
-def _prompt_completion(row: Row, eos: str) -> FormattedRow:
+def _prompt_completion(row: Fields, eos: str) -> FormattedRow:
     prompt = _text(row, "prompt")
     return FormattedRow(_join(prompt, _text(row, "completion")) + eos, (prompt,))
 
 
-def _prompt_answer(row: Row, eos: str) -> FormattedRow:
+def _prompt_answer(row: Fields, eos: str) -> FormattedRow:
     prompt = _text(row, "prompt")
     return FormattedRow(_join(prompt, _answer(row)) + eos, (prompt,))
 
 
-def _question_answer(row: Row, eos: str) -> FormattedRow:
+def _question_answer(row: Fields, eos: str) -> FormattedRow:
     prompt = f"Question: {_text(row, 'question')}\nAnswer:"
     return FormattedRow(prompt + _answer(row) + eos, (prompt,))
 
 
-def _choices(row: Row, eos: str) -> FormattedRow:
+def _choices(row: Fields, eos: str) -> FormattedRow:
     choices = row["choices"]
     if not isinstance(choices, list) or not 1 <= len(choices) <= len(_CHOICE_NAMES):
         raise UserError(f"field choices must be a list of 1 to {len(_CHOICE_NAMES)} texts")
@@ -196,7 +198,7 @@ def _choice_index(value: Any, count: int) -> int:
     return int(number)
 
 
-def _instruction(row: Row, eos: str) -> FormattedRow:
+def _instruction(row: Fields, eos: str) -> FormattedRow:
     template = _INSTRUCTION_WITH_INPUT_PROMPT if row.get("input") else _INSTRUCTION_PROMPT
     fields = {"instruction": _text(row, "instruction")}
     if row.get("input"):
@@ -205,7 +207,7 @@ def _instruction(row: Row, eos: str) -> FormattedRow:
     return FormattedRow(prompt + _text(row, "output") + eos, (prompt,))
 
 
-def _messages(row: Row, eos: str) -> FormattedRow:
+def _messages(row: Fields, eos: str) -> FormattedRow:
     """Returns a conversation, in which every assistant turn ends in `eos` and trains.
 
     One user and one assistant turn give exactly the text of a prompt and its completion. Further
@@ -238,7 +240,7 @@ def _turns(messages: Any) -> list[str]:
     return contents
 
 
-def _answer(row: Row) -> str:
+def _answer(row: Fields) -> str:
     if "answer" in row:
         return _text(row, "answer")
     answers = row["answers"]
@@ -247,7 +249,7 @@ def _answer(row: Row) -> str:
     return _checked_text(answers[0], "answers")
 
 
-def _text(row: Row, field: str) -> str:
+def _text(row: Fields, field: str) -> str:
     return _checked_text(row[field], field)
 
 
@@ -261,7 +263,7 @@ def _checked_text(value: Any, field: str) -> str:
     return value
 
 
-_FORMATS: tuple[tuple[tuple[str, ...], Callable[[Row, str], FormattedRow]], ...] = (
+_FORMATS: tuple[tuple[tuple[str, ...], Callable[[Fields, str], FormattedRow]], ...] = (
     (("prompt", "completion"), _prompt_completion),
     (("messages",), _messages),
     (("question", "choices", "answer"), _choices),

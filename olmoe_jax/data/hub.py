@@ -1,4 +1,4 @@
-"""What loading a tokenizer and loading a data set from the Hugging Face hub have in common."""
+"""Helpers for loading a tokenizer or a data set from the Hugging Face hub."""
 
 import contextlib
 import os
@@ -9,17 +9,17 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` has the form owner/name."""
+    """Returns True if `name` has the form owner/name."""
     return _HUB_ID.fullmatch(name) is not None
 
 
 def is_written_as_path(name: str) -> bool:
-    """Whether `name` can only mean a local file or directory."""
+    """Returns True if `name` can only mean a local file or directory."""
     return name.startswith((".", "/")) or os.path.exists(name)
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error message, for use inside a one-line message."""
+    """Returns the first line of an error's message, to quote in a one-line message."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
@@ -28,7 +28,8 @@ def first_line(error: Exception) -> str:
 def quiet_hub() -> Iterator[None]:
     """Silences transformers' advice about a missing torch and the hub client's retry log.
 
-    Both are noise here: torch is not a dependency, and a failed download becomes a `UserError`.
+    Both are noise here. The project does not depend on torch, and a failed download becomes a
+    `UserError`.
     """
     import huggingface_hub.utils.logging as hub_logging
 

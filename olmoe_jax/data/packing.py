@@ -1,4 +1,4 @@
-"""Examples into rows of fixed length, with what a model needs to keep them apart."""
+"""Examples packed into rows of a fixed length, and the segments that keep them apart."""
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
@@ -13,11 +13,12 @@ from olmoe_jax.data.tokenized import TokenizedDataset
 class Batch:
     """Rows of tokens; every array is [rows, row_length].
 
-    tokens int32: the pad id where there is no example.
-    targets int32: the next token of the same example, 0 where there is none.
-    segment_ids int32: 1, 2, ... for the examples of a row, 0 for padding.
-    positions int32: from 0 in every example, 0 in padding.
-    loss_weights float32: the weight of predicting `targets`, 0 where that is not trained.
+    Attributes:
+      tokens: int32; the pad id in padding.
+      targets: int32; the next token of the same example, 0 where an example has none.
+      segment_ids: int32; 1, 2, ... for the examples of a row, 0 for padding.
+      positions: int32; from 0 in every example, 0 in padding.
+      loss_weights: float32; the weight of predicting `targets`, 0 where the loss leaves it out.
     """
 
     tokens: np.ndarray
@@ -58,13 +59,21 @@ def pack(lengths: Sequence[int] | np.ndarray, row_length: int) -> list[list[int]
 def loss_weights_per_example(
     target_counts: Sequence[int] | np.ndarray, normalization: str, microbatch_examples: int
 ) -> np.ndarray:
-    """Returns float64 [n]: the weight of each trained target of each of a step's n examples.
+    """Returns float64 [n]: for each example of a step, the loss weight of its trained targets.
 
-    "tokens": the loss is the mean over all trained targets of the step. "microbatch": it is the
-    mean over groups of `microbatch_examples` consecutive examples of the mean over the group's
-    trained targets, as gradient accumulation gives it in the PyTorch reference; a group without
-    targets is left out. Either way the weights of all trained targets sum to 1 (to 0 in a step
-    without any). Raises ValueError for another `normalization`.
+    The weights of all trained targets of the step sum to 1 (to 0 in a step without any). The loss
+    is the weighted sum over the targets, whatever rows the examples share.
+
+    Args:
+      target_counts: [n], the trained targets of each example.
+      normalization: "tokens" makes the loss the mean over all trained targets of the step.
+        "microbatch" takes the mean over each group of consecutive examples, then the mean over the
+        groups, as gradient accumulation does in the PyTorch reference. A group without a trained
+        target is left out.
+      microbatch_examples: the examples of a group.
+
+    Raises:
+      ValueError: `normalization` is neither.
     """
     counts = np.asarray(target_counts, np.int64)
     if normalization == "tokens":
@@ -88,10 +97,15 @@ def fill_rows(
     weights: np.ndarray,
     pad_id: int,
 ) -> Batch:
-    """Returns the batch of `rows`, each a list of indices into `examples`; a row may be empty.
+    """Returns the batch of `rows`.
 
-    `examples` are indices into `dataset`; `weights` [len(examples)] is the weight of each trained
-    target of each example.
+    Args:
+      dataset: the examples.
+      examples: [n] indices into `dataset`.
+      rows: for each row the indices into `examples` that share the row; a row may be empty.
+      row_length: tokens of a row, at least the sum of any row's examples.
+      weights: [n], the loss weight of each trained target of an example.
+      pad_id: the token id of padding.
     """
     shape = (len(rows), row_length)
     batch = Batch(
@@ -110,6 +124,7 @@ def fill_rows(
             batch.tokens[row, start:end] = tokens
             batch.segment_ids[row, start:end] = segment
             batch.positions[row, start:end] = np.arange(len(tokens))
+            # The last token of an example has no target: the next token is another example's.
             batch.targets[row, start : end - 1] = tokens[1:]
             batch.loss_weights[row, start : end - 1] = trained[1:] * weights[member]
             start = end

@@ -1,4 +1,4 @@
-"""The steps of a training run: which examples, in which rows, on which process."""
+"""The steps of a training run: their examples, the rows of these, and each process's share."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,19 +12,25 @@ from olmoe_jax.data.tokenized import TokenizedDataset
 if TYPE_CHECKING:
     import grain
 
-_SHORTEST_ROW = 64
-_ROW_MULTIPLE = 128
-_SAMPLED_STEPS = 32
+_SHORTEST_ROW = 64  # of unpacked rows: shorter ones would only add programs to compile
+_ROW_MULTIPLE = 128  # of packed rows, the tile of the attention kernels
+_SAMPLED_STEPS = 32  # packed at the start to choose the row length; more would delay the start
 _PREFETCH_THREADS = 2
 _PREFETCH_STEPS = 4
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step. `batches` are its micro-batches: this process's share of the rows.
+    """The input of one optimizer step. The counts cover all processes.
 
-    The counts are of the whole step over all processes: real tokens, padding tokens (empty rows
-    included), examples, and targets that the loss covers.
+    Attributes:
+      index: the number of the step in the run, from 0.
+      epoch: the number of the epoch, from 0.
+      batches: this process's rows of each micro-batch.
+      tokens: tokens of examples.
+      padding: padding tokens, those of empty rows included.
+      examples: examples.
+      targets: targets that the loss covers.
     """
 
     index: int
@@ -38,7 +44,17 @@ class Step:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What a run reports of its data at the start. `padding_share` is that of the first epoch."""
+    """The facts about its data that a run reports at the start.
+
+    Attributes:
+      examples: examples of an epoch.
+      dropped_rows: rows of the data file without a token to train on.
+      tokens: tokens of an epoch, without padding.
+      padding_share: padding in the first epoch, as a share of all places in its rows.
+      steps_per_epoch: steps of an epoch.
+      total_steps: steps of the run.
+      row_length: the length of a packed row; of an unpacked row the longest possible.
+    """
 
     examples: int
     dropped_rows: int
@@ -52,14 +68,29 @@ class DataReport:
 class TrainingData:
     """The steps of a run as a Grain data set.
 
-    A step is `batch_size` examples, chosen by (seed, step) alone; an epoch is every example once,
-    and its last step may have fewer. With `pack` the examples share rows of `row_length` tokens
-    (at most `max_seq_length`); without, each has a row of its own, and the rows of a step are as
-    long as its longest example needs, rounded up to a power of two. Rows come in micro-batches of
-    `rows_per_batch` (over all processes), the last one filled up with empty rows; of each, a
-    process holds one contiguous share. With `one_microbatch` it is no sample of the steps that
-    `row_length` is fitted to, but all. Raises ValueError when `rows_per_batch` is no multiple of
-    `process_count`.
+    A step is `batch_size` examples, chosen by (seed, step) alone. An epoch is every example once,
+    and the last step of an epoch may have fewer examples.
+
+    Args:
+      dataset: the examples.
+      batch_size: examples of a step, over all processes.
+      epochs: passes over the examples.
+      max_steps: the step at which the run ends, if the epochs do not end earlier.
+      seed: the seed of the order of the examples; every epoch has another order.
+      max_seq_length: the longest row.
+      pack: whether examples share rows, of `row_length` tokens each. Otherwise each example has a
+        row of its own, and the rows of a step are as long as the step's longest example needs,
+        rounded up to a power of two.
+      rows_per_batch: rows of a micro-batch, over all processes. Empty rows fill the last
+        micro-batch of a step. A process holds one contiguous share of each micro-batch.
+      loss_normalization: see `loss_weights_per_example`.
+      microbatch_examples: see `loss_weights_per_example`.
+      pad_id: the token id of padding.
+      process_index: this process's number, from 0.
+      process_count: the number of processes.
+
+    Raises:
+      ValueError: `rows_per_batch` is no multiple of `process_count`.
     """
 
     def __init__(
@@ -76,7 +107,6 @@ class TrainingData:
         loss_normalization: str,
         microbatch_examples: int,
         pad_id: int,
-        one_microbatch: bool = False,
         process_index: int = 0,
         process_count: int = 1,
     ):
@@ -97,18 +127,16 @@ class TrainingData:
         self._process_count = process_count
         self.row_length = max_seq_length
         if pack:
-            steps = self.epoch_examples()
-            # Elsewhere a step that the sample misses may take one more.
-            sample = self._repeated(steps) if one_microbatch else steps[:_SAMPLED_STEPS]
-            self.row_length = self._shortest_row_length(max_seq_length, sample)
+            self.row_length = self._shortest_row_length(max_seq_length)
 
     def iterator(self) -> "grain.DatasetIterator[Step]":
         """Returns an iterator over the steps; get_state and set_state resume it exactly."""
         import grain
 
-        # Grain counts on past the end of an epoch, so the index that map_with_index gives is the
-        # step of the run, and the shuffle below it uses another order in every epoch.
-        steps = self._repeated(self.epoch_examples().map_with_index(self._step))
+        # Grain's index counts on past the end of an epoch. So the index that map_with_index gives
+        # is the step of the run, and the shuffle below gives another order in every epoch.
+        steps = self.epoch_examples().map_with_index(self._step)
+        steps = steps.repeat(self._epochs).slice(slice(self.total_steps))
         options = grain.ReadOptions(
             num_threads=_PREFETCH_THREADS, prefetch_buffer_size=_PREFETCH_STEPS
         )
@@ -122,35 +150,24 @@ class TrainingData:
             places += len(rows) * row_length
         return 1 - int(self.dataset.lengths.sum()) / places
 
-    def most_microbatches(self) -> int:
-        """Returns the largest number of micro-batches in a step of the run."""
-        return max(
-            len(self._rows(examples)[0]) // self._rows_per_batch
-            for examples in self._repeated(self.epoch_examples())
-        )
-
-    def _repeated(self, epoch: "grain.MapDataset") -> "grain.MapDataset":
-        """The steps of the run, from those of one epoch."""
-        return epoch.repeat(self._epochs).slice(slice(self.total_steps))
-
     def epoch_examples(self) -> "grain.MapDataset[np.ndarray]":
-        """The example indices of each step of one epoch."""
+        """Returns the steps of the first epoch, each as int64 [examples] indices of examples."""
         import grain
 
         order = grain.MapDataset.range(len(self.dataset)).shuffle(self._seed)
         return order.batch(self._batch_size, drop_remainder=False, batch_fn=np.asarray)
 
-    def _shortest_row_length(self, max_seq_length: int, steps) -> int:
-        """The shortest row that needs no more micro-batches than rows of `max_seq_length`.
+    def _shortest_row_length(self, max_seq_length: int) -> int:
+        """Returns the shortest row that needs no more micro-batches than rows of `max_seq_length`.
 
-        One length for the whole run, a multiple of 128, so that one program serves all steps.
-        Without it, micro-batches of many rows are mostly empty rows: GSM8K's 256 examples fill ten
-        rows of 4096, and eight devices would compute sixteen.
+        The run has one row length, a multiple of 128, so that one program serves all steps. Rows
+        of `max_seq_length` would leave most rows of a large micro-batch empty: the 256 examples of
+        a GSM8K step fill ten rows of 4096 tokens, and eight devices would compute sixteen.
 
-        `steps`: the examples of those that are looked at.
+        The first steps of an epoch are a sample. A later step may need one micro-batch more.
         """
         lengths = self.dataset.lengths
-        sample = [lengths[examples] for examples in steps]
+        sample = [lengths[examples] for examples in self.epoch_examples()[:_SAMPLED_STEPS]]
 
         def micro_batches(row_length: int) -> int:
             return sum(-(-len(pack(part, row_length)) // self._rows_per_batch) for part in sample)
@@ -167,7 +184,7 @@ class TrainingData:
         return min(high * _ROW_MULTIPLE, max_seq_length)
 
     def _rows(self, examples: np.ndarray) -> tuple[list[list[int]], int]:
-        """Returns the step's rows over all processes, empty ones included, and their length."""
+        """Returns a step's rows over all processes, empty ones included, and the row length."""
         lengths = self.dataset.lengths[examples]
         rows, row_length = _arrange(lengths, self.row_length, self._pack)
         return _with_empty_rows(rows, self._rows_per_batch), row_length
@@ -197,7 +214,7 @@ class TrainingData:
 
 
 def describe(data: TrainingData) -> DataReport:
-    """Returns what a run reports of its data at the start."""
+    """Returns the report on a run's data."""
     return DataReport(
         examples=len(data.dataset),
         dropped_rows=data.dataset.dropped_rows,
@@ -221,8 +238,11 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """Yields this process's share of batches over the whole data set; every target weighs 1.
 
-    Rows are as in `TrainingData`, one batch is filled at a time, and all processes yield equally
-    many. Raises ValueError when `rows_per_batch` is no multiple of `process_count`.
+    Rows are as in `TrainingData`. All processes yield equally many batches. A batch is filled when
+    the caller asks for the batch, so that one batch is in memory at a time.
+
+    Raises:
+      ValueError: `rows_per_batch` is no multiple of `process_count`.
     """
     _check_shares(rows_per_batch, process_count)
     examples, weights = np.arange(len(dataset)), np.ones(len(dataset))
@@ -245,6 +265,7 @@ def _arrange(lengths: np.ndarray, max_seq_length: int, packed: bool) -> tuple[li
 
 
 def _with_empty_rows(rows: list[list[int]], rows_per_batch: int) -> list[list[int]]:
+    """Returns `rows`, filled up with empty rows to whole micro-batches."""
     return rows + [[]] * (-len(rows) % rows_per_batch)
 
 

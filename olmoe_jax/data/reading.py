@@ -1,4 +1,4 @@
-"""Reading the rows of a local file or of a data set on the hub."""
+"""Reading of the rows of a local file or of a data set on the hub."""
 
 import contextlib
 import hashlib
@@ -14,15 +14,18 @@ SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 def is_local(path: str) -> bool:
-    """Whether `path` names a local file, not `owner/name` or `owner/name:file` on the hub."""
+    """Returns True for a local file, False for `owner/name` or `owner/name:file` on the hub."""
     return is_written_as_path(path) or (":" not in path and path.endswith(SUFFIXES))
 
 
 def read_rows(path: str, split: str = "train") -> list[dict[str, Any]]:
     """Returns the rows of a .jsonl, .json or .parquet file, or of a data set on the hub.
 
-    A hub data set is `owner/name` (its split `split`) or `owner/name:file.jsonl` (that file).
-    Raises `UserError`, naming the file and the line, for whatever cannot be read.
+    A hub data set is `owner/name`, of which `split` is read, or `owner/name:file.jsonl`, which is
+    read whole.
+
+    Raises:
+      UserError: the rows cannot be read; the message names the file and the line.
     """
     rows = _read_local(path) if is_local(path) else _read_hub(path, split)
     if not rows:
@@ -31,7 +34,7 @@ def read_rows(path: str, split: str = "train") -> list[dict[str, Any]]:
 
 
 def content_digest(path: str, split: str = "train") -> str:
-    """Returns a hash of the content that `read_rows` reads, without parsing a local file."""
+    """Returns a hash of the content that `read_rows` reads; a local file is not parsed."""
     digest = hashlib.sha256()
     if is_local(path):
         digest.update(os.path.splitext(path)[1].encode())
@@ -45,7 +48,7 @@ def content_digest(path: str, split: str = "train") -> str:
 
 
 def row_location(path: str, index: int) -> str:
-    """Returns where row `index` (from 0) of `read_rows(path)` is: its line, if it has one."""
+    """Returns "line N" of row `index` (from 0) of `read_rows(path)`, or "row N" without lines."""
     if is_local(path) and not path.endswith(".parquet") and not _is_json_list(path):
         numbers = (number for number, _ in _lines(path))
         return f"line {next(n for i, n in enumerate(numbers) if i == index)}"
@@ -91,7 +94,7 @@ def _read_parquet(path: str) -> list[dict[str, Any]]:
 
 
 def _is_json_list(path: str) -> bool:
-    """Whether a .json file is one list (as opposed to one object per line)."""
+    """Returns True if a .json file is one list, False if it has one object per line."""
     if not path.endswith(".json"):
         return False
     with open(path, encoding="utf-8-sig", errors="replace") as file:
@@ -115,7 +118,7 @@ def _read_json_list(path: str) -> list[dict[str, Any]]:
 
 
 def _lines(path: str) -> Iterator[tuple[int, bytes]]:
-    """Yields (number from 1, content) of the lines that are not blank, without byte order mark."""
+    """Yields (number from 1, content) of each line that is not blank, without byte order mark."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             content = (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip()
@@ -148,12 +151,13 @@ def _read_hub(path: str, split: str) -> list[dict[str, Any]]:
         import datasets
 
         try:
-            # A data file that is named is loaded as the only split, which is called train.
+            # The hub's library loads a named file as the only split and calls the split train.
             if file:
                 dataset = datasets.load_dataset(name, data_files=file, split="train")
             else:
                 dataset = datasets.load_dataset(name, split=split)
-        except Exception as error:  # datasets raises errors of many unrelated types
+        # datasets raises errors of many unrelated types.
+        except Exception as error:
             raise UserError(
                 f"cannot load {path} from the Hugging Face hub ({first_line(error)}): check the id "
                 f"and the network, or give a local {_suffixes()} file"

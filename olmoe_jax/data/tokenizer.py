@@ -1,4 +1,4 @@
-"""Loading a tokenizer from a directory or from the hub."""
+"""Loading of a tokenizer from a directory or from the hub."""
 
 import os
 from typing import TYPE_CHECKING
@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
     """Returns the tokenizer in a local directory or of a hub id; code on the hub is never run.
 
-    Raises `UserError` when there is none, when it is not a fast tokenizer (one with a
-    tokenizer.json), or when it has no end-of-text token.
+    Raises:
+      UserError: there is no tokenizer, it is not a fast one (with a tokenizer.json), or it has no
+        end-of-text token.
     """
     if is_written_as_path(path) and not os.path.isdir(path):
         raise UserError(
@@ -24,15 +25,14 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
     if not os.path.isdir(path) and not is_hub_id(path):
         raise UserError(f"{path} is neither a tokenizer directory nor a hub id (owner/name)")
     with quiet_hub():
-        # Takes tokenizer.json as it is. AutoTokenizer may build it anew, and it imports torch where
-        # that is installed, which takes longer than all else that is done here.
+        # This class takes tokenizer.json as it is. AutoTokenizer may build the tokenizer anew, and
+        # imports torch where torch is installed, which takes longer than all else here.
         from transformers import PreTrainedTokenizerFast
 
         try:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(path, trust_remote_code=False)
-        except (
-            Exception
-        ) as error:  # transformers raises OSError, ValueError, TypeError, KeyError...
+        # transformers raises OSError, ValueError, TypeError, KeyError and more.
+        except Exception as error:
             raise UserError(
                 f"cannot load a tokenizer from {path} ({first_line(error)}): give a directory with "
                 "tokenizer.json and tokenizer_config.json, or a hub id that can be reached"

@@ -203,15 +203,3 @@ def test_rows_are_as_short_as_the_number_of_micro_batches_allows(make_dataset):
     assert {batch.tokens.shape for step in steps for batch in step.batches} == {(8, length)}
     assert sum(step.padding for step in steps) < 0.15 * sum(step.tokens for step in steps)
     assert packed(8, max_seq_length=200)[0] == 200  # no multiple of 128 holds the longest
-
-
-def test_rows_are_long_enough_for_every_step_to_be_one_micro_batch(make_dataset):
-    """The longest examples are rare: the first steps alone would have shorter rows."""
-    lengths = [100] * 2000 + [480] * 2
-    options = {"batch_size": 20, "max_seq_length": 2048, "rows_per_batch": 4, "epochs": 1}
-    dataset = make_dataset(lengths)
-    sampled, fitted = (training(dataset, one_microbatch=one, **options) for one in (False, True))
-    assert sampled.most_microbatches() == 2
-    assert fitted.most_microbatches() == 1
-    assert sampled.row_length < fitted.row_length < 2048
-    assert {len(step.batches) for step in fitted.iterator()} == {1}
