@@ -1,1 +1,1 @@
-"""Evaluation of language models on the seven tasks: `python -m eval.run --help`."""
+"""Evaluation of language models: `python -m eval.run --help`."""

@@ -1,9 +1,9 @@
-"""Evaluates tasks: prompts -> predictions on disk -> scores.
+"""The evaluation of a task: prompts -> predictions on disk -> scores.
 
 OUTPUT/model.json              the model and how it computes
-OUTPUT/TASK/settings.json      what was asked
-OUTPUT/TASK/predictions.jsonl  the model's texts, in the order in which they were decoded
-OUTPUT/TASK/rows.jsonl         in the data's order: prompt, text, what was scored of it, its scores
+OUTPUT/TASK/settings.json      what was asked (`settings_of`)
+OUTPUT/TASK/predictions.jsonl  the model's texts, in the order of decoding
+OUTPUT/TASK/rows.jsonl         in the data's order: prompt, text, the answer in the text, scores
 OUTPUT/TASK/result.json        the metrics with their intervals
 """
 
@@ -29,7 +29,10 @@ ROWS, RESULT = "rows.jsonl", "result.json"
 
 @dataclass(frozen=True)
 class Decoding:
-    """How to decode, for all tasks; a task without `sampled` has one greedy sample a row."""
+    """How all tasks are decoded; a task without `sampled` has one greedy sample a row.
+
+    max_new_tokens: None takes each task's own number.
+    """
 
     batch_size: int = 16
     max_new_tokens: int | None = None
@@ -41,7 +44,7 @@ class Decoding:
 def settings_of(
     task: Task, examples: Sequence[Example], decoding: Decoding, limit: int | None
 ) -> dict[str, Any]:
-    """What a task's predictions depend on besides the model."""
+    """Returns what a task's predictions depend on besides the model."""
     content = json.dumps([[e.id, e.prompt, e.reference] for e in examples])
     return {
         "task": task.name,
@@ -64,14 +67,14 @@ def evaluate(
     backend: Callable[[], Backend],
     tools: Tools,
 ) -> dict[str, Any]:
-    """Decodes what is not on disk yet, scores everything and writes it.
+    """Decodes what is not on disk yet, scores all predictions and writes the results.
 
     Args:
-      task: whose prompts, post-processing and scores.
-      examples: its examples.
-      settings: from `settings_of`; the task's directory holds them.
+      task: what is evaluated.
+      examples: the task's examples.
+      settings: from `settings_of`, also kept in the task's directory.
       output: the evaluation's directory.
-      backend: loads the model; called only when there is something to decode.
+      backend: loads the model; called only when something is left to decode.
       tools: for the scorers.
 
     Returns:
@@ -106,7 +109,7 @@ def _decode(
     file: Path,
     backend: Callable[[], Backend],
 ) -> tuple[dict[tuple[int, int], str], int]:
-    """The texts by (index of the example, sample), and how many prompts had to be shortened."""
+    """Returns texts by (index of the example, sample), and the number of shortened prompts."""
     # Prompts of like length share a batch, the longest first: if memory is short, it shows at once.
     order = sorted(range(len(examples)), key=lambda index: -len(examples[index].prompt))
     wanted = [(index, sample) for index in order for sample in range(settings["samples"])]
@@ -134,6 +137,7 @@ def _decode_batch(
     batch: Sequence[tuple[int, int]],
     number: int,
 ) -> list[dict[str, Any]]:
+    """Returns the lines of predictions.jsonl for batch `number` of (example, sample) pairs."""
     limit = settings["max_new_tokens"]
     prompts = [_fitting(task, examples[index], model, limit) for index, _ in batch]
     # Batches must not draw the same numbers.
@@ -151,7 +155,7 @@ def _decode_batch(
 
 
 def _fitting(task: Task, example: Example, model: Backend, max_new_tokens: int) -> str:
-    """The prompt, shortened until the model's context holds it and its continuation."""
+    """Returns the prompt, shortened until it fits the model's context with its continuation."""
     prompt, room = example.prompt, model.context - max_new_tokens
     while (length := model.count(prompt)) > room:
         shorter = task.shorten(prompt)
@@ -159,14 +163,14 @@ def _fitting(task: Task, example: Example, model: Backend, max_new_tokens: int) 
             raise UserError(
                 f"{task.name}: the prompt of row {example.id} has {length} tokens, and the model's "
                 f"context of {model.context} leaves {max(0, room)} beside {max_new_tokens} new "
-                "ones; write a smaller --max_new_tokens"
+                "tokens; write a smaller --max_new_tokens"
             )
         prompt = shorter
     return prompt
 
 
 def _write_rows(file: Path, predictions: Sequence[Prediction], scores: Scores) -> None:
-    # A model may write half a surrogate pair as a JSON escape; as an escape it is written again.
+    # A model may write half a surrogate pair as a JSON escape: write the escape back.
     with open(file, "w", encoding="utf-8", errors="backslashreplace") as opened:
         for prediction, row in zip(predictions, scores.rows, strict=True):
             line = {

@@ -1,4 +1,4 @@
-"""Tells models apart by their content, without reading all of it."""
+"""Fingerprints of models, from their content, without reading all of it."""
 
 import hashlib
 from pathlib import Path
@@ -14,9 +14,9 @@ _OUR_FILES = (f"{PARAMETERS}/**/*", f"{MODEL_DIRECTORY}/*")
 
 
 def model_fingerprint(path_or_hub_id: str) -> str:
-    """A hash of a checkpoint's file names, sizes and 16 pieces of 64 KiB of each file.
+    """Returns a hash of a checkpoint's file names, sizes and 16 pieces of 64 KiB of each file.
 
-    Of a training run it is the latest checkpoint that counts, as it is the one that is loaded.
+    A training run's latest checkpoint counts, since that one is loaded.
 
     Raises:
       UserError: there is no such checkpoint.
@@ -29,7 +29,7 @@ def model_fingerprint(path_or_hub_id: str) -> str:
 
 
 def adapter_fingerprint(path_or_hub_id: str) -> str:
-    """The same of an adapter's files; of a LoRA run, of the adapter that it exported.
+    """Returns such a hash of an adapter; of a LoRA run, of the adapter that the run exported.
 
     Raises:
       UserError: there is no such adapter.
@@ -47,7 +47,7 @@ def _fingerprint(root: Path, files: set[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _add_pieces(digest, file: Path) -> None:
+def _add_pieces(digest: "hashlib._Hash", file: Path) -> None:
     size = file.stat().st_size
     step = max(_PIECE, size // _PIECES)
     with open(file, "rb") as opened:

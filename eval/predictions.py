@@ -1,4 +1,4 @@
-"""The file of predictions: appended batch by batch, so that a killed evaluation continues."""
+"""Predictions on disk, appended batch by batch, so that a killed evaluation continues."""
 
 import fcntl
 import json
@@ -11,14 +11,18 @@ from olmoe_jax.errors import UserError
 
 
 class PredictionFile:
-    """Rows that are on disk, in whole batches. Use as a context manager; one process at a time.
+    """Rows on disk, in whole batches; a context manager that one process at a time can enter.
 
-    A batch that was not written to its end is cut off when the file is opened: what was decoded
-    together is decoded together again, and the file of a run that was killed equals that of one
-    that was not.
+    Entering cuts off a batch that was not written to its end. Rows that were decoded together are
+    then decoded together again, so that a killed evaluation ends with the same file as one that
+    was not killed.
+
+    Attributes:
+      rows: the rows on disk.
+      batches: the number of complete batches.
 
     Args:
-      path: of the file; made when it is missing.
+      path: the file, made if it is missing.
       sizes: rows in each batch.
 
     Raises:
@@ -29,7 +33,6 @@ class PredictionFile:
         self._path, self._sizes = path, sizes
         self.rows: list[dict[str, Any]] = []
         self.batches = 0
-        """Those that are complete."""
 
     def __enter__(self) -> "PredictionFile":
         try:
@@ -37,7 +40,7 @@ class PredictionFile:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"{self._path}: another evaluation is writing it; wait for its end or write "
+                f"{self._path}: another evaluation is writing the file; wait for its end or write "
                 "another --output"
             ) from None
         except OSError as error:
@@ -45,11 +48,11 @@ class PredictionFile:
         self._cut_to_whole_batches()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Writes the next batch; it is on disk on return."""
+        """Writes the next batch, which is on disk on return."""
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         self._file.write(text.encode())
         self._file.flush()

@@ -1,19 +1,23 @@
-"""Evaluates a model on tasks and writes scores and predictions."""
+"""Evaluates a model on tasks, and writes scores and predictions."""
 
 import argparse
 import functools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from eval.backends import BACKENDS, DTYPES, check_backend, open_backend
 from eval.evaluation import MODEL, SETTINGS, Decoding, evaluate, settings_of
 from eval.outputs import open_output
 from eval.tasks import TASKS, tasks_of
-from eval.tasks.task import Task, Tools, read_examples
+from eval.tasks.task import RunPrograms, Task, Tools, read_examples
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
 from olmoe_jax.parallel.cpu import restart_with_huge_pages, use_all_cores
+
+if TYPE_CHECKING:
+    from eval.judge.client import Server
 
 EXAMPLE = """examples:
   python -m eval.run --model runs/densemixer_gsm --tasks gsm --output runs/densemixer_gsm/eval
@@ -27,7 +31,7 @@ The same command continues an evaluation that was interrupted.
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The command line."""
+    """Runs the command line."""
     args = parser().parse_args(arguments)
     tasks = tasks_of(args.tasks)
     decoding = _decoding(args)
@@ -60,14 +64,19 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def parser() -> ArgumentParser:
-    """All flags."""
+    """Returns the parser of all flags."""
     result = ArgumentParser(prog="python -m eval.run", description=__doc__, epilog=EXAMPLE)
     add = result.add_argument
-    add("--model", required=True, metavar="DIR_OR_HUB_ID", help="a Hugging Face checkpoint or ours")
+    add(
+        "--model",
+        required=True,
+        metavar="DIR_OR_HUB_ID",
+        help="a Hugging Face checkpoint, a training run or a converted checkpoint",
+    )
     add(
         "--adapter",
         metavar="DIR",
-        help="a PEFT adapter of that model, or the LoRA run that made it",
+        help="a PEFT adapter of that model, or the LoRA run that made the adapter",
     )
     add("--tasks", required=True, metavar="NAMES", help=f"some of {','.join(TASKS)}")
     add("--output", required=True, type=Path, metavar="DIR")
@@ -85,7 +94,7 @@ def parser() -> ArgumentParser:
     code.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: greedy")
     code.add_argument("--seed", type=int, default=0, help="of the samples")
     judge = result.add_argument_group(
-        "judge of law, summary and translation", "its key is read from JUDGE_API_KEY only"
+        "judge of law, summary and translation", "JUDGE_API_KEY holds the key"
     )
     judge.add_argument("--judge_model", metavar="NAME", help="default: $JUDGE_MODEL, else no judge")
     judge.add_argument(
@@ -93,12 +102,14 @@ def parser() -> ArgumentParser:
         metavar="URL",
         help="an OpenAI-compatible server, up to /v1; default: $JUDGE_BASE_URL",
     )
-    judge.add_argument("--judge_workers", type=int, default=8, metavar="N", help="requests at once")
+    judge.add_argument(
+        "--judge_workers", type=int, default=8, metavar="N", help="requests at once (8)"
+    )
     return result
 
 
 def _model(args: argparse.Namespace) -> dict[str, str | None]:
-    """What names the model."""
+    """Returns the content of model.json: what names the model, and how it computes."""
     from eval.fingerprint import adapter_fingerprint, model_fingerprint
 
     return {
@@ -129,15 +140,16 @@ def _decoding(args: argparse.Namespace) -> Decoding:
     return Decoding(args.batch_size, args.max_new_tokens, args.samples, args.temperature, args.seed)
 
 
-def _sandbox(args: argparse.Namespace, tasks: Sequence[Task]):
-    """The sandbox if a task needs it, which must be allowed and possible here."""
+def _sandbox(args: argparse.Namespace, tasks: Sequence[Task]) -> RunPrograms | None:
+    """Returns the sandbox if a task needs it, and makes sure that it is allowed and works here."""
     code = [task.name for task in tasks if task.runs_code]
     if not code:
         return None
     if not args.allow_code_execution:
         raise UserError(
             f"--tasks {','.join(code)}: runs programs that the model wrote; add "
-            "--allow_code_execution (they run in a sandbox, docs/evaluation.md), or leave it out"
+            "--allow_code_execution (they run in a sandbox, docs/evaluation.md), or leave the "
+            "task out"
         )
     from eval import sandbox
 
@@ -145,7 +157,8 @@ def _sandbox(args: argparse.Namespace, tasks: Sequence[Task]):
     return sandbox.run_all
 
 
-def _judge_server(args: argparse.Namespace):
+def _judge_server(args: argparse.Namespace) -> "Server | None":
+    """Returns the judge's server, or None if no judge is named."""
     model = args.judge_model or os.environ.get("JUDGE_MODEL")
     url = args.judge_url or os.environ.get("JUDGE_BASE_URL")
     if not model:
@@ -154,7 +167,7 @@ def _judge_server(args: argparse.Namespace):
         return None
     if not url:
         raise UserError(
-            "--judge_model: where is it? add --judge_url URL (or set JUDGE_BASE_URL), "
+            "--judge_model: its server is missing; add --judge_url URL (or set JUDGE_BASE_URL), "
             "e.g. http://localhost:8000/v1"
         )
     from eval.judge.client import Server
@@ -162,7 +175,7 @@ def _judge_server(args: argparse.Namespace):
     return Server(url, model, os.environ.get("JUDGE_API_KEY", ""))
 
 
-def _print_result(name: str, result: dict) -> None:
+def _print_result(name: str, result: Mapping[str, Any]) -> None:
     for metric, value in result["metrics"].items():
         print(
             f"{name:12} {metric:12} {value['value']:6.2f}  "

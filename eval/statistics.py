@@ -1,4 +1,4 @@
-"""Scores over rows: means with bootstrap intervals, paired tests, pass@k, ROUGE-L, BLEU, chrF."""
+"""Statistics over rows: bootstrap intervals, paired tests, pass@k, ROUGE-L, BLEU, chrF."""
 
 import math
 import re
@@ -24,12 +24,12 @@ class Metric:
 def bootstrap(
     rows: np.ndarray, score: Callable[[np.ndarray], float], resamples: int = RESAMPLES
 ) -> Metric:
-    """A score of rows of statistics [rows, ...] that adds up, with its percentile interval.
+    """Returns a score and its 95% percentile interval.
 
     Args:
-      rows: what each row contributes.
-      score: of the sum over a sample of the rows, in percent.
-      resamples: of the rows, drawn from a fixed seed: the same rows give the same interval.
+      rows: statistics [rows, ...] that add up: what each row contributes.
+      score: returns the score in percent from the sum over a sample of the rows.
+      resamples: how many samples; the seed is fixed, so that the same rows give the same interval.
     """
     random = np.random.default_rng(_SEED)
     count = len(rows)
@@ -39,7 +39,7 @@ def bootstrap(
 
 
 def mean_metric(values: Sequence[float]) -> Metric:
-    """The mean of the rows' scores (0 to 1) in percent."""
+    """Returns the mean of the rows' scores (0 to 1) in percent."""
     rows = np.asarray(values, np.float64)
     return bootstrap(rows, lambda total: 100 * total / len(rows))
 
@@ -48,7 +48,7 @@ def mean_metric(values: Sequence[float]) -> Metric:
 class Difference:
     """A mean difference of paired scores, in percent.
 
-    `low` and `high` bound its 95% bootstrap interval; `p` is that of the two-sided `test`.
+    `low` and `high` bound the 95% bootstrap interval; `p` is the p value of the two-sided `test`.
     """
 
     value: float
@@ -60,9 +60,9 @@ class Difference:
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float]) -> Difference:
-    """How much better `a` is than `b`, scores (0 to 1) of the same rows in the same order.
+    """Returns a - b for the scores (0 to 1) of the same rows in the same order.
 
-    Scores that are all 0 or 1 are compared by McNemar's exact test, others by a permutation test.
+    McNemar's exact test compares scores that are all 0 or 1, a permutation test all others.
     """
     first, second = np.asarray(a, np.float64), np.asarray(b, np.float64)
     differences = first - second
@@ -75,9 +75,10 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> Difference:
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """McNemar's exact two-sided test: p of so uneven a split of the rows that one alone got right.
+    """Returns the two-sided p of McNemar's exact test (McNemar 1947).
 
-    McNemar 1947; the binomial test of the discordant pairs with probability 1/2.
+    The arguments count the rows that only one of two methods got right. Without a difference each
+    of them falls to either method with probability 1/2 (a binomial test).
     """
     discordant, fewer = only_first + only_second, min(only_first, only_second)
     tail = sum(math.comb(discordant, k) for k in range(fewer + 1))
@@ -85,10 +86,10 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
 
 def permutation_test(differences: np.ndarray, permutations: int = PERMUTATIONS) -> float:
-    """Two-sided p of a mean difference: how often random signs give one as far from 0.
+    """Returns the two-sided p of a mean difference by random signs (Fisher 1935).
 
-    The paired (sign-flip) randomisation test of Fisher 1935, with random permutations from a fixed
-    seed; (hits + 1) / (permutations + 1), so that p is never 0.
+    p is the share of `permutations` random signs whose mean is as far from 0. The seed is fixed;
+    p is (hits + 1) / (permutations + 1), so that it is never 0.
     """
     random = np.random.default_rng(_SEED)
     signs = random.integers(0, 2, (permutations, len(differences)), np.int8) * 2 - 1
@@ -99,7 +100,7 @@ def permutation_test(differences: np.ndarray, permutations: int = PERMUTATIONS) 
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """The p values adjusted for their number (Holm 1979), in the same order."""
+    """Returns the p values adjusted for their number (Holm 1979), in the same order."""
     adjusted, highest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
@@ -108,9 +109,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """The probability that one of k samples, drawn from `samples` without replacement, is correct.
+    """Returns the probability that one of k of the samples, drawn without replacement, is correct.
 
-    The unbiased estimator of Chen et al. 2021 ("Evaluating Large Language Models Trained on
+    This is the unbiased estimator of Chen et al. 2021 ("Evaluating Large Language Models Trained on
     Code"), 1 - C(n - c, k) / C(n, k).
     """
     if not 1 <= k <= samples or not 0 <= correct <= samples:
@@ -126,19 +127,19 @@ _WORD = re.compile(
 
 
 def rouge_words(text: str) -> list[str]:
-    """What ROUGE-L compares: lowercase words and single Chinese characters, no punctuation."""
+    """Returns the words that ROUGE-L compares: lowercase words and single Chinese characters."""
     return _WORD.findall(text.lower())
 
 
 def rouge_l(prediction: str, reference: str) -> float:
-    """The F1 of the longest common subsequence (Lin 2004), 0 to 1; 0 when either is empty."""
+    """Returns the F1 of the longest common subsequence (Lin 2004), 0 to 1; 0 if one is empty."""
     words, expected = rouge_words(prediction), rouge_words(reference)
     common = _longest_common_subsequence(words, expected)
     return 2 * common / (len(words) + len(expected)) if common else 0.0
 
 
 def _longest_common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
-    """Its length, by Hyyrö's bit-parallel algorithm: a row of the table is one integer."""
+    """Returns the length, by Hyyrö's bit-parallel algorithm: a row of the table is one integer."""
     places: dict[str, int] = {}
     for index, word in enumerate(a):
         places[word] = places.get(word, 0) | 1 << index
@@ -151,13 +152,13 @@ def _longest_common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
 
 
 def corpus_metrics(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Metric]:
-    """sacrebleu's corpus chrF2 and BLEU (13a tokens)."""
+    """Returns sacrebleu's corpus chrF2 and BLEU (13a tokens)."""
     from sacrebleu.metrics import BLEU, CHRF
 
     metrics = {}
-    # force: predictions that end in " ." are what the model wrote, no mistake to warn of.
+    # force: sacrebleu would warn of predictions that end in " .", which a model may write.
     for name, scorer in {"chrf": CHRF(), "bleu": BLEU(force=True)}.items():
-        # The steps of corpus_score; its own bootstrap fails on the float32 scores of chrF.
+        # The steps of corpus_score. Its own bootstrap fails on the float32 scores of chrF.
         rows = np.asarray(scorer._extract_corpus_statistics(predictions, [references]))
         metrics[name] = bootstrap(
             rows, lambda total, s=scorer: float(s._compute_score_from_stats(total.tolist()).score)
@@ -166,7 +167,7 @@ def corpus_metrics(predictions: Sequence[str], references: Sequence[str]) -> dic
 
 
 def sentence_chrf(prediction: str, reference: str) -> float:
-    """One row's chrF2, 0 to 1."""
+    """Returns one row's chrF2, 0 to 1."""
     import sacrebleu
 
     return sacrebleu.sentence_chrf(prediction, [reference]).score / 100

@@ -1,16 +1,19 @@
-"""What continues the prompts: this project's decoder, transformers or vLLM.
+"""Backends that continue prompts: this project's decoder, transformers or vLLM.
 
-All get the same prompts as token ids without special tokens, decode greedily or at a temperature,
-end at the tokenizer's eos and decode the new tokens with the same tokenizer.
+Every backend gets the same prompts as token ids without special tokens, decodes greedily or at a
+temperature, ends at the tokenizer's eos and decodes the new tokens with the same tokenizer.
 """
 
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from olmoe_jax.checkpoints import directory
 from olmoe_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BACKENDS = ("jax", "hf", "vllm")
 DTYPES = ("float32", "bfloat16")
@@ -21,8 +24,10 @@ class Sampling:
     """How a batch of prompts is continued.
 
     Attributes:
+      max_new_tokens: a text that has not ended by then is cut.
       temperature: 0 takes the most probable token.
-      stop: strings that end a text; one from a backend that ignores them is cut afterwards.
+      seed: of the draws above 0.
+      stop: strings that end a text, which is cut before the first of them.
     """
 
     max_new_tokens: int
@@ -32,24 +37,27 @@ class Sampling:
 
 
 class Backend(Protocol):
-    """A model, loaded."""
+    """A loaded model.
+
+    Attributes:
+      context: tokens that a prompt and its continuation may have together.
+    """
 
     context: int
-    """Tokens that a prompt and its continuation may have together."""
 
     def count(self, prompt: str) -> int:
-        """The prompt's tokens."""
+        """Returns the number of the prompt's tokens."""
 
     def generate(self, prompts: Sequence[str], sampling: Sampling) -> list[str]:
-        """The continuations."""
+        """Returns the continuations."""
 
 
 def check_backend(name: str, model: str, adapter: str | None = None) -> None:
-    """Makes sure that a backend can load a model, without loading it.
+    """Makes sure that a backend can load a model, without loading the model.
 
     Raises:
       UserError: a package is not installed, the backend does not read this kind of checkpoint, or
-        the adapter is none of this model.
+        the adapter is not for this model.
     """
     if name == "jax":
         if adapter:
@@ -60,7 +68,7 @@ def check_backend(name: str, model: str, adapter: str | None = None) -> None:
         return
     if name == "vllm" and adapter:
         raise UserError(
-            f"--adapter {adapter}: --backend vllm reads no adapters; merge it (python -m "
+            f"--adapter {adapter}: --backend vllm reads no adapters; merge this one (python -m "
             f"convert.merge_lora --model {model} --adapter {adapter} --output DIR) and write "
             "--model DIR, or leave --backend out"
         )
@@ -83,7 +91,7 @@ def open_backend(name: str, model: str, compute_dtype: str, adapter: str | None 
     """Loads a model that `check_backend` accepts.
 
     Raises:
-      UserError: it cannot be loaded.
+      UserError: the model cannot be loaded.
     """
     from eval.backends.hf import HfBackend
     from eval.backends.jax import JaxBackend
@@ -95,19 +103,21 @@ def open_backend(name: str, model: str, compute_dtype: str, adapter: str | None 
 
 
 class Prompts:
-    """What the backends share: the tokenizer."""
+    """The tokenizer's part of every backend."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
         self.tokenizer = tokenizer
 
     def encode(self, prompt: str) -> list[int]:
+        """Returns the prompt's tokens, without special tokens."""
         return self.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text up to the eos token."""
+        """Returns the text of the tokens up to the eos token."""
         tokens = list(tokens)
         eos = self.tokenizer.eos_token_id
         return self.tokenizer.decode(tokens[: tokens.index(eos)] if eos in tokens else tokens)
 
     def count(self, prompt: str) -> int:
+        """Returns the number of the prompt's tokens."""
         return len(self.encode(prompt))

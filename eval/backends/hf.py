@@ -1,6 +1,7 @@
-"""transformers' generate: any causal language model that transformers loads; needs torch."""
+"""The backend hf: transformers' `generate`, which needs torch."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from eval.backends import Prompts, Sampling
 from olmoe_jax.checkpoints import directory, safetensors_file
@@ -10,8 +11,14 @@ from olmoe_jax.data.hub import first_line
 from olmoe_jax.errors import UserError
 from olmoe_jax.generation.stop_strings import cut_at
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
 
 class HfBackend(Prompts):
+    """A causal language model that transformers loads."""
+
     def __init__(self, model: str, compute_dtype: str, adapter: str | None = None):
         import torch
         from transformers import AutoModelForCausalLM
@@ -21,7 +28,7 @@ class HfBackend(Prompts):
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             loaded = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, compute_dtype))
-        except Exception as error:  # transformers raises errors of many unrelated types
+        except Exception as error:  # transformers raises many unrelated types
             raise UserError(f"--model {model}: transformers: {first_line(error)}") from error
         if adapter:
             loaded = _adapted(loaded, adapter)
@@ -29,6 +36,7 @@ class HfBackend(Prompts):
         self.context = loaded.config.max_position_embeddings
 
     def generate(self, prompts: Sequence[str], sampling: Sampling) -> list[str]:
+        """Returns the continuations."""
         import torch
         from transformers import GenerationConfig
 
@@ -42,7 +50,7 @@ class HfBackend(Prompts):
             draws |= {"top_k": 0, "top_p": 1.0}
         torch.manual_seed(sampling.seed)
         with torch.inference_mode():
-            # A configuration of its own: the checkpoint's may sample.
+            # Not the checkpoint's configuration, which may sample.
             out = self._model.generate(
                 torch.tensor(padded, device=self._device),
                 attention_mask=torch.tensor(mask, device=self._device),
@@ -56,8 +64,8 @@ class HfBackend(Prompts):
         return [cut_at(self.decode(row[length:].tolist()), sampling.stop) for row in out]
 
 
-def _adapted(model, adapter: str):
-    """The model with an adapter beside its weights; a router that trained beside it replaces."""
+def _adapted(model: "PreTrainedModel", adapter: str) -> "PeftModel":
+    """Returns the model with the adapter, and with the router that trained beside the adapter."""
     import torch
     from peft import PeftModel
 
@@ -71,5 +79,5 @@ def _adapted(model, adapter: str):
         model.load_state_dict(routers, strict=False)
     try:
         return PeftModel.from_pretrained(model, path)
-    except Exception as error:  # of many unrelated types, as transformers
+    except Exception as error:  # peft raises many unrelated types
         raise UserError(f"--adapter {adapter}: peft: {first_line(error)}") from error

@@ -1,4 +1,4 @@
-"""This project's decoder: any checkpoint that `olmoe_jax.from_pretrained` opens."""
+"""The backend jax: this project's decoder."""
 
 from collections.abc import Sequence
 
@@ -15,6 +15,8 @@ from olmoe_jax.parallel.sharding import decoding_mesh
 
 
 class JaxBackend(Prompts):
+    """A checkpoint that `olmoe_jax.from_pretrained` opens, on all devices."""
+
     def __init__(self, model: str, compute_dtype: str, adapter: str | None = None):
         source = open_source(model)
         super().__init__(load_tokenizer(str(source.files)))
@@ -26,6 +28,7 @@ class JaxBackend(Prompts):
         )
 
     def generate(self, prompts: Sequence[str], sampling: Sampling) -> list[str]:
+        """Returns the continuations."""
         with jax.set_mesh(self._mesh):
             return olmoe_jax.generate(
                 self._model,
@@ -39,5 +42,6 @@ class JaxBackend(Prompts):
             )
 
     def log_likelihoods(self, pairs: Sequence[TokenPair]) -> list[tuple[float, bool]]:
+        """Returns (log p, greedy) of each pair, see `olmoe_jax.generation.likelihood`."""
         with jax.set_mesh(self._mesh):
             return log_likelihoods(self._model, pairs)

@@ -1,4 +1,4 @@
-"""vLLM: fast on GPUs, when it is installed."""
+"""The backend vllm, which must be installed."""
 
 from collections.abc import Sequence
 
@@ -8,6 +8,8 @@ from olmoe_jax.data import load_tokenizer
 
 
 class VllmBackend(Prompts):
+    """A Hugging Face directory that vLLM loads."""
+
     def __init__(self, model: str, compute_dtype: str):
         import vllm
 
@@ -18,7 +20,8 @@ class VllmBackend(Prompts):
         self.context = directory.read_json(path / "config.json")["max_position_embeddings"]
 
     def generate(self, prompts: Sequence[str], sampling: Sampling) -> list[str]:
-        # skip_special_tokens: as the other backends decode, all but the eos that ends the text.
+        """Returns the continuations."""
+        # The other backends keep special tokens too, all but the eos that ends the text.
         parameters = self._parameters(
             temperature=sampling.temperature,
             max_tokens=sampling.max_new_tokens,

@@ -1,4 +1,4 @@
-"""This project's model as one of lm_eval's."""
+"""The model `olmoe_jax` of lm_eval."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -56,31 +56,20 @@ class OlmoeLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        """The token that ends a text."""
         return self.tokenizer.eos_token_id
 
     @property
     def prefix_token_id(self) -> int:
+        """The token before a text without context."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
-
-    @property
-    def tokenizer_name(self) -> str:
-        return self.tokenizer.name_or_path.replace("/", "__")
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: object
     ) -> list[int]:
+        """Returns the text's tokens, without special tokens."""
         return self._backend.encode(string)
-
-    def apply_chat_template(
-        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
-    ) -> str:
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
 
     def _loglikelihood_tokens(
         self,

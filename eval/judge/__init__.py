@@ -1,1 +1,1 @@
-"""An LLM judge for the tasks whose answers are free text."""
+"""An LLM judge for tasks whose answers are free text."""

@@ -1,7 +1,7 @@
 """Requests to an OpenAI-compatible server: /chat/completions, with retries, standard library only.
 
-The key travels in one header of the request. It is in no message of ours: what a server says is
-shown with the key blacked out.
+The key travels in one header of the request. No message of ours shows the key: it is blacked out in
+whatever a server says.
 """
 
 import http.client
@@ -23,13 +23,13 @@ _HOPELESS = {401, 403, 404, 405}
 
 
 class RequestError(Exception):
-    """No answer to this request, in spite of retries where they could help."""
+    """Raised for a request that stays without an answer, after the retries that could help."""
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to another server."""
+    """A handler that follows no redirect, which would carry the key to another server."""
 
-    def redirect_request(self, *_):
+    def redirect_request(self, *_: object) -> None:
         return None
 
 
@@ -38,16 +38,16 @@ _OPENER = urllib.request.build_opener(_NoRedirects)
 
 @dataclass(frozen=True)
 class Server:
-    """Where the judge is.
+    """The judge's server.
 
     Args:
-      url: up to and without /chat/completions.
-      model: its name there.
+      url: without /chat/completions.
+      model: the judge's name on the server.
       key: for the Authorization header; empty: no header.
       timeout: seconds for a response.
-      attempts: of one request.
+      attempts: how often a request is sent at most.
       first_wait: seconds before the second attempt; doubles from attempt to attempt.
-      longest_wait: of the waits, also of those that the server asks for.
+      longest_wait: seconds that a wait lasts at most, even if the server asks for more.
     """
 
     url: str
@@ -74,11 +74,11 @@ class Server:
         return f"Server({self.url}, {self.model})"
 
     def ask(self, body: Mapping[str, Any], stopped: threading.Event) -> dict[str, Any]:
-        """The server's answer to a request: {"answer": text, "usage": …}.
+        """Returns the server's answer: {"answer", "prompt_tokens", "completion_tokens"}.
 
         Raises:
           RequestError: every attempt failed, this request was refused, or `stopped` was set.
-          UserError: the server refuses us, whatever we ask.
+          UserError: the server refuses every request.
         """
         reason = "not asked"
         for attempt in range(self.attempts):
@@ -96,10 +96,10 @@ class Server:
                     raise RequestError(reason) from None
                 wait = _retry_after(error.headers.get("Retry-After"))
             except (OSError, http.client.HTTPException, ValueError) as error:
-                # Time-outs and disconnects, and answers that are no chat completion.
+                # A time-out, a disconnect, or an answer that is no chat completion.
                 reason = self._redacted(f"{type(error).__name__}: {error}")
             if attempt + 1 < self.attempts:
-                # A random part, so that requests that failed together do not return together.
+                # A random part: requests that failed together do not return together.
                 backoff = self.first_wait * 2**attempt * random.uniform(0.5, 1.0)
                 if stopped.wait(min(max(wait, backoff), self.longest_wait)):
                     raise RequestError("interrupted")
@@ -126,7 +126,7 @@ class Server:
 
 
 def _content(response: bytes) -> dict[str, Any]:
-    """Raises ValueError for what is no chat completion."""
+    """Returns the text and the usage; raises ValueError for what is no chat completion."""
     try:
         value = json.loads(response)
         answer = value["choices"][0]["message"]["content"]
@@ -141,7 +141,7 @@ def _content(response: bytes) -> dict[str, Any]:
 
 
 def _retry_after(value: str | None) -> float:
-    """Seconds; 0 when the server names none (the date form is rare, and backoff will do)."""
+    """Returns seconds, 0 if the server names none (the date form is rare; backoff will do)."""
     try:
         return max(0.0, float(value or 0))
     except ValueError:

@@ -1,4 +1,4 @@
-"""Scores predictions with the judge: concurrent, each request answered once and kept on disk."""
+"""The judge: concurrent requests, each answered once and kept on disk."""
 
 import concurrent.futures
 import hashlib
@@ -18,13 +18,13 @@ from eval.tasks.task import Prediction
 from olmoe_jax.errors import UserError
 
 _ANSWER_TOKENS = 150
-"""What we expect a judge to write, for the estimate."""
+"""Tokens that a judge writes for a request, for the estimate."""
 
 
 class AnswerCache:
     """Answers by the hash of their request, appended to a .jsonl file as they arrive.
 
-    A line that a crash cut off is dropped: that request is asked again.
+    A line that a crash cut off is dropped, and the request is sent again.
     """
 
     def __init__(self, path: Path):
@@ -41,14 +41,15 @@ class AnswerCache:
         self._answers = {entry["request"]: entry for entry in entries}
 
     def get(self, request: str) -> dict[str, Any] | None:
+        """Returns the answer, or None if there is none."""
         return self._answers.get(request)
 
     def put(self, request: str, entry: Mapping[str, Any]) -> None:
-        """It is on disk on return."""
+        """Keeps an answer, which is on disk on return."""
         entry = {"request": request, **entry}
         line = json.dumps(entry, ensure_ascii=False) + "\n"
         with self._lock, open(self._path, "ab") as file:
-            # A server may answer with half a surrogate pair; its escape is JSON.
+            # A server may answer with half a surrogate pair, whose escape is JSON.
             file.write(line.encode("utf-8", "backslashreplace"))
             file.flush()
             os.fsync(file.fileno())
@@ -56,11 +57,13 @@ class AnswerCache:
 
 
 class Judge:
-    """Args:
-    server: whom to ask.
-    cache: the file of answers.
-    workers: requests at a time.
-    say: prints a line for the user.
+    """Scores of a task's predictions, from the judge's server and the file of earlier answers.
+
+    Args:
+      server: the judge's server.
+      cache: the file of answers.
+      workers: requests at a time.
+      say: prints a line for the user.
     """
 
     def __init__(
@@ -72,10 +75,10 @@ class Judge:
     def __call__(
         self, task: str, predictions: Sequence[Prediction]
     ) -> tuple[list[float | None], dict[str, Any]]:
-        """(Score of each prediction, 0 to 1, or None where there is none; counts to report).
+        """Returns the score of each prediction, 0 to 1 or None, and counts to report.
 
         Raises:
-          UserError: the server refuses us, whatever we ask.
+          UserError: the server refuses every request.
         """
         bodies = [self._body(judge_prompt(task, prediction)) for prediction in predictions]
         keys = [self._key(body) for body in bodies]
@@ -99,7 +102,7 @@ class Judge:
         for reason, count in Counter(failures.values()).most_common(3):
             self._say(f"judge: {task}: {count} requests failed: {reason}")
         if unanswered:
-            self._say("judge: the same command asks for what is missing again")
+            self._say("judge: the same command sends the failed requests again")
         return scores, {
             "judge_model": self._server.model,
             "judge_unparsable": unparsable,
@@ -127,7 +130,7 @@ class Judge:
         )
 
     def _ask_all(self, task: str, missing: Mapping[str, Any]) -> dict[str, str]:
-        """Fills the cache; returns why requests failed, by their key."""
+        """Fills the cache. Returns why requests failed, by their key."""
         failures = {}
         stopped = threading.Event()
 
@@ -144,7 +147,7 @@ class Judge:
                         future.result()
                     except RequestError as error:
                         failures[futures[future]] = str(error)
-            except BaseException:  # a refusal, or Ctrl-C: let the waiting threads end
+            except BaseException:  # a refusal or Ctrl-C: let the waiting threads end
                 stopped.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -152,6 +155,6 @@ class Judge:
 
 
 def estimated_tokens(text: str) -> int:
-    """About the tokens of a text: four letters of English each, one character of anything else."""
+    """Estimates the tokens of a text: four ASCII letters each, or one other character."""
     ascii_letters = sum(character.isascii() for character in text)
     return ascii_letters // 4 + len(text) - ascii_letters

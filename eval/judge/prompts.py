@@ -1,4 +1,4 @@
-"""What the judge is asked, in the task's language, and how its answer is read."""
+"""The judge's questions, in the task's language, and the reading of its answers."""
 
 import re
 from collections.abc import Sequence
@@ -83,7 +83,7 @@ _TASKS = {
     ),
 }
 
-# Bold type around the words or the number is forgiven, another scale than "/10" is not.
+# Bold type around the words or the number is accepted, another scale than "/10" is not.
 _TOTAL = re.compile(
     r"^\W*(?:总分|total)\W*?[:：]\W*?(?<!-)(\d+(?:\.\d+)?)(?:\s*分)?(?:\s*/\s*10)?[\s*_。.]*$",
     re.IGNORECASE | re.MULTILINE,
@@ -91,7 +91,7 @@ _TOTAL = re.compile(
 
 
 def judge_prompt(task: str, prediction: Prediction) -> str:
-    """The question about one prediction."""
+    """Returns the question about one prediction."""
     template, kind, criteria = _TASKS[task]
     return template.format(
         kind=kind,
@@ -103,7 +103,7 @@ def judge_prompt(task: str, prediction: Prediction) -> str:
 
 
 def total_of(answer: str) -> float | None:
-    """The judge's total, 0 to 1; None when the answer ends with none in the fixed format."""
+    """Returns the judge's total, 0 to 1; None if the answer has none in the fixed format."""
     totals: Sequence[str] = _TOTAL.findall(answer)
     if not totals or float(totals[-1]) > FULL_MARKS:
         return None

@@ -1,4 +1,4 @@
-"""Writes a report that sets evaluated methods side by side, as Markdown and as one HTML page."""
+"""Writes a report that compares evaluated methods, as Markdown and as one HTML page."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ the directory's name; NAME=DIR names it. Evaluations of one method on several ta
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The command line."""
+    """Runs the command line."""
     parser = ArgumentParser(prog="python -m eval.report", description=__doc__, epilog=EXAMPLE)
     parser.add_argument("runs", nargs="+", metavar="RUNS", help="DIR or NAME=DIR")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR")

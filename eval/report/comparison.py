@@ -1,4 +1,4 @@
-"""The numbers of a report: one metric per task, scores of rows, differences between methods."""
+"""The numbers of a report: one metric per task, scores of rows, tests between methods."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,16 +11,16 @@ from eval.statistics import Difference, holm, paired_difference
 from olmoe_jax.errors import UserError
 
 _ROW_SCORES = {"pass@1": "passed"}
-"""Metrics whose scores have another name in rows.jsonl."""
+"""{metric: the name of a row's score in rows.jsonl}, if the names differ."""
 _IGNORED_SETTINGS = ("task", "data", "examples", "limit", "batch_size", "seed")
-"""What may differ between compared results; the data is compared apart from the others."""
+"""Settings that may differ between compared results; `data` is compared separately."""
 
 
 @dataclass(frozen=True)
 class Pair:
     """Two methods on the same rows of a task: the first's scores minus the second's.
 
-    `adjusted`: the difference's p, adjusted by Holm for the pairs of the task.
+    `adjusted` is p after Holm's method for the pairs of the task.
     """
 
     first: str
@@ -30,10 +30,10 @@ class Pair:
 
 
 def main_metric(task: str, results: Mapping[str, Result]) -> str:
-    """The first metric that all of a task's results have: without a judge in one, no judge.
+    """Returns the first metric that all results have: no judge if one result has none.
 
     Raises:
-      UserError: they have none in common.
+      UserError: the results have no metric in common.
     """
     first, *others = results.values()
     for metric in first.metrics:
@@ -46,9 +46,9 @@ def main_metric(task: str, results: Mapping[str, Result]) -> str:
 
 
 def row_scores(result: Result, metric: str) -> dict[str, float]:
-    """{row id: its score, the mean of its samples}; a row without a score is left out.
+    """Returns {row id: the mean score of its samples}, without the rows that have no score.
 
-    Metrics of the whole set that have no scores of rows give none.
+    The dictionary is empty for a metric that only a whole set has.
     """
     name = _ROW_SCORES.get(metric, metric)
     scores = {}
@@ -60,12 +60,12 @@ def row_scores(result: Result, metric: str) -> dict[str, float]:
 
 
 def pairs(inputs: Inputs, task: str, metric: str) -> list[Pair]:
-    """All pairs of methods whose rows of a task are the same data, the clearest first."""
+    """Returns all pairs of methods that have the same data of a task, the smallest p first."""
     results = inputs.results[task]
     methods = [name for name in inputs.methods if name in results]
     scores = {name: row_scores(results[name], metric) for name in methods}
     found: list[tuple[str, str, Difference]] = []
-    # The later in the order of the methods first: densemixer minus frozen, not the reverse.
+    # The later method minus the earlier: a gain over the base is positive.
     for second, first in itertools.combinations(methods, 2):
         common = scores[first].keys() & scores[second].keys()
         if not common or _data(results[first]) != _data(results[second]):
@@ -83,9 +83,9 @@ def _data(result: Result) -> Any:
 
 
 def remarks(inputs: Inputs) -> Iterator[str]:
-    """What a reader must know of how the results came about, a sentence each."""
+    """Yields sentences on how the results were made, which a reader must know."""
     for path in inputs.unfinished:
-        yield f"{path} was begun and has no result yet: the same eval.run command finishes it."
+        yield f"{path} was begun and has no result yet: the same eval.run command ends the task."
     for task, results in inputs.results.items():
         names, values = list(results), list(results.values())
         if len({_data(result) for result in values}) > 1:
@@ -108,7 +108,7 @@ def remarks(inputs: Inputs) -> Iterator[str]:
 
 
 def _grouped(names: Sequence[str], values: Sequence[Any]) -> str:
-    """In words, who has which value: "a, b: 1; c: 2"."""
+    """Returns who has which value, in words: "a, b: 1; c: 2"."""
     groups: dict[Any, list[str]] = {}
     for name, value in zip(names, values, strict=True):
         groups.setdefault(value, []).append(name)

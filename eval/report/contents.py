@@ -1,4 +1,4 @@
-"""What a report says, in its order: scores, published scores, tests, curves, routers, outputs."""
+"""The parts of a report, in their order: scores, published scores, tests, curves, outputs."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,11 +24,11 @@ from eval.report.inputs import Inputs
 
 SIGNIFICANT = 0.05
 _PROMPT_END = 600
-"""Characters of a prompt that are shown: its end, which holds the question."""
+"""How many of a prompt's last characters are shown: the end holds the question."""
 
 
 def report(inputs: Inputs, samples: int) -> list[Block]:
-    """The whole report; `samples` rows of each task are shown with what the methods wrote."""
+    """Returns the whole report, with the methods' outputs for `samples` rows of each task."""
     metrics = {task: main_metric(task, column) for task, column in inputs.results.items()}
     return [
         Heading(1, "Evaluation report"),
@@ -47,8 +47,8 @@ def _scores(inputs: Inputs, metrics: dict[str, str]) -> Iterator[Block]:
     text = "In percent, with the 95% bootstrap interval over the rows; the best of a task is bold."
     if any(task.startswith(PREFIX) for task in metrics):
         text += (
-            " Of lm_eval's tasks the interval is 1.96 standard errors to both sides; what is no "
-            "share is in lm_eval's own unit, of which less may be better (a ↓ says so)."
+            " The interval of lm_eval's tasks is 1.96 standard errors to both sides. A metric that "
+            "is no share of the rows is in lm_eval's own unit; a ↓ says that less is better."
         )
     yield Paragraph(text)
     columns = {task: _column(inputs, task, metric) for task, metric in metrics.items()}
@@ -62,7 +62,7 @@ def _scores(inputs: Inputs, metrics: dict[str, str]) -> Iterator[Block]:
 
 
 def _column(inputs: Inputs, task: str, metric: str) -> dict[str, Mapping[str, float]]:
-    """{method: what it has of the task's metric}."""
+    """Returns {method: the task's metric}."""
     return {name: result.metrics[metric] for name, result in inputs.results[task].items()}
 
 
@@ -97,8 +97,8 @@ def _published(inputs: Inputs, metrics: dict[str, str]) -> Iterator[Block]:
         return
     yield Heading(2, "Difference to the published scores")
     yield Paragraph(
-        "Score here minus the published one, which is in brackets. Published are those of "
-        "OLMoE-1B-7B-0125 in the README of DenseMixer (yaof20/DenseMixer); law, summary and "
+        "The score here minus the published score, which is in brackets. The README of DenseMixer "
+        "(yaof20/DenseMixer) has the published scores of OLMoE-1B-7B-0125; law, summary and "
         "translation depend on the judge."
     )
     yield Table(["method", *(f"{task} ({metric})" for task, metric in metrics.items())], rows)
@@ -114,8 +114,8 @@ def _tests(inputs: Inputs, metrics: dict[str, str]) -> Iterator[Block]:
     yield Heading(2, "Differences between methods")
     yield Paragraph(
         "On the same rows: the first method's mean score minus the second's, with the 95% "
-        "bootstrap interval. p is two-sided, of McNemar's exact test where a row is right or "
-        "wrong, else of a permutation test with random signs; Holm's method adjusts it for the "
+        "bootstrap interval. The two-sided p is from McNemar's exact test if rows are right or "
+        "wrong, else from a permutation test with random signs; Holm's method adjusts p for the "
         f"pairs of the task. Differences with an adjusted p below {SIGNIFICANT} are bold."
     )
     for task, metric in metrics.items():
@@ -170,7 +170,7 @@ def _training(inputs: Inputs) -> Iterator[Block]:
 
 
 def _expert_scores(data: str, runs: Named) -> list[Picture]:
-    """Those that the ESFT runs selected by; methods that share them show them once."""
+    """Returns the scores by which ESFT runs selected; methods that share scores show them once."""
     shared: dict[Path, list[str]] = {}
     for name, run in runs:
         if run.scores:
@@ -186,7 +186,7 @@ def _expert_scores(data: str, runs: Named) -> list[Picture]:
 
 
 def _file_name(what: str, data: str, suffix: str) -> str:
-    """A name that is safe in a path and in a link."""
+    """Returns a name that is safe in a path and in a link."""
     kept = (c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in f"{what}_{data}")
     return f"{''.join(kept)}.{suffix}"
 
@@ -199,7 +199,7 @@ def _outputs(inputs: Inputs, metrics: dict[str, str], samples: int) -> Iterator[
         results = inputs.results[task]
         names = [name for name in inputs.methods if name in results]
         scores = {name: row_scores(results[name], metric) for name in names}
-        # The methods' common rows; where they have none, those of the first.
+        # The methods' common rows; if there are none, the rows of the first.
         common = set.intersection(*(set(results[name].rows) for name in names))
         ids = [id_ for id_ in results[names[0]].rows if id_ in common or not common]
         for id_ in _spread(ids, samples):
@@ -216,10 +216,10 @@ def _outputs(inputs: Inputs, metrics: dict[str, str], samples: int) -> Iterator[
 
 
 def _spread(ids: Sequence[str], count: int) -> list[str]:
-    """At most `count` of the ids, evenly over all."""
+    """Returns at most `count` of the ids, spread evenly."""
     count = min(count, len(ids))
     return [ids[place * len(ids) // count] for place in range(count)]
 
 
-def _text(value) -> str:
+def _text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

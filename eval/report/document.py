@@ -1,6 +1,6 @@
-"""A report as a list of blocks, written as Markdown and as one HTML page that needs nothing else.
+"""A report as a list of blocks, as Markdown and as one HTML page that needs no other file.
 
-All texts are plain: what they say is escaped here, for either format.
+All texts are plain: this file escapes them for either format.
 """
 
 import base64
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 
 class Strong(str):
-    """A table cell to stand out."""
+    """The text of a table cell that stands out."""
 
 
 @dataclass(frozen=True)
 class Heading:
-    """Level 1 is the report's title."""
+    """A heading; level 1 is the report's title."""
 
     level: int
     text: str
@@ -24,6 +24,8 @@ class Heading:
 
 @dataclass(frozen=True)
 class Paragraph:
+    """A paragraph of text."""
+
     text: str
 
 
@@ -36,7 +38,7 @@ class Items:
 
 @dataclass(frozen=True)
 class Table:
-    """The first column names the rows; the others are numbers or short words."""
+    """A table whose first column names the rows and whose others are numbers or short words."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -44,7 +46,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A file beside report.md, inside report.html; its name ends in .svg or .png."""
+    """A file beside report.md and inside report.html; its name ends in .svg or .png."""
 
     name: str
     content: bytes
@@ -60,7 +62,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Output:
-    """A model's text, as it is."""
+    """A model's text, unchanged."""
 
     label: str
     text: str
@@ -73,7 +75,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u
 
 
 def _visible(text: str) -> str:
-    """The text with control characters written as escapes."""
+    """Returns the text with control characters written as escapes."""
     return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text.replace("\r\n", "\n"))
 
 
@@ -83,7 +85,7 @@ _MARKUP = re.compile(r"([\\`*_{}\[\]<>#|~$&!])")
 
 
 def to_markdown(blocks: Sequence[Block]) -> str:
-    """The report as GitHub's Markdown; pictures are links to files beside it."""
+    """Returns the report as GitHub's Markdown, with links to pictures in the same directory."""
     return "\n".join(_markdown(block) for block in blocks)
 
 
@@ -139,7 +141,7 @@ _KINDS = {"svg": "image/svg+xml", "png": "image/png"}
 
 
 def to_html(blocks: Sequence[Block]) -> str:
-    """The report as one page, in any browser, without scripts or other files."""
+    """Returns the report as one page for any browser, without scripts or other files."""
     title = next((block.text for block in blocks if isinstance(block, Heading)), "report")
     body = "\n".join(_html(block) for block in blocks)
     return f"""<!DOCTYPE html>

@@ -1,4 +1,4 @@
-"""The plots of a report: losses, the router's entropy and load, as SVG with real text."""
+"""The plots of a report: losses, right answers, router entropy and load, as SVG with text."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -10,28 +10,29 @@ from configs.table import METHODS
 from eval.report.inputs import TrainingRun
 
 _POINTS = 150
-"""Points of a curve; each is the mean over its share of the steps."""
+"""Points of a curve at most; each is the mean over a stretch of steps."""
 
 Curve = tuple[Sequence[float], Sequence[float]]
 """Steps and values."""
 Named = Sequence[tuple[str, TrainingRun]]
+"""Names of methods and their runs."""
 
 
 def loss_curves(runs: Named) -> bytes | None:
-    """Training loss (a line) and evaluation loss (points) of runs on one data set."""
+    """Draws training loss (lines) and evaluation loss (points) of runs on one data set."""
     training = {name: _curve(run, "loss") for name, run in runs}
     evaluation = {name: _curve(run, "eval_loss") for name, run in runs}
     return _draw("loss (nats per token)", training, evaluation)
 
 
 def match_curves(runs: Named) -> bytes | None:
-    """Right answers while training, of the runs that decoded them."""
+    """Draws the share of right answers while training; None if no run decoded any."""
     found = {name: _curve(run, "exact_match", 100) for name, run in runs}
     return _draw("right answers (%)", {}, found)
 
 
 def router_curves(runs: Named) -> dict[str, bytes]:
-    """{what: picture} of the routers over the steps, from the runs' TensorBoard files."""
+    """Returns {what: picture} of the routers over the steps, from the runs' TensorBoard files."""
     entropy, load = {}, {}
     for name, run in runs:
         scalars = _scalars(run.path / "tensorboard")
@@ -54,7 +55,7 @@ def _curve(run: TrainingRun, field: str, factor: float = 1) -> Curve:
 
 
 def _scalars(path: Path) -> dict[str, Curve]:
-    """The router's scalars in a directory of event files."""
+    """Reads the router's scalars in a directory of event files."""
     if not path.is_dir():
         return {}
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -69,20 +70,20 @@ def _scalars(path: Path) -> dict[str, Curve]:
 
 
 def _draw(title: str, lines: Mapping[str, Curve], points: Mapping[str, Curve]) -> bytes | None:
-    """One panel with a color for each name; None: there is nothing to draw."""
+    """Returns one panel with a color for each name; None if there is nothing to draw."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     names = [n for n in dict.fromkeys([*lines, *points]) if any(map(len, _of(n, lines, points)))]
     if not names:
         return None
-    # Small enough that its text can be read on a telephone, where it is scaled down little.
+    # Small: a telephone scales the text down only a little.
     figure = Figure(figsize=(5.2, 3.6), layout="constrained")
     axes = figure.subplots()
     for name in names:
         color = _color(name, names)
         line, dots = _of(name, lines, points)
-        # A name is no formula; and matplotlib leaves names with an underscore out.
+        # matplotlib reads $ as a formula and leaves out names that begin with an underscore.
         label = f"\N{ZERO WIDTH SPACE}{name}".replace("$", r"\$")
         if len(line):
             axes.plot(*_thinned(line), color=color, linewidth=1.3, label=label)
@@ -101,18 +102,18 @@ def _draw(title: str, lines: Mapping[str, Curve], points: Mapping[str, Curve]) -
 
 
 def _of(name: str, lines: Mapping[str, Curve], points: Mapping[str, Curve]) -> list[Curve]:
-    """The name's line and points; empty where there are none."""
+    """Returns the name's line and points, each empty if there is none."""
     curves = (lines.get(name, ((), ())), points.get(name, ((), ())))
     return [curve if len(curve[0]) else () for curve in curves]
 
 
 def _color(name: str, names: Sequence[str]) -> str:
-    """The same for a method in every plot."""
+    """Returns a method's color, the same in every plot."""
     return f"C{METHODS.index(name) if name in METHODS else len(METHODS) + names.index(name)}"
 
 
 def _thinned(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
-    """The means over at most _POINTS stretches of the curve."""
+    """Returns the means over at most _POINTS stretches of the curve."""
     steps, values = (np.asarray(part, float) for part in curve)
     stretches = np.array_split(np.arange(len(steps)), min(_POINTS, len(steps)))
     return tuple(np.array([part[s].mean() for s in stretches]) for part in (steps, values))

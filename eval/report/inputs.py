@@ -1,4 +1,4 @@
-"""What a report is made of: the evaluations and training runs in the directories it is given.
+"""The inputs of a report: the evaluations and training runs in the given directories.
 
 A row of the report is a method. An evaluation belongs to the training run that holds its directory,
 or to the run whose directory, or export in it, the evaluation names as its adapter or else as its

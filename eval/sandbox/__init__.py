@@ -1,10 +1,11 @@
-"""Runs programs that a model wrote, contained by the Linux kernel.
+"""A sandbox of the Linux kernel for programs that a model wrote.
 
-What contains them is described in `launcher.py`, which is a process of its own: this side starts
-it with an empty environment, reads its pipes up to a limit, and kills it when its time is over.
+`launcher.py`, a process of its own, describes what contains a program. This side starts the
+launcher with an empty environment, reads its pipes up to a limit, and kills it when the time is
+over.
 
-What it does not defend against: a program that inspects the frames of the interpreter that runs it
-can find the token that says "passed". It gains nothing by that but its own score.
+Not covered: a program that inspects the frames of its own interpreter can find the token that says
+"passed". The program gains nothing by that but its own score.
 """
 
 import concurrent.futures
@@ -19,6 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
 
 from olmoe_jax.errors import UserError
 
@@ -37,16 +39,16 @@ _ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use. Memory and CPU time are per process, of which there are few."""
+    """Limits of one program. Memory and CPU time are per process, and the processes are few."""
 
     cpu_seconds: int = 20
-    """One canonical solution takes 5.4 s on a slow machine; scores must not depend on that."""
+    """The slowest canonical solution takes 5.4 s on a slow machine."""
     wall_seconds: float = 90.0
     memory_bytes: int = 512 << 20
     tmp_bytes: int = 16 << 20
-    """Of the files in its /tmp together, and of one file."""
+    """All files in /tmp together, and each file."""
     processes: int = 6
-    """Including its supervisor; threads count."""
+    """The supervisor and threads count."""
     output_bytes: int = 1 << 20
 
 
@@ -54,7 +56,7 @@ def check() -> None:
     """Makes sure that this machine can contain programs.
 
     Raises:
-      UserError: it cannot, and why.
+      UserError: this machine cannot, and why.
     """
     if sys.platform != "linux":
         raise UserError("--allow_code_execution: the sandbox needs Linux; leave out the code tasks")
@@ -66,7 +68,7 @@ def check() -> None:
 def run_all(
     programs: Sequence[tuple[str, str]], limits: Limits = Limits(), workers: int | None = None
 ) -> list[str | None]:
-    """As `run` for each (program, tests), several at once (default: one per CPU)."""
+    """Returns `run` of each (program, tests), several at once (default: one per CPU)."""
     with concurrent.futures.ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         return list(pool.map(lambda pair: run(*pair, limits), programs))
 
@@ -75,10 +77,10 @@ def run(program: str, tests: str, limits: Limits = Limits()) -> str | None:
     """Runs a program and then its tests in the same module.
 
     Returns:
-      None when both ran to the end without an exception; else what happened, in a few words.
+      None if both ran to the end without an exception, else what happened in a few words.
 
     Raises:
-      UserError: the platform does not let us contain the program, so it was not run.
+      UserError: this machine cannot contain the program, which did not run.
     """
     token = secrets.token_hex(16)
     request = {
@@ -106,7 +108,7 @@ def run(program: str, tests: str, limits: Limits = Limits()) -> str | None:
             _send(process, json.dumps(request).encode())
             answer, stopped = _watch(process.stdout, result, limits)
         finally:
-            # Its first process ends with it, and with that one all that the program started.
+            # The sandbox's first process dies with the launcher, and all others with the first.
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     if not stopped and process.returncode == _SETUP_FAILED:
@@ -124,12 +126,12 @@ def _send(process: subprocess.Popen, request: bytes) -> None:
     try:
         process.stdin.write(request)
         process.stdin.close()
-    except BrokenPipeError:  # it could not even start; its exit status says so
+    except BrokenPipeError:  # the launcher could not start; its exit status says so
         pass
 
 
-def _watch(output, result, limits: Limits) -> tuple[str, str | None]:
-    """The result, and why the program must be stopped (None: it ended by itself)."""
+def _watch(output: IO[bytes], result: IO[bytes], limits: Limits) -> tuple[str, str | None]:
+    """Returns the result, and why the program was stopped (None: the program ended by itself)."""
     deadline = time.monotonic() + limits.wall_seconds
     answer, written = b"", 0
     with selectors.DefaultSelector() as selector:
@@ -152,7 +154,7 @@ def _watch(output, result, limits: Limits) -> tuple[str, str | None]:
 
 
 def _readable_directories() -> list[str]:
-    """The interpreter's directories and the system's libraries, none inside another."""
+    """Returns the directories of interpreter and system libraries, none inside another."""
     wanted = {os.path.realpath(path) for path in ("/usr", sys.base_prefix, sys.prefix)}
     wanted |= {path for path in ("/bin", "/lib", "/lib64") if not os.path.islink(path)}
     wanted |= {os.path.abspath(path) for path in (sys.base_prefix, sys.prefix)}

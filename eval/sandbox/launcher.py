@@ -1,14 +1,14 @@
-"""Runs one untrusted program; started as `python launcher.py` by `eval.sandbox`, nothing else.
+"""The process that contains and runs one untrusted program; only `eval.sandbox` starts it.
 
-Its argument is the file descriptor for the result. Reads a JSON request from stdin: {"token",
-"program", "limits", "readable"}. The program's output goes to stdout and stderr. The result is the
-token when the program ran to its end, else what stopped it. Exit code 0 says nothing about the
-program; 3 means that the sandbox could not be made, for the reason that is the result.
+The argument is the file descriptor for the result. stdin holds a JSON request: {"token", "program",
+"limits", "readable"}. The program's output goes to stdout and stderr. The result is the token if
+the program ran to its end, else what stopped the program. Exit code 0 says nothing about the
+program. Exit code 3 means that the sandbox could not be made; the result then says why.
 
-What contains the program, all of it from the kernel, no root needed:
-- namespaces of its own: user (no privilege outside), mount (a new root on a small tmpfs, with the
-  interpreter's directories read-only), pid (sees and signals only itself, and all of it dies with
-  its first process), network (no interface is up), IPC and host name;
+The kernel contains the program, without root:
+- new namespaces: user (no privilege outside), mount (a new root on a small tmpfs, with the
+  interpreter's directories read-only), pid (the program sees and signals only its own processes,
+  which all die with the first), network (no interface is up), IPC and host name;
 - resource limits: memory, CPU time, file size, processes, open files;
 - no capabilities, and no way to gain one.
 """
@@ -20,6 +20,7 @@ import resource
 import signal
 import sys
 import types
+from collections.abc import Callable
 
 RESULT = int(sys.argv[1])
 SETUP_FAILED = 3
@@ -40,26 +41,28 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 class SetupError(Exception):
-    """The kernel refused a part of the sandbox."""
+    """Raised if the kernel refuses a part of the sandbox."""
 
 
-def call(what: str, function, *arguments) -> None:
-    """A libc call that must not fail."""
+def call(what: str, function: Callable[..., int], *arguments: object) -> None:
+    """Calls a function of libc that must not fail."""
     arguments = [a.encode() if isinstance(a, str) else a for a in arguments]
     if function(*arguments) != 0:
         raise SetupError(f"{what}: {os.strerror(ctypes.get_errno())}")
 
 
-def syscall(what: str, number: int, *arguments) -> None:
-    """As `call`, for what libc has no function for."""
+def syscall(what: str, number: int, *arguments: object) -> None:
+    """Makes a system call that libc has no function for and that must not fail."""
     call(what, lambda *rest: libc.syscall(ctypes.c_long(number), *rest), *arguments)
 
 
 def die_with_parent() -> None:
+    """Asks the kernel to kill this process when its parent ends."""
     call("prctl", libc.prctl, _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def main() -> None:
+    """Reads the request, and runs the program in the sandbox."""
     request = json.load(sys.stdin.buffer)
     machine = os.uname().machine
     try:
@@ -73,16 +76,16 @@ def main() -> None:
 
 
 def fail(error: Exception) -> None:
-    """Reports a setup that failed, and ends this process."""
+    """Reports a failed setup, and ends this process."""
     os.write(RESULT, str(error).encode())
     os._exit(SETUP_FAILED)
 
 
-def in_new_namespaces(body) -> int:
-    """Runs `body` in a child with namespaces of its own; returns its exit status.
+def in_new_namespaces(body: Callable[[], None]) -> int:
+    """Runs `body` in a child with new namespaces. Returns the child's exit status.
 
-    This process writes the child's user map: one that is root outside can also map nobody, as whom
-    the program then runs, since root is exempt from the limit on processes.
+    This process writes the child's user map. Root can also map the user nobody: the program then
+    runs as nobody, since root is exempt from the limit on processes.
     """
     ready_read, ready_write = os.pipe()
     mapped_read, mapped_write = os.pipe()
@@ -111,14 +114,14 @@ def in_new_namespaces(body) -> int:
 
 def become_sandbox(request: dict) -> None:
     """Forks the first process of the new pid namespace, which supervises the program."""
-    # Namespaces inside would bring privileges over mounts, hence memory that no limit counts.
+    # A namespace inside would give privileges over mounts, whose memory no limit counts.
     write("/proc/sys/user/max_user_namespaces", "0")
     first = os.fork()
     if first == 0:
         try:
             new_root(request["readable"], request["limits"]["tmp_bytes"])
             drop_privileges()
-            die_with_parent()  # after the change of user, which would undo it
+            die_with_parent()  # again: the change of user undid the first request
             set_limits(request["limits"])
             program = os.fork()
             if program == 0:
@@ -126,7 +129,7 @@ def become_sandbox(request: dict) -> None:
             ended, status = os.wait()
             while ended != program:  # the program's orphans are this process's children
                 ended, status = os.wait()
-            if os.WIFSIGNALED(status):  # SIGKILL: its CPU time is over
+            if os.WIFSIGNALED(status):  # SIGKILL: the CPU time is over
                 os.write(RESULT, f"ended by {signal.Signals(os.WTERMSIG(status)).name}".encode())
         except (SetupError, OSError) as error:
             fail(error)
@@ -136,8 +139,8 @@ def become_sandbox(request: dict) -> None:
 
 
 def new_root(readable: list[str], tmp_bytes: int) -> None:
-    """A root directory with the readable directories, four devices and an empty, writable /tmp."""
-    root = "/tmp"  # covered in this namespace only
+    """Makes a root with the readable directories, four devices and an empty, writable /tmp."""
+    root = "/tmp"  # covered by the new root in this namespace only
     call("making mounts private", libc.mount, None, "/", None, _MS_REC | _MS_PRIVATE, None)
     devices = [f"/dev/{name}" for name in ("null", "zero", "random", "urandom")]
     kept = {path: os.open(path, os.O_PATH) for path in (*devices, *readable)}
@@ -167,7 +170,7 @@ def new_root(readable: list[str], tmp_bytes: int) -> None:
 
 
 def set_mount(path: bytes, flags: int, add: int = 0, clear: int = 0) -> None:
-    """mount_setattr(2): unlike a remount it can make a whole tree of mounts read-only."""
+    """Calls mount_setattr(2), which unlike a remount makes a whole tree of mounts read-only."""
     attributes = (ctypes.c_uint64 * 4)(add, clear, 0, 0)
     size = ctypes.c_size_t(ctypes.sizeof(attributes))
     pointer = ctypes.byref(attributes)
@@ -175,9 +178,9 @@ def set_mount(path: bytes, flags: int, add: int = 0, clear: int = 0) -> None:
 
 
 def drop_privileges() -> None:
-    """Leaves no capability, and no way to one; root outside becomes nobody."""
+    """Drops all capabilities and every way to gain one; root outside becomes nobody."""
     for capability in range(64):
-        libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)  # fails for those the kernel lacks
+        libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)  # fails if the kernel has no such one
     os.setresgid(INSIDE_ID, INSIDE_ID, INSIDE_ID)
     os.setresuid(INSIDE_ID, INSIDE_ID, INSIDE_ID)
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
@@ -187,7 +190,8 @@ def drop_privileges() -> None:
     call("prctl", libc.prctl, _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
-def set_limits(limits: dict) -> None:
+def set_limits(limits: dict[str, int]) -> None:
+    """Sets the resource limits of this process and its children."""
     values = {
         resource.RLIMIT_AS: limits["memory_bytes"],
         resource.RLIMIT_CPU: limits["cpu_seconds"],
@@ -201,7 +205,7 @@ def set_limits(limits: dict) -> None:
 
 
 def run_program(program: str, token: str) -> None:
-    """Runs the program as a module and writes the result. Does not return."""
+    """Runs the program as a module, writes the result, and ends this process."""
     null = os.open("/dev/null", os.O_RDONLY)
     os.dup2(null, 0)
     module = types.ModuleType("program")
@@ -216,6 +220,7 @@ def run_program(program: str, token: str) -> None:
 
 
 def write(path: str, text: str) -> None:
+    """Writes a file of /proc."""
     try:
         with open(path, "w") as file:
             file.write(text)

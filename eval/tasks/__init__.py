@@ -18,7 +18,7 @@ TASKS: dict[str, Task] = {
 
 
 def tasks_of(names: str) -> Sequence[Task]:
-    """The tasks of a comma-separated list, each once.
+    """Returns the tasks in a comma-separated list, each once.
 
     Raises:
       UserError: there is no such task.

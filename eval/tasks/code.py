@@ -1,4 +1,4 @@
-"""humaneval and mbpp: programs, scored by running the data set's tests in the sandbox."""
+"""The tasks humaneval and mbpp: programs, scored by the data set's tests in the sandbox."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,23 +8,25 @@ from eval.tasks.task import Example, Prediction, Scores, Task, Tools
 from olmoe_jax.errors import UserError
 
 PASS_AT = (1, 5, 10, 100)
-"""The k of pass@k that are reported, as far as there are samples."""
+"""The k of the reported pass@k, as far as there are samples."""
 
 
 class CodeTask(Task):
+    """Base of both: pass@k over samples."""
+
     sampled = True
     runs_code = True
 
     def answer(self, output: str) -> str:
-        """The output as it is: it was cut at the stop strings."""
+        """Returns the output, which was cut at the stop strings."""
         return output
 
     def program(self, prediction: Prediction) -> tuple[str, str]:
-        """The solution and the tests that it must pass."""
+        """Returns the solution and the tests that the solution must pass."""
         raise NotImplementedError
 
     def score(self, predictions: Sequence[Prediction], tools: Tools) -> Scores:
-        """pass@k; a row says why it failed."""
+        """Returns pass@k; a row says why the program failed."""
         assert tools.run_programs, "the command checks this before it starts"
         failures = tools.run_programs([self.program(p) for p in predictions])
         passed: dict[str, list[bool]] = {}
@@ -41,7 +43,7 @@ class CodeTask(Task):
 
 
 class HumanEval(CodeTask):
-    """Chen et al. 2021: the model continues a function from its docstring."""
+    """HumanEval (Chen et al. 2021): the model continues a function from its docstring."""
 
     name = "humaneval"
     local_file = "humaneval/HumanEval.jsonl"
@@ -60,7 +62,7 @@ class HumanEval(CodeTask):
 
 
 class Mbpp(CodeTask):
-    """Austin et al. 2021, with their prompt and three solved problems."""
+    """MBPP (Austin et al. 2021), with the paper's prompt and three solved problems."""
 
     name = "mbpp"
     local_file = "mbpp/mbpp.jsonl"
@@ -72,6 +74,7 @@ class Mbpp(CodeTask):
     stop = ("[DONE]",)
 
     def examples(self, rows: Sequence[dict[str, Any]]) -> list[Example]:
+        """Returns the problems 11 to 510, the test set."""
         by_id = {row["task_id"]: row for row in rows}
         if not {2, 3, 4} <= by_id.keys():
             raise UserError(
@@ -103,5 +106,5 @@ def _tests(row: dict[str, Any]) -> str:
 
 
 def _unix(text: str) -> str:
-    """With "\\n" for line ends: the data has "\\r\\n"."""
+    """Returns the text with "\\n" for line ends: the data has "\\r\\n"."""
     return text.replace("\r\n", "\n")

@@ -1,6 +1,6 @@
-"""What the four tasks of Expert-Specialized Fine-Tuning (Wang et al. 2024) have in common.
+"""The base of the four tasks of Expert-Specialized Fine-Tuning (Wang et al. 2024).
 
-Their prompts hold solved examples, then the query: "User: EXAMPLE\\n\\n…QUERY\\n\\nAssistant:".
+A prompt holds solved examples, then the query: "User: EXAMPLE\\n\\n…QUERY\\n\\nAssistant:".
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,8 @@ _FIRST, _LAST = "User: ", "\n\nAssistant:"
 
 
 class EsftTask(Task):
+    """A task whose rows have a prompt and answers, the first of which is the reference."""
+
     fields = ("prompt", "answers")
 
     def examples(self, rows: Sequence[dict[str, Any]]) -> list[Example]:
@@ -21,7 +23,7 @@ class EsftTask(Task):
         ]
 
     def shorten(self, prompt: str) -> str | None:
-        """Drops the first solved example."""
+        """Returns the prompt without its first solved example; None if the prompt has none."""
         first, _, rest = prompt.removesuffix(_LAST).partition("\n\n")
         if not (rest and first.startswith(_FIRST) and prompt.endswith(_LAST)):
             return None
@@ -29,5 +31,5 @@ class EsftTask(Task):
 
 
 def query_of(prompt: str) -> str:
-    """The query alone, without the solved examples before it."""
+    """Returns the query alone, without the solved examples before it."""
     return prompt.removesuffix(_LAST).rpartition("\n\n")[2].removeprefix(_FIRST)

@@ -1,4 +1,4 @@
-"""gsm: grade school word problems (Cobbe et al. 2021), the last number is the answer."""
+"""The task gsm: grade school word problems (Cobbe et al. 2021); the last number answers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +9,8 @@ from olmoe_jax.generation.answers import NEXT_QUESTION, final_number, last_numbe
 
 
 class Gsm(Task):
+    """GSM8K without examples in the prompt."""
+
     name = "gsm"
     local_file = "gsm8k/test.jsonl"
     hub = (("RoxanneWsyw/gsm:test.jsonl", "train"),)
@@ -26,7 +28,7 @@ class Gsm(Task):
         ]
 
     def answer(self, output: str) -> str | None:
-        """The last number of the text, as it is written but for thousands commas."""
+        """Returns the last number of the text, as written but without thousands commas."""
         return last_number(output)
 
     def score(self, predictions: Sequence[Prediction], tools: Tools) -> Scores:

@@ -1,4 +1,4 @@
-"""intent: a sentence's intent and slots as JSON."""
+"""The task intent: a sentence's intent and slots as JSON."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +11,8 @@ from olmoe_jax.generation.answers import intents_match, is_intent, parse_intent
 
 
 class Intent(EsftTask):
+    """Intent recognition: the intent and all slots must match."""
+
     name = "intent"
     local_file = "esft/eval/intent.jsonl"
     hub = (("RoxanneWsyw/ESFT-intent:test.jsonl", "train"),)
@@ -26,7 +28,7 @@ class Intent(EsftTask):
         return examples
 
     def answer(self, output: str) -> dict[str, Any] | None:
-        """The JSON object on the first line; None when there is none."""
+        """Returns the JSON object on the first line; None if there is none."""
         return parse_intent(output)
 
     def score(self, predictions: Sequence[Prediction], tools: Tools) -> Scores:

@@ -1,4 +1,4 @@
-"""law, summary, translation: free text, scored by a judge and by metrics that need none."""
+"""The tasks law, summary and translation: free text, scored with and without a judge."""
 
 from collections.abc import Sequence
 
@@ -8,8 +8,10 @@ from eval.tasks.task import Prediction, Scores, Tools
 
 
 class JudgedTask(EsftTask):
+    """Base of the three: the judge's scores if there is a judge, then the offline metrics."""
+
     def answer(self, output: str) -> str:
-        """The first paragraph: what follows a blank line is another example."""
+        """Returns the first paragraph: after a blank line another example follows."""
         return output.strip().partition("\n\n")[0].strip()
 
     def score(self, predictions: Sequence[Prediction], tools: Tools) -> Scores:
@@ -24,12 +26,14 @@ class JudgedTask(EsftTask):
         return Scores(judged | offline.metrics, rows, counts | judge_counts)
 
     def offline(self, predictions: Sequence[Prediction]) -> Scores:
-        """ROUGE-L, the mean over rows."""
+        """Returns ROUGE-L, the mean over the rows."""
         values = [rouge_l(p.answer, p.example.reference) for p in predictions]
         return Scores({"rouge_l": mean_metric(values)}, [{"rouge_l": value} for value in values])
 
 
 class Law(JudgedTask):
+    """Judgments of legal cases, in Chinese."""
+
     name = "law"
     local_file = "esft/eval/law.jsonl"
     hub = (("RoxanneWsyw/ESFT-law:test.jsonl", "train"),)
@@ -37,6 +41,8 @@ class Law(JudgedTask):
 
 
 class Summary(JudgedTask):
+    """Summaries of customer service dialogues, in Chinese."""
+
     name = "summary"
     local_file = "esft/eval/summary.jsonl"
     hub = (("RoxanneWsyw/ESFT-summary:test.jsonl", "train"),)
@@ -44,13 +50,15 @@ class Summary(JudgedTask):
 
 
 class Translation(JudgedTask):
+    """Translation from Cherokee into English."""
+
     name = "translation"
     local_file = "esft/eval/translation.jsonl"
     hub = (("RoxanneWsyw/ESFT-translation:test.jsonl", "train"),)
     max_new_tokens = 256
 
     def offline(self, predictions: Sequence[Prediction]) -> Scores:
-        """chrF and BLEU of the whole set; a row's own score is its chrF."""
+        """Returns chrF and BLEU of the whole set; a row's own score is its chrF."""
         answers = [p.answer for p in predictions]
         references = [p.example.reference for p in predictions]
         rows = [

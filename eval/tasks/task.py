@@ -1,4 +1,4 @@
-"""What a task is: its rows as prompts, its post-processing, its scores."""
+"""A task: its rows as prompts, its post-processing, its scores."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from olmoe_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Example:
-    """A row: its name in the results, what the model reads, what scoring compares with."""
+    """A row of a task: id in the results, prompt, and the reference for the scores."""
 
     id: str
     prompt: str
@@ -21,25 +21,31 @@ class Example:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One sample for an example: the model's text, and what post-processing made of it."""
+    """One sample for an example: the model's text, and the answer that post-processing found."""
 
     example: Example
     output: str
     answer: Any
 
 
+RunPrograms = Callable[[Sequence[tuple[str, str]]], list[str | None]]
+"""Runs (program, tests) pairs in the sandbox. Returns for each why it failed, None if it passed."""
+Judging = Callable[[str, Sequence[Prediction]], tuple[list[float | None], dict[str, Any]]]
+"""Asks the judge about a task's predictions. Returns a score (0 to 1) for each, None if the judge
+gave none, and counts to report."""
+
+
 @dataclass(frozen=True)
 class Tools:
-    """What some scorers need besides the predictions.
+    """Tools that some scorers need besides the predictions.
 
-    run_programs: runs (program, tests) pairs in the sandbox and returns for each why it failed, or
-      None when it passed; None when running code was not allowed.
-    judge: asks the judge about (task, prediction) pairs and returns a score (0 to 1) for each, or
-      None where there is none, with counts to report; None when no judge was named.
+    Attributes:
+      run_programs: None if running code was not allowed.
+      judge: None if no judge was named.
     """
 
-    run_programs: Callable[[Sequence[tuple[str, str]]], list[str | None]] | None = None
-    judge: Callable[[str, Sequence[Prediction]], tuple[list[float | None], dict]] | None = None
+    run_programs: RunPrograms | None = None
+    judge: Judging | None = None
 
 
 @dataclass(frozen=True)
@@ -52,41 +58,47 @@ class Scores:
 
 
 class Task:
-    """Base of the tasks. Greedy decoding, one sample a row, unless `sampled`."""
+    """Base of the tasks.
+
+    Attributes:
+      name: for --tasks and the output directory.
+      local_file: path under --data.
+      hub: (source of `read_rows`, split) pairs, whose rows follow each other.
+      fields: that every row must have.
+      max_new_tokens: an output that has not ended by then is cut.
+      stop: the output ends before the first of these strings.
+      sampled: --samples and --temperature apply; else one greedy sample a row.
+      runs_code: scoring needs `Tools.run_programs`.
+    """
 
     name: ClassVar[str]
     local_file: ClassVar[str]
-    """Path under --data."""
     hub: ClassVar[tuple[tuple[str, str], ...]]
-    """(what `read_rows` takes, split) on the hub; several are read one after the other."""
     fields: ClassVar[tuple[str, ...]]
-    """That every row must have."""
     max_new_tokens: ClassVar[int] = 512
     stop: ClassVar[tuple[str, ...]] = ()
-    """The output ends before the first of these."""
     sampled: ClassVar[bool] = False
-    """Whether --samples and --temperature apply."""
     runs_code: ClassVar[bool] = False
 
     def examples(self, rows: Sequence[dict[str, Any]]) -> list[Example]:
-        """The examples of a data set's rows, in their order."""
+        """Returns the examples of a data set's rows, in the rows' order."""
         raise NotImplementedError
 
     def shorten(self, prompt: str) -> str | None:
-        """The prompt with less of its context, for models that it is too long for; None: cannot."""
+        """Returns the prompt without its oldest solved example; None if the prompt has none."""
         return None
 
     def answer(self, output: str) -> Any:
-        """What is scored of the model's text. JSON-serialisable; never raises."""
+        """Returns the part of the model's text that is scored: a JSON value. Never raises."""
         raise NotImplementedError
 
     def score(self, predictions: Sequence[Prediction], tools: Tools) -> Scores:
-        """Scores predictions, those of one example beside each other."""
+        """Scores predictions, in which the samples of an example stand together."""
         raise NotImplementedError
 
 
 def read_examples(task: Task, data: str | None) -> list[Example]:
-    """A task's examples from the directory `data`, or from the hub.
+    """Reads a task's examples from the directory `data`, or from the hub.
 
     Raises:
       UserError: the data is missing or lacks a field.

@@ -1,8 +1,8 @@
-"""Strings that end a text."""
+"""Stop strings, which end a text."""
 
 from collections.abc import Iterable
 
 
 def cut_at(text: str, stop: Iterable[str]) -> str:
-    """The text before the first of the stop strings."""
+    """Returns the text before the first of the stop strings."""
     return text[: min((place for s in stop if (place := text.find(s)) >= 0), default=len(text))]

@@ -98,7 +98,7 @@ def test_long_prompts_lose_examples(tmp_path):
     backend.context = task.max_new_tokens + 3
     (tmp_path / "law/predictions.jsonl").unlink()
     arguments = (task, [long], settings | {"examples": 1}, tmp_path, lambda: backend, Tools())
-    assert "context of 771 leaves 3 beside 768 new ones" in message_of(evaluate, *arguments)
+    assert "context of 771 leaves 3 beside 768 new tokens" in message_of(evaluate, *arguments)
 
 
 def test_other_settings_are_refused_by_name(tmp_path, data_dir):
