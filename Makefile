@@ -6,7 +6,7 @@ VENV ?= .venv
 OUTPUT ?= runs/reproduce
 PIP := $(VENV)/bin/python -m pip install --quiet -c constraints.txt
 
-.PHONY: quickstart reproduce test test-slow lint
+.PHONY: quickstart reproduce test test-slow test-devices lint
 
 quickstart: $(VENV)/runtime.stamp
 	$(VENV)/bin/python -m olmoe_jax.quickstart
@@ -21,6 +21,11 @@ test: $(VENV)/dev.stamp
 test-slow: $(VENV)/dev.stamp
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 15 \
 	    -m slow
+
+# XLA fixes the number of a CPU's devices when jax starts: these tests run in a session of their own.
+test-devices: $(VENV)/dev.stamp
+	XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu \
+	    $(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --durations 15 tests/eight_devices
 
 lint: $(VENV)/dev.stamp
 	$(VENV)/bin/python -m ruff check .

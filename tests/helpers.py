@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -295,28 +294,6 @@ def message_of(function, *arguments) -> str:
         function(*arguments)
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-def on_eight_devices(worker: Path, *arguments, environment: Mapping[str, str] = {}) -> dict:
-    """What a worker prints last, as JSON, on 8 virtual devices.
-
-    Their number is fixed when jax starts, hence another process.
-    """
-    result = subprocess.run(
-        [sys.executable, worker, *arguments],
-        env={
-            **os.environ,
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-            "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-            **environment,
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
 
 
 def assert_user_error(result: tuple[int, str, str], *culprits: str) -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, assert_user_error, message_of, on_eight_devices, run_module
+from helpers import ROOT, assert_user_error, message_of, run_module
 from training import processes
 
 
@@ -60,21 +60,31 @@ def test_the_command(tiny_model, tmp_path):
     assert_user_error(run_module(*command, "--prompt", "x", "--top_p", "2"), "top_p=2")
 
 
-WORKER = ROOT / "tests" / "model" / "generation_mesh_worker.py"
+SEVERAL = """
+import sys
+import jax
+from olmoe_jax import from_pretrained, generate
+from olmoe_jax.data import load_tokenizer
+from olmoe_jax.parallel import distributed
+from olmoe_jax.parallel.sharding import make_mesh
 
+def texts(path, mesh):
+    model, tokenizer = from_pretrained(path, mesh), load_tokenizer(path)
+    with jax.set_mesh(mesh):
+        prompts, draws = ["a", "what is 3 + 4?", "xyz"], {"temperature": 1.0, "seed": 5}
+        return generate(model, tokenizer, prompts, max_new_tokens=8, **draws)
 
-@pytest.mark.slow
-def test_sharded_is_single_device(tiny_model):
-    found = on_eight_devices(WORKER, str(tiny_model))
-    assert [*found] == ["greedy", "drawn", "as accelerators", "log_likelihoods"]
-    assert all(all(same) for same in found.values()), found
+with distributed.joined(sys.argv[1:]) as (path,):
+    alone = texts(path, make_mesh(devices=jax.local_devices()[:1]))
+    print(jax.process_count(), texts(path, make_mesh(data=2)) == alone)
+"""
 
 
 @pytest.mark.slow
 def test_several_processes_write_the_same(tiny_model, tmp_path):
+    """Draws on the devices of two processes are those of one device; runs decode greedily."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, str(WORKER), str(tiny_model)]
-    started = processes.start(command, tmp_path / "log", environment, devices=2)
+    command = [sys.executable, "-c", SEVERAL, str(tiny_model)]
+    started = processes.start(command, tmp_path / "log", environment)
     assert started.wait(300) == [0, 0], started.output()
-    found = [json.loads(output.splitlines()[-1]) for output in started.output()]
-    assert found == [{"drawn": [True]}] * 2
+    assert [output.splitlines()[-1] for output in started.output()] == ["2 True"] * 2

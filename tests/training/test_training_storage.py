@@ -1,14 +1,13 @@
 """How weights, gradients and moments are stored, and what that costs in accuracy."""
 
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_same_bits, on_eight_devices, relative_error
+from helpers import assert_same_bits, relative_error
 from training.tiny_run import MODEL
 
 from olmoe_jax.config import Config, OptimizerOptions
@@ -175,12 +174,6 @@ def test_bytes_per_trained_parameter(moments, summed, master, expected):
     state = jax.eval_shape(lambda p: initial_state(p, optimizer), parameters)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state, parameters)))
     assert size / sum(p.size for p in parameters.values()) == pytest.approx(expected, rel=0.01)
-
-
-@pytest.mark.slow
-def test_the_mesh_changes_no_bit():
-    same = on_eight_devices(Path(__file__).with_name("storage_worker.py"))
-    assert same == {"bfloat16": True, "int8": True}
 
 
 def test_the_defaults_are_float32():

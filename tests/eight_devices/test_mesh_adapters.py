@@ -1,16 +1,16 @@
-"""Run by test_adapters_mesh.py on 8 virtual devices: the worst error of each mesh, as JSON."""
+"""Adapters, quantized bases, tuned experts and expert scores on a mesh: one device's numbers."""
 
 import dataclasses
-import json
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from esft.test_esft_scores import PAD, make_examples
 from helpers import random_weights, relative_error, tiny_config
-from lora.tiny_adapters import BYTES, random_adapters
+from jax.sharding import Mesh
+from lora.tiny_adapters import random_adapters, write_base
 
 from olmoe_jax.checkpoints.huggingface import HFCheckpoint
 from olmoe_jax.checkpoints.loading import load_parameters, quantized_like, stack_tuned
@@ -31,9 +31,11 @@ KINDS = {
     "nf4": ModelSettings(router_method="densemixer", remat="full", lora=LORA),
     "esft": ModelSettings(router_method="densemixer", tuned_experts=EXPERTS),
 }
+MESHES = {"data=2,fsdp=4": (2, 4), "fsdp=8": (1, 8)}
 
 
 def make_batch() -> Batch:
+    """Eight rows of ragged lengths."""
     random = np.random.default_rng(0)
     tokens = random.integers(2, 61, (8, 10)).astype(np.int32)
     lengths = np.array([10, 9, 4, 10, 1, 7, 10, 3])
@@ -48,9 +50,9 @@ def make_batch() -> Batch:
     return Batch(**{field.name: values[field.name] for field in dataclasses.fields(Batch)})
 
 
-def run(kind, config, mesh):
-    """Loss and gradients of the trained parameters, on a mesh."""
-    settings = KINDS[kind]
+def run(kind: str, mesh: Mesh) -> dict[str, np.ndarray]:
+    """Loss and gradients of the trained parameters."""
+    config, settings = tiny_config(), KINDS[kind]
     weights = random_weights(config)
     weights |= stack_tuned(weights, EXPERTS) if kind == "esft" else random_adapters(config, LORA)
     trainer = Trainer(
@@ -75,53 +77,61 @@ def run(kind, config, mesh):
     return jax.device_get({"loss": result.loss, **result.gradients})
 
 
-def loaded(base, mesh):
-    """A base's weights, quantized as they are read; every number as float32."""
-    parameters = load_parameters(HFCheckpoint(Path(base)), mesh, quantization="nf4")
-    leaves = jax.tree_util.tree_leaves_with_path(parameters)
-    return {jax.tree_util.keystr(path): np.asarray(leaf, np.float32) for path, leaf in leaves}
+def assert_same(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    """Names the array with the largest error."""
+    errors = {name: relative_error(actual[name], expected[name]) for name in expected}
+    worst = max(errors, key=errors.get)
+    assert errors[worst] <= 1e-5, f"{worst}: {errors[worst]:.3g}"
 
 
-def scores(base, mesh, rows_per_device):
-    source = HFCheckpoint(Path(base))
-    config = source.config
-    return expert_scores(
-        graph_of(config, ModelSettings()),
-        load_parameters(source, mesh, lambda name: jnp.float32),
-        config,
-        mesh,
-        make_examples(),
-        max_tokens=1000,
-        max_seq_length=16,
-        pack=True,
-        rows_per_device=rows_per_device,
-        pad_id=PAD,
-        seed=0,
-    )[0]
+@pytest.mark.parametrize(
+    ("kind", "mesh", "gradients"),
+    [
+        # Seven targets' A and B, router and head; three tuned matrices, router and head.
+        ("lora", "data=2,fsdp=4", 14 + 2),
+        ("nf4", "fsdp=8", 14 + 2),
+        ("esft", "data=2,fsdp=4", 3 + 2),
+    ],
+)
+def test_loss_and_gradients(one_device, kind, mesh, gradients):
+    """DenseMixer's router gradient, dropout in the adapters."""
+    expected = run(kind, one_device)
+    assert len(expected) == 1 + gradients
+    assert all(np.abs(value).max() > 0 for value in expected.values())
+    assert_same(run(kind, sharding.make_mesh(*MESHES[mesh])), expected)
 
 
-def main():
-    assert jax.device_count() == 8
-    one = sharding.make_mesh(devices=jax.devices()[:1])
-    meshes = {"data=2,fsdp=4": sharding.make_mesh(2, 4), "fsdp=8": sharding.make_mesh(1, 8)}
-    errors = {}
-    for kind in KINDS:
-        alone = run(kind, tiny_config(), one)
-        for name, mesh in meshes.items():
-            sharded = run(kind, tiny_config(), mesh)
-            assert all(np.abs(value).max() > 0 for value in alone.values())
-            errors[f"{kind} {name}"] = {
-                key: relative_error(sharded[key], alone[key]) for key in alone
-            }
-    alone = loaded(sys.argv[1], one)
-    for name, mesh in meshes.items():
-        sharded = loaded(sys.argv[1], mesh)
-        errors[f"loaded {name}"] = {key: relative_error(sharded[key], alone[key]) for key in alone}
-    alone, sharded = scores(sys.argv[1], one, 4), scores(sys.argv[1], meshes["data=2,fsdp=4"], 1)
-    errors["scores"] = {key: relative_error(sharded[key], alone[key]) for key in alone}
-    assert BYTES["pad_token_id"] == PAD
-    print(json.dumps(errors))
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return write_base(tmp_path_factory.mktemp("base") / "float32")
 
 
-if __name__ == "__main__":
-    main()
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_base_quantized_as_it_is_read(one_device, base, mesh):
+    def loaded(mesh: Mesh) -> dict[str, np.ndarray]:
+        parameters = load_parameters(HFCheckpoint(base), mesh, quantization="nf4")
+        leaves = jax.tree_util.tree_leaves_with_path(parameters)
+        return {jax.tree_util.keystr(path): np.asarray(leaf, np.float32) for path, leaf in leaves}
+
+    assert_same(loaded(sharding.make_mesh(*MESHES[mesh])), loaded(one_device))
+
+
+def test_expert_scores(one_device, base):
+    source = HFCheckpoint(base)
+
+    def scores(mesh: Mesh, rows_per_device: int) -> dict[str, np.ndarray]:
+        return expert_scores(
+            graph_of(source.config, ModelSettings()),
+            load_parameters(source, mesh, lambda name: jnp.float32),
+            source.config,
+            mesh,
+            make_examples(),
+            max_tokens=1000,
+            max_seq_length=16,
+            pack=True,
+            rows_per_device=rows_per_device,
+            pad_id=PAD,
+            seed=0,
+        )[0]
+
+    assert_same(scores(sharding.make_mesh(2, 4), 1), scores(one_device, 4))

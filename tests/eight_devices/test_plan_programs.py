@@ -1,11 +1,21 @@
 """What plan compiles is what training runs; its figures, counted by hand."""
 
-import importlib.util
+import dataclasses
 import json
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
-from helpers import on_eight_devices, run_module
+
+from olmoe_jax import data
+from olmoe_jax.config import Config, from_dict
+from olmoe_jax.parallel import sharding
+from olmoe_jax.plan.collectives import communication
+from olmoe_jax.plan.planning import plan
+from olmoe_jax.plan.report import facts, to_text
+from olmoe_jax.training.setup import build_program, open_model
+from olmoe_jax.training.step import place_batch
 
 D, F, E, V, L = 32, 16, 8, 256, 2
 MODEL = {
@@ -22,14 +32,81 @@ MATRICES = L * (4 * D * D + 3 * E * D * F)
 BASE = MATRICES + L * (4 * D + E * D) + 2 * V * D + D
 
 
+def configuration(path: str, eval_fraction: float = 0.0, **method) -> Config:
+    return from_dict(
+        {
+            "model": {"init": "random", "config_path": path, "compute_dtype": "float32"},
+            "data": {
+                "train_path": "none.jsonl",
+                "tokenizer_path": path,
+                "max_seq_length": 64,
+                "eval_fraction": eval_fraction,
+            },
+            "method": method,
+            "train": {"output_dir": "none", "rows_per_device": 2},
+        }
+    )
+
+
+def trained(config):
+    """What the compiled accumulate program of a run takes and communicates."""
+    mesh = sharding.make_mesh(1, -1)
+    with jax.set_mesh(mesh):
+        program = build_program(config, open_model(config), mesh, 10)
+        rows = np.ones((16, 64), np.int32)
+        batch = place_batch(data.Batch(rows, rows, rows, rows, rows.astype(np.float32)), mesh)
+        arguments = program.state.parameters, program.frozen
+        position = np.zeros(2, np.uint32)
+        compiled = program.accumulate.lower(
+            *arguments, program.zero_sums(), batch, position
+        ).compile()
+    stats = compiled.memory_analysis()
+    return {
+        "arguments": stats.argument_size_in_bytes,
+        "outputs": stats.output_size_in_bytes,
+        "aliased": stats.alias_size_in_bytes,
+        "temporaries": stats.temp_size_in_bytes,
+        "communicated": communication(compiled.as_text()).bytes,
+    }
+
+
+def too_small(planned, divided: float):
+    """The plan on devices that have half of what it needs; `divided`: share of weights and state.
+
+    (In the tiny model's plans the temporaries are nearly everything.)
+    """
+    kind = dataclasses.replace(planned.topology.kind, capacity=planned.peak // 2)
+    topology = dataclasses.replace(planned.topology, kind=kind)
+    return dataclasses.replace(planned, topology=topology, divided=int(divided * planned.peak))
+
+
 @pytest.fixture(scope="module")
 def plans(tmp_path_factory):
-    path = tmp_path_factory.mktemp("plans")
-    (path / "config.json").write_text(json.dumps(MODEL))
-    return on_eight_devices(Path(__file__).with_name("programs_worker.py"), path)
+    """{name: a plan as JSON, with "text"}; the first also has "training", what training takes."""
+    path = str(tmp_path_factory.mktemp("plans"))
+    (Path(path) / "config.json").write_text(json.dumps(MODEL))
+    full = configuration(path, 0.1, name="densemixer")
+    planned = {
+        "full": plan(full, "cpu:8", rows_per_step=40),
+        "lora": plan(configuration(path, name="densemixer", lora_rank=4), "cpu:8"),
+        "esft": plan(configuration(path, name="esft_gate"), "cpu:8", esft_experts=2),
+    }
+    quantized = configuration(path, name="densemixer", lora_rank=4)
+    base = dataclasses.replace(
+        quantized.model,
+        init="pretrained",
+        path=path,
+        config_path=None,
+        base_quantization="nf4",
+    )
+    planned["nf4"] = plan(dataclasses.replace(quantized, model=base), "cpu:8")
+    planned["state too large"] = too_small(planned["full"], 0.9)
+    planned["temporaries too large"] = too_small(planned["full"], 0.1)
+    result = {name: {**facts(p), "text": to_text(facts(p))} for name, p in planned.items()}
+    result["full"]["training"] = trained(full)
+    return result
 
 
-@pytest.mark.slow
 def test_the_program_is_trainings(plans):
     full = plans["full"]
     training, planned = full["training"], full["memory"]["accumulate"]
@@ -39,7 +116,6 @@ def test_the_program_is_trainings(plans):
     assert sum(c["bytes"] for c in own) == training["communicated"]
 
 
-@pytest.mark.slow
 def test_memory_by_hand(plans):
     full = plans["full"]["memory"]
     # Weights, gradients and two moments, float32; norms and scalars are on every device.
@@ -57,7 +133,6 @@ def test_memory_by_hand(plans):
     assert plans["full"]["peak_gib_per_device"] == peak / 2**30
 
 
-@pytest.mark.slow
 def test_collectives_by_hand(plans):
     """The layers' matrices are gathered in the forward and again in the backward."""
     kinds = {}
@@ -69,7 +144,6 @@ def test_collectives_by_hand(plans):
     assert kinds["reduce-scatter"] >= 4 * L * 3 * E * D * F
 
 
-@pytest.mark.slow
 def test_steps_of_several_microbatches(plans):
     full = plans["full"]
     assert (full["rows_per_microbatch"], full["rows_per_step"]) == (16, 40)
@@ -85,7 +159,6 @@ def test_steps_of_several_microbatches(plans):
     assert full["collective_bytes_per_step"] == step
 
 
-@pytest.mark.slow
 def test_adapters_and_tuned_experts(plans):
     adapters = L * 4 * (4 * 2 * D + E * 3 * (D + F))
     lora, esft = plans["lora"], plans["esft"]
@@ -102,7 +175,6 @@ def test_adapters_and_tuned_experts(plans):
     assert lora["flops_per_token"] < plans["full"]["flops_per_token"]
 
 
-@pytest.mark.slow
 def test_a_quantized_base(plans):
     """Half a byte per number and two per block, of matrices filled up to one block of 64 rows."""
     lora, nf4 = plans["lora"], plans["nf4"]
@@ -115,7 +187,6 @@ def test_a_quantized_base(plans):
     assert f"{'base quantization':28}nf4" in nf4["text"].splitlines()
 
 
-@pytest.mark.slow
 def test_verdict_and_advice(plans):
     full = plans["full"]
     assert full["fits"] is True
@@ -144,31 +215,3 @@ def test_verdict_and_advice(plans):
         assert all(map(str.startswith, large["advice"], expected))
         verdict = large["text"].splitlines()[-1 - len(expected)]
         assert verdict.startswith("does not fit: peak")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("topology", "compiler", "most"),
-    [("h100:8", "jax_plugins.xla_cuda12", 24), ("v6e:8", "libtpu", 28)],
-)
-def test_full_size(topology, compiler, most):
-    """DenseMixer, everything trained, 4096 tokens: between the state alone and a known bound."""
-    needed = [compiler, "tokamax"] if topology.startswith("h100") else [compiler]
-    for module in needed:
-        try:
-            found = importlib.util.find_spec(module)
-        except ModuleNotFoundError:
-            found = None
-        if not found:
-            pytest.skip(f"{module} is not installed: nothing compiles for {topology}")
-    config = ("--config", "configs/densemixer_gsm.py")
-    code, out, error = run_module(
-        "olmoe_jax.plan", *config, "--topology", topology, "--json", timeout=1800
-    )
-    assert code == 0, error
-    planned = json.loads(out)
-    assert planned["parameters_trained"] == 6_919_161_856
-    assert planned["fits"] is True
-    assert 16 * planned["parameters_trained"] / 8 / 2**30 < planned["peak_gib_per_device"] < most
-    # The experts' weights, bfloat16, at least twice.
-    assert planned["collective_bytes_per_step"] > 2 * 2 * 16 * 64 * 3 * 2048 * 1024

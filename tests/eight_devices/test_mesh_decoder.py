@@ -1,27 +1,34 @@
-"""Run by test_sharding.py on 8 virtual devices: prints the worst error of each mesh as JSON."""
+"""The whole model on a mesh: loss, router load and every gradient are those of one device."""
 
 import dataclasses
-import json
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from helpers import random_weights, relative_error, tiny_config
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from olmoe_jax.checkpoints.loading import graph_of, parameter_specs
-from olmoe_jax.model.config import ModelSettings
+from olmoe_jax.model.config import ModelConfig, ModelSettings
 from olmoe_jax.model.parameters import merge
 from olmoe_jax.ops.cross_entropy import weighted_cross_entropy
 from olmoe_jax.parallel import sharding
 
 TOKENS = np.random.default_rng(0).integers(0, 488, (8, 10)).astype(np.int32)
 SEGMENTS = np.where(np.arange(10) < np.array([10, 9, 4, 10, 1, 7, 10, 3])[:, None], 1, 0)
+# 488 = 8 * 61 is the size of nothing else; 61 divides by no mesh.
+PLAIN = tiny_config(vocab_size=488, pad_token_id=int(TOKENS[0, 0]))
+CASES = {
+    "data=2,fsdp=4": (PLAIN, (2, 4)),
+    "tied,fsdp=8": (dataclasses.replace(PLAIN, tie_word_embeddings=True), (1, 8)),
+    "6 experts,fsdp=4": (tiny_config(num_experts=6), (1, 4)),
+}
 
 
-def run(config, mesh):
-    """Loss, gradients and router load, as numpy; the program's arrays with a whole vocabulary."""
+def run(config: ModelConfig, mesh: Mesh) -> tuple[dict[str, np.ndarray], int]:
+    """Loss, gradients and router load, and how many arrays hold a whole vocabulary."""
     specs = parameter_specs(config)
     shardings = sharding.parameter_shardings(specs, mesh)
     batch_sharding = NamedSharding(mesh, sharding.BATCH)
@@ -46,27 +53,16 @@ def run(config, mesh):
     return jax.device_get({"loss": value, "load": statistics.load, **gradients}), len(whole)
 
 
-def main():
-    assert jax.device_count() == 8
-    devices = jax.devices()
-    # 488 = 8 * 61 is the size of nothing else; 61 divides by no mesh.
-    eight = tiny_config(vocab_size=488, pad_token_id=int(TOKENS[0, 0]))
-    tied = dataclasses.replace(eight, tie_word_embeddings=True)
-    six = tiny_config(num_experts=6)
-    meshes = {
-        "data=2,fsdp=4": (eight, sharding.make_mesh(2, 4)),
-        "tied,fsdp=8": (tied, sharding.make_mesh(1, 8)),
-        "6 experts,fsdp=4": (six, sharding.make_mesh(1, 4, devices=devices[:4])),
-    }
-    errors, alone = {}, {}
-    for name, (config, mesh) in meshes.items():
-        if config not in alone:
-            alone[config] = run(config, sharding.make_mesh(devices=devices[:1]))[0]
-        sharded, whole = run(config, mesh)
-        errors[name] = {key: relative_error(sharded[key], alone[config][key]) for key in sharded}
-        errors[name]["whole"] = whole
-    print(json.dumps(errors))
-
-
-if __name__ == "__main__":
-    main()
+@pytest.mark.parametrize("case", CASES)
+def test_meshes_change_no_number(one_device, case):
+    """A DenseMixer step with padding and remat."""
+    config, (data, fsdp) = CASES[case]
+    mesh = sharding.make_mesh(data, fsdp, devices=jax.devices()[: data * fsdp])
+    expected, (actual, whole) = run(config, one_device)[0], run(config, mesh)
+    assert set(actual) > {"loss", "load", "layers.moe.router", "layers.moe.experts.down"}
+    errors = {name: relative_error(actual[name], expected[name]) for name in expected}
+    assert errors.pop("load") == 0
+    # A vocabulary of 61 does not divide and is gathered; the others never are.
+    assert (whole > 0) == (case == "6 experts,fsdp=4")
+    worst = max(errors, key=errors.get)
+    assert errors[worst] < 1e-5, f"{worst}: {errors[worst]:.3g}"

@@ -1,13 +1,14 @@
-"""Run by test_vocabulary_mesh.py on 8 virtual devices: prints what it checks as JSON."""
+"""Cross-entropy and embedding lookup with the vocabulary split over a mesh."""
 
-import json
+import math
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from helpers import relative_error
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from olmoe_jax.ops import cross_entropy
 from olmoe_jax.ops.cross_entropy import weighted_cross_entropy
@@ -15,9 +16,10 @@ from olmoe_jax.ops.embedding import embedding_lookup
 from olmoe_jax.parallel import sharding
 
 POSITIONS, WIDTH = 27, 16
+MESHES = {"data=2,fsdp=4": (2, 4), "fsdp=2,expert=4": (1, 2, 4)}
 
 
-def make_case(vocab):
+def make_case(vocab: int):
     """Scales [8, S, D], head and embedding [V, D], tokens, targets, weights [8, S]."""
     random = np.random.default_rng(vocab)
     shape = (8, POSITIONS)
@@ -30,8 +32,8 @@ def make_case(vocab):
     )
 
 
-def oracle(scales, head, embed, tokens, targets, weights):
-    """Of `loss` below: (value, gradients), by hand in float64."""
+def oracle(scales, head, embed, tokens, targets, weights) -> dict[str, np.ndarray]:
+    """Value and gradients of the loss that `compiled` computes, by hand in float64."""
     scales, head, embed, weights = (a.astype(np.float64) for a in (scales, head, embed, weights))
     rows = embed[tokens]
     logits = (scales * rows) @ head.T
@@ -54,7 +56,7 @@ def oracle(scales, head, embed, tokens, targets, weights):
     }
 
 
-def compiled(mesh, vocab, dtype, positions=POSITIONS):
+def compiled(mesh: Mesh, vocab: int, dtype, positions: int = POSITIONS):
     """The value and gradients of the loss, compiled for arrays as the trainer places them."""
     batch = NamedSharding(mesh, sharding.BATCH)
     table_spec = sharding.partition_spec((vocab, WIDTH), ("vocab", "embed"), mesh)
@@ -78,9 +80,10 @@ def compiled(mesh, vocab, dtype, positions=POSITIONS):
         return step.lower(*structs).compile(), shardings
 
 
-def errors(mesh, vocab, dtype):
+def errors(mesh: str, vocab: int, dtype) -> dict[str, float]:
+    """The relative error of the loss and of each gradient."""
     case = make_case(vocab)
-    step, shardings = compiled(mesh, vocab, dtype)
+    step, shardings = compiled(sharding.make_mesh(*MESHES[mesh]), vocab, dtype)
     value, gradients = jax.device_get(step(*jax.device_put(case, shardings)))
     names = ("loss", "hidden", "head", "embed", "weights")
     actual = dict(zip(names, (value, *gradients), strict=True))
@@ -88,30 +91,29 @@ def errors(mesh, vocab, dtype):
     return {name: relative_error(actual[name], expected[name]) for name in expected}
 
 
-def shapes(mesh, vocab, positions) -> list[list[int]]:
-    """Of every array in the optimised program of a device."""
-    text = compiled(mesh, vocab, jnp.float32, positions)[0].as_text()
-    found = set(re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", text))
-    return [[int(size) for size in shape.split(",")] for shape in found]
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("vocab", [48, 50])
+def test_loss_and_gradients(monkeypatch, vocab, mesh):
+    """Against float64 by hand; 50 rows divide by fsdp=2 alone, 27 positions by no chunk."""
+    monkeypatch.setattr(cross_entropy, "CHUNK", 8)
+    found = errors(mesh, vocab, jnp.float32)
+    assert max(found.values()) < 1e-6, found
 
 
-def main():
-    assert jax.device_count() == 8
-    cross_entropy.CHUNK = 8
-    meshes = {
-        "data=2,fsdp=4": sharding.make_mesh(2, 4),
-        "fsdp=2,expert=4": sharding.make_mesh(1, 2, 4),
-    }
-    result = {
-        f"{vocab} {name}": errors(mesh, vocab, jnp.float32)
-        for vocab in (48, 50)
-        for name, mesh in meshes.items()
-    }
-    result["bfloat16"] = errors(meshes["data=2,fsdp=4"], 48, jnp.bfloat16)
-    cross_entropy.CHUNK = 64
-    result["shapes"] = shapes(meshes["fsdp=2,expert=4"], 16392, 600)
-    print(json.dumps(result))
+def test_bfloat16(monkeypatch):
+    monkeypatch.setattr(cross_entropy, "CHUNK", 8)
+    found = errors("data=2,fsdp=4", 48, jnp.bfloat16)
+    assert 1e-5 < max(found.values()) < 2e-2, found
 
 
-if __name__ == "__main__":
-    main()
+def test_no_whole_table_and_no_rows_logits(monkeypatch, with_optimizations):
+    """A device sees only its own 2,049 rows of a vocabulary of 16,392 = 8 x 2,049."""
+    monkeypatch.setattr(cross_entropy, "CHUNK", 64)
+    vocab, positions, chunk = 16392, 600, 60
+    program = compiled(sharding.make_mesh(1, 2, 4), vocab, jnp.float32, positions)[0]
+    found = set(re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", program.as_text()))
+    shapes = [[int(size) for size in shape.split(",")] for shape in found]
+    assert not [shape for shape in shapes if vocab in shape]
+    sizes = {math.prod(shape) for shape in shapes}
+    assert vocab * WIDTH not in sizes
+    assert max(sizes) == 8 * chunk * vocab // 8 < positions * vocab
