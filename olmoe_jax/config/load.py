@@ -14,26 +14,26 @@ from olmoe_jax.config.options import FIELDS, SECTIONS, Config
 from olmoe_jax.config.values import apply_overrides, check_types, unknown_field
 from olmoe_jax.errors import UserError
 
+_INDENT = " " * 6
 EXAMPLE = "--config configs/densemixer_gsm.py"
 USAGE = """\
 Fine-tunes OLMoE on one data set and writes a Hugging Face checkpoint.
 
     python train.py --config configs/densemixer_gsm.py [--config.FIELD.SUBFIELD=VALUE ...]
 
-Flags are --name=value or --name value. The config is a Python file that defines get_config().
-A flag sets any of its fields. The same command with the same output directory continues a run
-that was interrupted.
+Flags are --name=value or --name value. The config is a Python file that defines get_config(), and
+flags set its fields. The same command with the same output directory continues an interrupted run.
 
 Example: two passes with a smaller batch into another directory
 
     python train.py --config configs/densemixer_gsm.py --config.train.epochs=2 \\
         --config.train.batch_size=64 --config.train.output_dir=runs/short
 
-Several processes can share a run (docs/cluster.md). SLURM, Open MPI and Cloud TPUs are found.
-Elsewhere each process gets --coordinator_address=HOST:PORT --num_processes=N --process_id=I.
---heartbeat_timeout=SECONDS (30) says how long a process may be silent before the run ends.
+Several processes can share a run (docs/cluster.md). On SLURM, Open MPI and Cloud TPUs they find
+each other. Elsewhere each gets --coordinator_address=HOST:PORT --num_processes=N --process_id=I.
+The run ends when a process is silent for --heartbeat_timeout=SECONDS (30).
 
-Fields with their defaults (a config file may set others), types and ranges:
+Fields, with their defaults (a config file may set others), types and ranges:
 """
 
 
@@ -62,11 +62,16 @@ def help_text() -> str:
             if field.rule and field.rule.requirement.startswith("must be "):
                 accepted += f"; {field.rule.requirement.removeprefix('must be ')}"
             declared = f"  --config.{path}={show(field.default)}  ({accepted})"
-            lines += textwrap.wrap(declared, 100, subsequent_indent=" " * 6)
-            indent = " " * 6
-            lines += textwrap.wrap(field.help, 96, initial_indent=indent, subsequent_indent=indent)
+            lines += _wrap(declared, "")
+            lines += _wrap(field.help, _INDENT)
         lines.append("")
     return "\n".join(lines).rstrip()
+
+
+def _wrap(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(
+        text, 98, initial_indent=indent, subsequent_indent=_INDENT, break_on_hyphens=False
+    )
 
 
 def _read_flags(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -39,17 +39,17 @@ class ModelOptions:
     )
     config_path: str | None = option(
         None,
-        "the network's config.json, or a directory that holds one; init=random requires this "
-        "field, init=pretrained refuses it",
+        "the network's config.json, or a directory that holds one; required with init=random, "
+        "refused with init=pretrained",
         not_empty(),
     )
     compute_dtype: Literal["bfloat16", "float32"] = option(
         "bfloat16", "type of activations and matmuls"
     )
-    base_quantization: Literal["nf4", "int8"] | None = option(
+    base_quantization: Literal["int8", "nf4"] | None = option(
         None,
-        "LoRA only (QLoRA): stores the frozen matrices of attention and experts in 4 or 8 bits a "
-        "weight, with a scale for each block of 64; default: stores them in compute_dtype",
+        "LoRA only (QLoRA): storage of the frozen matrices of attention and experts, 8 or 4 bits a "
+        "weight and a scale for each block of 64; default: compute_dtype",
     )
     remat: Literal["full", "selective", "none"] = option(
         "full",
@@ -112,8 +112,8 @@ class MethodOptions:
     )
     router_gradient_experts: int | None = option(
         None,
-        "densemixer only: how many experts, the most probable ones, get their exact router "
-        "gradient term; default: all experts, which is exact DenseMixer",
+        "densemixer only: how many of the most probable experts get their exact term of the "
+        "router gradient; default: all experts, which is exact DenseMixer",
         at_least(1),
     )
     router_gradient_dtype: Literal["bfloat16", "float8_e4m3fn"] | None = option(
@@ -127,7 +127,9 @@ class MethodOptions:
         "itself); default: full fine-tuning",
         at_least(1),
     )
-    lora_alpha: float = option(16.0, "scales the adapters' product by alpha / rank", POSITIVE)
+    lora_alpha: float = option(
+        16.0, "alpha: the adapters' product is multiplied by alpha / rank", POSITIVE
+    )
     lora_dropout: float = option(
         0.1, "share of the adapters' inputs that training sets to zero", SHARE_BELOW_ONE
     )
@@ -144,13 +146,13 @@ class MethodOptions:
     )
     experts_path: str | None = option(
         None,
-        "esft_*: expert config JSON; default: the run scores the base on the training data, "
-        "selects, and writes OUTPUT_DIR/experts.json",
+        "esft_*: expert config JSON that names the tuned experts; default: the run scores the base "
+        "on the training data, chooses them, and writes OUTPUT_DIR/experts.json",
         not_empty(),
     )
     esft_top_p: float | None = option(
         None,
-        "esft_*: selects experts until they hold this share of a layer's score; default: 0.1 for "
+        "esft_*: share of a layer's score that the tuned experts hold together; default: 0.1 for "
         "esft_gate, 0.2 for esft_token (the ESFT paper's)",
         SHARE_ABOVE_ZERO,
     )
@@ -161,7 +163,9 @@ class MethodOptions:
         True, "esft_*: train lm_head too (with tied weights, the embedding), like the reference"
     )
     esft_densemixer: bool = option(
-        False, "esft_*: train the router too, with DenseMixer's router gradient"
+        False,
+        "esft_*: compute DenseMixer's router gradient, which reaches the layers below; the "
+        "router's weight stays frozen unless the expert config says non_expert_modules",
     )
     router_aux_loss_coefficient: float = option(
         0.0, "weight of the load-balancing loss; 0: none", at_least(0)
@@ -184,12 +188,12 @@ class OptimizerOptions:
     beta2: float = option(0.999, "decay per step of the second moment", SHARE_BELOW_ONE)
     epsilon: float = option(1e-8, "added to the root of the second moment", POSITIVE)
     max_grad_norm: float | None = option(
-        1.0, "largest global norm of the gradients, by clipping; none: no clipping", POSITIVE
+        1.0, "global norm at which gradients are clipped; none: no clipping", POSITIVE
     )
     moments_dtype: Literal["float32", "bfloat16", "int8"] = option(
         "float32",
-        "storage of both moments; bfloat16 and int8 (with a scale for each block of 256) are "
-        "rounded stochastically",
+        "storage of both moments; bfloat16 and int8 (with a scale for each block of 256) round "
+        "stochastically",
     )
     gradients_dtype: Literal["float32", "bfloat16"] = option(
         "float32",
@@ -198,8 +202,8 @@ class OptimizerOptions:
     )
     master_dtype: Literal["float32", "bfloat16"] = option(
         "float32",
-        "type in which the weights' updates add up; bfloat16 is rounded stochastically and "
-        "requires gradients_dtype=bfloat16",
+        "type in which the weights' updates add up; bfloat16 rounds stochastically and requires "
+        "gradients_dtype=bfloat16",
     )
 
 
@@ -226,8 +230,7 @@ class TrainOptions:
     )
     microbatch_examples: int = option(
         4,
-        "examples per micro-batch of the reference; only loss_normalization=microbatch reads this "
-        "field",
+        "examples per micro-batch of the reference, for loss_normalization=microbatch",
         at_least(1),
     )
     rows_per_device: int = option(
@@ -247,14 +250,13 @@ class TrainOptions:
     )
     max_nonfinite_steps: int = option(
         5,
-        "stop after this many updates in a row that a non-finite loss or gradient made the run "
-        "skip",
+        "stop when a non-finite loss or gradient has made the run skip this many updates in a row",
         at_least(1),
     )
     profile_steps: int = option(
         0,
-        "steps that jax.profiler traces into OUTPUT_DIR/tensorboard, after the first two, which "
-        "compile",
+        "steps that jax.profiler traces into OUTPUT_DIR/tensorboard, from the third on (the first "
+        "two compile)",
         at_least(0),
     )
     wandb_project: str | None = option(
@@ -283,13 +285,14 @@ class MeshOptions:
     data: int = option(1, "groups of devices that each hold a full copy of the state", at_least(1))
     fsdp: int = option(
         -1,
-        "devices that share parameters and optimizer state; -1: all the remaining devices",
+        "devices over which parameters and optimizer state are split; -1: all the remaining "
+        "devices",
         AXIS_OR_REST,
     )
     expert: int = option(
         1,
-        "devices that share the experts (and all that fsdp shares); must divide the number of "
-        "experts",
+        "devices over which the experts (and all that fsdp splits) are split: the tokens travel "
+        "to the experts, not the experts to the tokens; must divide the number of experts",
         at_least(1),
     )
 
@@ -300,8 +303,8 @@ class GenerateOptions:
 
     every: int | None = option(
         None,
-        "steps between greedy decodings of a held-out sample; the last step is followed by one in "
-        "any case; default: no decoding",
+        "steps between greedy decodings of a held-out sample; the run ends with one in any case; "
+        "default: no decoding",
         at_least(1),
     )
     examples: int = option(64, "evaluation examples in the sample", at_least(1))
