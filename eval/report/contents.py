@@ -205,9 +205,8 @@ def _outputs(inputs: Inputs, metrics: dict[str, str], samples: int) -> Iterator[
         for id_ in _spread(ids, samples):
             first = results[names[0]].rows[id_][0]
             yield Heading(3, f"{task}, row {id_}")
-            if prompt := first.get("prompt"):
-                yield Output("prompt (its end)", prompt[-_PROMPT_END:])
-            yield Output("expected", _text(first.get("reference")))
+            yield Output("prompt (its end)", first["prompt"][-_PROMPT_END:])
+            yield Output("expected", _text(first["reference"]))
             for name in names:
                 if id_ in results[name].rows:
                     score = scores[name].get(id_)
