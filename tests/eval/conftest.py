@@ -13,7 +13,7 @@ SENTENCES = ("打开空调", "明天有雨吗", "播放一首歌", "附近的餐
 
 @pytest.fixture(scope="session")
 def contained():
-    """Programs can be contained on this machine: not in every container, see docs/evaluation.md."""
+    """Skips the test if this machine cannot contain programs (docs/evaluation.md)."""
     try:
         sandbox.check()
     except UserError as error:
@@ -22,7 +22,7 @@ def contained():
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory, tokenizer):
-    """A random OLMoE as a Hugging Face directory; its tokens are bytes."""
+    """Returns a Hugging Face directory with a random OLMoE whose tokens are bytes."""
     path = tmp_path_factory.mktemp("model")
     config = tiny_config(vocab_size=len(tokenizer))
     write_hf_checkpoint(path, config)
@@ -36,7 +36,7 @@ def tiny_model(tmp_path_factory, tokenizer):
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
-    """Rows for gsm, intent, law, summary, translation and humaneval."""
+    """Returns a directory with rows for gsm, intent, law, summary, translation and humaneval."""
     path = tmp_path_factory.mktemp("data")
 
     def write(file: str, rows: list[dict]) -> None:

@@ -119,7 +119,7 @@ def test_other_settings_are_refused_by_name(tmp_path, data_dir):
 
 
 def test_fingerprint_is_the_content(tmp_path):
-    """Of each kind of directory: what the model depends on counts, results beside it do not."""
+    """Every file that a model depends on counts, in each kind of directory; results do not."""
     kinds = {
         "hf": ("model.safetensors", "config.json"),
         "converted": ("parameters/layer.0/d/x", "model/tokenizer.json"),
@@ -196,7 +196,7 @@ def test_backends_that_cannot_load(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_vllm_gets_the_same_prompts(tiny_model, monkeypatch):
-    """vLLM itself needs a GPU: a stand-in shows what it would be asked."""
+    """A stand-in for vLLM, which needs a GPU, shows the requests."""
     asked = {}
 
     class Vllm:

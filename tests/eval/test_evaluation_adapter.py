@@ -1,4 +1,4 @@
-"""An evaluation of a model with an adapter: what names it, who reads it, the same texts."""
+"""Evaluations of a model with an adapter: names, backends, the same texts as merged."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ LORA = LoraSettings(4, 8.0)
 
 @pytest.fixture(scope="module")
 def adapters(tiny_model, tmp_path_factory):
-    """Two of the tiny model, as runs export them, with routers."""
+    """Returns two adapters of the tiny model with routers, as runs export them."""
     config = HFCheckpoint(tiny_model).config
     paths = []
     for seed in (0, 1):

@@ -12,7 +12,7 @@ from training import processes
 
 
 def main(arguments):
-    """The command's, without importing the module under its name, which is the function's."""
+    """Runs the command without importing the module: its name is the function's."""
     spec = importlib.util.spec_from_file_location("command", ROOT / "olmoe_jax" / "generate.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

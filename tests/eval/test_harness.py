@@ -22,7 +22,7 @@ def tokens(count: int) -> list[int]:
 
 
 def test_log_likelihoods_are_those_of_the_logits():
-    """Rows of several lengths, shared rows, more positions than a chunk, an empty continuation."""
+    """The pairs have several lengths, shared rows, more positions than a chunk, no continuation."""
     model, context = make_model(CONFIG), tokens(40)
     pairs = [(tokens(n), tokens(m)) for n, m in ((1, 1), (3, 700), (33, 2), (5, 0))]
     pairs += [(context, [token]) for token in range(4)]
@@ -126,7 +126,7 @@ def test_requests_that_do_not_fit(open_model):
 
 @pytest.mark.parametrize("count", [1, 4, 5, 8, 11])
 def test_rolling_windows(count, open_model):
-    """Every token once, and full contexts at the end."""
+    """The windows score every token once, and the last ones have full contexts."""
     model, backend = open_model(context=4)
     text = "abcdefghijk"[:count]
     model.loglikelihood_rolling(requests((text,)), disable_tqdm=True)
@@ -208,7 +208,7 @@ metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]
 
 @pytest.mark.slow
 def test_the_scores_of_lm_eval_itself(tiny_model, tmp_path):
-    """Against lm_eval's own model class, which runs transformers, on tasks in local files."""
+    """The command equals lm_eval's own model class, which runs transformers, on local tasks."""
     lm_eval = pytest.importorskip("lm_eval")
     pytest.importorskip("torch")
     from lm_eval.models.huggingface import HFLM

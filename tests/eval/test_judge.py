@@ -75,7 +75,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @contextmanager
 def judge_server(script):
-    """A server on a free port; `script(candidate, earlier requests for it)` is its answer."""
+    """Yields a server on a free port that answers script(candidate, earlier requests for it)."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.script, server.lock = script, threading.Lock()
     server.asked, server.answered, server.keys = Counter(), Counter(), set()
@@ -238,7 +238,7 @@ def test_server_and_estimate():
 
 @pytest.mark.slow
 def test_a_killed_evaluation_asks_nothing_twice(tmp_path, tiny_model, data_dir):
-    """The whole command, killed while it judges; what was answered is not asked again."""
+    """The whole command is killed while it judges, and asks for no answer again."""
 
     def script(candidate, number):
         time.sleep(0.2)

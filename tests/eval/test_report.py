@@ -1,4 +1,4 @@
-"""The report: its numbers from hand-made predictions, what it joins, escapes and refuses."""
+"""The report: numbers from hand-made predictions, joins, escapes and refusals."""
 
 import html
 import json
@@ -37,7 +37,7 @@ def write_json(file: Path, value) -> None:
 
 
 def write_result(path: Path, task: str, metric: str, scores, data="d", output="It is 4.") -> None:
-    """A task's files, as eval.run writes them."""
+    """Writes a task's files as eval.run does."""
     rows = [
         {"id": str(i), "prompt": f"{i}?", "output": output, "answer": "4", "reference": "5"}
         | {metric: score}
@@ -72,7 +72,7 @@ def write_run(path: Path, method: str, data: str = "RoxanneWsyw/gsm:train.jsonl"
 
 @pytest.fixture
 def runs(tmp_path):
-    """Two training runs with their evaluations, and the base's."""
+    """Returns two training runs with their evaluations, and the base's evaluation."""
     paths = []
     for method in ("densemixer", "frozen"):
         path = write_run(tmp_path / f"{method}_gsm", method)
@@ -88,7 +88,7 @@ def report(output: Path, *arguments: str) -> tuple[str, str]:
 
 
 class Page(HTMLParser):
-    """The tables' cells, and every tag with its attributes."""
+    """A page's tables, and every tag with its attributes."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -116,7 +116,7 @@ class Page(HTMLParser):
 
 
 def write_harness(path: Path, groups: dict, date: str = "1", limit=None, **tasks) -> Path:
-    """lm_eval's files: {task or group: its metric "m", or its rows' scores "acc"}."""
+    """Writes lm_eval's files: {task or group: its metric "m", or its rows' scores "acc"}."""
     results, hashes = {}, {}
     for name, scores in tasks.items():
         if isinstance(scores, list):
@@ -182,7 +182,7 @@ def test_results_of_lm_eval(tmp_path):
 
 
 def test_the_best_is_bold(tmp_path, runs):
-    """The highest, or the lowest where less is better, which the column says."""
+    """The highest is bold, or the lowest in a column that says so."""
     markdown, _ = report(tmp_path / "higher", *runs)
     assert markdown.count("**90.00 (") == 1
     assert "↓" not in markdown
@@ -260,7 +260,7 @@ def test_html_and_markdown_of_every_block():
 
 
 def test_evaluations_find_their_training_runs(tmp_path, runs):
-    """By the directory, by the model's path, by name; one method over several tasks is a row."""
+    """Directory, model path or name tell the run; one method over several tasks is a row."""
     lora = write_run(tmp_path / "x", "densemixer_lora", "some/esft/train/law.jsonl")
     by_model = write_evaluation(tmp_path / "y", str(lora), law=[0.5, 0.25, None])
     other = write_evaluation(tmp_path / "z", "elsewhere", law=[0.5, 0.5, 0.0])
@@ -280,7 +280,7 @@ def test_evaluations_find_their_training_runs(tmp_path, runs):
 
 
 def test_an_adapter_names_its_run(tmp_path, runs):
-    """Not the model it lies beside, and an adapter of no run is not the base."""
+    """The adapter counts and not its model; an adapter of no run is not the base."""
     lora = write_run(tmp_path / "x", "conventional_lora")
     base = "allenai/OLMoE-1B-7B-0125"
     (tmp_path / "foreign").mkdir()
@@ -359,7 +359,7 @@ def test_paired_tests_by_hand():
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [400, 1400])
 def test_page_fits_its_window(tmp_path, runs, width):
-    """In a browser: the page is no wider than the window, wide tables scroll in their box."""
+    """The page is no wider than a browser's window, and wide tables scroll in their box."""
     browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
     if not browser:
         pytest.skip("needs chromium")

@@ -1,4 +1,4 @@
-"""make reproduce: which commands it runs, what it refuses; and all of it with the small model."""
+"""make reproduce: its commands, its refusals, and all of it with the small model."""
 
 import json
 import os
@@ -121,8 +121,8 @@ SMALL = ["--small", "--config.train.max_steps=20"]
 
 
 @pytest.mark.slow
-def test_small_from_score_to_report(tmp_path, capfd):
-    """Killed while it trains and continued: what was complete is not done again."""
+def test_small_from_training_to_report(tmp_path, capfd):
+    """A run that is killed while it trains continues without repeating complete steps."""
     output = tmp_path / "run"
     arguments = ["eval.reproduce", "--output", str(output), *SMALL]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}

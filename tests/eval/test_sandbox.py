@@ -1,4 +1,4 @@
-"""The sandbox: what passes, what does not, and that nothing outside changes."""
+"""The sandbox: programs that pass and fail, and attacks that change nothing outside."""
 
 import json
 import os
@@ -121,7 +121,7 @@ needs_containment = pytest.mark.usefixtures("contained")
 
 @pytest.fixture
 def outside(tmp_path, monkeypatch):
-    """Something to attack: a file, an open port, a key in the environment, a process."""
+    """Yields targets of attacks: a file, an open port, a key in the environment, a process."""
     import socket
 
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
@@ -153,7 +153,7 @@ def assert_contained(name: str, failure: str | None) -> None:
 
 
 def sandboxes(owner: int) -> int:
-    """Processes of sandboxes that a process started, or that nobody owns; not other tests'."""
+    """Returns the processes of sandboxes that a process started, or whose parent is gone."""
     command = ["ps", "-eww", "-o", "pid=,ppid=,args="]  # not cut to the width of a screen
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     rows = [line.split(maxsplit=2) for line in listing.splitlines()]
@@ -169,7 +169,7 @@ def sandboxes(owner: int) -> int:
 
 
 def all_end(seconds: float = 20) -> bool:
-    """Whether no sandbox is left, but for what the kernel needs to end those just killed."""
+    """Returns whether all sandboxes end, given the time that the kernel needs to end them."""
     deadline = time.monotonic() + seconds
     while sandboxes(os.getpid()) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -259,7 +259,7 @@ def test_all_canonical_solutions_pass(shared):
         for example, row in zip(humaneval.examples(problems), problems, strict=True)
     ]
     rows = read_rows(shared / "data" / mbpp.local_file)
-    # All problems, not only the test split: as if each were one of it.
+    # All problems, not only the test split.
     few = {row["task_id"]: row for row in rows if row["task_id"] in (2, 3, 4)}
     for row in rows:
         (example,) = Mbpp().examples([*few.values(), row | {"task_id": 11}])

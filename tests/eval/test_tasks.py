@@ -117,7 +117,7 @@ def test_intent_scores():
 
 
 def last_number_by_hand(text: str) -> str:
-    """Reads the text character by character; knows no sign, since these texts have none."""
+    """Returns the last number, character by character and without a sign."""
     numbers, current = [], ""
     for before, letter, after in zip(" " + text, text, text[1:] + " ", strict=False):
         if letter.isdigit():
