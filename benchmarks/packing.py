@@ -27,7 +27,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--batch_size", type=int, default=256, help="examples of a step")
     args = parser.parse_args(arguments)
     tokenizer = load_tokenizer(args.tokenizer)
-    dataset = tokenize_dataset(args.data, tokenizer, args.max_seq_length, None)
+    dataset = tokenize_dataset(args.data, tokenizer, args.max_seq_length)
 
     row_length = args.max_seq_length
     rows: list[np.ndarray] = []  # of each step, for each order

@@ -71,7 +71,7 @@ def _router_gradient(
 def held_out_batches(inputs: Path, row_length: int, rows: int) -> tuple[list[DeviceBatch], int]:
     """Returns `inputs`/eval.jsonl in packed batches [rows, row_length], and its targets' number."""
     tokenizer = data.load_tokenizer(str(inputs))
-    dataset = data.tokenize_dataset(str(inputs / "eval.jsonl"), tokenizer, row_length, None)
+    dataset = data.tokenize_dataset(str(inputs / "eval.jsonl"), tokenizer, row_length)
     batches = data.evaluation_batches(
         dataset,
         max_seq_length=row_length,

@@ -106,12 +106,11 @@ def tokenize_dataset(
     path: str,
     tokenizer: "PreTrainedTokenizerBase",
     max_seq_length: int,
-    cache_dir: str | None,
     split: str = "train",
 ) -> TokenizedDataset:
     """Returns the tokenised rows of `path` (see `read_rows`), from the cache where it holds them.
 
-    The cache is `cache_dir`, or $OLMOE_JAX_CACHE, or ~/.cache/olmoe_jax.
+    The cache is $OLMOE_JAX_CACHE, or ~/.cache/olmoe_jax.
 
     Raises:
       UserError: a row cannot be read or formatted (the message names file and line), no row is left
@@ -119,13 +118,13 @@ def tokenize_dataset(
     """
     if max_seq_length < 1:
         raise ValueError(f"max_seq_length must be positive, not {max_seq_length}")
-    origin = {
+    origin: dict[str, str | int] = {
         "content": content_digest(path, split),
         "tokenizer": _tokenizer_digest(tokenizer),
         "max_seq_length": max_seq_length,
         "rules": RULES_VERSION,
     }
-    root = cache_dir or os.environ.get("OLMOE_JAX_CACHE") or "~/.cache/olmoe_jax"
+    root = os.environ.get("OLMOE_JAX_CACHE") or "~/.cache/olmoe_jax"
     directory = Path(root).expanduser() / "tokenized" / _hash([_CACHE_VERSION, origin])
     cached = load_arrays(directory)
     if cached is None:
@@ -139,8 +138,16 @@ def tokenize_dataset(
             ) from error
         cached = load_arrays(directory) or (arrays, info)
     arrays, info = cached
-    rows = np.arange(len(arrays["offsets"]) - 1)
-    return TokenizedDataset(**arrays, rows=rows, **info, origin=origin)
+    return TokenizedDataset(
+        tokens=arrays["tokens"],
+        trained=arrays["trained"],
+        offsets=arrays["offsets"],
+        prompt_lengths=arrays["prompt_lengths"],
+        rows=np.arange(len(arrays["prompt_lengths"])),
+        dropped_rows=info["dropped_rows"],
+        total_rows=info["total_rows"],
+        origin=origin,
+    )
 
 
 def held_out_split(

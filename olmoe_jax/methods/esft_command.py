@@ -70,7 +70,7 @@ def run_score(args: argparse.Namespace) -> None:
     source = open_source(args.model)
     dtype = jnp.dtype(args.compute_dtype)
     tokenizer = data.load_tokenizer(args.tokenizer or str(source.files))
-    dataset = data.tokenize_dataset(args.data, tokenizer, args.max_seq_length, None)
+    dataset = data.tokenize_dataset(args.data, tokenizer, args.max_seq_length)
     with directory.new_directory(args.output) as partial:
         mesh = sharding.make_mesh()
         scores, tokens = expert_scores(

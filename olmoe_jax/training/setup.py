@@ -182,7 +182,6 @@ def load_datasets(config: Config, model: Model) -> Datasets:
         data.tokenize_dataset,
         tokenizer=tokenizer,
         max_seq_length=options.max_seq_length,
-        cache_dir=None,
     )
     train, evaluation = tokenize(options.train_path), None
     if options.eval_path:

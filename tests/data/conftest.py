@@ -24,6 +24,13 @@ def make_dataset():
     return make
 
 
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The directory of the token cache, which is empty."""
+    monkeypatch.setenv("OLMOE_JAX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.fixture(scope="session")
 def olmoe_tokenizer(shared):
     return load_tokenizer(str(shared / "data" / "tokenizer"))

@@ -174,9 +174,9 @@ def test_report(dataset):
 
 
 @pytest.mark.slow
-def test_padding_of_packed_gsm8k_is_below_five_percent(shared, olmoe_tokenizer, tmp_path):
+def test_padding_of_packed_gsm8k_is_below_five_percent(shared, olmoe_tokenizer):
     path = str(shared / "data/gsm/train.jsonl")
-    dataset = tokenize_dataset(path, olmoe_tokenizer, 4096, str(tmp_path))
+    dataset = tokenize_dataset(path, olmoe_tokenizer, 4096)
     for seed in range(3):
         data = training(dataset, batch_size=256, max_seq_length=4096, rows_per_batch=1, seed=seed)
         assert describe(data).padding_share < 0.05

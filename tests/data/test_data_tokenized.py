@@ -23,6 +23,9 @@ def data(tmp_path):
     return write(tmp_path / "data.jsonl", ROWS)
 
 
+pytestmark = pytest.mark.usefixtures("cache")
+
+
 @pytest.fixture
 def tokenizations(monkeypatch):
     """The calls that were not answered from the cache."""
@@ -32,7 +35,7 @@ def tokenizations(monkeypatch):
 
 
 def test_examples_and_counts(data, tokenizer, tmp_path):
-    dataset = tokenize_dataset(data, tokenizer, 20, str(tmp_path / "cache"))
+    dataset = tokenize_dataset(data, tokenizer, 20)
     assert (len(dataset), dataset.dropped_rows, dataset.total_rows) == (3, 1, 4)
     assert dataset.lengths.tolist() == [5, 6, 7]
     assert dataset.target_counts.tolist() == [3, 4, 5]
@@ -47,7 +50,7 @@ def test_examples_and_counts(data, tokenizer, tmp_path):
 def test_more_rows_than_one_tokenizer_call(tokenizer, tmp_path, monkeypatch):
     data = write(tmp_path / "data.jsonl", [{"prompt": str(i), "completion": ""} for i in range(7)])
     monkeypatch.setattr(module, "_ROWS_PER_TOKENIZER_CALL", 3)
-    dataset = tokenize_dataset(data, tokenizer, 20, str(tmp_path / "cache"))
+    dataset = tokenize_dataset(data, tokenizer, 20)
     texts = [tokenizer.decode(dataset.example(i).tokens) for i in range(7)]
     assert texts == [f"{i} <|endoftext|>" for i in range(7)]
 
@@ -55,32 +58,31 @@ def test_more_rows_than_one_tokenizer_call(tokenizer, tmp_path, monkeypatch):
 def test_cache_is_used_until_data_tokenizer_or_settings_change(
     data, tokenizer, tokenizer_dir, tmp_path, tokenizations
 ):
-    cache = str(tmp_path / "cache")
-    first = tokenize_dataset(data, tokenizer, 20, cache)
+    first = tokenize_dataset(data, tokenizer, 20)
     tokenizer("x", truncation=True, max_length=1)  # leaves its setting in the tokenizer
-    again = tokenize_dataset(data, tokenizer, 20, cache)
+    again = tokenize_dataset(data, tokenizer, 20)
     assert len(tokenizations) == 1
     assert first.fingerprint == again.fingerprint
     np.testing.assert_array_equal(first.tokens, again.tokens)
 
-    assert tokenize_dataset(data, tokenizer, 6, cache).lengths.tolist() == [5, 6, 6]
+    assert tokenize_dataset(data, tokenizer, 6).lengths.tolist() == [5, 6, 6]
     other_dir = tmp_path / "other"
     shutil.copytree(tokenizer_dir, other_dir)
     other = load_tokenizer(str(other_dir))
     other.add_tokens(["cc"])
-    assert tokenize_dataset(data, other, 20, cache).lengths.tolist() == [5, 5, 6]
+    assert tokenize_dataset(data, other, 20).lengths.tolist() == [5, 5, 6]
     write(tmp_path / "data.jsonl", ROWS[:2])
-    changed = tokenize_dataset(data, tokenizer, 20, cache)
+    changed = tokenize_dataset(data, tokenizer, 20)
     assert len(changed) == 2
     assert changed.fingerprint != first.fingerprint
     assert len(tokenizations) == 4
 
 
 def test_identity_names_the_part_that_changed(
-    data, tokenizer, tokenizer_dir, tmp_path, monkeypatch
+    data, tokenizer, tokenizer_dir, tmp_path, cache, monkeypatch
 ):
     def identity(file=data, tokenizer=tokenizer, max_seq_length=20):
-        return tokenize_dataset(file, tokenizer, max_seq_length, str(tmp_path / "cache")).identity()
+        return tokenize_dataset(file, tokenizer, max_seq_length).identity()
 
     original = identity()
     other_tokenizer = load_tokenizer(str(tokenizer_dir))
@@ -96,16 +98,15 @@ def test_identity_names_the_part_that_changed(
     # A new layout of the cache is no new data: the rows are tokenised anew, into another directory.
     monkeypatch.setattr(module, "_CACHE_VERSION", module._CACHE_VERSION + 1)
     assert changed(identity()) == []
-    assert len(list((tmp_path / "cache/tokenized").iterdir())) == 5
+    assert len(list((cache / "tokenized").iterdir())) == 5
     monkeypatch.setattr(module, "RULES_VERSION", rules + 1)
     assert changed(identity()) == ["rules"]
     assert json.loads(json.dumps(original)) == original
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "missing", "no_json"])
-def test_damaged_cache_is_rebuilt(data, tokenizer, tmp_path, tokenizations, damage):
-    cache = tmp_path / "cache"
-    first = tokenize_dataset(data, tokenizer, 20, str(cache))
+def test_damaged_cache_is_rebuilt(data, tokenizer, cache, tokenizations, damage):
+    first = tokenize_dataset(data, tokenizer, 20)
     tokens = np.array(first.tokens)
     (file,) = cache.rglob("tokens.npy")
     if damage == "truncated":
@@ -116,10 +117,10 @@ def test_damaged_cache_is_rebuilt(data, tokenizer, tmp_path, tokenizations, dama
         file.unlink()
     else:
         file.with_name("meta.json").write_text("{")
-    again = tokenize_dataset(data, tokenizer, 20, str(cache))
+    again = tokenize_dataset(data, tokenizer, 20)
     np.testing.assert_array_equal(again.tokens, tokens)
     assert len(tokenizations) == 2
-    tokenize_dataset(data, tokenizer, 20, str(cache))
+    tokenize_dataset(data, tokenizer, 20)
     assert len(tokenizations) == 2
     assert len(list((cache / "tokenized").iterdir())) == 1
 
@@ -132,25 +133,26 @@ def test_second_of_two_writers_keeps_the_first_result(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
-def test_default_cache_comes_from_the_environment(data, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setenv("OLMOE_JAX_CACHE", str(tmp_path / "from_env"))
-    tokenize_dataset(data, tokenizer, 20, None)
-    assert (tmp_path / "from_env" / "tokenized").is_dir()
+def test_default_cache_is_in_the_home_directory(data, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.delenv("OLMOE_JAX_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tokenize_dataset(data, tokenizer, 20)
+    assert (tmp_path / ".cache/olmoe_jax/tokenized").is_dir()
 
 
-def test_errors_are_one_line_for_the_user(tokenizer, tmp_path):
-    cache = str(tmp_path / "cache")
+def test_errors_are_one_line_for_the_user(tokenizer, tmp_path, cache, monkeypatch):
     data = write(tmp_path / "a.jsonl", [ROWS[0], {"text": "x"}])
     with pytest.raises(UserError, match=r"a\.jsonl, line 2: unknown fields"):
-        tokenize_dataset(data, tokenizer, 20, cache)
+        tokenize_dataset(data, tokenizer, 20)
     data = write(tmp_path / "b.jsonl", ROWS[3:])
     with pytest.raises(UserError, match=r"max_seq_length=20; raise data\.max_seq_length"):
-        tokenize_dataset(data, tokenizer, 20, cache)
+        tokenize_dataset(data, tokenizer, 20)
     (tmp_path / "file").write_text("")
     data = write(tmp_path / "c.jsonl", ROWS)
+    assert not cache.exists()
+    monkeypatch.setenv("OLMOE_JAX_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="cannot write the token cache"):
-        tokenize_dataset(data, tokenizer, 20, str(tmp_path / "file"))
-    assert not (tmp_path / "cache").exists()
+        tokenize_dataset(data, tokenizer, 20)
 
 
 def test_held_out_split(make_dataset):

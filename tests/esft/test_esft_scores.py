@@ -132,7 +132,7 @@ def test_command(base, run_files, tokenizer, tmp_path, capsys):
             *("--max_tokens", "60", "--max_seq_length", "64", "--seed", "3"),
         ]
     )
-    dataset = data.tokenize_dataset(str(run_files.train), tokenizer, 64, None)
+    dataset = data.tokenize_dataset(str(run_files.train), tokenizer, 64)
     lengths = dataset.lengths
     order = np.random.default_rng(3).permutation(len(dataset))
     count = int(np.argmax(np.cumsum(lengths[order]) >= 60)) + 1
