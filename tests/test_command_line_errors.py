@@ -198,11 +198,11 @@ def test_mesh(error_of, mesh, expected):
         ),
         (
             {"model__grouped_matmul": "tokamax"},
-            "model.grouped_matmul=tokamax: is for a gpu, and this is a cpu; write blocked",
+            "model.grouped_matmul=tokamax: runs on gpu; this is cpu; write blocked",
         ),
         (
             {"model__attention": "splash"},
-            "model.attention=splash: runs on tpu, and this is cpu; write chunked",
+            "model.attention=splash: runs on tpu; this is cpu; write chunked",
         ),
         (
             {"data__tokenizer_path": "{absent}"},

@@ -220,7 +220,7 @@ def test_the_configuration_offers_every_backend():
             "cpu",
             128,
             jnp.bfloat16,
-            "model.attention=splash: runs on tpu, and this is cpu",
+            "model.attention=splash: runs on tpu; this is cpu",
         ),
         ("cudnn", "tpu", 128, jnp.bfloat16, "model.attention=cudnn: runs on gpu, and this is tpu"),
         (None, "gpu", 8, jnp.bfloat16, "model.attention=pallas_triton: needs heads of at least 16"),

@@ -103,8 +103,8 @@ def test_a_backend_that_cannot_run_says_what_can(monkeypatch):
     assert check_backend(None, "cpu") == "blocked"
     for backend, platform in [("tokamax", "cpu"), ("pallas_triton", "tpu"), ("ragged_dot", "gpu")]:
         said = message_of(check_backend, backend, platform)
-        assert said.startswith(f"model.grouped_matmul={backend}: is for a ")
-        assert said.endswith(f"and this is a {platform}; write blocked")
+        assert said.startswith(f"model.grouped_matmul={backend}: runs on ")
+        assert said.endswith(f"this is {platform}; write blocked")
 
 
 @pytest.mark.parametrize("chosen", [None, "tokamax"])

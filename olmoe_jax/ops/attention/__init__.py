@@ -27,7 +27,7 @@ def default_backend(platform: str) -> str:
 
 
 def check_backend(backend: str | None, platform: str, head_size: int, dtype: DTypeLike) -> str:
-    """Returns `backend`, or the platform's default if it is None, once the backend can run.
+    """Checks that a backend can run. Returns `backend`, or the platform's default if it is None.
 
     Args:
       backend: one of BACKENDS or None.
@@ -41,11 +41,11 @@ def check_backend(backend: str | None, platform: str, head_size: int, dtype: DTy
     backend = backend or default_backend(platform)
     wrong = None
     if _PLATFORM.get(backend, platform) != platform:
-        wrong = f"runs on {_PLATFORM[backend]}, and this is {platform}"
+        wrong = f"runs on {_PLATFORM[backend]}; this is {platform}"
     elif backend == "pallas_triton" and head_size < 16:
-        wrong = f"needs heads of at least 16, and the model's have {head_size}"
+        wrong = f"needs heads of at least 16; the model has heads of {head_size}"
     elif backend == "cudnn" and (head_size > 128 or head_size % 8):
-        wrong = f"needs heads of a multiple of 8 up to 128, and the model's have {head_size}"
+        wrong = f"needs heads of a multiple of 8 up to 128; the model has heads of {head_size}"
     elif backend == "cudnn" and dtype != jnp.bfloat16:
         wrong = "needs model.compute_dtype=bfloat16"
     if wrong:

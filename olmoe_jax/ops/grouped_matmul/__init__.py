@@ -36,7 +36,7 @@ def default_backend(platform: str) -> str:
 
 
 def check_backend(backend: str | None, platform: str) -> str:
-    """Returns `backend`, or the platform's default if it is None, once the backend can run.
+    """Checks that a backend can run. Returns `backend`, or the platform's default if it is None.
 
     Raises:
       UserError: the backend does not run on the platform, or is not installed.
@@ -44,7 +44,7 @@ def check_backend(backend: str | None, platform: str) -> str:
     backend = backend or default_backend(platform)
     wrong = None
     if _PLATFORM.get(backend, platform) != platform:
-        wrong = f"is for a {_PLATFORM[backend]}, and this is a {platform}; write blocked"
+        wrong = f"runs on {_PLATFORM[backend]}; this is {platform}; write blocked"
     elif backend == "tokamax" and (missing := tokamax.missing()):
         wrong = f"{missing}, or write pallas_triton or blocked, which need no other package"
     if wrong:
