@@ -222,7 +222,7 @@ def test_the_configuration_offers_every_backend():
             jnp.bfloat16,
             "model.attention=splash: runs on tpu; this is cpu",
         ),
-        ("cudnn", "tpu", 128, jnp.bfloat16, "model.attention=cudnn: runs on gpu, and this is tpu"),
+        ("cudnn", "tpu", 128, jnp.bfloat16, "model.attention=cudnn: runs on gpu; this is tpu"),
         (None, "gpu", 8, jnp.bfloat16, "model.attention=pallas_triton: needs heads of at least 16"),
         ("cudnn", "gpu", 60, jnp.bfloat16, "model.attention=cudnn: needs heads of a multiple of 8"),
         ("cudnn", "gpu", 256, jnp.bfloat16, "model.attention=cudnn: needs heads of a multiple of"),
