@@ -1,14 +1,14 @@
 """GPU hours of the cells of the paper's table, by arithmetic: python -m benchmarks.reproduce_hours
 
-Training: the FLOPs per token that `olmoe_jax.plan` counts (what is computed twice included) times
-the tokens of all epochs, and for ESFT the forward pass that scores the experts. Evaluation: the
-prompts' forward pass, and for each batch of 64 all of the task's new tokens, bound by reading the
-bfloat16 weights. Both at an assumed share of an H100's peak. Not counted: starting, loading,
-compiling, checkpoints, exports and the judge. Compiles and runs nothing.
+Training costs the executed FLOPs per token (`olmoe_jax.model.flops`) times the tokens of all
+epochs, and for ESFT the forward pass that scores the experts. Evaluation costs the prompts' forward
+pass, and for each batch of 64 prompts the reading of the bfloat16 weights once per new token. Both
+run at an assumed share of an H100's peak. Starting, loading, compiling, checkpoints, exports and
+the judge are left out. The script compiles and runs nothing.
 
-Tokens are those of OLMoE's tokenizer on the data files beside the project (shared/data). Of
-CodeAlpaca a sample's mean stands for all; the training files of summary and translation are not
-there, so that their hours are for 10,000 examples of 1,000 tokens.
+The tokens are those of OLMoE's tokenizer on the data files beside the project (shared/data). For
+CodeAlpaca, the mean of a sample stands for all examples. The training files of summary and
+translation are not among the data files: their hours are for 10,000 examples of 1,000 tokens.
 """
 
 import argparse
@@ -35,7 +35,7 @@ BATCH = 64  # prompts decoded together
 
 
 class Size(NamedTuple):
-    """Examples, and the tokens of all of them."""
+    """The size of a data set: its examples, and the tokens of all examples together."""
 
     examples: int
     tokens: int
@@ -61,7 +61,7 @@ PROMPTS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints the table."""
+    """Prints the hours of each cell as a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--utilisation", type=float, default=0.3, help="share of the peak (0.3)")
     share = parser.parse_args(arguments).utilisation
@@ -80,12 +80,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def row(name: str, hours: list[float]) -> str:
-    """A row of the table with its sum."""
+    """Returns a row of the table with its sum."""
     return f"| {name} | {' | '.join(f'{h:.3f}' for h in [*hours, sum(hours)])} |"
 
 
 def step_flops(method: str, dataset: str) -> StepFlops:
-    """Per token; an ESFT run is assumed to train ESFT_EXPERTS experts of each layer."""
+    """Returns a run's FLOPs per token; ESFT is assumed to tune ESFT_EXPERTS experts per layer."""
     config, experts = experiment(method, dataset), None
     if method in ESFT:
         experts = ExpertConfig((tuple(range(ESFT_EXPERTS)),) * MODEL.num_layers)
@@ -99,7 +99,7 @@ def step_flops(method: str, dataset: str) -> StepFlops:
 
 
 def training_hours(method: str, dataset: str, share: float) -> float:
-    """Of one cell, scoring included."""
+    """Returns the hours of one training run, ESFT's scoring included."""
     config, tokens = experiment(method, dataset), TRAINING[dataset].tokens
     flops = step_flops(method, dataset)
     work = config.train.epochs * tokens * flops.executed
@@ -109,7 +109,7 @@ def training_hours(method: str, dataset: str, share: float) -> float:
 
 
 def evaluation_hours(dataset: str, share: float) -> float:
-    """Of one model on a data set's tasks, on one GPU."""
+    """Returns the hours of evaluating one model on a data set's tasks, on one GPU."""
     weights = 2 * sum(math.prod(spec.shape) for spec in parameter_specs(MODEL).values())
     seconds = 0.0
     for task in tasks_of(dataset):
@@ -117,6 +117,7 @@ def evaluation_hours(dataset: str, share: float) -> float:
         context = tokens / examples / 2
         flops = step_flops_per_token(MODEL, ModelSettings(), lambda name: False, context)
         seconds += tokens * flops.forward / (share * H100.flops)
+        # A decode step is bound by memory: it reads all weights for one token of each prompt.
         steps = math.ceil(examples / BATCH) * TASKS[task].max_new_tokens
         seconds += steps * weights / (share * H100.bandwidth)
     return seconds / 3600

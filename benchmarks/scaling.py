@@ -1,8 +1,8 @@
-"""How the time per token grows: python -m benchmarks.scaling --output docs/scaling.png
+"""The growth of the time per token: python -m benchmarks.scaling --output docs/scaling.png
 
-Forward and backward of a small model as its tokens, experts, layers or (virtual CPU) devices grow,
-for conventional training, DenseMixer, and DenseMixer of 2K experts per token. Draws the four curves
-and prints them as a Markdown table. Minutes on two cores.
+Times forward and backward of a small model while its tokens, experts, layers or (virtual CPU)
+devices grow, for conventional training, DenseMixer, and DenseMixer with 2K experts per token. Draws
+four curves and prints them as a Markdown table. Takes minutes on two cores.
 """
 
 import functools
@@ -40,13 +40,14 @@ SERIES = {
     "layers": {1: (1, ("--layers=1",)), 2: UNCHANGED, 4: (1, ("--layers=4",))},
     "devices": {1: UNCHANGED, 2: (2, ()), 4: (4, ())},
 }
-"""What grows: {its value: (devices, flags over BASE)}. The devices share the machine's cores."""
+"""SERIES[what grows][value] = (devices, flags that override BASE). Devices share the cores."""
 
 Curves = dict[str, dict[int, dict[str, float]]]
 """Seconds per token: curves[what grows][value][method]."""
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Measures the series that the arguments ask for, then prints and draws them."""
     parser = ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="PNG file to write")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each point")
@@ -65,11 +66,12 @@ def main(arguments: Sequence[str]) -> None:
 
 @functools.cache
 def measure(devices: int, flags: tuple[str, ...], steps: int) -> dict[str, float]:
-    """Seconds per token of each method, best of `steps`, in turns."""
+    """Returns the seconds per token of each method, the best of `steps`."""
     mesh = sharding.make_mesh(devices=jax.devices()[:devices])
     parsed = {
         name: make_parser().parse_args([*BASE, *flags, *method]) for name, method in METHODS.items()
     }
+    # The methods take turns, so that a slow moment of the machine hits all of them.
     with jax.set_mesh(mesh):
         functions = {name: make_step(args, mesh)[0] for name, args in parsed.items()}
         for step in functions.values():
@@ -80,7 +82,7 @@ def measure(devices: int, flags: tuple[str, ...], steps: int) -> dict[str, float
 
 
 def table(curves: Curves) -> str:
-    """Microseconds per token as a Markdown table."""
+    """Returns the microseconds per token as a Markdown table."""
     lines = ["| | | " + " | ".join(METHODS) + " |", "| --- " * (2 + len(METHODS)) + "|"]
     for what, points in curves.items():
         for value, seconds in points.items():
@@ -90,7 +92,7 @@ def table(curves: Curves) -> str:
 
 
 def plot(curves: Curves, file: Path) -> None:
-    """One panel for each thing that grows; times relative to its first conventional one."""
+    """Draws a panel for each series, its times relative to its first conventional point."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.2), layout="constrained")

@@ -1,4 +1,4 @@
-"""Model and batch sizes that the benchmarks share. Standard library only."""
+"""The model and batch sizes that the benchmarks share. Needs the standard library only."""
 
 import argparse
 import dataclasses
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """An architecture and the batch that it computes: `rows` of `length` tokens."""
+    """An architecture and its batch of `rows` rows, each of `length` tokens."""
 
     layers: int
     hidden: int
@@ -22,10 +22,11 @@ class Shape:
 
     @property
     def tokens(self) -> int:
+        """Tokens of the batch."""
         return self.rows * self.length
 
     def hf_config(self) -> dict[str, Any]:
-        """The architecture as a Hugging Face config.json."""
+        """Returns the architecture as the content of a Hugging Face config.json."""
         return {
             "model_type": "olmoe",
             "vocab_size": self.vocab,
@@ -50,16 +51,16 @@ class Shape:
 SHAPES = {
     "tiny": Shape(2, 64, 32, 4, 8, 2, vocab=256, rows=2, length=32),
     "mid": Shape(4, 512, 256, 8, 64, 8, vocab=2048, rows=4, length=256),
-    # OLMoE-1B-7B, for an accelerator.
+    # OLMoE-1B-7B, too large for a CPU.
     "full": Shape(
         16, 2048, 1024, 16, 64, 8, vocab=50304, rows=1, length=4096, compute_dtype="bfloat16"
     ),
 }
-"""mid with 2,048 tokens of vocabulary spends its time in the experts, with 50,304 in the head."""
+"""Shapes by name. A step of `mid` spends its time in the experts; with vocab=50304, in the head."""
 
 
 def add_shape_flags(parser: argparse.ArgumentParser) -> None:
-    """`--shape` and one flag for each size, which overrides the shape's."""
+    """Adds `--shape`, and a flag for each size that overrides the shape's."""
     parser.add_argument("--shape", choices=SHAPES, default="mid")
     for field in dataclasses.fields(Shape):
         if field.type is int:
@@ -68,7 +69,7 @@ def add_shape_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def shape_of(args: argparse.Namespace) -> Shape:
-    """The shape that these flags ask for."""
+    """Returns the shape that the flags of `add_shape_flags` ask for."""
     names = [field.name for field in dataclasses.fields(Shape)]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return dataclasses.replace(SHAPES[args.shape], **given)

@@ -158,7 +158,7 @@ def _cell(name: str, value: Any) -> str:
     if name in _BYTES:
         return f"{value / GIB:.3f} GiB"
     if isinstance(value, float):
-        return f"{value:,.0f}" if value >= 1000 else f"{value:.3f}"
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else value
 
 

@@ -30,7 +30,7 @@ def test_json(tmp_path):
     assert planned["fits"] is True
     assert 0 < planned["peak_gib_per_device"] < planned["capacity_gib"]
     assert planned["collective_bytes_per_step"] > 0
-    # More than the sparse forward and backward of the experts alone.
+    # The experts alone take this much without DenseMixer.
     assert planned["flops_per_token"] > 6 * 2 * 2 * 3 * 32 * 16
 
 

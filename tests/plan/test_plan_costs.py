@@ -22,7 +22,7 @@ LORA = LoraSettings(64, 16.0)
 
 
 def flops(trains=lambda name: True, **settings):
-    """GFLOP per token at full size, attending to 2048 positions on average."""
+    """Returns GFLOPs per token at full size, attending to 2048 positions on average."""
     parts = step_flops_per_token(OLMOE_1B_7B, ModelSettings(**settings), trains, 2048)
     return type(parts)(*(part / 1e9 for part in parts))
 
@@ -58,16 +58,16 @@ def test_lora_has_no_gradients_of_the_frozen_weights():
     scores = 4 * 16 * 2048 * 2048 / 1e9  # in the forward
     inputs = full.forward - scores + adapters
     assert lora.backward == pytest.approx(inputs + adapters + 2 * scores)
-    # Of an expert's down projection and its adapter A B, only A runs again.
+    # An expert's down projection does not run again; of its adapter A B, only A does.
     not_again = 2 * (50304 * 2048 + 16 * 8 * 2048 * (1024 + 64)) / 1e9
     again = flops(lora=LORA, remat="full").recomputed
     assert again == pytest.approx(lora.forward - not_again)
 
 
-def test_esft_has_gradients_of_what_it_selects():
-    selected = ((0, 1, 2, 3),) * 16
+def test_esft_has_gradients_of_its_tuned_experts():
+    tuned = ((0, 1, 2, 3),) * 16
     trains = esft_names(head="lm_head", non_expert_modules=False)
-    esft, full = flops(trains, tuned_experts=selected), flops()
+    esft, full = flops(trains, tuned_experts=tuned), flops()
     # 4 of 64 experts see, on average, half an expert's worth of a token's 8.
     weights = 2 * (50304 * 2048 + 16 * 0.5 * 3 * 2048 * 1024) / 1e9
     scores = 4 * 16 * 2048 * 2048 / 1e9

@@ -1,4 +1,4 @@
-"""What a full-size run needs on accelerators, by their compilers, which need no device."""
+"""The needs of a full-size run on accelerators, by their compilers, which need no device."""
 
 import importlib.util
 import json
@@ -13,7 +13,7 @@ from helpers import run_module
     [("h100:8", "jax_plugins.xla_cuda12", 24), ("v6e:8", "libtpu", 28)],
 )
 def test_full_size(topology, compiler, most):
-    """DenseMixer, everything trained, 4096 tokens: between the state alone and a known bound."""
+    """DenseMixer with 4096 tokens needs more than the state alone and less than a known bound."""
     needed = [compiler, "tokamax"] if topology.startswith("h100") else [compiler]
     for module in needed:
         try:
@@ -31,5 +31,5 @@ def test_full_size(topology, compiler, most):
     assert planned["parameters_trained"] == 6_919_161_856
     assert planned["fits"] is True
     assert 16 * planned["parameters_trained"] / 8 / 2**30 < planned["peak_gib_per_device"] < most
-    # The experts' weights, bfloat16, at least twice.
+    # The experts' weights travel at least twice, in bfloat16.
     assert planned["collective_bytes_per_step"] > 2 * 2 * 16 * 64 * 3 * 2048 * 1024

@@ -1,4 +1,4 @@
-"""Reading collectives from HLO: the forms that the CPU compiler does not print."""
+"""Collectives read from HLO, in forms that the CPU compiler does not print."""
 
 import pytest
 
@@ -9,7 +9,7 @@ GROUPS = "replica_groups={{0,1,2,3,4,5,6,7}}"
 
 
 def module(entry: str, before: str = "") -> str:
-    """A module whose entry has an f32[8,16] %x, a bf16[4] %y and these lines."""
+    """Returns a module whose entry has an f32[8,16] %x, a bf16[4] %y and these lines."""
     return (
         f"{HEADER}{before}\n"
         "ENTRY %main.1_spmd (x: f32[8,16], y: bf16[4]) -> f32[] {\n"
@@ -69,7 +69,7 @@ def test_a_group_of_one_sends_nothing():
 
 
 def test_asynchronous_variadic():
-    """Counted at its start; operands of several dtypes are told apart."""
+    """A collective counts at its start, its operands by dtype."""
     shape = "((f32[8,16]{1,0}, bf16[4]{0}), (f32[64,16]{1,0}, /*index=1*/bf16[32]{0}))"
     lines = (
         f"  %s = {shape} all-gather-start(%x, %y), channel_id=1, {GROUPS}, dimensions={{0}}\n"
@@ -82,7 +82,7 @@ def test_asynchronous_variadic():
 
 
 def test_wrapped_in_an_asynchronous_computation():
-    """async-update and async-done name the computation too."""
+    """Only async-start counts; async-update and async-done name the computation too."""
     before = (
         "%wrapped (p: f32[8,16]) -> f32[1,16] {\n"
         "  %p = f32[8,16]{1,0} parameter(0)\n"
@@ -99,7 +99,7 @@ def test_wrapped_in_an_asynchronous_computation():
 
 
 def test_a_chain_of_fusions_is_one_collective():
-    """TPUs overlap a collective by putting its parts into the fusions before and after it."""
+    """A TPU's compiler puts the parts of a collective into the fusions before and after it."""
     part = (
         "%fused.{0} (p: f32[8,16]) -> f32[64,16] {{\n"
         "  %p = f32[8,16]{{1,0}} parameter(0)\n"
