@@ -105,7 +105,7 @@ def test_missing_files(tmp_path):
     (b / "adapter_config.json").unlink()
     (c / "adapter_config.json").write_text("{")
     assert "a/adapter_model.safetensors: no such file" in reading_error(a)
-    assert "b: holds no adapter_config.json; write a PEFT adapter's directory" in reading_error(b)
+    assert "b: holds no adapter_config.json; write the directory of a" in reading_error(b)
     assert "c/adapter_config.json: not JSON" in reading_error(c)
 
 
