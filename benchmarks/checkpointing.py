@@ -24,7 +24,7 @@ from olmoe_jax.errors import UserError, run_command
 from olmoe_jax.parallel import sharding
 from olmoe_jax.parallel.cpu import restart_with_huge_pages
 from olmoe_jax.training.checkpoint import Checkpointer
-from olmoe_jax.training.setup import Program
+from olmoe_jax.training.program import Program
 
 
 def main(arguments: Sequence[str]) -> None:

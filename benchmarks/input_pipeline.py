@@ -25,13 +25,9 @@ from olmoe_jax.config import Config, DataOptions, ModelOptions, TrainOptions
 from olmoe_jax.errors import ArgumentParser, run_command
 from olmoe_jax.parallel import sharding
 from olmoe_jax.quickstart import write_inputs
-from olmoe_jax.training.setup import (
-    Program,
-    build_program,
-    load_datasets,
-    open_model,
-    training_data,
-)
+from olmoe_jax.training.base_model import open_model
+from olmoe_jax.training.datasets import load_datasets, training_data
+from olmoe_jax.training.program import Program, build_program
 
 MODEL = {
     "hidden_size": 256,

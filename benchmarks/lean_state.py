@@ -27,15 +27,9 @@ from olmoe_jax.errors import ArgumentParser, UserError, run_command
 from olmoe_jax.model.parameters import Parameters
 from olmoe_jax.parallel import sharding
 from olmoe_jax.quickstart import CONFIG
-from olmoe_jax.training.setup import (
-    Datasets,
-    Program,
-    build_program,
-    load_datasets,
-    open_model,
-    row_layout,
-    training_data,
-)
+from olmoe_jax.training.base_model import open_model
+from olmoe_jax.training.datasets import Datasets, load_datasets, row_layout, training_data
+from olmoe_jax.training.program import Program, build_program
 from olmoe_jax.training.step import TrainState
 
 VARIANTS: dict[str, dict[str, str]] = {

@@ -12,7 +12,6 @@ translation are not among the data files: their hours are for 10,000 examples of
 """
 
 import argparse
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -20,15 +19,14 @@ from typing import NamedTuple
 from configs.table import DATASETS, ESFT, METHODS, experiment
 from eval.reproduce.cells import tasks_of
 from eval.tasks import TASKS
-from olmoe_jax.checkpoints.expert_config import ExpertConfig
-from olmoe_jax.methods.trained import method_trains
+from olmoe_jax import methods
 from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.model.decoder import parameter_specs
 from olmoe_jax.model.flops import StepFlops, step_flops_per_token
 from olmoe_jax.plan.devices import KINDS
 from olmoe_jax.plan.known import OLMOE_1B_7B as MODEL
 from olmoe_jax.plan.planning import ESFT_EXPERTS
-from olmoe_jax.training.setup import model_settings
+from olmoe_jax.training.base_model import compute_settings
 
 H100 = KINDS["h100"]
 BATCH = 64  # prompts decoded together
@@ -86,16 +84,13 @@ def row(name: str, hours: list[float]) -> str:
 
 def step_flops(method: str, dataset: str) -> StepFlops:
     """Returns a run's FLOPs per token; ESFT is assumed to tune ESFT_EXPERTS experts per layer."""
-    config, experts = experiment(method, dataset), None
-    if method in ESFT:
-        experts = ExpertConfig((tuple(range(ESFT_EXPERTS)),) * MODEL.num_layers)
-    chosen = experts and experts.experts
-    settings = dataclasses.replace(model_settings(config), tuned_experts=chosen)
+    config = experiment(method, dataset)
+    chosen, _ = methods.build(config.method, MODEL).assuming(ESFT_EXPERTS)
+    settings = chosen.model_settings(compute_settings(config))
     size = TRAINING[dataset]
     # Positions attend to half of their example on average.
     context = size.tokens / size.examples / 2
-    trains = method_trains(config.method, MODEL, experts)
-    return step_flops_per_token(MODEL, settings, trains, context)
+    return step_flops_per_token(MODEL, settings, chosen.trains, context)
 
 
 def training_hours(method: str, dataset: str, share: float) -> float:

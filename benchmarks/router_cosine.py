@@ -16,11 +16,11 @@ import numpy as np
 import olmoe_jax
 from olmoe_jax import data
 from olmoe_jax.errors import ArgumentParser, run_command
-from olmoe_jax.methods.trained import ROUTER
 from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.model.decoder import Olmoe
-from olmoe_jax.model.parameters import split
-from olmoe_jax.training.step import DeviceBatch, Trainer
+from olmoe_jax.model.parameters import ROUTER, split
+from olmoe_jax.parallel.batch import DeviceBatch
+from olmoe_jax.training.step import Trainer
 
 
 def router_cosines(model: Olmoe, batch: DeviceBatch) -> dict[str, float]:
@@ -60,7 +60,7 @@ def _router_gradient(
     router = {ROUTER: frozen.pop(ROUTER)}
     trainer = _trainer(
         model,
-        router_method="densemixer",
+        router_gradient="all",
         router_gradient_experts=limit,
         router_gradient_dtype=dtype,
     )

@@ -22,18 +22,17 @@ from jax.sharding import Mesh
 
 from benchmarks.memory import GIB, peak_resident_gib, resident_gib
 from benchmarks.shapes import Shape, add_shape_flags, shape_of
-from olmoe_jax.checkpoints.expert_config import ExpertConfig
+from olmoe_jax import methods
 from olmoe_jax.config import Config, MethodOptions, ModelOptions
 from olmoe_jax.data import Batch
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
-from olmoe_jax.methods.trained import router_method
 from olmoe_jax.model.config import ModelSettings, model_config_from_hf
 from olmoe_jax.model.flops import step_flops_per_token
-from olmoe_jax.model.lora import LoraSettings
 from olmoe_jax.model.parameters import Parameters
 from olmoe_jax.parallel import sharding
 from olmoe_jax.parallel.cpu import restart_with_huge_pages
-from olmoe_jax.training.setup import Model, Program, build_program
+from olmoe_jax.training.base_model import BaseModel
+from olmoe_jax.training.program import Program, build_program
 
 METHODS = ("frozen", "conventional", "densemixer", "esft")
 BACKENDS = [
@@ -170,24 +169,18 @@ def build(args: argparse.Namespace, shape: Shape, mesh: Mesh) -> tuple[Program, 
         router_gradient_experts=args.router_gradient_experts,
         lora_rank=args.lora_rank,
     )
-    experts = None
-    if args.method == "esft":
-        experts = ExpertConfig((tuple(range(args.tuned_experts)),) * shape.layers)
     settings = ModelSettings(
         compute_dtype=jnp.dtype(shape.compute_dtype),
-        router_method=router_method(method),
-        router_gradient_experts=args.router_gradient_experts,
         remat=args.remat,
-        lora=LoraSettings.of_method(vars(method)),
-        tuned_experts=experts and experts.experts,
         **{backend: getattr(args, backend) for backend in BACKENDS},
     )
     config = model_config_from_hf(shape.hf_config(), f"--shape={args.shape}")
-    model = Model(config, settings, None, None, None, experts)
+    chosen, _ = methods.build(method, config).assuming(args.tuned_experts)
+    model = BaseModel(config, settings, chosen, None, None, None)
     options = Config(model=ModelOptions(init="random"), method=method)
     program = build_program(options, model, mesh, total_steps=1000)
     trains = program.state.parameters.__contains__
-    flops = step_flops_per_token(config, settings, trains, shape.length / 2)
+    flops = step_flops_per_token(config, model.settings, trains, shape.length / 2)
     return program, flops.model
 
 

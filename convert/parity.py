@@ -1,7 +1,6 @@
 """Computes our loss, logits and gradients of a batch, to hold against PyTorch's."""
 
 import argparse
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,17 +10,24 @@ import numpy as np
 
 from olmoe_jax.checkpoints import directory, names, safetensors_file
 from olmoe_jax.checkpoints.expert_config import read_expert_config
-from olmoe_jax.checkpoints.loading import load_parameters, stack_tuned
+from olmoe_jax.checkpoints.loading import load_parameters
 from olmoe_jax.checkpoints.opening import open_source
 from olmoe_jax.checkpoints.peft import read_adapter, to_peft
+from olmoe_jax.config import MethodOptions
+from olmoe_jax.config.methods import METHODS
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
-from olmoe_jax.methods.trained import esft_names, split_trained, trained_names
+from olmoe_jax.methods import Base, implementation
+from olmoe_jax.methods.esft import TunedExpertsMethod
+from olmoe_jax.methods.lora import Lora
 from olmoe_jax.model.config import ModelSettings
-from olmoe_jax.model.parameters import Parameters, merge
+from olmoe_jax.model.parameters import Parameters, merge, split_trained
+from olmoe_jax.parallel.batch import DeviceBatch
 from olmoe_jax.parallel.sharding import make_mesh
 from olmoe_jax.training.optimizer import adamw, schedule
-from olmoe_jax.training.step import DeviceBatch, Trainer, initial_state
+from olmoe_jax.training.step import Trainer, initial_state
 
+FULL = [name for name, declared in METHODS.items() if declared.has_adapters]
+"""The methods of full fine-tuning, which say how the router learns."""
 NO_DROPOUT = np.zeros(2, np.uint32)
 IGNORED = -100  # the label of a position without loss, as in PyTorch
 
@@ -41,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = ArgumentParser(prog="python -m convert.parity", description=__doc__, epilog=EXAMPLE)
     parser.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID")
     parser.add_argument("--batch", required=True, type=Path, metavar="FILE")
-    parser.add_argument("--method", required=True, choices=["conventional", "frozen", "densemixer"])
+    parser.add_argument("--method", required=True, choices=FULL)
     parser.add_argument("--output", required=True, type=Path, metavar="FILE")
     parser.add_argument("--adapter", type=Path, metavar="PEFT_DIR", help="train this LoRA adapter")
     parser.add_argument("--router", choices=["frozen", "trained"], help="with --adapter")
@@ -67,21 +73,18 @@ def compute(args: argparse.Namespace) -> dict[str, np.ndarray]:
     dimensions = 2 if args.optimizer_steps is None else 4
     arrays = _read_batch(args.batch, dimensions, config.vocab_size)
     parameters = load_parameters(source, make_mesh(devices=jax.devices()[:1]))
-    settings = ModelSettings(router_method=args.method)
+    method = implementation(args.method)(MethodOptions(name=args.method), config)
     if args.adapter:
         lora, adapter = read_adapter(args.adapter, config)
-        settings = dataclasses.replace(settings, lora=lora)
         parameters |= adapter
-        trains = trained_names(lora=True, router=args.router == "trained")
+        method = Lora(method, lora, router_trains=args.router == "trained")
     elif args.experts:
-        chosen = read_expert_config(args.experts, config)
-        settings = dataclasses.replace(settings, tuned_experts=chosen.experts)
-        parameters |= stack_tuned(parameters, chosen.experts)
-        head = "embed" if config.tie_word_embeddings else "lm_head"
-        trains = esft_names(head=head, non_expert_modules=chosen.non_expert_modules)
-    else:
-        trains = trained_names(lora=False, router=args.method != "frozen")
-    trained, frozen = split_trained(trains, parameters)
+        tuned = TunedExpertsMethod(method.options, config)
+        tuned.router_gradient = method.router_gradient
+        method = tuned.with_experts(read_expert_config(args.experts, config))
+        parameters |= method.added_parameters(Base(None, parameters, lambda wanted: {}))
+    settings = method.model_settings(ModelSettings())
+    trained, frozen = split_trained(method.trains, parameters)
     total = args.optimizer_steps or 1
     trainer = Trainer(
         config=config,

@@ -10,8 +10,8 @@ gradient is dL/dW = x^T dL/dz.
 import jax
 import jax.numpy as jnp
 
-from olmoe_jax.ops.projection import Projection
-from olmoe_jax.ops.router_gradient import ExpertProjections, router_gradient
+from olmoe_jax.ops.linear import ExpertWeights, Linear
+from olmoe_jax.ops.router_gradient import router_gradient
 
 T, D, F, E, K = 32, 16, 8, 8, 2  # tokens, model width, expert width, experts, experts per token
 
@@ -33,17 +33,17 @@ def main() -> tuple[jax.Array, jax.Array, jax.Array]:
     s = jnp.einsum("td,ted->te", g, outputs)
     by_hand = x.T @ (p * (s - jnp.sum(p * s, axis=-1, keepdims=True)))
 
-    # By our operation: the block sums the selected experts, as a conventional one does, and adds
+    # By our operation: the block sums the chosen experts, as a conventional one does, and adds
     # zeros that carry the gradient of the others.
     def loss(router: jax.Array, densemixer: bool) -> jax.Array:
         p = jax.nn.softmax(x @ router)
         chosen = jax.lax.top_k(p, K)[1]
-        is_selected = jax.nn.one_hot(chosen, E, dtype=bool).any(axis=1)
-        y = jnp.einsum("te,ted->td", jnp.where(is_selected, p, 0), outputs)
+        is_chosen = jax.nn.one_hot(chosen, E, dtype=bool).any(axis=1)
+        y = jnp.einsum("te,ted->td", jnp.where(is_chosen, p, 0), outputs)
         if densemixer:
-            experts = ExpertProjections(Projection(gate), Projection(up), Projection(down))
-            unselected = jnp.where(is_selected, 0, p)
-            y += router_gradient(None, None, None, unselected, x, experts, chosen)
+            experts = ExpertWeights(Linear(gate), Linear(up), Linear(down))
+            others = jnp.where(is_chosen, 0, p)
+            y += router_gradient(None, None, None, others, x, experts, None)
         return jnp.sum(g * y)
 
     return by_hand, jax.grad(loss)(router, True), jax.grad(loss)(router, False)

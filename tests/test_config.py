@@ -200,15 +200,18 @@ def test_every_number_has_a_range():
         ({"model.config_path": "x"}, "model.config_path=x: only read with model.init=random"),
         (
             {"method.name": "frozen", "method.router_gradient_experts": "16"},
-            "method.router_gradient_experts=16: only for method.name=densemixer, not frozen",
+            "method.router_gradient_experts=16: only for "
+            "method.name=densemixer, esft_gate or esft_token, not frozen",
         ),
         (
             {"method.name": "esft_gate", "method.router_gradient_experts": "16"},
-            "method.router_gradient_experts=16: only for method.name=densemixer, not esft_gate",
+            "method.router_gradient_experts=16: with esft_gate, only read "
+            "with method.esft_densemixer=true",
         ),
         (
             {"method.name": "frozen", "method.router_gradient_dtype": "float8_e4m3fn"},
-            "method.router_gradient_dtype=float8_e4m3fn: only for method.name=densemixer",
+            "method.router_gradient_dtype=float8_e4m3fn: only for "
+            "method.name=densemixer, esft_gate or esft_token",
         ),
         (
             {"method.router_gradient_dtype": "bfloat16"},
@@ -223,13 +226,18 @@ def test_every_number_has_a_range():
         ),
         (
             {"method.name": "esft_gate", "method.lora_rank": "8"},
-            "method.lora_rank=8: esft_gate trains whole experts; write none",
+            "method.lora_rank=8: only for method.name=frozen, conventional "
+            "or densemixer, not esft_gate",
         ),
         (
             {"method.experts_path": "e.json"},
-            "method.experts_path=e.json: only for esft_gate and esft_token, not densemixer",
+            "method.experts_path=e.json: only for method.name=esft_gate or "
+            "esft_token, not densemixer",
         ),
-        ({"method.esft_top_p": "0.3"}, "method.esft_top_p=0.3: only for esft_gate and esft_token"),
+        (
+            {"method.esft_top_p": "0.3"},
+            "method.esft_top_p=0.3: only for method.name=esft_gate or esft_token",
+        ),
         (
             {
                 "method.name": "esft_gate",

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 
 from olmoe_jax.config.fields import show
-from olmoe_jax.config.options import Config
+from olmoe_jax.config.methods import METHODS, ROUTER_GRADIENT, readers
+from olmoe_jax.config.options import FIELDS, Config
 
-_ESFT_SCORING = ("esft_top_p", "esft_score_tokens")
-_ESFT_ONLY = (*_ESFT_SCORING, "experts_path", "esft_train_head", "esft_densemixer")
-_LORA_DETAILS = ("lora_alpha", "lora_dropout", "lora_targets")
+_SCORING = ("esft_top_p", "esft_score_tokens")
+_LORA_DETAILS = ("lora_alpha", "lora_dropout", "lora_targets", "adapter_path")
 
 
 def conflicts(config: Config) -> Iterator[str]:
@@ -36,7 +36,7 @@ def _quantization(config: Config) -> Iterator[str]:
     if config.method.lora_rank is None:
         yield (
             f"{asked}: quantized weights cannot train; write none, or train adapters: "
-            "method.lora_rank=64, with method.name=frozen, conventional or densemixer"
+            f"method.lora_rank=64, with method.name={_either(readers('lora_rank'))}"
         )
     if model.init == "random":
         yield f"{asked}: only for a pretrained base; write none, or model.init=pretrained"
@@ -63,15 +63,6 @@ def _optimizer(config: Config) -> Iterator[str]:
 
 def _router_gradient(config: Config) -> Iterator[str]:
     model, method = config.model, config.method
-    esft = method.name.startswith("esft_")
-    densemixer = method.name == "densemixer" or (esft and method.esft_densemixer)
-    for name in ("router_gradient_experts", "router_gradient_dtype"):
-        value = getattr(method, name)
-        if value is not None and not densemixer:
-            yield (
-                f"method.{name}={value}: only for method.name=densemixer, not {method.name}; "
-                "write none"
-            )
     if method.router_gradient_dtype == model.compute_dtype:
         yield (
             f"method.router_gradient_dtype={model.compute_dtype}: is model.compute_dtype, the "
@@ -85,37 +76,35 @@ def _router_gradient(config: Config) -> Iterator[str]:
 
 
 def _method(config: Config) -> Iterator[str]:
-    method, defaults = config.method, type(config.method)()
-    esft = method.name.startswith("esft_")
-    if method.lora_rank is not None and esft:
-        yield (
-            f"method.lora_rank={method.lora_rank}: {method.name} trains whole experts; write none, "
-            "or method.name=frozen, conventional or densemixer"
-        )
+    """Yields the fields that the method, or what else is set, leaves unread."""
+    method, fields = config.method, METHODS[config.method.name].fields
     for name, value in vars(method).items():
-        default = getattr(defaults, name)
+        default, names = FIELDS[f"method.{name}"].default, readers(name)
         if value == default:
             continue
-        if not esft and name in _ESFT_ONLY:
+        given = f"method.{name}={show(value)}"
+        if names and name not in fields:
             yield (
-                f"method.{name}={show(value)}: only for esft_gate and esft_token, "
-                f"not {method.name}; write {show(default)}"
-            )
-        if method.experts_path is not None and name in _ESFT_SCORING:
-            yield (
-                f"method.{name}={show(value)}: not read with method.experts_path, which says "
-                f"what trains; write {show(default)}"
-            )
-        if method.lora_rank is None and name in _LORA_DETAILS:
-            yield (
-                f"method.{name}={show(value)}: only read with method.lora_rank; set that, or "
+                f"{given}: only for method.name={_either(names)}, not {method.name}; "
                 f"write {show(default)}"
             )
-    if method.adapter_path is not None and method.lora_rank is None:
-        yield (
-            f"method.adapter_path={method.adapter_path}: only read with method.lora_rank; set "
-            "that to the adapter's rank"
-        )
+        elif name in ROUTER_GRADIENT and "esft_densemixer" in fields and not method.esft_densemixer:
+            yield (
+                f"{given}: with {method.name}, only read with method.esft_densemixer=true; set "
+                f"that, or write {show(default)}"
+            )
+        elif name in _SCORING and method.experts_path is not None:
+            yield (
+                f"{given}: not read with method.experts_path, which says what trains; write "
+                f"{show(default)}"
+            )
+        elif name in _LORA_DETAILS and method.lora_rank is None:
+            yield f"{given}: only read with method.lora_rank; set that, or write {show(default)}"
+
+
+def _either(names: list[str]) -> str:
+    """Returns "a, b or c"."""
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _evaluation(config: Config) -> Iterator[str]:

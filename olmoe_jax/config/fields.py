@@ -5,7 +5,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,9 +50,14 @@ LORA_TARGETS = Rule(
 )
 
 
-def option(default: Any, help: str, rule: Rule | None = None) -> Any:
-    """Returns a dataclass field with a default, a description (unit, default rule) and a range."""
-    return dataclasses.field(default=default, metadata={"help": help, "rule": rule})
+def option(default: Any, help: str, rule: Rule | None = None, choices: Collection[str] = ()) -> Any:
+    """Returns a dataclass field with a default, a description (unit, default rule) and a range.
+
+    `choices` are the values of a str field that accepts only these, if its annotation is no
+    `Literal`.
+    """
+    metadata = {"help": help, "rule": rule, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class Field:
 
     path: str
     kind: type
-    choices: tuple[str, ...]
+    choices: Collection[str]
     optional: bool
     default: Any
     help: str
@@ -131,8 +136,15 @@ def read_fields(sections: Mapping[str, type]) -> dict[str, Field]:
         annotations = typing.get_type_hints(cls)
         for declared in dataclasses.fields(cls):
             path, annotation = f"{section}.{declared.name}", annotations[declared.name]
+            kind, choices, optional = _read_annotation(annotation)
             fields[path] = Field(
-                path, *_read_annotation(annotation), declared.default, **declared.metadata
+                path=path,
+                kind=kind,
+                choices=choices or declared.metadata["choices"],
+                optional=optional,
+                default=declared.default,
+                help=declared.metadata["help"],
+                rule=declared.metadata["rule"],
             )
     return fields
 

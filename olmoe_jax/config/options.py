@@ -22,6 +22,7 @@ from olmoe_jax.config.fields import (
     option,
     read_fields,
 )
+from olmoe_jax.config.methods import METHODS
 
 
 @dataclass(frozen=True)
@@ -105,15 +106,15 @@ class DataOptions:
 class MethodOptions:
     """What trains, and how the router learns."""
 
-    name: Literal["frozen", "conventional", "densemixer", "esft_gate", "esft_token"] = option(
+    name: str = option(
         "densemixer",
-        "router gradient: none, through the selected experts, or through all experts; esft_*: "
-        "train only the experts that score high on the task, by gate or by token score",
+        "; ".join(f"{name}: {row.help}" for name, row in METHODS.items()),
+        choices=METHODS,
     )
     router_gradient_experts: int | None = option(
         None,
-        "densemixer only: how many of the most probable experts get their exact term of the "
-        "router gradient; default: all experts, which is exact DenseMixer",
+        "densemixer only: how many of the most probable experts get their exact term of the router "
+        "gradient, at least a token's top k; default: all experts, which is exact DenseMixer",
         at_least(1),
     )
     router_gradient_dtype: Literal["bfloat16", "float8_e4m3fn"] | None = option(

@@ -1,1 +1,40 @@
-"""Which experts to train: ESFT, expert-specialised fine-tuning (arxiv.org/abs/2407.01906)."""
+"""The fine-tuning methods: a class for each, made from a run's options by `build`."""
+
+import importlib
+
+from olmoe_jax.config import MethodOptions
+from olmoe_jax.config.methods import METHODS
+from olmoe_jax.errors import UserError
+from olmoe_jax.methods.lora import Lora
+from olmoe_jax.methods.method import Base, Method, Preparation
+from olmoe_jax.model.config import LoraSettings, ModelConfig
+
+__all__ = ["Base", "Method", "Preparation", "build", "implementation"]
+
+
+def build(options: MethodOptions, config: ModelConfig) -> Method:
+    """Makes the method that a run's options ask for.
+
+    Args:
+      options: a validated section `method`.
+      config: the model's architecture.
+
+    Raises:
+      UserError: the options do not fit the model, or an expert config cannot be read.
+    """
+    m, per_token = options.router_gradient_experts, config.num_experts_per_token
+    if m is not None and m < per_token:
+        raise UserError(
+            f"method.router_gradient_experts={m}: the model's tokens go to {per_token} experts "
+            f"each, whose gradient is always exact; write {per_token} (as conventional) or more"
+        )
+    method = implementation(options.name)(options, config)
+    if (lora := LoraSettings.of_method(vars(options))) is not None:
+        method = Lora(method, lora)
+    return method
+
+
+def implementation(name: str) -> type[Method]:
+    """Imports and returns the class of a method in the table."""
+    module, _, class_name = METHODS[name].implementation.partition(":")
+    return getattr(importlib.import_module(module), class_name)

@@ -80,11 +80,15 @@ def run_score(args: argparse.Namespace) -> None:
             mesh,
             dataset,
             max_tokens=args.max_tokens,
-            max_seq_length=args.max_seq_length,
-            pack=not args.no_packing,
-            rows_per_device=args.rows_per_device,
-            pad_id=tokenizer.eos_token_id,
             seed=args.seed,
+            layout={
+                "max_seq_length": args.max_seq_length,
+                "pack": not args.no_packing,
+                "rows_per_batch": args.rows_per_device * mesh.size,
+                "pad_id": tokenizer.eos_token_id,
+                "process_index": 0,
+                "process_count": 1,
+            },
         )
         directory.write_json(partial / "scores.json", scores_to_json(scores))
         heat_maps(

@@ -1,54 +1,64 @@
-"""How much each expert matters for a task: the base model run over the task's data.
+"""Expert scores: how much each expert matters for a task.
 
-L layers, E experts, K experts per token. Padding counts nowhere.
+Shapes: L layers, E experts, K experts per token. Padding counts nowhere.
 """
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from olmoe_jax import data
 from olmoe_jax.model.config import ModelConfig
 from olmoe_jax.model.parameters import Parameters, merge
-from olmoe_jax.training.step import DeviceBatch, place_batch
+from olmoe_jax.parallel.batch import DeviceBatch, place_batch
 
 THRESHOLD = 0.01
-"""Probability from which a token counts for an expert (the reference's)."""
+"""A token counts for an expert from this probability on (the reference's value)."""
 
 
 def expert_scores(
-    graph,
+    graph: nnx.GraphDef,
     parameters: Parameters,
     config: ModelConfig,
     mesh: Mesh,
     dataset: data.TokenizedDataset,
     *,
     max_tokens: int,
-    max_seq_length: int,
-    pack: bool,
-    rows_per_device: int,
-    pad_id: int,
     seed: int,
+    layout: Mapping[str, Any],
 ) -> tuple[dict[str, np.ndarray], int]:
-    """Gate and token scores [L, E], and the number of tokens they are means over.
+    """Runs the base over examples and scores its experts.
 
     Gate score: mean of the expert's softmax probability. Token score: share of the tokens whose
     probability for the expert is at least THRESHOLD, divided by K.
 
     Args:
-      max_tokens: examples are taken in a seeded order until they hold this many.
+      graph: the model's structure.
+      parameters: the base's.
+      config: the architecture.
+      mesh: where the parameters lie.
+      dataset: the task's examples.
+      max_tokens: examples are taken in a seeded order until they hold this many tokens.
+      seed: of that order.
+      layout: how examples become rows, the arguments of `data.evaluation_batches`.
+
+    Returns:
+      {"gate": [L, E], "token": [L, E]} float64, and the number of tokens they are means over.
     """
     order = np.random.default_rng(seed).permutation(len(dataset))
     enough = int(np.searchsorted(np.cumsum(dataset.lengths[order]), max_tokens)) + 1
     sample = dataset.subset(order[:enough])
 
-    # The counts whole on every device, so that each process can read them.
+    # Every device gets the whole counts, so that each process can read them.
     @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, P()))
-    def count(parameters: Parameters, batch: DeviceBatch):
+    def count(parameters: Parameters, batch: DeviceBatch) -> tuple[jax.Array, jax.Array]:
         _, statistics = merge(graph, parameters).hidden(
             batch.tokens, batch.segment_ids, batch.positions, with_router_logits=True
         )
@@ -59,15 +69,7 @@ def expert_scores(
     gate = np.zeros((config.num_layers, config.num_experts))
     token = np.zeros_like(gate)
     with jax.set_mesh(mesh):
-        for batch in data.evaluation_batches(
-            sample,
-            max_seq_length=max_seq_length,
-            pack=pack,
-            rows_per_batch=rows_per_device * mesh.size,
-            pad_id=pad_id,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        ):
+        for batch in data.evaluation_batches(sample, **layout):
             part = jax.device_get(count(parameters, place_batch(batch, mesh)))
             gate, token = gate + part[0], token + part[1]
     tokens = int(sample.lengths.sum())

@@ -11,34 +11,34 @@ import jax.numpy as jnp
 from flax import nnx
 
 from olmoe_jax.model.config import ModelConfig, ModelSettings
-from olmoe_jax.model.lora import TARGETS, Adapters, dropout, projection
-from olmoe_jax.model.parameters import matrix, scale
+from olmoe_jax.model.lora import Adapters, adapted, dropout
+from olmoe_jax.model.parameters import norm_scale, weight
+from olmoe_jax.ops import decoding
 from olmoe_jax.ops.attention import attention
 from olmoe_jax.ops.attention.cached import cached_attention
-from olmoe_jax.ops.decoding import matmul_by_rows
-from olmoe_jax.ops.projection import project
+from olmoe_jax.ops.linear import linear
 from olmoe_jax.ops.remat import keep
 from olmoe_jax.parallel.sharding import gathered, on_own_rows
 
 
 class Rotation(NamedTuple):
-    """Of the rotary embedding, both [B, S, 1, d/2] float32."""
+    """The rotary embedding's angles, both [B, S, 1, d/2] float32."""
 
     cos: jax.Array
     sin: jax.Array
 
 
 class Context(NamedTuple):
-    """What every layer's attention shares."""
+    """The inputs that all layers share, for whole rows [B, S] or one decoded token [B, 1]."""
 
     rotation: Rotation
-    segments: jax.Array  # [B, S] int32, 0 is padding
-    visible: jax.Array | None = None  # [B, T] bool: which keys of the cache are seen
-    index: jax.Array | None = None  # [] int32: where in the cache this token's keys lie
+    segments: jax.Array  # [B, S] int32: each token's example in its row, 0 is padding
+    visible: jax.Array | None = None  # [B, C] bool: the cache's columns to attend to
+    index: jax.Array | None = None  # [] int32: this token's column in the cache
     dropout_keys: jax.Array | None = None  # [B] random keys; None: no dropout
 
     def of_layer(self, layer: jax.Array) -> "Context":
-        """What this layer sees: dropout keys of its own."""
+        """Returns the context with the dropout keys of one layer."""
         if self.dropout_keys is None:
             return self
         keys = jax.vmap(jax.random.fold_in, (0, None))(self.dropout_keys, layer)
@@ -46,21 +46,21 @@ class Context(NamedTuple):
 
 
 class LayerCache(NamedTuple):
-    """A layer's keys and values, both [B, G, T, d]."""
+    """A layer's keys and values, both [B, G, C, d] for C columns."""
 
     keys: jax.Array
     values: jax.Array
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
-    """x / rms(x) * weight over the last dimension, computed in float32, in x's dtype."""
+    """Returns x / rms(x) * weight over the last dimension, computed in float32, in x's dtype."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
     return weight.astype(x.dtype) * x32.astype(x.dtype)
 
 
 def rotation(positions: jax.Array, config: ModelConfig) -> Rotation:
-    """By the angles position * theta^(-2i/d), of positions [B, S]."""
+    """Returns cos and sin of the angles position * theta^(-2i/d), for positions [B, S]."""
     half = config.head_dim // 2
     frequencies = 1.0 / config.rope_theta ** (jnp.arange(half, dtype=jnp.float32) / half)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
@@ -68,7 +68,7 @@ def rotation(positions: jax.Array, config: ModelConfig) -> Rotation:
 
 
 def rotary(x: jax.Array, rotation: Rotation) -> jax.Array:
-    """Rotates the pairs (i, i + d/2) of x [B, S, H, d], in float32."""
+    """Rotates the pairs (i, i + d/2) of x [B, S, H, d], in float32; returns x's dtype."""
     cos, sin = rotation
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = (first * cos - second * sin, second * cos + first * sin)
@@ -92,52 +92,56 @@ class Attention(nnx.Module):
             "o": {**layers, "heads": heads, **width},
         }
         for name, axes in matrices.items():
-            setattr(self, name, matrix(rngs, axes, std))
+            setattr(self, name, weight(rngs, axes, std))
         self.lora = Adapters(settings.lora, matrices, rngs) if settings.lora else None
-        self.q_norm = scale({**layers, "norm": heads})
-        self.k_norm = scale({**layers, "norm": kv_heads})
+        self.q_norm = norm_scale({**layers, "norm": heads})
+        self.k_norm = norm_scale({**layers, "norm": kv_heads})
 
     def __call__(
         self, x: jax.Array, context: Context, cache: LayerCache | None = None
     ) -> tuple[jax.Array, LayerCache]:
-        """x [B, S, D] -> [B, S, D] and the keys and values of these S positions.
+        """Attends to earlier positions of the same example.
 
-        With a cache S is 1, attention is to the cache with this position's in it, and it is that
-        cache that comes back.
+        With a cache (S == 1), writes this position's keys and values into it and attends to the
+        cache.
+
+        Args:
+          x: [B, S, D].
+          context: the rotation, and what each position may see.
+          cache: the keys and values of earlier positions; None: x holds whole rows.
+
+        Returns:
+          [B, S, D], and the updated cache or, without one, the keys and values of x's positions.
         """
         config = self.config
-        epsilon = config.rms_norm_eps
-        q = rms_norm(self._project(x, "q", context), self.q_norm[...], epsilon)
-        k = rms_norm(self._project(x, "k", context), self.k_norm[...], epsilon)
-        v = self._project(x, "v", context)
+        epsilon, shape = config.rms_norm_eps, (*x.shape[:2], -1, config.head_dim)
+        # The norms span all heads together; the clip comes after them, as in transformers.
+        q = rms_norm(self._linear(x, "q", context), self.q_norm[...], epsilon)
+        k = rms_norm(self._linear(x, "k", context), self.k_norm[...], epsilon)
+        v = self._linear(x, "v", context)
         if config.clip_qkv is not None:
             q, k, v = (jnp.clip(part, -config.clip_qkv, config.clip_qkv) for part in (q, k, v))
-        q, k, v = (part.reshape(*x.shape[:2], -1, config.head_dim) for part in (q, k, v))
+        q, k, v = (part.reshape(shape) for part in (q, k, v))  # [B, S, H or G, d]
         q, k = rotary(q, context.rotation), rotary(k, context.rotation)
-        new = LayerCache(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
-        if cache is not None:
+        new = LayerCache(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))  # [B, G, S, d]
+        if cache is None:
+            attend = functools.partial(attention, backend=self.settings.attention)
+            y = on_own_rows(attend, q, k, v, context.segments)
+        else:
             start = (0, 0, context.index, 0)
-            new = jax.tree.map(
-                lambda old, part: jax.lax.dynamic_update_slice(old, part, start), cache, new
+            new = LayerCache(
+                *map(lambda old, part: jax.lax.dynamic_update_slice(old, part, start), cache, new)
             )
             y = cached_attention(q, *new, context.visible)
-        else:
-            backend = self.settings.attention
-            y = on_own_rows(
-                functools.partial(attention, backend=backend), q, k, v, context.segments
-            )
-        return self._project(y.reshape(*x.shape[:2], -1), "o", context), new
+        return self._linear(y.reshape(*x.shape[:2], -1), "o", context), new
 
-    def _project(self, x: jax.Array, name: str, context: Context) -> jax.Array:
-        settings = self.settings
-        whole = projection(
-            getattr(self, name)[...], self.lora, name, settings.lora, settings.compute_dtype
-        )
-        whole = jax.tree.map(gathered, whole)
+    def _linear(self, x: jax.Array, name: str, context: Context) -> jax.Array:
+        """Applies the matrix `name` with its adapter."""
+        map_ = adapted(getattr(self, name)[...], self.lora, name, self.settings)
+        map_ = jax.tree.map(gathered, map_)
         if context.index is not None:
-            on_cpu = jax.default_backend() == "cpu"
-            return project(x, whole, x, matmul_by_rows if on_cpu else jnp.matmul)
-        if whole.a is None:
-            return keep(project(x, whole, x))
-        keys, rate = context.dropout_keys, settings.lora.dropout
-        return keep(project(x, whole, dropout(x, keys, rate, TARGETS.index(name))))
+            return linear(x, map_, x, decoding.matmul)
+        dropped = x
+        if map_.a is not None:
+            dropped = dropout(x, context.dropout_keys, self.settings.lora, name)
+        return keep(linear(x, map_, dropped))

@@ -1,15 +1,16 @@
 """The architecture of an OLMoE model, read from a Hugging Face `config.json`."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax.numpy as jnp
 
 from olmoe_jax.errors import UserError
-from olmoe_jax.model.lora import LoraSettings
 
-RouterMethod = Literal["conventional", "frozen", "densemixer"]
+TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+"""The matrices of a layer that can have a LoRA adapter."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,25 +37,66 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraSettings:
+    """Which matrices have a LoRA adapter, and its size.
+
+    Attributes:
+      rank: R, columns of A and rows of B.
+      alpha: the adapter's product is multiplied by alpha / R (alpha / sqrt(R) with `rslora`).
+      dropout: share of the adapters' inputs that training sets to zero.
+      targets: some of TARGETS.
+      rslora: rank-stabilised scaling (https://arxiv.org/abs/2312.03732).
+    """
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    targets: tuple[str, ...] = TARGETS
+    rslora: bool = False
+
+    @classmethod
+    def of_method(cls, method: Mapping[str, Any]) -> "LoraSettings | None":
+        """Returns the adapters that a run's `method` section asks for; None: it asks for none."""
+        if method.get("lora_rank") is None:
+            return None
+        return cls(
+            method["lora_rank"],
+            method["lora_alpha"],
+            method["lora_dropout"],
+            tuple(target for target in TARGETS if target in method["lora_targets"].split(",")),
+            method.get("lora_rslora", False),  # only in runs of earlier versions
+        )
+
+    @property
+    def scale(self) -> float:
+        """The factor of the adapter's product."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelSettings:
     """How the model computes: changes gradients and speed, never the parameters' shapes.
 
     Attributes:
       compute_dtype: dtype of activations and matmuls; router, norms and softmaxes are float32.
-      router_method: how gradient reaches the router (see `olmoe_jax.ops.router_gradient`).
-      router_gradient_experts: DenseMixer's m; None means all experts (exact).
-      router_gradient_dtype: of DenseMixer's extra matmuls; None: compute_dtype.
+      router_trains: False stops the gradient at the router's weight. x still gets its gradient
+        through the router.
+      router_gradient: which experts' probabilities get a gradient: the chosen ones ("top_k"), or
+        every expert's ("all", DenseMixer; see `olmoe_jax.ops.router_gradient`).
+      router_gradient_experts: with "all", only the m most probable experts get their exact term;
+        None: every expert gets it.
+      router_gradient_dtype: dtype of DenseMixer's extra matmuls; None: compute_dtype.
       remat: what the backward recomputes of a layer (see `olmoe_jax.ops.remat`).
       lora: adapters beside the weights; None: no adapters.
-      tuned_experts: ESFT: per layer, the experts whose weights are parameters of their own
+      tuned_experts: ESFT's experts of each layer, whose weights are parameters of their own
         (`tuned.*`) and replace the base's; None: no such parameters.
       grouped_matmul: backend name of `olmoe_jax.ops.grouped_matmul`; None: the platform's.
       attention: backend name of `olmoe_jax.ops.attention`; None: the platform's.
-      expert_exchange: what travels over the mesh's `expert` axis (`olmoe_jax.ops.expert_parallel`).
     """
 
     compute_dtype: Any = jnp.float32
-    router_method: RouterMethod = "conventional"
+    router_trains: bool = True
+    router_gradient: Literal["top_k", "all"] = "top_k"
     router_gradient_experts: int | None = None
     router_gradient_dtype: str | None = None
     remat: Literal["full", "selective", "none"] = "none"
@@ -62,7 +104,6 @@ class ModelSettings:
     tuned_experts: tuple[tuple[int, ...], ...] | None = None
     grouped_matmul: str | None = None
     attention: str | None = None
-    expert_exchange: Literal["tokens", "weights"] = "tokens"
 
 
 _REQUIRED = {

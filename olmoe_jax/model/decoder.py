@@ -1,6 +1,6 @@
 """OLMoE (https://arxiv.org/abs/2409.02060): embedding, scanned decoder layers, norm, head.
 
-Shapes: B rows, S positions, D model width, V vocabulary, L layers.
+Shapes: B rows, S positions, C columns of the cache, D model width, V vocabulary, L layers.
 """
 
 import functools
@@ -12,57 +12,75 @@ from flax import nnx
 
 from olmoe_jax.model.attention import Attention, Context, LayerCache, rms_norm, rotation
 from olmoe_jax.model.config import ModelConfig, ModelSettings
-from olmoe_jax.model.moe import MoE, RouterStatistics
-from olmoe_jax.model.parameters import ParameterSpec, matrix, scale, specs
+from olmoe_jax.model.moe import AllLayers, MoE
+from olmoe_jax.model.parameters import ParameterSpec, norm_scale, specs, weight
 from olmoe_jax.model.tuned import LayerTunedExperts, TunedExperts
-from olmoe_jax.ops.decoding import transposed_matmul_in_parts
+from olmoe_jax.ops import decoding
 from olmoe_jax.ops.embedding import embedding_lookup, embedding_rows
+from olmoe_jax.ops.linear import ExpertWeights
 from olmoe_jax.ops.quantization import dequantized, is_quantized
 from olmoe_jax.ops.remat import keep, rematerialised
-from olmoe_jax.ops.router_gradient import ExpertProjections
+from olmoe_jax.ops.routing import RouterStatistics
 from olmoe_jax.parallel.sharding import gathered, shard_batch
 
 
 class KVCache(NamedTuple):
-    """What decoding carries: keys and values of every layer and what lies where."""
+    """The state of decoding: keys and values of every layer, and which columns hold tokens."""
 
     layers: tuple[LayerCache, ...]  # one per layer: each in place, none a slice of a larger array
-    visible: jax.Array  # [B, T] bool, False: empty or padding
+    visible: jax.Array  # [B, C] bool, False: empty or padding
     length: jax.Array  # [] int32: columns filled
 
 
 class DecodingLayers(NamedTuple):
-    """The layers as a decode step takes them."""
+    """The layers as a decode step reads them (see `Olmoe.decoding_layers`)."""
 
-    graph: nnx.GraphDef  # of one
-    experts: ExpertProjections | None  # of all layers, for `MoE.decode`; None: among the weights
-    weights: Any  # with experts: a state for each layer; without: one state of all, stacked
+    graph: nnx.GraphDef  # of one layer
+    experts: ExpertWeights | None  # of all layers, read in place; None: they are in `weights`
+    weights: Any  # with `experts`: a state for each layer; without: one state of all, stacked
     tuned: LayerTunedExperts | None  # of all layers, stacked
 
 
 class DecoderLayer(nnx.Module):
     """Pre-norm attention and mixture of experts, each with a residual connection.
 
-    Its parameters are those of all L layers, stacked; `Olmoe` scans over them.
+    The parameters are those of all L layers, stacked; `Olmoe` scans over them.
     """
 
     def __init__(self, config: ModelConfig, settings: ModelSettings, *, rngs: nnx.Rngs):
         self.epsilon = config.rms_norm_eps
         norm = {"layer": config.num_layers, "norm": config.hidden_size}
-        self.attention_norm = scale(norm)
+        self.attention_norm = norm_scale(norm)
         self.attention = Attention(config, settings, rngs=rngs)
-        self.moe_norm = scale(norm)
+        self.moe_norm = norm_scale(norm)
         self.moe = MoE(config, settings, rngs=rngs)
 
     def __call__(
         self,
         x: jax.Array,
         context: Context,
+        cache: LayerCache | None = None,
         tuned: LayerTunedExperts | None = None,
         with_router_logits: bool = False,
+        all_layers: AllLayers | None = None,
     ) -> tuple[jax.Array, tuple[RouterStatistics, LayerCache]]:
-        """x [B, S, D] -> the same after this layer; router statistics; its keys and values."""
-        x, keys = self._attend(x, context, None)
+        """Runs the layer, in training, prefill and decoding.
+
+        Args:
+          x: [B, S, D].
+          context: the inputs that all layers share.
+          cache: the keys and values of earlier positions (then S == 1); None: x holds whole rows.
+          tuned: this layer's tuned experts.
+          with_router_logits: whether the statistics hold the router's logits.
+          all_layers: a decode step's experts, read in place.
+
+        Returns:
+          [B, S, D]; the router's statistics; the cache with x's keys and values.
+        """
+        with jax.named_scope("attention"):
+            normed = rms_norm(x, self.attention_norm[...], self.epsilon)
+            y, cache = self.attention(normed, context, cache)
+            x = keep(shard_batch(x + y))
         with jax.named_scope("moe"):
             y, statistics = self.moe(
                 rms_norm(x, self.moe_norm[...], self.epsilon),
@@ -70,39 +88,13 @@ class DecoderLayer(nnx.Module):
                 context.dropout_keys,
                 tuned,
                 with_router_logits,
+                all_layers,
             )
-        return shard_batch(x + y), (statistics, keys)
-
-    def decode(
-        self,
-        x: jax.Array,
-        context: Context,
-        cache: LayerCache,
-        tuned: LayerTunedExperts | None,
-        experts: tuple[ExpertProjections, int] | None,
-    ) -> tuple[jax.Array, LayerCache]:
-        """x [B, 1, D] -> the same after this layer, and its cache with this position.
-
-        `experts`: those of all layers and this one's number, where `MoE.decode` is to run.
-        """
-        x, cache = self._attend(x, context, cache)
-        with jax.named_scope("moe"):
-            normed, is_token = rms_norm(x, self.moe_norm[...], self.epsilon), context.segments > 0
-            if experts is None:
-                y, _ = self.moe(normed, is_token, tuned=tuned)
-            else:
-                y = self.moe.decode(normed, is_token, *experts)
-        return shard_batch(x + y), cache
-
-    def _attend(self, x, context, cache):
-        with jax.named_scope("attention"):
-            normed = rms_norm(x, self.attention_norm[...], self.epsilon)
-            y, cache = self.attention(normed, context, cache)
-            return keep(shard_batch(x + y)), cache
+        return shard_batch(x + y), (statistics, cache)
 
 
 class Olmoe(nnx.Module):
-    """The language model. `model(tokens)` gives logits.
+    """The language model. `model(tokens)` returns logits.
 
     Args:
       config: the architecture.
@@ -117,13 +109,13 @@ class Olmoe(nnx.Module):
         self.settings = settings = settings or ModelSettings()
         std = config.initializer_range
         vocabulary = {"vocab": config.vocab_size, "embed": config.hidden_size}
-        self.embed = matrix(rngs, vocabulary, std)
+        self.embed = weight(rngs, vocabulary, std)
         self.layers = DecoderLayer(config, settings, rngs=rngs)
-        self.norm = scale({"norm": config.hidden_size})
-        chosen = settings.tuned_experts
-        self.tuned = TunedExperts(config, chosen, rngs=rngs) if any(chosen or ()) else None
+        self.norm = norm_scale({"norm": config.hidden_size})
+        tuned = settings.tuned_experts
+        self.tuned = TunedExperts(config, tuned, rngs=rngs) if any(tuned or ()) else None
         if not config.tie_word_embeddings:
-            self.lm_head = matrix(rngs, vocabulary, std)
+            self.lm_head = weight(rngs, vocabulary, std)
 
     def __call__(
         self,
@@ -131,7 +123,7 @@ class Olmoe(nnx.Module):
         segments: jax.Array | None = None,
         positions: jax.Array | None = None,
     ) -> jax.Array:
-        """Logits [B, S, V] float32.
+        """Returns logits [B, S, V] float32.
 
         Args:
           tokens: [B, S] int.
@@ -150,70 +142,64 @@ class Olmoe(nnx.Module):
         with_router_logits: bool = False,
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterStatistics]:
-        """Final normalised hidden states [B, S, D] and each layer's router statistics.
+        """Returns the final normalised hidden states [B, S, D] and each layer's router statistics.
 
-        With `dropout_key` (a scalar random key) the adapters' dropout is on.
+        Args:
+          tokens: [B, S] int.
+          segments: see `__call__`.
+          positions: see `__call__`.
+          with_router_logits: whether the statistics hold the router's logits.
+          dropout_key: a scalar random key that switches the adapters' dropout on; None: off.
         """
         if segments is None:
             segments = jnp.ones_like(tokens)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        context = self.context(segments, positions, dropout_key)
-        return self._run_layers(tokens, context, with_router_logits)[:2]
-
-    def context(
-        self,
-        segments: jax.Array,
-        positions: jax.Array,
-        dropout_key: jax.Array | None = None,
-    ) -> Context:
-        """What the layers share, of whole rows [B, S]; see `hidden`."""
-        keys = None
-        if dropout_key is not None:
-            keys = shard_batch(jax.random.split(dropout_key, segments.shape[0]))
-        return Context(
-            rotation(positions, self.config),
-            segments,
-            dropout_keys=keys,
+        x, statistics, _ = self._run_layers(
+            tokens, segments, positions, dropout_key, with_router_logits=with_router_logits
         )
+        return x, statistics
 
     def prefill(
         self, tokens: jax.Array, segments: jax.Array, positions: jax.Array, room: int
     ) -> tuple[jax.Array, KVCache]:
-        """Logits [B, V] after the last of these tokens, and a cache with room for `room` more.
+        """Runs the prompts and fills a cache with room for `room` more tokens.
 
         Args:
           tokens: [B, S] int.
           segments: [B, S] int, 1, or 0 for padding in front.
           positions: [B, S] int, of the tokens in their rows.
-        """
-        context = self.context(segments, positions)
-        x, _, keys = self._run_layers(tokens, context, with_keys=True)
+          room: columns of the cache beyond the prompts'.
 
-        def with_room(stacked, layer):
+        Returns:
+          Logits [B, V] float32 after each row's last token, and the cache, C = S + room.
+        """
+        x, _, cache = self._run_layers(tokens, segments, positions, with_cache=True)
+
+        def with_room(stacked: jax.Array, layer: int) -> jax.Array:
             return shard_batch(jnp.pad(stacked[layer], ((0, 0), (0, 0), (0, room), (0, 0))))
 
         layers = tuple(
-            LayerCache(*(with_room(part, layer) for part in keys))
+            LayerCache(*(with_room(part, layer) for part in cache))
             for layer in range(self.config.num_layers)
         )
         visible = jnp.pad(segments > 0, ((0, 0), (0, room)))
         return self.logits(x[:, -1:])[:, 0], KVCache(layers, visible, jnp.int32(tokens.shape[1]))
 
     def decoding_layers(self, batch: int) -> DecodingLayers:
-        """The layers as `decode` takes them for `batch` rows; call it outside the loop over tokens.
+        """Prepares the layers for decode steps of `batch` rows; call it outside the token loop.
 
-        Where `MoE.decode` runs, the experts stay in the arrays of all layers, and the rest is
-        copied out of them, once.
+        If a step reads the experts in place, they stay in the arrays of all layers, and the rest
+        is copied out of these arrays once.
         """
-        graph, stacked = nnx.split(self.layers)
-        experts = None
-        if not (self.tuned or is_quantized(stacked)):
-            experts = self.layers.moe.decoding_experts(batch)
-        if experts is None:
+        config, (graph, stacked) = self.config, nnx.split(self.layers)
+        in_place = decoding.reads_in_place(
+            batch, config.num_experts_per_token, config.num_experts
+        ) and not (self.tuned or is_quantized(stacked))
+        if not in_place:
             return DecodingLayers(graph, None, stacked, self._tuned_by_layer())
-        weights = [_one_of(stacked, layer) for layer in range(self.config.num_layers)]
-        return DecodingLayers(graph, experts, weights, None)
+        weights = [_layer_of(stacked, layer) for layer in range(config.num_layers)]
+        return DecodingLayers(graph, self.layers.moe.experts.weights(self.settings), weights, None)
 
     def decode(
         self,
@@ -223,7 +209,7 @@ class Olmoe(nnx.Module):
         positions: jax.Array,
         cache: KVCache,
     ) -> tuple[jax.Array, KVCache]:
-        """Logits [B, V] after one more token a row, and the cache with it.
+        """Runs one more token a row.
 
         The layers follow each other in the program: a scan would copy each layer's weights and keys
         out of the arrays that it scans over.
@@ -234,6 +220,9 @@ class Olmoe(nnx.Module):
           is_token: [B] bool; False: the row has ended.
           positions: [B] int, of the tokens in their rows.
           cache: what `prefill` or this function returned.
+
+        Returns:
+          Logits [B, V] float32, and the cache with these tokens.
         """
         is_token, length = is_token[:, None], cache.length
         visible = jax.lax.dynamic_update_slice(cache.visible, is_token, (0, length))
@@ -244,34 +233,30 @@ class Olmoe(nnx.Module):
         for number, old in enumerate(cache.layers):
             if layers.experts is not None:
                 weights, tuned = layers.weights[number], None
-                experts = layers.experts, number
+                all_layers = AllLayers(layers.experts, number)
             else:
-                # An index that XLA does not know before the loop over tokens: else it would take
-                # the experts of all layers out of their arrays there, and hold them twice.
+                # The barrier hides the index from XLA until the loop over tokens runs. Otherwise
+                # XLA takes all layers' experts out of their arrays before, and holds them twice.
                 index, _ = jax.lax.optimization_barrier((jnp.int32(number), length))
-                weights, tuned = _one_of((layers.weights, layers.tuned), index)
-                weights, experts = dequantized(weights, self.settings.compute_dtype), None
+                weights, tuned = _layer_of((layers.weights, layers.tuned), index)
+                weights, all_layers = dequantized(weights, self.settings.compute_dtype), None
             layer = nnx.merge(layers.graph, weights)
-            x, written = layer.decode(x, context, old, tuned, experts)
+            x, (_, written) = layer(x, context, old, tuned, all_layers=all_layers)
             new.append(written)
         x, head = self.normed(x)[:, 0], gathered(self.head().astype(x.dtype))
-        if jax.default_backend() == "cpu":
-            logits = transposed_matmul_in_parts(x, head)
-        else:
-            logits = self.logits(x[:, None])[:, 0]
-        return logits, KVCache(tuple(new), visible, length + 1)
+        return decoding.head_matmul(x, head), KVCache(tuple(new), visible, length + 1)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """[B, S, D] -> [B, S, V] float32."""
+        """Applies the head: [B, S, D] -> [B, S, V] float32."""
         head = gathered(self.head().astype(hidden.dtype))
         return jnp.einsum("bsd,vd->bsv", hidden, head, preferred_element_type=jnp.float32)
 
     def head(self) -> jax.Array:
-        """The output projection [V, D], as it is stored and sharded."""
+        """Returns the output projection [V, D], as it is stored and sharded."""
         return (self.embed if self.config.tie_word_embeddings else self.lm_head)[...]
 
     def embedded(self, tokens: jax.Array) -> jax.Array:
-        """What goes into the first layer: [B, S] int -> [B, S, D] in the compute dtype."""
+        """Looks the tokens up: [B, S] int -> [B, S, D] in the compute dtype."""
         x = embedding_lookup(self.embed[...], tokens, self.settings.compute_dtype)
         if self.config.pad_token_id is not None:
             # torch's padding_idx: that row learns nothing from being looked up.
@@ -280,47 +265,61 @@ class Olmoe(nnx.Module):
         return shard_batch(x)
 
     def normed(self, x: jax.Array) -> jax.Array:
-        """The final norm of what comes out of the last layer [B, S, D]."""
+        """Applies the final norm to the last layer's output [B, S, D]."""
         return rms_norm(x, self.norm[...], self.config.rms_norm_eps)
 
     def _run_layers(
-        self, tokens, context: Context, with_router_logits: bool = False, with_keys: bool = False
-    ):
+        self,
+        tokens: jax.Array,
+        segments: jax.Array,
+        positions: jax.Array,
+        dropout_key: jax.Array | None = None,
+        *,
+        with_router_logits: bool = False,
+        with_cache: bool = False,
+    ) -> tuple[jax.Array, RouterStatistics, LayerCache | None]:
+        """Scans the layers; returns normed hidden states, and statistics and keys [L, …]."""
+        keys = None
+        if dropout_key is not None:
+            # A key for each row: no mesh changes what is dropped.
+            keys = shard_batch(jax.random.split(dropout_key, segments.shape[0]))
+        context = Context(rotation(positions, self.config), segments, dropout_keys=keys)
         graph, stacked = nnx.split(self.layers)
 
         def layer(x, inputs):
             index, weights, tuned = inputs
-            inside = context.of_layer(index)
-            # Here, so that only one layer's weights ever lie there in full, in the backward too.
+            # Inside the scan, so that only one layer's weights are ever dequantized at a time, in
+            # the backward too.
             weights = dequantized(weights, self.settings.compute_dtype)
-            x, (statistics, keys) = nnx.merge(graph, weights)(x, inside, tuned, with_router_logits)
-            return x, (statistics, keys if with_keys else None)
+            x, (statistics, cache) = nnx.merge(graph, weights)(
+                x, context.of_layer(index), None, tuned, with_router_logits
+            )
+            return x, (statistics, cache if with_cache else None)
 
-        layers = jnp.arange(self.config.num_layers)
         # In this order: jax mixes up gradients where one for a Ref follows one that is an array.
-        inputs = (layers, stacked, self._tuned_by_layer())
-        x, (statistics, keys) = jax.lax.scan(
+        inputs = (jnp.arange(self.config.num_layers), stacked, self._tuned_by_layer())
+        x, (statistics, cache) = jax.lax.scan(
             rematerialised(layer, self.settings.remat), self.embedded(tokens), inputs
         )
-        return self.normed(x), statistics, keys
+        return self.normed(x), statistics, cache
 
     def _tuned_by_layer(self) -> LayerTunedExperts | None:
-        """Of all layers."""
+        """Returns the tuned experts of all layers, stacked."""
         if not self.tuned:
             return None
         return self.tuned.by_layer(self.config.num_experts, self.settings.compute_dtype)
 
 
-def _one_of(stacked: Any, layer: jax.Array | int) -> Any:
-    """A layer's part of what is stacked for all."""
+def _layer_of(stacked: Any, layer: jax.Array | int) -> Any:
+    """Takes one layer's part out of arrays that are stacked over the layers."""
     return jax.tree.map(lambda values: values[layer], stacked)
 
 
 def load_balancing_loss(statistics: RouterStatistics, config: ModelConfig) -> jax.Array:
-    """E * sum_e f_e P_e over the tokens of all layers (Switch Transformers, eq. 4-6).
+    """Returns E * sum_e f_e P_e over the tokens of all layers (Switch Transformers, eq. 4-6).
 
-    f_e: share of the (token, layer) pairs that selected e (these sum to K); P_e: mean probability.
-    Padding is in neither. A batch without tokens gives 0.
+    f_e is the share of the (token, layer) pairs that chose e (these sum to K), P_e the mean
+    probability of e. Padding is in neither. A batch without tokens gives 0.
     """
     pairs = jnp.maximum(jnp.sum(statistics.load) / config.num_experts_per_token, 1.0)
     share = jnp.sum(statistics.load, axis=0) / pairs
@@ -332,10 +331,10 @@ def load_balancing_loss(statistics: RouterStatistics, config: ModelConfig) -> ja
 def parameter_specs(
     config: ModelConfig, settings: ModelSettings | None = None
 ) -> dict[str, ParameterSpec]:
-    """Name -> shape and logical axes of every parameter, adapters included; allocates nothing."""
+    """Returns name -> shape and logical axes of every parameter, adapters included."""
     return specs(lambda: Olmoe(config, settings, rngs=nnx.Rngs(0)))
 
 
 def graph_of(config: ModelConfig, settings: ModelSettings) -> nnx.GraphDef:
-    """The model's structure, to `merge` with parameters; allocates nothing."""
+    """Returns the model's structure, to `merge` with parameters; allocates nothing."""
     return nnx.split(nnx.eval_shape(lambda: Olmoe(config, settings, rngs=nnx.Rngs(0))))[0]

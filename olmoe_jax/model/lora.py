@@ -1,68 +1,39 @@
-"""LoRA adapters beside frozen weights, and their dropout. Initialised as PEFT does.
+"""LoRA adapters beside frozen weights, and their dropout; initialised as PEFT initialises them.
 
-Shapes: B rows, S positions, D in, F out, R rank.
+Shapes: B rows, D in, F out, R rank.
 """
 
-import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from olmoe_jax.ops.projection import Projection
-
-TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+from olmoe_jax.model.config import TARGETS, LoraSettings, ModelSettings
+from olmoe_jax.ops.linear import Linear
 
 
 def is_target(name: str) -> bool:
-    """Whether a parameter of the base is a matrix that can have an adapter."""
+    """Returns whether the base's parameter `name` is a matrix that can have an adapter."""
     return name.startswith("layers.") and name.rpartition(".")[2] in TARGETS
 
 
-@dataclasses.dataclass(frozen=True)
-class LoraSettings:
-    """Which matrices have an adapter, and its size.
-
-    Attributes:
-      rank: R.
-      alpha: the adapter's product counts alpha / R times (alpha / sqrt(R) with `rslora`).
-      dropout: share of the adapters' inputs that is set to zero in training.
-      targets: some of TARGETS.
-      rslora: rank-stabilised scaling (https://arxiv.org/abs/2312.03732).
-    """
-
-    rank: int
-    alpha: float
-    dropout: float = 0.0
-    targets: tuple[str, ...] = TARGETS
-    rslora: bool = False
-
-    @classmethod
-    def of_method(cls, method: Mapping[str, Any]) -> "LoraSettings | None":
-        """The adapters that a run's `method` section (its fields as a mapping) asks for."""
-        if method.get("lora_rank") is None:
-            return None
-        return cls(
-            method["lora_rank"],
-            method["lora_alpha"],
-            method["lora_dropout"],
-            tuple(target for target in TARGETS if target in method["lora_targets"].split(",")),
-            method.get("lora_rslora", False),  # runs of earlier versions have it
-        )
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+def is_adapter(name: str) -> bool:
+    """Returns whether a parameter belongs to a LoRA adapter."""
+    return ".lora." in name
 
 
 class Adapters(nnx.Module):
-    """A and B of each adapted matrix of a module, as parameters NAME_a and NAME_b."""
+    """The factors A and B of each adapted matrix of a module, as parameters NAME_a and NAME_b."""
 
     def __init__(self, settings: LoraSettings, matrices: dict[str, dict[str, int]], rngs: nnx.Rngs):
-        """`matrices`: name -> the weight's logical axes and sizes, the last two being in, out."""
+        """Declares the parameters.
+
+        Args:
+          settings: which matrices have an adapter, and its rank.
+          matrices: name -> the weight's logical axes and sizes, the last two being in and out.
+          rngs: its "params" stream draws A; B is zero.
+        """
         for name, axes in matrices.items():
             if name not in settings.targets:
                 continue
@@ -79,26 +50,37 @@ class Adapters(nnx.Module):
             setattr(self, f"{name}_b", nnx.Param(b, axes=tuple(b_axes)))
 
 
-def projection(
-    weight: jax.Array, adapters: Adapters | None, name: str, settings: LoraSettings | None, dtype
-) -> Projection:
-    """The named matrix with its adapter, where it has one."""
-    if settings is None or name not in settings.targets:
-        return Projection(weight.astype(dtype))
+def adapted(
+    weight: jax.Array, adapters: Adapters | None, name: str, settings: ModelSettings
+) -> Linear:
+    """Returns the matrix `name` in the compute dtype, with its adapter if it has one."""
+    dtype, lora = settings.compute_dtype, settings.lora
+    if lora is None or name not in lora.targets:
+        return Linear(weight.astype(dtype))
     a, b = (getattr(adapters, f"{name}_{part}")[...].astype(dtype) for part in "ab")
-    return Projection(weight.astype(dtype), a, b, scale=settings.scale)
+    return Linear(weight.astype(dtype), a, b, scale=lora.scale)
 
 
-def dropout(x: jax.Array, keys: jax.Array | None, rate: float, site: int) -> jax.Array:
-    """Sets a share `rate` of x [B, ...] to zero and scales the rest up; None for keys: x itself.
+def dropout(
+    x: jax.Array, keys: jax.Array | None, settings: LoraSettings | None, target: str
+) -> jax.Array:
+    """Sets a share of an adapter's input to zero and scales the rest up.
 
-    `keys` [B] has a random key for each row, so that the result depends on neither the mesh nor
-    how rows are split over devices; `site` tells apart the places of a layer.
+    Args:
+      x: [B, ...], the input of the matrix `target`.
+      keys: [B] random keys, one for each row, so that the result depends on neither the mesh nor
+        how rows are split over devices; None: no dropout.
+      settings: holds the share; None: no adapters, hence no dropout.
+      target: one of TARGETS; each draws numbers of its own.
+
+    Returns:
+      x's shape and dtype.
     """
-    if keys is None or rate == 0.0:
+    if keys is None or settings is None or settings.dropout == 0.0:
         return x
+    rate, site = settings.dropout, TARGETS.index(target)
 
-    def draw(key):
+    def draw(key: jax.Array) -> jax.Array:
         seed = jax.random.bits(jax.random.fold_in(key, site), (), jnp.uint32)
         return _hash(seed, x.shape[1:]) >= jnp.uint32(rate * 2**32)
 
@@ -106,10 +88,10 @@ def dropout(x: jax.Array, keys: jax.Array | None, rate: float, site: int) -> jax
 
 
 def _hash(seed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Uniform uint32 numbers of this shape: MurmurHash3's finaliser of seed and position.
+    """Returns uniform uint32 numbers: MurmurHash3's finaliser of seed and position.
 
-    jax.random.bits in its place made the full-size step compile 20 times as long on GPUs: it is
-    inlined wherever a mask is used again.
+    With jax.random.bits instead, the full-size step took 20 times as long to compile on GPUs: XLA
+    inlines the generator wherever a mask is used again.
     """
     position = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
     bits = seed + position * jnp.uint32(0x9E3779B9)

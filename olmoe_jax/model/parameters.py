@@ -1,12 +1,12 @@
 """Parameters: declared once, with shape, logical axes and initialiser.
 
 The trainer, the checkpoints, the sharding and the conversion all see a model's parameters as a
-flat dict {"layers.experts.gate": array [L, E, D, F], …}; `split` and `merge` go back and forth.
+flat dict {"layers.moe.experts.gate": array [L, E, D, F], …}; `split` and `merge` go back and forth.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,10 @@ Parameters = dict[str, jax.Array]
 """Frozen matrices may be `olmoe_jax.ops.quantization.Quantized` instead of arrays."""
 
 ROUTER = "layers.moe.router"
-"""The parameter that is kept in float32 whatever the compute dtype: small, and easily upset."""
+"""The router: small and easily upset, hence float32 whatever the compute dtype."""
 
 LAYERS = "layers."
-"""How the names of the parameters begin that are stacked over the layers."""
+"""Prefix of the parameters that are stacked over the layers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,35 +30,35 @@ class ParameterSpec:
     axes: tuple[str, ...]
 
 
-def matrix(rngs: nnx.Rngs, axes: dict[str, int], std: float) -> nnx.Param:
-    """A weight drawn from N(0, std^2), float32. `axes` maps logical axis names to sizes."""
+def weight(rngs: nnx.Rngs, axes: dict[str, int], std: float) -> nnx.Param:
+    """Declares a weight drawn from N(0, std^2), float32; `axes` maps logical axes to sizes."""
     shape = tuple(axes.values())
     value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
     return nnx.Param(value, axes=tuple(axes))
 
 
-def scale(axes: dict[str, int]) -> nnx.Param:
-    """The weight of an RMSNorm: ones, float32."""
+def norm_scale(axes: dict[str, int]) -> nnx.Param:
+    """Declares the weight of an RMSNorm: ones, float32."""
     return nnx.Param(jnp.ones(tuple(axes.values()), jnp.float32), axes=tuple(axes))
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Parameters]:
-    """Takes a model apart into its structure and a flat dict of arrays."""
+    """Splits a model into its structure and a flat dict of arrays."""
     graph, state = nnx.split(model, nnx.Param)
     return graph, {".".join(path): variable[...] for path, variable in nnx.to_flat_state(state)}
 
 
 def merge(graph: nnx.GraphDef, parameters: Parameters) -> nnx.Module:
-    """The model that `split` took apart, with these arrays (any dtype) as its parameters."""
-    # Bare arrays: the structure keeps what was declared of each parameter (its axes).
+    """Returns the model that `split` took apart, with these arrays (any dtype) as parameters."""
+    # Bare arrays: the structure keeps each parameter's declaration (its axes).
     flat = [(tuple(name.split(".")), value) for name, value in parameters.items()]
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-def specs(model_function) -> dict[str, ParameterSpec]:
-    """Shapes and axes of the parameters of the model that `model_function()` makes.
+def specs(model_function: Callable[[], nnx.Module]) -> dict[str, ParameterSpec]:
+    """Returns the shapes and axes of the parameters of the model that `model_function()` makes.
 
-    Nothing is computed or allocated.
+    Computes and allocates nothing.
     """
     state = nnx.state(nnx.eval_shape(model_function), nnx.Param)
     return {
@@ -83,3 +83,11 @@ def count_parameters(parameters: Mapping[str, jax.Array | jax.ShapeDtypeStruct])
         if part == "tuned":
             counts[f"layers.moe.experts.{matrix_name}"] -= counts[name]
     return counts
+
+
+def split_trained(
+    trains: Callable[[str], bool], parameters: Parameters
+) -> tuple[Parameters, Parameters]:
+    """Splits parameters by name into those that train and those that keep their values."""
+    trained = {name: value for name, value in parameters.items() if trains(name)}
+    return trained, {name: value for name, value in parameters.items() if name not in trained}

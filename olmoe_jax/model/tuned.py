@@ -1,7 +1,8 @@
-"""ESFT's experts: the selected ones of all layers in one pack, beside the frozen base.
+"""Tuned experts: the experts that ESFT trains, stacked beside the frozen base.
 
-Shapes: N selected experts over all layers, n the most in one layer, L layers, D, F as elsewhere.
-The pack [N, …] is what trains, so that gradients, master copies and moments exist for it alone.
+Shapes: N tuned experts over all layers, n the most in one layer, L layers, E experts, D model
+width, F expert width. Only the stack [N, …] trains, so that gradients, master copies and moments
+exist for the tuned experts alone.
 """
 
 from typing import NamedTuple
@@ -10,15 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from olmoe_jax.model.config import ModelConfig
-from olmoe_jax.model.parameters import matrix
+from olmoe_jax.model.parameters import weight
 
 NAMES = ("gate", "up", "down")
 
 
 class LayerTunedExperts(NamedTuple):
-    """The selected experts of one layer (stacked [L, …] for a model), in the compute dtype."""
+    """The tuned experts of one layer (stacked [L, …] for a model), in the compute dtype."""
 
     indices: jax.Array  # [n] int32; E where the layer has fewer than n
     gate: jax.Array  # [n, D, F]
@@ -27,12 +29,12 @@ class LayerTunedExperts(NamedTuple):
 
 
 def places(tuned_experts: tuple[tuple[int, ...], ...]) -> list[tuple[int, int]]:
-    """(layer, expert) of each place in the pack."""
+    """Returns (layer, expert) of each place in the stack."""
     return [(layer, expert) for layer, ids in enumerate(tuned_experts) for expert in ids]
 
 
 class TunedExperts(nnx.Module):
-    """The pack: gate, up [N, D, F] and down [N, F, D]."""
+    """The stack: gate, up [N, D, F] and down [N, F, D]."""
 
     def __init__(
         self,
@@ -47,10 +49,10 @@ class TunedExperts(nnx.Module):
         outward = {axis: inward[axis] for axis in ("tuned", "mlp", "embed")}
         std = config.initializer_range
         for name in NAMES:
-            setattr(self, name, matrix(rngs, outward if name == "down" else inward, std))
+            setattr(self, name, weight(rngs, outward if name == "down" else inward, std))
 
-    def by_layer(self, num_experts: int, dtype) -> LayerTunedExperts:
-        """The pack cut into layers, each filled up to the longest: [L, n, …]."""
+    def by_layer(self, num_experts: int, dtype: DTypeLike) -> LayerTunedExperts:
+        """Cuts the stack into layers, each filled up to the longest: [L, n, …]."""
         total, most = len(places(self.experts)), max(map(len, self.experts))
         slots = np.full((len(self.experts), most), total, np.int32)
         indices = np.full((len(self.experts), most), num_experts, np.int32)

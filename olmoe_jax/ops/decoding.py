@@ -1,46 +1,104 @@
-"""Matmuls of the few rows of a decode step; of the experts only those in use are read.
+"""A decode step's matmuls: few rows, and weights that are read where they lie.
 
-Shapes: T tokens, K experts per token, E experts, L layers, D width, F expert width.
+Shapes: T tokens, K experts per token, E experts, L layers, D model width, F expert width.
 
-The weights are those of all layers, and a matrix is sliced out where it is used: a scan over layers
-would first copy all experts of the layer, more than a step needs to read. No gradients.
+The experts' weights are those of all layers, and a matrix is sliced out where it is used: a scan
+over layers would first copy all experts of the layer, more than a step needs to read. Everything
+that differs between platforms is in this file. No function has gradients.
 """
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from olmoe_jax.ops.projection import Projection, project
+from olmoe_jax.ops.linear import ExpertWeights, Linear, linear
 from olmoe_jax.ops.routing import sort_by_expert
+from olmoe_jax.parallel import sharding
 
 _LARGEST_BLOCK = 32
 _STREAMS = 4
-"""Rows a turn; with 8, a block of 8 rows is slower (measured on an AMD EPYC)."""
+"""Rows of a matrix added at a time; with 8, a block of 8 rows is slower (on an AMD EPYC)."""
 _PART_BYTES = 2**17
-"""Of matrices: what a core's cache holds beside what is being read."""
+"""Bytes of a matrix that a core's cache holds beside what the core is reading."""
 
 
-def decoding_backend(platform: str, tokens: int, per_token: int, experts: int) -> str | None:
-    """How a decode step runs its experts.
+def backend(
+    platform: str, tokens: int, per_token: int, num_experts: int
+) -> Literal["loop", "gather"] | None:
+    """Returns how a decode step of `tokens` tokens runs its experts, or None: as training does.
 
     "loop" on CPUs: it reads the weights of the experts in use once, however many tokens there are.
     On GPUs and TPUs, where each turn of a loop is a launch, "gather" while the tokens' experts are
-    at most half of all (it reads, writes and reads); None: as in training, by the grouped matmul.
+    at most half of all (it reads, writes and reads).
     """
     if platform == "cpu":
         return "loop"
-    return "gather" if 2 * tokens * per_token <= experts else None
+    return "gather" if 2 * tokens * per_token <= num_experts else None
 
 
-def matmul_by_rows(x: jax.Array, matrices: jax.Array, *index) -> jax.Array:
-    """x @ matrices[index] for few rows of x, on a CPU.
+def reads_in_place(tokens: int, per_token: int, num_experts: int) -> bool:
+    """Returns whether `experts` serves a decode step of `tokens` tokens over all devices.
 
-    There XLA's matmul reads a matrix that lies in no cache at half the speed of memory, or less.
-    Here a loop adds the outer products of a few rows of the matrix at a time. They lie far apart:
-    a core fetches several streams of addresses ahead faster than one.
+    False too where a mesh axis splits the experts' arrays along anything but the experts.
+    """
+    mesh = sharding.active_mesh()
+    if mesh is not None:
+        axes = sharding.expert_axes(num_experts, mesh)
+        split = math.prod(mesh.shape[axis] for axis in axes)
+        if split * mesh.shape["data"] != mesh.size:
+            return False
+        tokens, num_experts = tokens // mesh.shape["data"], num_experts // split
+    return backend(jax.default_backend(), tokens, per_token, num_experts) is not None
+
+
+def experts(
+    x: jax.Array,
+    weights: jax.Array,
+    chosen: jax.Array,
+    maps: ExpertWeights,
+    layer: int | jax.Array,
+    total_experts: int,
+) -> jax.Array:
+    """Runs the chosen experts of one layer on few tokens; reads no other expert.
+
+    Args:
+      x: [T, D].
+      weights: [T, K] float32, of the chosen experts.
+      chosen: [T, K] int32 in 0…E; E: none.
+      maps: of all layers: [L, E, …].
+      layer: which of the L.
+      total_experts: experts of all devices that share these tokens, E of them at hand.
+
+    Returns:
+      [T, D] in x's dtype, each token's weighted sum over its experts.
+    """
+    num_experts = maps.gate.weight.shape[1]
+    if backend(jax.default_backend(), len(x), chosen.shape[1], num_experts) == "gather":
+        return experts_by_gather(x, weights, chosen, maps, layer)
+    return experts_by_loop(x, weights, chosen, maps, layer, total_experts // num_experts)
+
+
+def matmul(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """Returns x [..., D] @ matrix [D, F] for the few rows of a decode step, in x's dtype."""
+    return matmul_by_rows(x, matrix) if jax.default_backend() == "cpu" else jnp.matmul(x, matrix)
+
+
+def head_matmul(x: jax.Array, head: jax.Array) -> jax.Array:
+    """Returns x [T, D] @ head [V, D]^T for the few rows of a decode step, [T, V] float32."""
+    if jax.default_backend() == "cpu":
+        return transposed_matmul_in_parts(x, head)
+    return jnp.einsum("td,vd->tv", x, head, preferred_element_type=jnp.float32)
+
+
+def matmul_by_rows(x: jax.Array, matrices: jax.Array, *index: int | jax.Array) -> jax.Array:
+    """Returns x @ matrices[index] for few rows of x, on a CPU.
+
+    XLA's matmul reads a matrix that lies in no cache at half the speed of memory, or less. This
+    loop adds the outer products of a few rows of the matrix at a time. The rows lie far apart: a
+    core prefetches several streams of addresses faster than one.
 
     Args:
       x: [..., D].
@@ -67,9 +125,9 @@ def matmul_by_rows(x: jax.Array, matrices: jax.Array, *index) -> jax.Array:
 
 
 def transposed_matmul_in_parts(x: jax.Array, matrix: jax.Array) -> jax.Array:
-    """As `matmul_by_rows`: x [T, D] @ matrix [F, D]^T -> [T, F] float32.
+    """Returns x [T, D] @ matrix [F, D]^T, [T, F] float32, for few rows of x, on a CPU.
 
-    Some rows of the matrix are copied at a time, into the cache.
+    Copies some rows of the matrix into the cache at a time.
     """
     by_part = matrix.reshape(-1, _rows_of_part(matrix), matrix.shape[1])
 
@@ -81,7 +139,7 @@ def transposed_matmul_in_parts(x: jax.Array, matrix: jax.Array) -> jax.Array:
 
 
 def _rows_of_part(matrix: jax.Array) -> int:
-    """Rows of a matrix [F, D] that are a part; they divide F."""
+    """Returns how many rows of a matrix [F, D] make a part; the number divides F."""
     rows = len(matrix)
     parts = min(rows, -(-matrix.nbytes // _PART_BYTES))
     while rows % parts:
@@ -89,21 +147,18 @@ def _rows_of_part(matrix: jax.Array) -> int:
     return rows // parts
 
 
-def experts_by_loop(x, weights, chosen, experts, layer, devices: int = 1) -> jax.Array:
-    """The sum over each token's experts: a loop over blocks of rows, each of one expert.
+def experts_by_loop(
+    x: jax.Array,
+    weights: jax.Array,
+    chosen: jax.Array,
+    experts: ExpertWeights,
+    layer: int | jax.Array,
+    devices: int = 1,
+) -> jax.Array:
+    """Computes `experts` by a loop over blocks of rows, each of one expert.
 
-    A turn takes several blocks where their matrices are small, since each turn has its cost.
-
-    Args:
-      x: [T, D].
-      weights: [T, K] float32, of the experts.
-      chosen: [T, K] int32 in 0…E; E: none.
-      experts: (gate, up, down), `Projection`s of [L, E, …] each.
-      layer: which of the L.
-      devices: that share the tokens' experts, these E being one's part.
-
-    Returns:
-      [T, D] in x's dtype.
+    A turn takes several blocks if their matrices are small, since each turn has its cost.
+    `devices` is how many devices share the tokens' experts; `experts` holds one device's E.
     """
     _, num_experts, *matrix = experts[0].weight.shape
     in_part = _PART_BYTES // (math.prod(matrix) * experts[0].weight.dtype.itemsize)
@@ -112,7 +167,7 @@ def experts_by_loop(x, weights, chosen, experts, layer, devices: int = 1) -> jax
     blocks = _blocks(chosen, num_experts, mean, per_turn)
     token = blocks.assignment // chosen.shape[1]
     weights = weights.reshape(-1).at[blocks.assignment].get(mode="fill", fill_value=0)
-    # [U, T, M]: the rows of a block added up by token.
+    # [U, T, M]: adds up the rows of a block by token.
     combine = jnp.where(jnp.arange(len(x))[:, None] == token[:, None], weights[:, None], 0)
 
     def one_turn(turn, y):
@@ -126,7 +181,7 @@ def experts_by_loop(x, weights, chosen, experts, layer, devices: int = 1) -> jax
                 return matmul_by_rows(rows, part.weight, layer, expert[0])
 
             matmul = jnp.matmul if in_part else by_rows
-            return project(rows, _matrix(part, layer, expert), rows, matmul)
+            return linear(rows, _matrix(part, layer, expert), rows, matmul)
 
         rows = x.at[of_turn(token)].get(mode="clip")
         hidden = jax.nn.silu(by_expert(rows, experts[0])) * by_expert(rows, experts[1])
@@ -138,7 +193,7 @@ def experts_by_loop(x, weights, chosen, experts, layer, devices: int = 1) -> jax
 
 
 class _Blocks(NamedTuple):
-    """The T*K assignments in U blocks of up to M rows of one expert each."""
+    """The T*K assignments as U blocks of up to M rows, each of one expert."""
 
     count: jax.Array  # [] int32: blocks that are not empty, the first ones
     expert: jax.Array  # [U] int32
@@ -146,7 +201,7 @@ class _Blocks(NamedTuple):
 
 
 def _blocks(chosen: jax.Array, num_experts: int, mean: float, multiple: int) -> _Blocks:
-    """Blocks of twice the mean number of an expert's rows; U is a multiple of `multiple`."""
+    """Makes blocks of twice the mean number of rows of an expert; `multiple` divides U."""
     assigned = chosen.size
     size = min(_LARGEST_BLOCK, 2 ** math.ceil(math.log2(max(1, 2 * mean))))
     most = min(assigned, num_experts) + assigned // size
@@ -163,26 +218,32 @@ def _blocks(chosen: jax.Array, num_experts: int, mean: float, multiple: int) -> 
     is_row = place < jnp.append(rows, 0)[expert][:, None]
     place = jnp.where(is_row, starts[expert][:, None] + place, assigned)
     assignment = order.at[place].get(mode="fill", fill_value=assigned)
-    # Those that only fill a turn: the last expert once more, no other matrix is read for them.
+    # Blocks that only fill a turn repeat the last expert: no other matrix is read for them.
     return _Blocks(ends[-1], jnp.minimum(expert, expert[ends[-1] - 1]), assignment)
 
 
-def experts_by_gather(x, weights, chosen, experts, layer) -> jax.Array:
-    """As `experts_by_loop`: every token's K experts side by side, as one batched matmul."""
+def experts_by_gather(
+    x: jax.Array,
+    weights: jax.Array,
+    chosen: jax.Array,
+    experts: ExpertWeights,
+    layer: int | jax.Array,
+) -> jax.Array:
+    """Computes `experts` as one batched matmul, every token's K experts side by side."""
     gate, up, down = (_matrix(part, layer, chosen) for part in experts)  # [T, K, …]
     rows = x[:, None, None]
-    hidden = jax.nn.silu(project(rows, gate, rows)) * project(rows, up, rows)
+    hidden = jax.nn.silu(linear(rows, gate, rows)) * linear(rows, up, rows)
     weights = jnp.where(chosen < experts[0].weight.shape[1], weights, 0)
     hidden = (hidden * weights[:, :, None, None]).astype(x.dtype)
-    out = project(hidden, down, hidden)[:, :, 0]
+    out = linear(hidden, down, hidden)[:, :, 0]
     return jnp.sum(out, axis=1, dtype=jnp.float32).astype(x.dtype)
 
 
-def _matrix(stacked: Projection, layer, expert) -> Projection:
-    """The projection of one layer's expert, or experts."""
+def _matrix(stacked: Linear, layer: int | jax.Array, expert: jax.Array) -> Linear:
+    """Takes one layer's expert, or experts, out of the stack of all layers."""
 
-    def take(matrix):
-        # What is chosen by nobody has index E, the last one's here.
+    def take(matrix: jax.Array | None) -> jax.Array | None:
+        # Index E stands for no expert; clipped, it reads the last one, whose weight is zero.
         return None if matrix is None else matrix.at[layer, expert].get(mode="clip")
 
     return dataclasses.replace(

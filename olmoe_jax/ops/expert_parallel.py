@@ -1,53 +1,119 @@
-"""Expert parallelism: tokens travel to the devices that hold their experts, inside `shard_map`.
+"""Expert parallelism: runs the MoE block on every device, and moves what the devices exchange.
 
-Every device of a group gets all tokens of the group, runs its own experts on them and the outputs
-are added up where the tokens came from: an all-gather and a reduce-scatter, as in Megatron-LM's
-`--moe-token-dispatcher-type=allgather` (https://github.com/NVIDIA/Megatron-LM). No buffer's size
-depends on which experts the tokens choose, so that no token is ever dropped.
+Every device holds a share of the experts. Experts and tokens meet in one of two ways:
 
-Shapes: T tokens of a device, n devices of a group, E experts, E/n of them on a device.
+- The weights travel (over `fsdp`): a device gathers all experts and processes its own tokens.
+- The tokens travel (over `expert`, and in a decode step over both): the devices of a group share
+  the experts. Each gets all tokens of the group, runs its own experts on them, and the outputs are
+  summed where the tokens came from: an all-gather and a reduce-scatter, as in Megatron-LM's
+  `--moe-token-dispatcher-type=allgather` (https://github.com/NVIDIA/Megatron-LM). Every device of a
+  group routes all its tokens, which costs less than sending routing decisions. No buffer's size
+  depends on the routing, so that no token is ever dropped.
+
+Shapes: B rows, S positions, D model width, E experts, n devices of a group, E/n experts a device.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from olmoe_jax.ops.linear import ExpertWeights
+from olmoe_jax.ops.routing import RouterStatistics
+from olmoe_jax.parallel import sharding
+
+Block = Callable[..., tuple[jax.Array, RouterStatistics]]
+"""block(x, is_token, dropout_keys, router, experts, first_expert) -> y [B, S, D], statistics."""
 
 
-@dataclasses.dataclass(frozen=True)
-class ExpertGroup:
-    """The devices along these mesh axes share the experts; without axes, each has all."""
+def on_devices(
+    block: Block, specs: ExpertWeights, group: tuple[str, ...], with_logits: bool
+) -> Block:
+    """Returns `block` for the whole mesh: the batch is split, router and experts are shared.
 
-    axes: tuple[str, ...] = ()
+    Args:
+      block: computes x's part of the batch with consecutive experts, the first of which has the
+        number `first_expert`; it gives zeros for tokens of other experts.
+      specs: how the experts' arrays are sharded.
+      group: the mesh axes along which tokens travel; (): the experts' weights are gathered.
+      with_logits: whether the statistics hold logits.
+    """
+    mesh, batch = sharding.active_mesh(), sharding.BATCH
+    # In the order of the batch, which need not be that of the experts.
+    batch_axes = tuple(axis for axis in sharding.AXES if axis in group)
+    elsewhere = tuple(axis for axis in sharding.AXES if axis not in group)
 
-    @property
-    def size(self) -> int:
-        """n."""
-        return jax.lax.axis_size(self.axes) if self.axes else 1
+    def on_device(x, is_token, dropout_keys, router, experts):
+        experts = jax.tree.map(lambda w, spec: _gather_weight(w, spec, group), experts, specs)
+        first = 0
+        if group:
+            first = jax.lax.axis_index(group) * experts.gate.weight.shape[-3]
+            experts = _own_tuned(experts, first)
+            x, is_token, dropout_keys = (
+                _gather_tokens(value, batch_axes) for value in (x, is_token, dropout_keys)
+            )
+        y, statistics = block(x, is_token, dropout_keys, router, experts, first)
+        logits = statistics.logits
+        if group:
+            y = jax.lax.psum_scatter(y, batch_axes, tiled=True)
+            if with_logits:
+                own = jax.lax.axis_index(batch_axes) * len(y)
+                logits = jax.lax.dynamic_slice_in_dim(logits, own, len(y))
+        # A group's devices have the statistics of the same tokens: the sum is over the others.
+        sums = statistics._replace(logits=None)
+        if elsewhere:
+            sums = jax.tree.map(lambda value: jax.lax.psum(value, elsewhere), sums)
+        return y, sums._replace(logits=logits)
 
-    def gather(self, x: jax.Array | None) -> jax.Array | None:
-        """[T, …] -> [n*T, …], the same on every device; also of random keys."""
-        if x is None or not self.axes:
-            return x
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            keys = self.gather(jax.random.key_data(x))
-            return jax.random.wrap_key_data(keys, impl=jax.random.key_impl(x))
-        return jax.lax.all_gather(x, self.axes, tiled=True)
+    def run(x, is_token, dropout_keys, router, experts):
+        out = RouterStatistics(P(), P(), P(), batch if with_logits else None)
+        keys = None if dropout_keys is None else batch
+        return jax.shard_map(
+            on_device,
+            mesh=mesh,
+            in_specs=(batch, batch, keys, P(), specs),
+            out_specs=(batch, out),
+            check_vma=False,
+        )(x, is_token, dropout_keys, *jax.tree.map(sharding.by_value, (router, experts)))
 
-    def scatter_sum(self, y: jax.Array) -> jax.Array:
-        """[n*T, …] -> [T, …], the sum of all devices' values for a device's own tokens."""
-        return jax.lax.psum_scatter(y, self.axes, tiled=True) if self.axes else y
+    return run
 
-    def by_expert(self, values: jax.Array) -> jax.Array:
-        """Values for own tokens and all experts [T, E] -> for all tokens and own experts."""
-        if not self.axes:
-            return values
-        return jax.lax.all_to_all(values, self.axes, split_axis=1, concat_axis=0, tiled=True)
 
-    def own(self, experts: jax.Array, num_experts: int) -> jax.Array:
-        """Numbers of experts in 0…E as numbers among the own E/n; E/n for "none" and others'."""
-        if not self.axes:
-            return experts
-        count = num_experts // self.size
-        local = experts - jax.lax.axis_index(self.axes) * count
-        return jnp.where((local >= 0) & (local < count), local, count)
+def own_experts(chosen: jax.Array, first: jax.Array | int, count: int) -> jax.Array:
+    """Renumbers experts 0…E as a device's own 0…count-1; `count` stands for others and for none."""
+    local = chosen - first
+    return jnp.where((local >= 0) & (local < count), local, count)
+
+
+def _own_tuned(experts: ExpertWeights, first: jax.Array) -> ExpertWeights:
+    """Renumbers the tuned experts as a device's own."""
+    if experts.gate.indices is None:
+        return experts
+    indices = own_experts(experts.gate.indices, first, experts.gate.weight.shape[0])
+    return ExpertWeights(*(dataclasses.replace(part, indices=indices) for part in experts))
+
+
+def _gather_tokens(x: jax.Array | None, axes: tuple[str, ...]) -> jax.Array | None:
+    """Joins the group's tokens, or random keys, on each of its devices: [B, …] -> [n*B, …]."""
+    if x is None:
+        return None
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        keys = _gather_tokens(jax.random.key_data(x), axes)
+        return jax.random.wrap_key_data(keys, impl=jax.random.key_impl(x))
+    return jax.lax.all_gather(x, axes, tiled=True)
+
+
+def _gather_weight(weight: jax.Array, spec: P, apart: tuple[str, ...]) -> jax.Array:
+    """Joins a weight's shards but for those along the axes `apart`, which share the experts.
+
+    The transpose sums and scatters the gradient. A weight is [..., E, D, F].
+    """
+    for dimension, entry in enumerate(spec):
+        is_expert = dimension == weight.ndim - 3
+        axes = sharding.mesh_axes(entry)
+        axes = tuple(axis for axis in axes if not (is_expert and axis in apart))
+        if axes:
+            weight = jax.lax.all_gather(weight, axes, axis=dimension, tiled=True)
+    return weight

@@ -1,73 +1,113 @@
 """DenseMixer's router gradient: every expert's probability learns, at no cost in the forward.
 
-Shapes: T tokens, D model width, F expert width, E experts. The straight-through estimator of
-DenseMixer (https://fengyao.notion.site/moe-posttraining, github.com/yaof20/DenseMixer) gives each
-router probability, selected or not, the gradient dL/dp_e = <g, E_e(x)> with g the gradient of the
-MoE block's output. A zero-valued term (the form of Levanter's `dense_router_delta`) carries it;
-here the experts that the forward did not run are run only in the backward.
+Shapes: T tokens, D model width, F expert width, E experts, K experts per token, m experts with a
+router gradient. The straight-through estimator of DenseMixer
+(https://fengyao.notion.site/moe-posttraining, github.com/yaof20/DenseMixer) gives each router
+probability, chosen or not, the gradient dL/dp_e = <g, E_e(x)> with g the gradient of the MoE
+block's output. A zero-valued term (the form of Levanter's `dense_router_delta`) carries this
+gradient; the experts that the forward did not run are run only in the backward.
 """
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from olmoe_jax.ops.projection import (
-    Projection,
-    adapted_weight,
-    grouped_project,
+from olmoe_jax.ops.expert_parallel import own_experts
+from olmoe_jax.ops.linear import (
+    ExpertWeights,
+    grouped_linear,
+    merged_weight,
     transposed,
     with_tuned,
 )
-from olmoe_jax.ops.routing import sort_by_expert
+from olmoe_jax.ops.routing import Routing, sort_by_expert
 
 
-class ExpertProjections(NamedTuple):
-    """The experts' matrices: gate, up [E, D, F] and down [E, F, D], adapted or not."""
+def dense_router_term(
+    x: jax.Array,
+    routing: Routing,
+    is_token: jax.Array,
+    experts: ExpertWeights,
+    first_expert: jax.Array | int = 0,
+    *,
+    normalize: bool,
+    router_gradient_experts: int | None,
+    dtype: str | None,
+    backend: str | None,
+) -> jax.Array:
+    """Returns zeros [T, D] that carry the router gradient of the experts that were not chosen.
 
-    gate: Projection
-    up: Projection
-    down: Projection
+    The chosen experts already have their exact gradient from the block's own backward.
+
+    Args:
+      x: [T, D], the block's input.
+      routing: the router's decision for these tokens.
+      is_token: [T] bool; padding learns nothing, whatever gradient reaches its output.
+      experts: the consecutive experts at hand, the first of which has the number `first_expert`.
+      first_expert: see `experts`.
+      normalize: whether the chosen experts' weights are divided by their sum (`norm_topk_prob`).
+      router_gradient_experts: m, the most probable experts that get their exact term (the K chosen
+        ones among them); None: all E.
+      dtype: see `router_gradient`.
+      backend: see `router_gradient`.
+    """
+    total, count = routing.probabilities.shape[1], experts.gate.weight.shape[0]
+    is_chosen = jax.nn.one_hot(routing.chosen, total, dtype=bool).any(axis=1)  # [T, E]
+    others = jnp.where(is_chosen | ~is_token[:, None], 0.0, routing.probabilities)
+    if normalize:
+        chosen_sum = jnp.sum(jnp.where(is_chosen, routing.probabilities, 0.0), -1, keepdims=True)
+        # Padding chooses nothing; its sum must not divide by zero.
+        chosen_sum = jnp.where(is_token[:, None], chosen_sum, 1.0)
+        others = others / jax.lax.stop_gradient(chosen_sum)
+    if count < total:
+        others = jax.lax.dynamic_slice_in_dim(others, first_expert, count, axis=1)
+    if router_gradient_experts is None or router_gradient_experts >= total:
+        return router_gradient(None, dtype, backend, others, x, experts, None)
+    per_token = routing.chosen.shape[1]
+    candidates = jax.lax.top_k(routing.probabilities, router_gradient_experts)[1][:, per_token:]
+    candidates = jnp.where(is_token[:, None], candidates, total)
+    candidates = own_experts(candidates, first_expert, count)  # [T, m - K]
+    return router_gradient(router_gradient_experts, dtype, backend, others, x, experts, candidates)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def router_gradient(
-    experts_per_token: int | None,
+    router_gradient_experts: int | None,
     dtype: str | None,
     backend: str | None,
     probabilities: jax.Array,
     x: jax.Array,
-    experts: ExpertProjections,
-    candidates: jax.Array,
+    experts: ExpertWeights,
+    candidates: jax.Array | None,
 ) -> jax.Array:
-    """Zeros [T, D] whose gradient for `probabilities` is <g_t, E_e(x_t)>, and zero for the rest.
+    """Returns zeros [T, D] whose gradient for `probabilities` is <g_t, E_e(x_t)>, else zero.
 
     Args:
-      experts_per_token: m, how many of a token's candidates get the exact term; None: all E.
+      router_gradient_experts: m; None: all E experts get the exact term.
       dtype: of the factors of the backward's matmuls, which add up in float32; None: x's;
         "float8_e4m3fn", for all experts only: scaled to its range, rows and matrix columns alone.
       backend: of the grouped matmul (used when m is given).
-      probabilities: [T, E] float32: the weights of the experts that were not selected. Entries
-        whose gradient must not count are masked by the caller.
-      x: [T, D] the block's input.
+      probabilities: [T, E] float32, the weights of the experts that were not chosen. The caller
+        masks entries whose gradient must not count.
+      x: [T, D], the block's input.
       experts: in x's dtype; with adapters, the adapted experts count (without dropout).
-      candidates: [T, m] int32: with m given, the experts to compute; E means "none". Unused else.
+      candidates: [T, m - K] int32, the experts to compute when m is given; E means "none".
     """
     return jnp.zeros_like(x)
 
 
-def _forward(experts_per_token, dtype, backend, probabilities, x, experts, candidates):
+def _forward(router_gradient_experts, dtype, backend, probabilities, x, experts, candidates):
     return jnp.zeros_like(x), (x, experts, candidates)
 
 
-def _backward(experts_per_token, dtype, backend, residuals, g):
+def _backward(router_gradient_experts, dtype, backend, residuals, g):
     x, experts, candidates = residuals
-    experts = ExpertProjections(*map(with_tuned, experts))
+    experts = ExpertWeights(*map(with_tuned, experts))
     if dtype == "bfloat16":
         x, g, experts = jax.tree.map(lambda value: value.astype(dtype), (x, g, experts))
-    if experts_per_token is None:
+    if router_gradient_experts is None:
         scores = all_expert_scores(x, g, experts, float8=dtype == "float8_e4m3fn")
     else:
         scores = candidate_scores(x, g, experts, candidates, backend)
@@ -77,25 +117,30 @@ def _backward(experts_per_token, dtype, backend, residuals, g):
 router_gradient.defvjp(_forward, _backward)
 
 
-def _scores(x, g, multiply: Callable[[jax.Array, str], jax.Array]) -> jax.Array:
-    """<g, W_down h> as <W_down^T g, h>, h = silu(W_gate x) * W_up x: three matmuls, no output."""
+def _scores(
+    x: jax.Array, g: jax.Array, multiply: Callable[[jax.Array, str], jax.Array]
+) -> jax.Array:
+    """Computes <g, W_down h> as <W_down^T g, h>, h = silu(W_gate x) * W_up x: three matmuls."""
     hidden = jax.nn.silu(multiply(x, "gate")) * multiply(x, "up")
     return jnp.sum(hidden * multiply(g, "down"), axis=-1)
 
 
-def all_expert_scores(x, g, experts: ExpertProjections, float8: bool = False) -> jax.Array:
-    """s[t, e] = <g_t, E_e(x_t)>, [T, E] float32; one expert at a time, never [T, E, F].
+def all_expert_scores(
+    x: jax.Array, g: jax.Array, experts: ExpertWeights, float8: bool = False
+) -> jax.Array:
+    """Returns s[t, e] = <g_t, E_e(x_t)>, [T, E] float32.
 
-    With `float8` the matmuls' factors are rounded to 8 bits (see `_to_float8`).
+    Runs one expert at a time: no array of [T, E, F] or [T, E, D] ever exists. With `float8` the
+    matmuls' factors are rounded to 8 bits (see `_to_float8`).
     """
     if float8:
         x, g = _to_float8(x, axis=1), _to_float8(g, axis=1)
 
-    def one_expert(_, expert: ExpertProjections):
+    def one_expert(_, expert: ExpertWeights):
         def multiply(rows, name):
             # down is [F, D]: contracting its D applies the transpose without making it.
             contract = 1 if name == "down" else 0
-            weight = adapted_weight(getattr(expert, name))
+            weight = merged_weight(getattr(expert, name))
             multiply = functools.partial(
                 jax.lax.dot_general,
                 dimension_numbers=(((1,), (contract,)), ((), ())),
@@ -111,11 +156,12 @@ def all_expert_scores(x, g, experts: ExpertProjections, float8: bool = False) ->
     return jax.lax.scan(one_expert, None, experts)[1].T
 
 
-def _to_float8(matrix, axis: int) -> tuple[jax.Array, jax.Array]:
-    """matrix ~ values * scales: float8_e4m3fn that uses its range along `axis`, float32 scales.
+def _to_float8(matrix: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+    """Returns float8_e4m3fn values and float32 scales with matrix ~ values * scales.
 
-    As in "FP8 formats for deep learning" (https://arxiv.org/abs/2209.05433), but scaled by row or
-    column, which a matmul leaves to be multiplied afterwards.
+    "FP8 formats for deep learning" (https://arxiv.org/abs/2209.05433) scales whole tensors. This
+    function scales each row (or column) to the range, and the matmul's result is multiplied by the
+    scales afterwards.
     """
     dtype = jnp.float8_e4m3fn
     largest = jnp.max(jnp.abs(matrix), axis, keepdims=True).astype(jnp.float32)
@@ -123,8 +169,14 @@ def _to_float8(matrix, axis: int) -> tuple[jax.Array, jax.Array]:
     return (matrix / scales).astype(dtype), scales
 
 
-def candidate_scores(x, g, experts: ExpertProjections, candidates, backend) -> jax.Array:
-    """As `all_expert_scores`, but only for each token's `candidates` [T, m]; 0 elsewhere."""
+def candidate_scores(
+    x: jax.Array,
+    g: jax.Array,
+    experts: ExpertWeights,
+    candidates: jax.Array,
+    backend: str | None,
+) -> jax.Array:
+    """Returns `all_expert_scores` for each token's `candidates` [T, m - K]; 0 elsewhere."""
     num_tokens, per_token = candidates.shape
     num_experts = experts.gate.weight.shape[0]
     order, _, group_sizes = sort_by_expert(candidates, num_experts)
@@ -132,7 +184,7 @@ def candidate_scores(x, g, experts: ExpertProjections, candidates, backend) -> j
     experts = experts._replace(down=transposed(experts.down))
 
     def multiply(rows, name):
-        y = grouped_project(rows, getattr(experts, name), rows, group_sizes, backend)
+        y = grouped_linear(rows, getattr(experts, name), rows, group_sizes, backend)
         return y.astype(jnp.float32)
 
     scores = _scores(x[token], g[token], multiply)

@@ -1,9 +1,67 @@
-"""Moving tokens to their experts and back. T tokens, K experts per token, E experts, D width."""
+"""Routing: which experts a token goes to, and moving tokens there (dispatch) and back (combine).
+
+Shapes: T tokens, D model width, E experts, K experts per token.
+"""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from olmoe_jax.ops.remat import keep
+
+
+class Routing(NamedTuple):
+    """The router's decision for T tokens."""
+
+    logits: jax.Array  # [T, E] float32
+    probabilities: jax.Array  # [T, E] float32, softmax over all E experts
+    weights: jax.Array  # [T, K] float32, of the chosen experts
+    chosen: jax.Array  # [T, K] int32 in 0…E, the most probable first; E: padding goes nowhere
+
+
+class RouterStatistics(NamedTuple):
+    """Sums over the real (unpadded) tokens of a batch; stacked [L, …] for a whole model."""
+
+    load: jax.Array  # [E] float32: tokens that chose the expert
+    probability: jax.Array  # [E] float32: sum of the router's probabilities
+    entropy: jax.Array  # [] float32: sum of the entropies (nats) of the probabilities
+    logits: jax.Array | None  # [B, S, E] float32, only on request
+
+
+def router_statistics(routing: Routing, is_token: jax.Array) -> RouterStatistics:
+    """Returns the statistics of T tokens, without the logits. is_token: [T] bool."""
+    num_experts = routing.logits.shape[1]
+    load = jnp.bincount(routing.chosen.reshape(-1), length=num_experts + 1)[:-1]
+    information = jax.nn.log_softmax(routing.logits) * routing.probabilities
+    return RouterStatistics(
+        load=load.astype(jnp.float32),
+        probability=jnp.sum(routing.probabilities * is_token[:, None], axis=0),
+        entropy=-jnp.sum(information * is_token[:, None]),
+        logits=None,
+    )
+
+
+def route(
+    x: jax.Array, router: jax.Array, is_token: jax.Array, experts_per_token: int, normalize: bool
+) -> Routing:
+    """Chooses every token's K most probable experts.
+
+    Args:
+      x: [T, D] in any float dtype; the router computes in float32.
+      router: [D, E] float32.
+      is_token: [T] bool; False: padding, which goes to no expert.
+      experts_per_token: K.
+      normalize: whether the K weights are divided by their sum (`norm_topk_prob`).
+    """
+    logits = keep(jnp.dot(x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST))
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    weights, chosen = jax.lax.top_k(probabilities, experts_per_token)
+    if normalize:
+        weights = weights / weights.sum(axis=-1, keepdims=True)
+    chosen = jnp.where(is_token[:, None], chosen, router.shape[1])
+    return Routing(logits, probabilities, weights, chosen)
 
 
 def sort_by_expert(experts: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -11,6 +69,7 @@ def sort_by_expert(experts: jax.Array, num_experts: int) -> tuple[jax.Array, jax
 
     Args:
       experts: [T, K] int32 in 0…E.
+      num_experts: E.
 
     Returns:
       order [T*K]: the assignment (token*K + k) at each sorted row.
@@ -26,7 +85,7 @@ def sort_by_expert(experts: jax.Array, num_experts: int) -> tuple[jax.Array, jax
 
 @jax.custom_vjp
 def permute(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
-    """x[order] for a permutation; its gradient is a gather with `inverse`, not a scatter."""
+    """Returns x[order] for a permutation; its gradient is a gather by `inverse`, not a scatter."""
     return x[order]
 
 
@@ -42,36 +101,39 @@ permute.defvjp(_permute_forward, _permute_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def to_experts(x: jax.Array, order: jax.Array, inverse: jax.Array, per_token: int) -> jax.Array:
-    """[T, D] -> [T*K, D], each token once for each of its experts, sorted by expert."""
+def dispatch(x: jax.Array, order: jax.Array, inverse: jax.Array, per_token: int) -> jax.Array:
+    """Copies each token to a row for each of its K experts: [T, D] -> [T*K, D], sorted by expert.
+
+    `order` and `inverse` are `sort_by_expert`'s, `per_token` is K. The transpose of `combine`.
+    """
     return x[order // per_token]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def from_experts(y: jax.Array, order: jax.Array, inverse: jax.Array, per_token: int) -> jax.Array:
-    """The sum over a token's K rows, in float32: [T*K, D] sorted by expert -> [T, D] in y's dtype.
+def combine(y: jax.Array, order: jax.Array, inverse: jax.Array, per_token: int) -> jax.Array:
+    """Adds up each token's K rows: [T*K, D] sorted by expert -> [T, D] in y's dtype.
 
-    The transpose of `to_experts`, as that is of this.
+    The sum is computed in float32 and rounded once. The transpose of `dispatch`.
     """
     y = y[inverse].reshape(-1, per_token, y.shape[-1])
     return jnp.sum(y, axis=1, dtype=jnp.float32).astype(y.dtype)
 
 
-def _to_experts_forward(x, order, inverse, per_token):
-    return to_experts(x, order, inverse, per_token), (order, inverse)
+def _dispatch_forward(x, order, inverse, per_token):
+    return dispatch(x, order, inverse, per_token), (order, inverse)
 
 
-def _to_experts_backward(per_token, residuals, g):
-    return from_experts(g, *residuals, per_token), None, None
+def _dispatch_backward(per_token, residuals, g):
+    return combine(g, *residuals, per_token), None, None
 
 
-def _from_experts_forward(y, order, inverse, per_token):
-    return from_experts(y, order, inverse, per_token), (order, inverse)
+def _combine_forward(y, order, inverse, per_token):
+    return combine(y, order, inverse, per_token), (order, inverse)
 
 
-def _from_experts_backward(per_token, residuals, g):
-    return to_experts(g, *residuals, per_token), None, None
+def _combine_backward(per_token, residuals, g):
+    return dispatch(g, *residuals, per_token), None, None
 
 
-to_experts.defvjp(_to_experts_forward, _to_experts_backward)
-from_experts.defvjp(_from_experts_forward, _from_experts_backward)
+dispatch.defvjp(_dispatch_forward, _dispatch_backward)
+combine.defvjp(_combine_forward, _combine_backward)

@@ -5,11 +5,10 @@ import math
 import time
 from pathlib import Path
 
-from olmoe_jax.checkpoints.expert_config import ExpertConfig
+from olmoe_jax import methods
 from olmoe_jax.checkpoints.source import MODEL_DIRECTORY, read_model_config
 from olmoe_jax.config import Config, validate
 from olmoe_jax.errors import UserError
-from olmoe_jax.methods.experts import given_experts
 from olmoe_jax.model.config import ModelConfig, ModelSettings
 from olmoe_jax.model.flops import StepFlops, step_flops_per_token
 from olmoe_jax.model.parameters import count_parameters
@@ -18,7 +17,7 @@ from olmoe_jax.plan.costs import Roofline, microbatch_traffic, roofline
 from olmoe_jax.plan.devices import Topology, open_devices, parse_topology
 from olmoe_jax.plan.known import KNOWN, known_config
 from olmoe_jax.plan.programs import CompiledProgram, StepPrograms, device_bytes
-from olmoe_jax.training.setup import model_settings, with_backends
+from olmoe_jax.training.base_model import compute_settings, with_backends
 
 ESFT_EXPERTS = 4
 """Tuned experts per layer that a plan assumes for an ESFT run without an expert config."""
@@ -109,12 +108,9 @@ def plan(
 
     # The model, as training would set it up on these devices.
     model_config = _architecture(config)
-    experts, assumed = _experts(config, model_config, esft_experts)
-    settings = with_backends(
-        dataclasses.replace(model_settings(config), tuned_experts=experts and experts.experts),
-        model_config,
-        where.kind.platform,
-    )
+    method, assumed = methods.build(config.method, model_config).assuming(esft_experts)
+    compute = with_backends(compute_settings(config), model_config, where.kind.platform)
+    settings = method.model_settings(compute)
     sharding.check_experts(config.mesh.expert, model_config.num_experts)
     axes = config.mesh.data, config.mesh.fsdp, config.mesh.expert
     mesh = sharding.make_mesh(*axes, devices=open_devices(where))
@@ -123,7 +119,7 @@ def plan(
     rows, length = config.train.rows_per_device * where.count, config.data.max_seq_length
     rows_per_step = rows_per_step or rows
     microbatches = math.ceil(rows_per_step / rows)
-    step = StepPrograms(config, model_config, settings, experts, mesh)
+    step = StepPrograms(config, model_config, settings, method, mesh)
     programs = [step.compile("accumulate", microbatches), step.compile("update", 1)]
     if config.data.eval_path or config.data.eval_fraction:
         programs.append(step.compile("evaluate", 0))
@@ -175,15 +171,3 @@ def _architecture(config: Config) -> ModelConfig:
         f"{name}: no such directory, and the architecture of this hub id is not known here (only "
         f"that of {published}); write a directory that holds the model's config.json"
     )
-
-
-def _experts(
-    config: Config, model_config: ModelConfig, number: int
-) -> tuple[ExpertConfig | None, int | None]:
-    """Returns what an ESFT run trains, and the experts per layer if their number is assumed."""
-    if not config.method.name.startswith("esft_"):
-        return None, None
-    if given := given_experts(config, model_config):
-        return given, None
-    number = min(number, model_config.num_experts)
-    return ExpertConfig((tuple(range(number)),) * model_config.num_layers), number

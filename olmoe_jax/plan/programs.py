@@ -16,18 +16,19 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from olmoe_jax.checkpoints.expert_config import ExpertConfig
 from olmoe_jax.checkpoints.loading import quantized_like
 from olmoe_jax.config import Config
-from olmoe_jax.methods.trained import method_trains, split_trained
+from olmoe_jax.methods import Method
 from olmoe_jax.model.config import ModelConfig, ModelSettings
 from olmoe_jax.model.decoder import parameter_specs
 from olmoe_jax.model.lora import is_target
-from olmoe_jax.model.parameters import Parameters
+from olmoe_jax.model.parameters import Parameters, split_trained
 from olmoe_jax.parallel import sharding
+from olmoe_jax.parallel.batch import DeviceBatch
 from olmoe_jax.plan.collectives import Communication, communication
-from olmoe_jax.training.setup import StepFunctions, kept_dtype, step_functions
-from olmoe_jax.training.step import Accumulated, DeviceBatch, TrainState, initial_state
+from olmoe_jax.training.parameters import kept_dtype
+from olmoe_jax.training.program import StepFunctions, step_functions
+from olmoe_jax.training.step import Accumulated, TrainState, initial_state
 
 _STEPS = 1000
 """Length of the learning rate schedule: any number will do, no shape depends on it."""
@@ -96,11 +97,11 @@ class StepPrograms:
         config: Config,
         model_config: ModelConfig,
         settings: ModelSettings,
-        experts: ExpertConfig | None,
+        method: Method,
         mesh: Mesh,
     ):
         self.mesh = mesh
-        self.trains = method_trains(config.method, model_config, experts)
+        self.trains = method.trains
         specs = parameter_specs(model_config, settings)
         places = sharding.parameter_shardings(specs, mesh)
         dtype = kept_dtype(self.trains, settings, config.optimizer.gradients_dtype)

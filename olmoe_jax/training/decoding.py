@@ -12,7 +12,9 @@ from olmoe_jax.generation.answers import Scorer, exact_match, scorer_for
 from olmoe_jax.generation.decoding import generate
 from olmoe_jax.model.parameters import ROUTER, Parameters, merge
 from olmoe_jax.ops.quantization import Quantized
-from olmoe_jax.training.setup import Datasets, Model, Program
+from olmoe_jax.training.base_model import BaseModel
+from olmoe_jax.training.datasets import Datasets
+from olmoe_jax.training.program import Program
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,7 +90,7 @@ class HeldOut:
         ]
 
 
-def held_out_sample(config: Config, model: Model, datasets: Datasets) -> HeldOut | None:
+def held_out_sample(config: Config, model: BaseModel, datasets: Datasets) -> HeldOut | None:
     """Returns the examples that the run decodes, drawn by train.seed; None if the run decodes none.
 
     The model continues the prompt of an example, and its first answer is expected. An example is

@@ -7,24 +7,29 @@ import jax
 
 from olmoe_jax import data
 from olmoe_jax.config import Config
-from olmoe_jax.methods.trained import parameter_table
+from olmoe_jax.model.lora import is_adapter
+from olmoe_jax.model.parameters import Parameters, count_parameters
 from olmoe_jax.parallel import sharding
-from olmoe_jax.training.setup import Datasets, Model, Program
+from olmoe_jax.training.base_model import BaseModel
+from olmoe_jax.training.datasets import Datasets
+from olmoe_jax.training.program import Program
 
 
 def introduction(
-    config: Config, model: Model, datasets: Datasets, steps: data.TrainingData, program: Program
+    config: Config, model: BaseModel, datasets: Datasets, steps: data.TrainingData, program: Program
 ) -> Iterator[str]:
-    """Its lines: devices and backends, the method and what it trains, the data, the steps."""
+    """Yields lines: devices and backends, the method and what it trains, the data, the steps."""
     settings, mesh, count = model.settings, program.mesh, jax.process_count()
     processes = f" in {count} processes" if count > 1 else ""
+    scheme = config.model.base_quantization
     yield (
         f"devices: {mesh.size} x {jax.default_backend()}{processes} "
         f"(mesh {sharding.describe(mesh.shape)}), "
         f"grouped matmul: {settings.grouped_matmul}, attention: {settings.attention}, "
         f"compute {config.model.compute_dtype}"
     )
-    yield f"method: {config.method.name}{_lora(config, model)}"
+    base = f", base quantized to {scheme}" if scheme else ""
+    yield f"method: {model.method.describe()}{base}"
     yield from parameter_table(program.state.parameters, program.frozen)
     report, evaluation = data.describe(steps), datasets.evaluation
     yield (
@@ -39,9 +44,29 @@ def introduction(
     )
 
 
-def _lora(config: Config, model: Model) -> str:
-    lora, scheme = model.settings.lora, config.model.base_quantization
-    if not lora:
-        return ""
-    base = f", base quantized to {scheme}" if scheme else ""
-    return f" with LoRA: rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}{base}"
+def parameter_table(trained: Parameters, frozen: Parameters) -> list[str]:
+    """Returns lines that count the trained and frozen parameters of each part of the model."""
+    counts: dict[str, list[int]] = {}
+    for name, count in count_parameters(trained | frozen).items():
+        for part in (_part_of(name), "all"):
+            counts.setdefault(part, [0, 0])[name not in trained] += count
+    counts["all"] = counts.pop("all")
+    lines = [f"{'parameters':20}{'trained':>16}{'frozen':>16}"]
+    return lines + [f"  {part:18}{a:16,}{b:16,}" for part, (a, b) in counts.items()]
+
+
+def _part_of(name: str) -> str:
+    """Returns the part of the model that a parameter belongs to."""
+    if is_adapter(name):
+        return "expert adapters" if ".experts." in name else "attention adapters"
+    if name.startswith("tuned."):
+        return "tuned experts"
+    for part, words in (
+        (".experts.", "experts"),
+        (".router", "router"),
+        ("norm", "norms"),
+        (".attention.", "attention"),
+    ):
+        if part in name:
+            return words
+    return {"embed": "embedding", "lm_head": "head"}[name]

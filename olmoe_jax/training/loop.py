@@ -14,28 +14,22 @@ from olmoe_jax import data
 from olmoe_jax.checkpoints import opening
 from olmoe_jax.config import Config, first_difference, to_dict, validate
 from olmoe_jax.errors import UserError
-from olmoe_jax.methods.experts import given_experts, settle_experts
+from olmoe_jax.methods import Preparation
 from olmoe_jax.model.flops import step_flops_per_token
 from olmoe_jax.parallel import distributed, sharding
+from olmoe_jax.parallel.batch import DeviceBatch
 from olmoe_jax.parallel.preemption import Preemption
 from olmoe_jax.training import run_directory
+from olmoe_jax.training.base_model import BaseModel, open_model
 from olmoe_jax.training.best import Best
 from olmoe_jax.training.checkpoint import Checkpointer
+from olmoe_jax.training.datasets import Datasets, load_datasets, row_layout, training_data
 from olmoe_jax.training.decoding import HeldOut, held_out_sample
 from olmoe_jax.training.finishing import finish
 from olmoe_jax.training.introduction import introduction
+from olmoe_jax.training.program import Program, build_program
 from olmoe_jax.training.reporting import TENSORBOARD, Reporter, Silence, router_scalars
-from olmoe_jax.training.setup import (
-    Datasets,
-    Model,
-    Program,
-    build_program,
-    load_datasets,
-    open_model,
-    row_layout,
-    training_data,
-)
-from olmoe_jax.training.step import DeviceBatch, StepMetrics, changed_choices
+from olmoe_jax.training.step import StepMetrics, changed_choices
 from olmoe_jax.training.telemetry import Breakdown, Profile, check_wandb, memory_scalars
 
 
@@ -64,19 +58,26 @@ def train(config: Config) -> TrainResult:
         model = open_model(config)
         datasets = load_datasets(config, model)
     steps = training_data(config, datasets, mesh)
-    given = given_experts(config, model.config)
     held_out = held_out_sample(config, model, datasets)
     _check_same_everywhere(config, datasets)
     try:
         with run_directory.opened(config, model.files, model.tokenizer_files) as output:
-            if config.method.name.startswith("esft_"):
-                model = settle_experts(config, model, datasets, mesh, output, given)
+            preparation = Preparation(
+                output=output,
+                source=model.source,
+                settings=model.settings,
+                mesh=mesh,
+                dataset=datasets.train,
+                layout=row_layout(config, datasets, mesh),
+                seed=config.train.seed,
+            )
+            model = dataclasses.replace(model, method=model.method.prepare(preparation))
             with jax.set_mesh(mesh):
                 program = build_program(config, model, mesh, steps.total_steps)
                 run = _Run(config, model, datasets, held_out, steps, program, output)
                 result = run.execute()
             if result.finished and distributed.is_writer():
-                finish(config, output, result.step)
+                finish(config, model.method, output, result.step)
     except OSError as error:
         raise _cannot_write(Path(config.train.output_dir), error) from error
     return result
@@ -125,7 +126,7 @@ class _Run:
     def __init__(
         self,
         config: Config,
-        model: Model,
+        model: BaseModel,
         datasets: Datasets,
         held_out: HeldOut | None,
         steps: data.TrainingData,

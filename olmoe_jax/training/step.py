@@ -12,32 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
 
-from olmoe_jax.data import Batch
 from olmoe_jax.model.config import ModelConfig, ModelSettings
 from olmoe_jax.model.decoder import Olmoe, graph_of, load_balancing_loss
-from olmoe_jax.model.moe import RouterStatistics
 from olmoe_jax.model.parameters import ROUTER, Parameters, merge
 from olmoe_jax.ops.cross_entropy import weighted_cross_entropy
-from olmoe_jax.parallel.sharding import BATCH
+from olmoe_jax.ops.routing import RouterStatistics
+from olmoe_jax.parallel.batch import DeviceBatch
 from olmoe_jax.training.optimizer import Optimizer, Schedule, clip_scale, global_norm
-
-
-class DeviceBatch(NamedTuple):
-    """A micro-batch on the devices; every array is [R, S]."""
-
-    tokens: jax.Array  # int32
-    targets: jax.Array  # int32: what each position predicts
-    segment_ids: jax.Array  # int32: 1… per row, 0 for padding
-    positions: jax.Array  # int32: restarting with each example
-    loss_weights: jax.Array  # float32: sum to 1 over a step
-
-
-def place_batch(batch: Batch, mesh: Mesh) -> DeviceBatch:
-    """This process's rows as part of the global batch, rows split over all devices."""
-    place = functools.partial(jax.make_array_from_process_local_data, NamedSharding(mesh, BATCH))
-    return DeviceBatch(*(place(getattr(batch, name)) for name in DeviceBatch._fields))
 
 
 class TrainState(NamedTuple):

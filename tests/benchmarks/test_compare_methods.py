@@ -10,7 +10,7 @@ from benchmarks import compare_methods, router_cosine
 from benchmarks.comparison_report import cosine_table, method_table, write_report
 from configs.table import METHODS
 from olmoe_jax.errors import UserError
-from olmoe_jax.training.step import DeviceBatch
+from olmoe_jax.parallel.batch import DeviceBatch
 
 
 def made_up_cells(seeds: int) -> dict:

@@ -159,10 +159,10 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch, error):
     write_hf_checkpoint(tmp_path / "model", CONFIG)
     read = checkpoint_module.HFCheckpoint.read
 
-    def interrupted(self, weight, layer, *experts):
-        if (weight.name, layer) == ("layers.moe.experts.up", 1):
+    def interrupted(self, row, layer, *experts):
+        if (row.ours, layer) == ("layers.moe.experts.up", 1):
             raise error
-        return read(self, weight, layer, *experts)
+        return read(self, row, layer, *experts)
 
     monkeypatch.setattr(checkpoint_module.HFCheckpoint, "read", interrupted)
     model, output = tmp_path / "model", tmp_path / "out"
@@ -241,6 +241,6 @@ def test_shards_hold_layers_together(tmp_path):
     layers = [int(name.split(".")[2]) for name in order if ".layers." in name]
     assert layers == sorted(layers)
     assert len(order) == sum(
-        len(names.layer_indices(weight, CONFIG)) * (8 if weight.per_expert else 1)
-        for weight in names.weights(CONFIG)
+        len(names.layer_indices(row, CONFIG)) * (8 if row.per_expert else 1)
+        for row in names.rows(CONFIG)
     )

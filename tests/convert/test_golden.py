@@ -14,7 +14,7 @@ from helpers import load_safetensors
 from convert import parity
 from olmoe_jax.checkpoints.source import read_model_config
 from olmoe_jax.model.decoder import load_balancing_loss
-from olmoe_jax.model.moe import RouterStatistics
+from olmoe_jax.ops.routing import RouterStatistics
 
 VARIANTS = (
     *("base", "gqa", "norm_topk", "clip_qkv", "top4", "tied", "rope_theta", "experts64"),

@@ -1,53 +1,36 @@
 """Adapters, quantized bases, tuned experts and expert scores on a mesh: one device's numbers."""
 
-import dataclasses
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from esft.test_esft_scores import PAD, make_examples
+from esft.test_esft_scores import ROWS, make_examples
 from helpers import random_weights, relative_error, tiny_config
 from jax.sharding import Mesh
-from lora.tiny_adapters import random_adapters, write_base
+from lora.tiny_adapters import make_batch, random_adapters, write_base
 
 from olmoe_jax.checkpoints.huggingface import HFCheckpoint
 from olmoe_jax.checkpoints.loading import load_parameters, quantized_like, stack_tuned
-from olmoe_jax.data import Batch
 from olmoe_jax.methods.scoring import expert_scores
 from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.model.decoder import graph_of, parameter_specs
 from olmoe_jax.model.lora import LoraSettings, is_target
 from olmoe_jax.ops.quantization import quantize
 from olmoe_jax.parallel import sharding
+from olmoe_jax.parallel.batch import place_batch
 from olmoe_jax.training.optimizer import adamw, schedule
-from olmoe_jax.training.step import Trainer, place_batch
+from olmoe_jax.training.step import Trainer
 
 EXPERTS = ((1, 4, 7), (0,))
 LORA = LoraSettings(4, 8.0, dropout=0.3)
 KINDS = {
-    "lora": ModelSettings(router_method="densemixer", remat="full", lora=LORA),
-    "nf4": ModelSettings(router_method="densemixer", remat="full", lora=LORA),
-    "esft": ModelSettings(router_method="densemixer", tuned_experts=EXPERTS),
+    "lora": ModelSettings(router_gradient="all", remat="full", lora=LORA),
+    "nf4": ModelSettings(router_gradient="all", remat="full", lora=LORA),
+    "esft": ModelSettings(router_gradient="all", tuned_experts=EXPERTS),
 }
 MESHES = {"data=2,fsdp=4": (2, 4), "fsdp=8": (1, 8)}
-
-
-def make_batch() -> Batch:
-    """Eight rows of ragged lengths."""
-    random = np.random.default_rng(0)
-    tokens = random.integers(2, 61, (8, 10)).astype(np.int32)
-    lengths = np.array([10, 9, 4, 10, 1, 7, 10, 3])
-    segments = (np.arange(10) < lengths[:, None]).astype(np.int32)
-    values = {
-        "tokens": tokens,
-        "targets": np.roll(tokens, -1, axis=1),
-        "segment_ids": segments,
-        "positions": np.broadcast_to(np.arange(10, dtype=np.int32), tokens.shape),
-        "loss_weights": (segments / segments.sum()).astype(np.float32),
-    }
-    return Batch(**{field.name: values[field.name] for field in dataclasses.fields(Batch)})
 
 
 def run(kind: str, mesh: Mesh) -> dict[str, np.ndarray]:
@@ -127,11 +110,8 @@ def test_expert_scores(one_device, base):
             mesh,
             make_examples(),
             max_tokens=1000,
-            max_seq_length=16,
-            pack=True,
-            rows_per_device=rows_per_device,
-            pad_id=PAD,
             seed=0,
+            layout=ROWS | {"rows_per_batch": rows_per_device * mesh.size},
         )[0]
 
     assert_same(scores(sharding.make_mesh(2, 4), 1), scores(one_device, 4))

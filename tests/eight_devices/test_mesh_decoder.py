@@ -32,7 +32,7 @@ def run(config: ModelConfig, mesh: Mesh) -> tuple[dict[str, np.ndarray], int]:
     specs = parameter_specs(config)
     shardings = sharding.parameter_shardings(specs, mesh)
     batch_sharding = NamedSharding(mesh, sharding.BATCH)
-    graph = graph_of(config, ModelSettings(router_method="densemixer", remat="full"))
+    graph = graph_of(config, ModelSettings(router_gradient="all", remat="full"))
 
     def loss(parameters, tokens, segments):
         model = merge(graph, parameters)

@@ -8,12 +8,13 @@ import jax
 import pytest
 from helpers import equations
 
+from olmoe_jax import methods
 from olmoe_jax.checkpoints.source import read_model_config
 from olmoe_jax.config import from_dict
 from olmoe_jax.parallel import sharding
 from olmoe_jax.plan.collectives import communication
 from olmoe_jax.plan.programs import StepPrograms
-from olmoe_jax.training.setup import model_settings, with_backends
+from olmoe_jax.training.base_model import compute_settings, with_backends
 
 D, F, E, K, V, L = 32, 16, 8, 2, 256, 2
 TOKENS = 2 * 64  # of a device: two rows of 64
@@ -40,8 +41,9 @@ def accumulate(path: str, method: str, mesh: str):
         }
     )
     model = read_model_config(Path(path))
-    settings = with_backends(model_settings(config), model, "cpu")
-    step = StepPrograms(config, model, settings, None, sharding.make_mesh(data, fsdp, expert))
+    chosen = methods.build(config.method, model)
+    settings = chosen.model_settings(with_backends(compute_settings(config), model, "cpu"))
+    step = StepPrograms(config, model, settings, chosen, sharding.make_mesh(data, fsdp, expert))
     shapes = step.shapes
     arguments = shapes.trained, shapes.frozen, shapes.accumulated, shapes.batch, shapes.position
     with jax.set_mesh(step.mesh):
@@ -105,11 +107,9 @@ def formula(mesh: str, densemixer: bool) -> Counter:
         }
     )
     if tokens_travel:
-        elements["all-gather", "f32"] += L * group * (3 * D + 2 * K)
-        elements["all-gather", "s32"] += L * group * 2 * K
-        elements["reduce-scatter", "f32"] += L * group * (2 * D + K)
-        if densemixer:
-            elements["all-to-all", "f32"] = L * TOKENS * E
+        elements["all-gather", "f32"] += L * group * 3 * D
+        elements["all-gather", "pred"] += L * group * 2
+        elements["reduce-scatter", "f32"] += L * group * 2 * D
     if data > 1:
         elements["all-reduce", "f32"] += (L * EXPERTS + 2 * V * D) // (fsdp * expert)
     return Counter({key: 4 * count for key, count in elements.items()})
@@ -125,14 +125,11 @@ def test_bytes_follow_the_formula(steps, mesh):
 
 
 @pytest.mark.parametrize("mesh", ["1x8x1", "1x2x4"])
-def test_densemixer_adds_the_router_gradient_alone(steps, mesh):
+def test_densemixer_exchanges_nothing_more(steps, mesh):
     """Its backward shares the weights or the tokens that are there for the experts' gradients."""
     added = measured(steps[f"densemixer {mesh}"])
     added.subtract(measured(steps[f"conventional {mesh}"]))
-    expected = {}
-    if mesh == "1x2x4":
-        expected["all-to-all", "f32"] = 4 * L * TOKENS * E
-    assert {key: size for key, size in added.items() if size} == expected
+    assert not {key: size for key, size in added.items() if size}
 
 
 @pytest.mark.parametrize("mesh", MESHES)

@@ -11,11 +11,12 @@ import pytest
 from olmoe_jax import data
 from olmoe_jax.config import Config, from_dict
 from olmoe_jax.parallel import sharding
+from olmoe_jax.parallel.batch import place_batch
 from olmoe_jax.plan.collectives import communication
 from olmoe_jax.plan.planning import plan
 from olmoe_jax.plan.report import facts, to_text
-from olmoe_jax.training.setup import build_program, open_model
-from olmoe_jax.training.step import place_batch
+from olmoe_jax.training.base_model import open_model
+from olmoe_jax.training.program import build_program
 
 D, F, E, V, L = 32, 16, 8, 256, 2
 MODEL = {

@@ -14,8 +14,9 @@ from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.model.lora import LoraSettings
 from olmoe_jax.model.tuned import TunedExperts, places
 from olmoe_jax.ops.grouped_matmul import grouped_matmul_tuned
+from olmoe_jax.parallel.batch import DeviceBatch
 from olmoe_jax.training.optimizer import adamw, schedule
-from olmoe_jax.training.step import DeviceBatch, Trainer
+from olmoe_jax.training.step import Trainer
 
 CONFIG = tiny_config()
 WEIGHTS = random_weights(CONFIG)
@@ -101,12 +102,12 @@ def gradients_of(names, weights, config=CONFIG, **settings):
 @pytest.mark.parametrize(
     ("experts", "settings", "changes"),
     [
-        pytest.param(EXPERTS, {"router_method": "densemixer"}, {}, marks=pytest.mark.slow),
+        pytest.param(EXPERTS, {"router_gradient": "all"}, {}, marks=pytest.mark.slow),
         pytest.param(EXPERTS, {}, {}, marks=pytest.mark.slow),
         pytest.param(((), (2, 6)), {"remat": "full"}, {}, marks=pytest.mark.slow),
         pytest.param(
             EXPERTS,
-            {"router_method": "densemixer", "router_gradient_experts": 4},
+            {"router_gradient": "all", "router_gradient_experts": 4},
             {"norm_topk_prob": True, "tie_word_embeddings": True},
             marks=pytest.mark.slow,
         ),

@@ -21,6 +21,14 @@ from olmoe_jax.parallel.sharding import make_mesh
 CONFIG = tiny_config(**BYTES)
 LENGTHS = [5, 9, 3, 12, 1, 7, 4, 10]
 PAD = 1
+ROWS = {
+    "max_seq_length": 16,
+    "pack": True,
+    "rows_per_batch": 2,
+    "pad_id": PAD,
+    "process_index": 0,
+    "process_count": 1,
+}
 
 
 def make_examples(lengths=LENGTHS):
@@ -70,10 +78,12 @@ def compute(base):
     parameters = load_parameters(source, mesh)
 
     def compute(dataset, **changes):
-        options = {"max_tokens": 1000, "max_seq_length": 16, "pack": True, "rows_per_device": 2}
-        options |= {"pad_id": PAD, "seed": 0} | changes
+        options = {"max_tokens": 1000, "seed": 0}
+        layout = dict(ROWS)
+        for name, value in changes.items():
+            (layout if name in layout else options)[name] = value
         graph = graph_of(CONFIG, ModelSettings())
-        return expert_scores(graph, parameters, CONFIG, mesh, dataset, **options)
+        return expert_scores(graph, parameters, CONFIG, mesh, dataset, **options, layout=layout)
 
     return compute
 
@@ -87,8 +97,8 @@ def expected(base):
     "layout",
     [
         {},
-        {"pack": False, "rows_per_device": 3},
-        {"max_seq_length": 64, "rows_per_device": 1},
+        {"pack": False, "rows_per_batch": 3},
+        {"max_seq_length": 64, "rows_per_batch": 1},
     ],
 )
 def test_transformers_router_logits(compute, expected, layout):

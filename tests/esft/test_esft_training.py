@@ -13,7 +13,7 @@ from training.tiny_run import losses
 
 import olmoe_jax
 from convert import merge_lora, to_hf
-from olmoe_jax.methods import experts as experts_module
+from olmoe_jax.methods import esft
 from olmoe_jax.methods.selection import read_scores, select
 
 ESFT = {
@@ -129,7 +129,7 @@ def test_a_continued_run_does_not_score_again(
     def scored(*_, **__):
         raise AssertionError("scored again")
 
-    monkeypatch.setattr(experts_module, "expert_scores", scored)
+    monkeypatch.setattr(esft, "expert_scores", scored)
     assert olmoe_jax.train(config).finished
     assert (tmp_path / "run" / "experts.json").read_bytes() == kept
     assert losses(tmp_path / "run") == losses(run)

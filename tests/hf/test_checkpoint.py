@@ -52,13 +52,13 @@ def test_reading(tmp_path, layout, shards):
     source = open_source(str(tmp_path))
     assert isinstance(source, HFCheckpoint)
     assert source.config.num_kv_heads == 2
-    for weight in names.weights(CONFIG):
-        assert source.dtype(weight) == np.float32
-        for layer in names.layer_indices(weight, CONFIG):
-            expected = weights[weight.name] if layer is None else weights[weight.name][layer]
-            np.testing.assert_array_equal(source.read(weight, layer), expected)
-            if weight.per_expert:
-                part = source.read(weight, layer, slice(2, 5))
+    for row in names.rows(CONFIG):
+        assert source.dtype(row) == np.float32
+        for layer in names.layer_indices(row, CONFIG):
+            expected = weights[row.ours] if layer is None else weights[row.ours][layer]
+            np.testing.assert_array_equal(source.read(row, layer), expected)
+            if row.per_expert:
+                part = source.read(row, layer, slice(2, 5))
                 np.testing.assert_array_equal(part, expected[2:5])
 
 
@@ -191,7 +191,7 @@ def test_tied_checkpoint_may_repeat_its_head(tmp_path):
     write_tensors(tmp_path, tensors)
     write_json(tmp_path / "config.json", hf_config(tied))
     checkpoint = HFCheckpoint(tmp_path)
-    assert "lm_head" not in {weight.name for weight in names.weights(checkpoint.config)}
+    assert "lm_head" not in {row.ours for row in names.rows(checkpoint.config)}
 
 
 def test_serving_warnings():

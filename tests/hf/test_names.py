@@ -42,16 +42,16 @@ def test_every_name_exactly_once(tied):
 def test_the_table_has_every_parameter_in_its_shape():
     config = tiny_config(num_kv_heads=2)
     specs = parameter_specs(config)
-    assert {weight.name for weight in names.TABLE} == set(specs)
-    assert {weight.name for weight in names.weights(config)} == set(specs)
-    for weight in names.weights(config):
-        shape = names.layer_shape(weight, config)
-        layers = (config.num_layers,) if weight.per_layer else ()
-        assert specs[weight.name].shape == layers + shape, weight.name
+    assert [row.ours for row in names.TABLE if row.ours in specs] == [r.ours for r in names.TABLE]
+    assert {row.ours for row in names.rows(config)} == set(specs)
+    for row in names.rows(config):
+        shape = names.layer_shape(row, config)
+        layers = (config.num_layers,) if row.per_layer else ()
+        assert specs[row.ours].shape == layers + shape, row.ours
 
 
 def test_values_go_where_they_belong():
-    """Matrices turn from [in, out] to [out, in]; embedding, head and norms stay as they are."""
+    """Ours are [in, out], torch's [out, in]; embedding, head and norms are as they are."""
     weights = random_weights(SQUARE)
     tensors = dict(names.all_to_hf(weights, SQUARE))
     plain = {"embed": "model.embed_tokens", "lm_head": "lm_head", "norm": "model.norm"}

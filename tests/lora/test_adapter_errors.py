@@ -105,7 +105,7 @@ def test_missing_files(tmp_path):
     (b / "adapter_config.json").unlink()
     (c / "adapter_config.json").write_text("{")
     assert "a/adapter_model.safetensors: no such file" in reading_error(a)
-    assert "b: holds no adapter_config.json; write the directory of a" in reading_error(b)
+    assert "b: holds no adapter_config.json; write a PEFT adapter's directory" in reading_error(b)
     assert "c/adapter_config.json: not JSON" in reading_error(c)
 
 
@@ -245,18 +245,30 @@ def test_start_from_an_adapter_that_does_not_fit(run_files, base, tmp_path):
     [
         (
             {"method__experts_path": "e.json"},
-            "method.experts_path=e.json: only for esft_gate and esft_token, not densemixer; write",
+            "method.experts_path=e.json: only for method.name=esft_gate or "
+            "esft_token, not densemixer; write",
         ),
-        ({"method__esft_top_p": 0.5}, "method.esft_top_p=0.5: only for esft_gate and esft_token"),
-        ({"method__esft_densemixer": True}, "method.esft_densemixer=true: only for esft_gate"),
-        ({"method__esft_train_head": False}, "method.esft_train_head=false: only for esft_gate"),
+        (
+            {"method__esft_top_p": 0.5},
+            "method.esft_top_p=0.5: only for method.name=esft_gate or esft_token",
+        ),
+        (
+            {"method__esft_densemixer": True},
+            "method.esft_densemixer=true: only for method.name=esft_gate",
+        ),
+        (
+            {"method__esft_train_head": False},
+            "method.esft_train_head=false: only for method.name=esft_gate",
+        ),
         (
             {"method__name": "esft_gate", "method__lora_rank": 4},
-            "method.lora_rank=4: esft_gate trains whole experts; write none, or method.name=frozen",
+            "method.lora_rank=4: only for method.name=frozen, conventional "
+            "or densemixer, not esft_gate",
         ),
         (
             {"method__name": "esft_gate", "method__router_gradient_experts": 4},
-            "method.router_gradient_experts=4: only for method.name=densemixer, not esft_gate",
+            "method.router_gradient_experts=4: with esft_gate, only read "
+            "with method.esft_densemixer=true",
         ),
         (
             {

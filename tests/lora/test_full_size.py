@@ -9,16 +9,17 @@ import pytest
 from helpers import ROOT
 
 from configs.table import DATASETS, METHODS
+from olmoe_jax import methods
 from olmoe_jax.checkpoints.expert_config import ExpertConfig
 from olmoe_jax.config import validate
 from olmoe_jax.config.load import load_config
-from olmoe_jax.methods.trained import method_trains, parameter_table, router_method
 from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.model.decoder import parameter_specs
-from olmoe_jax.model.lora import LoraSettings
+from olmoe_jax.parallel.batch import DeviceBatch
 from olmoe_jax.plan.known import OLMOE_1B_7B
+from olmoe_jax.training.introduction import parameter_table
 from olmoe_jax.training.optimizer import adamw, schedule
-from olmoe_jax.training.step import DeviceBatch, Trainer, initial_state
+from olmoe_jax.training.step import Trainer, initial_state
 
 EXPERTS = tuple(tuple(range(layer % 5)) for layer in range(16))
 """An expert list of ragged layers, some empty: 3 times 0+1+2+3+4, and layer 15's none."""
@@ -57,19 +58,15 @@ def test_the_numbers_by_hand():
 
 
 @functools.cache
-def built(method):
+def built(options):
     """(trained shapes, frozen shapes, gradient shapes, state shapes) of a run's programs."""
-    esft = method.name.startswith("esft_")
-    settings = ModelSettings(
-        compute_dtype=jnp.bfloat16,
-        router_method=router_method(method),
-        lora=LoraSettings.of_method(vars(method)),
-        tuned_experts=EXPERTS if esft else None,
-    )
-    trains = method_trains(method, OLMOE_1B_7B, ExpertConfig(EXPERTS) if esft else None)
+    method, assumed = methods.build(options, OLMOE_1B_7B).assuming(1)
+    if assumed:
+        method = method.with_experts(ExpertConfig(EXPERTS))
+    settings = method.model_settings(ModelSettings(compute_dtype=jnp.bfloat16))
     trained, frozen = {}, {}
     for name, spec in parameter_specs(OLMOE_1B_7B, settings).items():
-        kept, dtype = (trained, jnp.float32) if trains(name) else (frozen, jnp.bfloat16)
+        kept, dtype = (trained, jnp.float32) if method.trains(name) else (frozen, jnp.bfloat16)
         kept[name] = jax.ShapeDtypeStruct(spec.shape, dtype)
     optimizer = adamw(0.9, 0.999, 1e-8, 0.0)
     trainer = Trainer(OLMOE_1B_7B, settings, optimizer, schedule("linear", 1.0, 0, 1), 1.0)
@@ -126,7 +123,7 @@ def test_parameter_table():
     rows = {
         line.split("  ")[1]: line.split()[-2:] for line in parameter_table(*built(esft)[:2])[1:]
     }
-    assert rows["selected experts"] == ["188,743,680", "0"]
+    assert rows["tuned experts"] == ["188,743,680", "0"]
     assert rows["head"] == ["103,022,592", "0"]
     # The base's copies of the tuned experts take no part: the sum is the base's 6,919,161,856.
     assert rows["experts"] == ["0", "6,253,707,264"]

@@ -11,8 +11,9 @@ from training.tiny_run import losses
 import olmoe_jax
 from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.model.lora import LoraSettings, dropout
+from olmoe_jax.parallel.batch import DeviceBatch
 from olmoe_jax.training.optimizer import adamw, schedule
-from olmoe_jax.training.step import DeviceBatch, Trainer
+from olmoe_jax.training.step import Trainer
 
 CONFIG = tiny_config()
 

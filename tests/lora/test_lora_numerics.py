@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import (
+    ROUTER_SETTINGS,
     RUN_ON_CPU,
     assert_close,
     make_model,
@@ -22,7 +23,7 @@ from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.model.decoder import parameter_specs
 from olmoe_jax.model.lora import TARGETS, LoraSettings
 from olmoe_jax.model.parameters import merge
-from olmoe_jax.ops.projection import Projection, adapted_weight, grouped_project, project
+from olmoe_jax.ops.linear import Linear, grouped_linear, linear, merged_weight
 from olmoe_jax.parallel.sharding import make_mesh
 
 CONFIG = tiny_config()
@@ -38,12 +39,12 @@ def array(*shape):
 def test_by_hand():
     """x = [1, 2]: x W = [3, 4]; the adapter sees [1, 2] -> 5 -> [10, 0], counted half."""
     eye, a, b = jnp.diag(jnp.array([3.0, 2.0])), jnp.array([[1.0], [2.0]]), jnp.array([[2.0, 0.0]])
-    projection = Projection(eye, a, b, scale=0.5)
+    projection = Linear(eye, a, b, scale=0.5)
     x = jnp.array([[1.0, 2.0]])
-    np.testing.assert_array_equal(project(x, projection, x), [[8.0, 4.0]])
-    np.testing.assert_array_equal(adapted_weight(projection), [[4.0, 0.0], [2.0, 2.0]])
+    np.testing.assert_array_equal(linear(x, projection, x), [[8.0, 4.0]])
+    np.testing.assert_array_equal(merged_weight(projection), [[4.0, 0.0], [2.0, 2.0]])
     # Dropout takes the adapter's input alone.
-    np.testing.assert_array_equal(project(x, projection, 0 * x), [[3.0, 4.0]])
+    np.testing.assert_array_equal(linear(x, projection, 0 * x), [[3.0, 4.0]])
     host = LoraSettings(1, 0.5)
     np.testing.assert_array_equal(merged(*map(np.asarray, (eye, a, b)), host), [[4, 0], [2, 2]])
 
@@ -53,7 +54,7 @@ def test_dense_projection():
     a, b, weighting = array(8, 4), array(4, 6), array(3, 5, 6)
 
     def ours(x, dropped, a, b):
-        return jnp.sum(weighting * project(x, Projection(w, a, b, scale=1.7), dropped))
+        return jnp.sum(weighting * linear(x, Linear(w, a, b, scale=1.7), dropped))
 
     def oracle(x, dropped, a, b):
         y = jnp.einsum("bsd,df->bsf", x, w) + 1.7 * jnp.einsum("bsd,dr,rf->bsf", dropped, a, b)
@@ -82,8 +83,8 @@ def test_grouped_projection(backend, sizes):
     member = jnp.asarray(group[:, None] == np.arange(4), jnp.float32)
 
     def ours(x, dropped, a, b):
-        projection = Projection(w, a, b, scale=0.6)
-        y = grouped_project(x, projection, dropped, jnp.array(sizes, jnp.int32), backend)
+        projection = Linear(w, a, b, scale=0.6)
+        y = grouped_linear(x, projection, dropped, jnp.array(sizes, jnp.int32), backend)
         return jnp.sum(weighting * y)
 
     def oracle(x, dropped, a, b):
@@ -143,7 +144,7 @@ def test_gradients_are_those_of_the_merged_model(method, experts, norm_topk):
     config = tiny_config(norm_topk_prob=norm_topk)
     lora = LoraSettings(4, 8.0)
     adapters = random_adapters(config, lora)
-    settings = ModelSettings(router_method=method, router_gradient_experts=experts)
+    settings = ModelSettings(**ROUTER_SETTINGS[method], router_gradient_experts=experts)
     plain = graph_of(config, settings)
     graph = graph_of(config, ModelSettings(**(vars(settings) | {"lora": lora})))
     weighting = jnp.asarray(np.random.default_rng(3).normal(size=(*TOKENS.shape, 61)), jnp.float32)

@@ -15,7 +15,9 @@ import olmoe_jax
 from convert import to_hf
 from olmoe_jax.checkpoints.expert_config import ExpertConfig
 from olmoe_jax.parallel.sharding import make_mesh
-from olmoe_jax.training.setup import build_program, initial_parameters, open_model
+from olmoe_jax.training.base_model import open_model
+from olmoe_jax.training.parameters import initial_parameters
+from olmoe_jax.training.program import build_program
 
 RAGGED = ((1, 4, 7), (0,))
 BFLOAT16 = {"model__compute_dtype": "bfloat16"}

@@ -26,7 +26,8 @@ from olmoe_jax.checkpoints.peft import ROUTER_FILE, read_adapter, to_peft, write
 from olmoe_jax.model.lora import TARGETS, LoraSettings
 from olmoe_jax.model.parameters import ROUTER
 from olmoe_jax.parallel.sharding import make_mesh
-from olmoe_jax.training.setup import initial_parameters, open_model
+from olmoe_jax.training.base_model import open_model
+from olmoe_jax.training.parameters import initial_parameters
 
 CONFIG = tiny_config(**BYTES)
 TOKENS = np.random.default_rng(0).integers(2, 258, (2, 12)).astype(np.int32)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import (
+    ROUTER_SETTINGS,
     array_sizes,
     assert_close,
     assert_same_bits,
@@ -15,9 +16,8 @@ from helpers import (
     random_weights,
     tiny_config,
 )
-from lora.adapters_mesh_worker import make_batch
 from lora.test_lora_training import program_of
-from lora.tiny_adapters import LORA, base_weights, random_adapters, short_run
+from lora.tiny_adapters import LORA, base_weights, make_batch, random_adapters, short_run
 from training.tiny_run import losses
 
 import olmoe_jax
@@ -26,9 +26,10 @@ from olmoe_jax.config import validate
 from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.model.lora import TARGETS, LoraSettings, is_target
 from olmoe_jax.ops.quantization import Quantized, dequantize, quantize
+from olmoe_jax.parallel.batch import place_batch
 from olmoe_jax.parallel.sharding import make_mesh
 from olmoe_jax.training.optimizer import adamw, schedule
-from olmoe_jax.training.step import Trainer, place_batch
+from olmoe_jax.training.step import Trainer
 
 SETTINGS = LoraSettings(4, 8.0, dropout=0.3)
 NF4 = LORA | {"model__base_quantization": "nf4", "model__remat": "full"}
@@ -37,7 +38,7 @@ NF4 = LORA | {"model__base_quantization": "nf4", "model__remat": "full"}
 def accumulate(method="densemixer", remat="full"):
     """(accumulate, trained, frozen, rest of its arguments); the base is wide enough for blocks."""
     config = tiny_config(hidden_size=96, intermediate_size=80)
-    settings = ModelSettings(router_method=method, remat=remat, lora=SETTINGS)
+    settings = ModelSettings(**ROUTER_SETTINGS[method], remat=remat, lora=SETTINGS)
     trainer = Trainer(
         config, settings, adamw(0.9, 0.999, 1e-8, 0.0), schedule("constant", 1.0, 0, 1), 1.0
     )

@@ -1,10 +1,13 @@
 """Tiny bases, adapters with non-zero B, and short runs for the tests of LoRA and ESFT."""
 
+import dataclasses
+
 import numpy as np
 from helpers import random_weights, tiny_config, write_hf_checkpoint
 
 from olmoe_jax.checkpoints.huggingface import HFCheckpoint
 from olmoe_jax.config import Config
+from olmoe_jax.data import Batch
 from olmoe_jax.model.config import ModelConfig, ModelSettings
 from olmoe_jax.model.decoder import parameter_specs
 from olmoe_jax.model.lora import LoraSettings
@@ -61,3 +64,19 @@ def merged_weights(weights, adapters, scale: float):
 def base_weights(path) -> dict[str, np.ndarray]:
     """Our parameters of a base that `write_base` wrote in float32."""
     return random_weights(HFCheckpoint(path).config)
+
+
+def make_batch() -> Batch:
+    """Eight rows of ragged lengths."""
+    random = np.random.default_rng(0)
+    tokens = random.integers(2, 61, (8, 10)).astype(np.int32)
+    lengths = np.array([10, 9, 4, 10, 1, 7, 10, 3])
+    segments = (np.arange(10) < lengths[:, None]).astype(np.int32)
+    values = {
+        "tokens": tokens,
+        "targets": np.roll(tokens, -1, axis=1),
+        "segment_ids": segments,
+        "positions": np.broadcast_to(np.arange(10, dtype=np.int32), tokens.shape),
+        "loss_weights": (segments / segments.sum()).astype(np.float32),
+    }
+    return Batch(**{field.name: values[field.name] for field in dataclasses.fields(Batch)})

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers import (
+    ROUTER_SETTINGS,
     array_sizes,
     assert_close,
     count_matmuls,
@@ -34,7 +35,7 @@ def block_config(norm_topk=False, **changes):
 
 def block_function(config, method, limit=None):
     """f(x [B, S, D], router, (gate, up, down), is_token) -> (y, statistics) of one layer."""
-    settings = ModelSettings(router_method=method, router_gradient_experts=limit)
+    settings = ModelSettings(**ROUTER_SETTINGS[method], router_gradient_experts=limit)
     graph = nnx.split(nnx.eval_shape(lambda: MoE(config, settings, rngs=nnx.Rngs(0))))[0]
 
     def block(x, router, experts, is_token=IS_TOKEN):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import (
+    ROUTER_SETTINGS,
     assert_close,
     count_matmuls,
     make_model,
@@ -108,7 +109,7 @@ def test_initialisation_follows_the_config():
             np.testing.assert_array_equal(value, 1.0)
         else:
             assert abs(np.std(value) / 0.5 - 1) < 0.1, name
-    assert set(parameters) == {weight.name for weight in names.weights(config)}
+    assert set(parameters) == {row.ours for row in names.rows(config)}
 
 
 @functools.cache
@@ -195,13 +196,13 @@ def loss_and_gradients(config=None, segments=None, **settings):
 
 @functools.cache
 def method_results(method):
-    return loss_and_gradients(router_method=method)
+    return loss_and_gradients(**ROUTER_SETTINGS[method])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", ["full", "selective"])
 def test_remat_changes_nothing(remat):
-    actual = loss_and_gradients(router_method="densemixer", remat=remat)
+    actual = loss_and_gradients(router_gradient="all", remat=remat)
     assert_close(actual, method_results("densemixer"), 1e-6)
 
 
@@ -211,7 +212,7 @@ def test_what_remat_computes_twice(lora):
     config = tiny_config()
 
     def matmuls(remat, differentiate):
-        settings = ModelSettings(router_method="densemixer", remat=remat, lora=lora)
+        settings = ModelSettings(router_gradient="all", remat=remat, lora=lora)
         graph, specs = graph_of(config, settings), parameter_specs(config, settings)
         shapes = {name: jax.ShapeDtypeStruct(s.shape, jnp.float32) for name, s in specs.items()}
 
@@ -301,7 +302,7 @@ def test_load_balancing_loss_equals_transformers():
 
 def test_load_balancing_loss_extremes():
     """Balanced: K. All tokens on K experts with certainty: E."""
-    from olmoe_jax.model.moe import RouterStatistics
+    from olmoe_jax.ops.routing import RouterStatistics
 
     config, tokens = tiny_config(), 16.0
     entropy = jnp.zeros((2,))

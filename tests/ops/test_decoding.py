@@ -8,13 +8,12 @@ from helpers import assert_close
 
 from olmoe_jax.ops import decoding
 from olmoe_jax.ops.decoding import (
-    decoding_backend,
     experts_by_gather,
     experts_by_loop,
     matmul_by_rows,
     transposed_matmul_in_parts,
 )
-from olmoe_jax.ops.projection import Projection
+from olmoe_jax.ops.linear import Linear
 
 
 @pytest.mark.parametrize("width", [512, 510, 509, 16])
@@ -47,7 +46,7 @@ def test_experts_in_use(monkeypatch, part_bytes, tokens, lora):
 
     def part(width, out):
         low = (normal(layers, experts, width, 3), normal(layers, experts, 3, out)) if lora else ()
-        return Projection(normal(layers, experts, width, out), *low, scale=0.5)
+        return Linear(normal(layers, experts, width, out), *low, scale=0.5)
 
     parts = part(width, hidden), part(width, hidden), part(hidden, width)
     x, weights = normal(tokens, width), jnp.abs(normal(tokens, per_token))
@@ -68,7 +67,7 @@ def test_experts_in_use(monkeypatch, part_bytes, tokens, lora):
 
 def test_the_loop_reads_only_experts_in_use():
     """Weights of the others may be anything: no number of theirs reaches a result."""
-    parts = [Projection(jnp.full((1, 4, 3, 3), jnp.nan).at[0, 2].set(1.0)) for _ in range(3)]
+    parts = [Linear(jnp.full((1, 4, 3, 3), jnp.nan).at[0, 2].set(1.0)) for _ in range(3)]
     chosen = jnp.array([[2], [2], [4]])
     out = experts_by_loop(jnp.ones((3, 3)), jnp.ones((3, 1)), chosen, parts, 0)
     assert np.isfinite(out).all()
@@ -77,6 +76,6 @@ def test_the_loop_reads_only_experts_in_use():
 
 
 def test_how_experts_run():
-    assert decoding_backend("cpu", 16, 8, 64) == "loop"
-    assert decoding_backend("gpu", 4, 8, 64) == "gather"
-    assert decoding_backend("gpu", 5, 8, 64) is None
+    assert decoding.backend("cpu", 16, 8, 64) == "loop"
+    assert decoding.backend("gpu", 4, 8, 64) == "gather"
+    assert decoding.backend("gpu", 5, 8, 64) is None

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from helpers import array_sizes, count_matmuls, relative_error
 
-from olmoe_jax.ops.projection import Projection
-from olmoe_jax.ops.router_gradient import ExpertProjections, router_gradient
+from olmoe_jax.ops.linear import ExpertWeights, Linear
+from olmoe_jax.ops.router_gradient import router_gradient
 
 # Distinct primes: the size of an array tells which dimensions it has, however it is arranged.
 T, E, D, F, K = 11, 5, 7, 13, 2
@@ -33,7 +33,7 @@ def run(m, probabilities, arrays, backend=None, dtype=None):
     candidates = candidates_of(probabilities, m or K + 1)
 
     def term(probabilities, x, gate, up, down):
-        experts = ExpertProjections(Projection(gate), Projection(up), Projection(down))
+        experts = ExpertWeights(Linear(gate), Linear(up), Linear(down))
         return router_gradient(m, dtype, backend, probabilities, x, experts, candidates)
 
     @jax.jit
@@ -126,7 +126,7 @@ def test_memory_and_work(m):
 
     def term(*inputs):
         probabilities, x, *weights = inputs
-        experts = ExpertProjections(*map(Projection, weights))
+        experts = ExpertWeights(*map(Linear, weights))
         return router_gradient(m, None, "blocked", probabilities, x, experts, candidates)
 
     def backward(g, *inputs):

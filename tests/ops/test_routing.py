@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from olmoe_jax.ops.routing import from_experts, permute, sort_by_expert, to_experts
+from olmoe_jax.ops.routing import combine, dispatch, permute, sort_by_expert
 
 NONE = 3  # "no expert", with E = 3
 EXPERTS = jnp.array([[2, 0], [NONE, NONE], [0, 1], [2, 1]], jnp.int32)
@@ -29,9 +29,9 @@ def test_only_padding_gives_empty_groups():
 def test_to_experts_and_back():
     x = jnp.arange(1.0, 9.0).reshape(4, 2)
     order, inverse, _ = sort_by_expert(EXPERTS, 3)
-    rows = to_experts(x, order, inverse, 2)
+    rows = dispatch(x, order, inverse, 2)
     np.testing.assert_array_equal(rows, np.asarray(x)[[0, 2, 2, 3, 0, 3, 1, 1]])
-    y = from_experts(rows * jnp.arange(8.0)[:, None], order, inverse, 2)
+    y = combine(rows * jnp.arange(8.0)[:, None], order, inverse, 2)
     np.testing.assert_array_equal(y, x * np.array([[0 + 4], [6 + 7], [1 + 2], [3 + 5]]))
 
 
@@ -39,7 +39,7 @@ def test_sums_are_rounded_once():
     """1 + 2^-8 + 2^-8 is representable in bfloat16, 1 + 2^-8 is not."""
     order, inverse, _ = sort_by_expert(jnp.array([[2, 0, 1]]), 3)
     rows = jnp.array([[2**-8], [2**-8], [1]], jnp.bfloat16)
-    y = from_experts(rows, order, inverse, 3)
+    y = combine(rows, order, inverse, 3)
     assert (y.dtype, float(y[0, 0])) == (jnp.bfloat16, 1 + 2**-7)
 
 
@@ -47,10 +47,10 @@ def test_to_and_from_experts_are_transposes():
     random = np.random.default_rng(0)
     order, inverse, _ = sort_by_expert(EXPERTS, 3)
     x, y = (jnp.asarray(random.normal(size=(n, 3)), jnp.float32) for n in (4, 8))
-    (gradient,) = jax.vjp(lambda x: to_experts(x, order, inverse, 2), x)[1](y)
+    (gradient,) = jax.vjp(lambda x: dispatch(x, order, inverse, 2), x)[1](y)
     (expected,) = jax.vjp(lambda x: jnp.repeat(x, 2, axis=0)[order], x)[1](y)
     np.testing.assert_allclose(gradient, expected, rtol=1e-6)
-    (gradient,) = jax.vjp(lambda y: from_experts(y, order, inverse, 2), y)[1](x)
+    (gradient,) = jax.vjp(lambda y: combine(y, order, inverse, 2), y)[1](x)
     np.testing.assert_array_equal(gradient, jnp.repeat(x, 2, axis=0)[order])
 
 

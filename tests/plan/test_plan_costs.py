@@ -8,9 +8,10 @@ from helpers import ROOT, tiny_config
 from jax.experimental import topologies
 
 from configs.table import METHODS
+from olmoe_jax import methods
+from olmoe_jax.config import MethodOptions
 from olmoe_jax.config.load import load_config
 from olmoe_jax.errors import UserError
-from olmoe_jax.methods.trained import esft_names, trained_names
 from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.model.flops import step_flops_per_token
 from olmoe_jax.model.lora import LoraSettings
@@ -19,6 +20,10 @@ from olmoe_jax.plan.devices import KINDS, open_devices, parse_topology
 from olmoe_jax.plan.known import OLMOE_1B_7B, known_config
 
 LORA = LoraSettings(64, 16.0)
+
+
+def method(name, **options):
+    return methods.build(MethodOptions(name=name, **options), OLMOE_1B_7B)
 
 
 def flops(trains=lambda name: True, **settings):
@@ -40,7 +45,7 @@ def test_full_fine_tuning():
 
 @pytest.mark.parametrize("limit", [None, 8, 16, 64])
 def test_densemixer_adds_a_forward_of_the_experts_that_were_not_selected(limit):
-    densemixer = flops(router_method="densemixer", router_gradient_experts=limit)
+    densemixer = flops(router_gradient="all", router_gradient_experts=limit)
     expert = 3 * 2048 * 1024
     added = 2 * 16 * ((limit or 64) - 8) * expert / 1e9
     assert densemixer.model == pytest.approx(flops().model + added)
@@ -51,7 +56,7 @@ def test_densemixer_adds_a_forward_of_the_experts_that_were_not_selected(limit):
 
 def test_lora_has_no_gradients_of_the_frozen_weights():
     full = flops()
-    lora = flops(trained_names(lora=True, router=False), lora=LORA)
+    lora = flops(method("frozen", lora_rank=64).trains, lora=LORA)
     # q, k, v, o and the three matrices of 8 experts: A [in, 64] and B [64, out].
     adapters = 2 * 16 * 64 * (4 * 4096 + 8 * 3 * 3072) / 1e9
     assert lora.forward == pytest.approx(full.forward + adapters)
@@ -66,7 +71,7 @@ def test_lora_has_no_gradients_of_the_frozen_weights():
 
 def test_esft_has_gradients_of_its_tuned_experts():
     tuned = ((0, 1, 2, 3),) * 16
-    trains = esft_names(head="lm_head", non_expert_modules=False)
+    trains = method("esft_gate").assuming(4)[0].trains
     esft, full = flops(trains, tuned_experts=tuned), flops()
     # 4 of 64 experts see, on average, half an expert's worth of a token's 8.
     weights = 2 * (50304 * 2048 + 16 * 0.5 * 3 * 2048 * 1024) / 1e9

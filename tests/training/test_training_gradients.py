@@ -9,7 +9,9 @@ import pytest
 
 from olmoe_jax.data import Batch
 from olmoe_jax.parallel import sharding
-from olmoe_jax.training.setup import build_program, load_datasets, open_model, training_data
+from olmoe_jax.training.base_model import open_model
+from olmoe_jax.training.datasets import load_datasets, training_data
+from olmoe_jax.training.program import build_program
 
 
 class Gradients(NamedTuple):

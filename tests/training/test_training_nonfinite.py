@@ -10,7 +10,7 @@ from training.tiny_run import metrics
 import olmoe_jax
 from olmoe_jax.checkpoints.opening import RunCheckpoint
 from olmoe_jax.errors import UserError
-from olmoe_jax.training.setup import Program
+from olmoe_jax.training.program import Program
 
 OPTIONS = {
     "data__eval_path": None,

@@ -16,7 +16,8 @@ from olmoe_jax.checkpoints.source import read_model_config
 from olmoe_jax.config import to_dict
 from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.parallel import sharding
-from olmoe_jax.training import loop, reporting, setup
+from olmoe_jax.training import loop, reporting
+from olmoe_jax.training import program as program_module
 from olmoe_jax.training.step import changed_choices
 
 STEPS = 12
@@ -47,7 +48,7 @@ def train(config):
     programs = []
 
     def build_program(*arguments):
-        programs.append(setup.build_program(*arguments))
+        programs.append(program_module.build_program(*arguments))
         return programs[-1]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -245,10 +246,10 @@ def parameters(source) -> dict[str, np.ndarray]:
     from olmoe_jax.checkpoints import names
 
     return {
-        weight.name: np.stack(
-            [np.asarray(source.read(weight, i)) for i in names.layer_indices(weight, source.config)]
+        row.ours: np.stack(
+            [np.asarray(source.read(row, i)) for i in names.layer_indices(row, source.config)]
         )
-        for weight in names.weights(source.config)
+        for row in names.rows(source.config)
     }
 
 

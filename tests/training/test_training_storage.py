@@ -14,8 +14,8 @@ from olmoe_jax.config import Config, OptimizerOptions
 from olmoe_jax.model.config import ModelSettings, model_config_from_hf
 from olmoe_jax.model.decoder import parameter_specs
 from olmoe_jax.training.optimizer import Optimizer, SplitState, adamw
+from olmoe_jax.training.parameters import kept_dtype
 from olmoe_jax.training.rounding import join_float32
-from olmoe_jax.training.setup import kept_dtype
 from olmoe_jax.training.step import Accumulated, Trainer, initial_state
 
 BFLOAT16, FLOAT32, INT8 = map(jnp.dtype, ("bfloat16", "float32", "int8"))

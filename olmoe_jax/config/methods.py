@@ -1,0 +1,85 @@
+"""The table of methods: what a configuration may say of each. Needs no jax.
+
+A method has two halves. Its row here is the declaration, which `--help`, the conflicts and the
+experiments read. The class that `implementation` names is what the method does in a run. A new
+method is a file in `olmoe_jax/methods/` and a row of this table; `register` adds the row of a
+method that lives elsewhere.
+"""
+
+from dataclasses import dataclass
+
+from olmoe_jax.errors import UserError
+
+ADAPTERS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "adapter_path")
+ROUTER_GRADIENT = ("router_gradient_experts", "router_gradient_dtype")
+ESFT = (
+    *("experts_path", "esft_top_p", "esft_score_tokens", "esft_train_head", "esft_densemixer"),
+    *ROUTER_GRADIENT,
+)
+
+
+@dataclass(frozen=True)
+class MethodDeclaration:
+    """What a configuration may say of a method.
+
+    Attributes:
+      name: the value of method.name.
+      help: what trains and how the router learns, in a few words.
+      implementation: "MODULE:CLASS", a subclass of `olmoe_jax.methods.Method`.
+      fields: the fields of the section `method` that this method reads and not every method does.
+    """
+
+    name: str
+    help: str
+    implementation: str
+    fields: tuple[str, ...] = ()
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether method.lora_rank turns full fine-tuning into LoRA."""
+        return "lora_rank" in self.fields
+
+
+# fmt: off
+METHODS = {
+    row.name: row
+    for row in (
+        MethodDeclaration(
+            "frozen", "all weights but the router's",
+            "olmoe_jax.methods.full:Frozen", ADAPTERS,
+        ),
+        MethodDeclaration(
+            "conventional", "all weights; the router learns through each token's top-k experts",
+            "olmoe_jax.methods.full:Conventional", ADAPTERS,
+        ),
+        MethodDeclaration(
+            "densemixer", "all weights; the router learns through all experts",
+            "olmoe_jax.methods.full:DenseMixer", ADAPTERS + ROUTER_GRADIENT,
+        ),
+        MethodDeclaration(
+            "esft_gate", "the experts with the highest gate scores on the task",
+            "olmoe_jax.methods.esft:EsftGate", ESFT,
+        ),
+        MethodDeclaration(
+            "esft_token", "the experts that most of the task's tokens use",
+            "olmoe_jax.methods.esft:EsftToken", ESFT,
+        ),
+    )
+}
+# fmt: on
+"""Name -> declaration, in the order of the documentation."""
+
+
+def register(declaration: MethodDeclaration) -> None:
+    """Adds the row of a method whose implementation lives outside of this package.
+
+    Raises:
+      UserError: the table has another method of this name.
+    """
+    if METHODS.setdefault(declaration.name, declaration) != declaration:
+        raise UserError(f"method {declaration.name} exists already; register another name")
+
+
+def readers(field: str) -> list[str]:
+    """Returns the names of the methods that read a field of the section `method`; []: all do."""
+    return [name for name, row in METHODS.items() if field in row.fields]

@@ -1,0 +1,74 @@
+"""LoRA: adapters train beside frozen weights; the router learns as in full fine-tuning."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+from olmoe_jax.checkpoints.export import export_adapter
+from olmoe_jax.checkpoints.opening import RunCheckpoint
+from olmoe_jax.checkpoints.peft import read_adapter
+from olmoe_jax.errors import UserError
+from olmoe_jax.methods.method import Base, Method
+from olmoe_jax.model.config import LoraSettings, ModelSettings
+from olmoe_jax.model.lora import is_adapter
+from olmoe_jax.model.parameters import ROUTER, Parameters
+
+
+class Lora(Method):
+    """Adapters of another method's run: only they train, and the router at full rank.
+
+    Args:
+      full: says how the router learns.
+      lora: the adapters.
+      router_trains: whether the router trains; None: as `full` says.
+    """
+
+    export_name = "adapter"
+
+    def __init__(self, full: Method, lora: LoraSettings, router_trains: bool | None = None):
+        super().__init__(full.options, full.config)
+        self.lora = lora
+        self.router_gradient = full.router_gradient
+        self.router_trains = full.router_trains if router_trains is None else router_trains
+
+    def model_settings(self, settings: ModelSettings) -> ModelSettings:
+        return dataclasses.replace(super().model_settings(settings), lora=self.lora)
+
+    def trains(self, name: str) -> bool:
+        return is_adapter(name) or (name == ROUTER and self.router_trains)
+
+    def check(self) -> None:
+        if self.options.adapter_path:
+            self._given_adapter()
+
+    def added_parameters(self, base: Base) -> Parameters:
+        return self._given_adapter() if self.options.adapter_path else base.draw(is_adapter)
+
+    def describe(self) -> str:
+        lora = self.lora
+        return (
+            f"{super().describe()} with LoRA: rank {lora.rank}, alpha {lora.alpha:g}, "
+            f"dropout {lora.dropout:g}"
+        )
+
+    def export(self, run: RunCheckpoint, target: Path) -> None:
+        export_adapter(run, target)
+
+    def _given_adapter(self) -> Parameters:
+        """Reads the adapter that the run starts from, and its router if it has one."""
+        path, wanted = self.options.adapter_path, self.lora
+        lora, parameters = read_adapter(path, self.config)
+        same_size = (set(lora.targets), lora.rank) == (set(wanted.targets), wanted.rank)
+        if not same_size or not math.isclose(lora.scale, wanted.scale):
+            raise UserError(
+                f"method.adapter_path={path}: has rank {lora.rank}, alpha "
+                f"{lora.scale * lora.rank:g}, targets {','.join(lora.targets)}; set "
+                "method.lora_rank, lora_alpha and lora_targets to these"
+            )
+        if ROUTER in parameters and not self.router_trains:
+            raise UserError(
+                f"method.adapter_path={path}: holds a trained router, but "
+                f"method.name={self.options.name} keeps the base's; write a method whose router "
+                "trains, or start from convert.merge_lora's output"
+            )
+        return parameters

@@ -1,0 +1,123 @@
+"""What a method decides in a run: the protocol that all methods share.
+
+A run asks its method: how does the router learn and which parameters are added
+(`model_settings`), what trains (`trains`), what must hold (`check`), what comes first (`prepare`),
+where do added parameters start (`added_parameters`), what is reported (`describe`), and what is
+written at the end (`export`). No other code asks for a method's name.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+from jax.sharding import Mesh
+
+from olmoe_jax.checkpoints.export import export_hf
+from olmoe_jax.checkpoints.opening import RunCheckpoint
+from olmoe_jax.checkpoints.source import Source
+from olmoe_jax.config import MethodOptions
+from olmoe_jax.data import TokenizedDataset
+from olmoe_jax.model.config import ModelConfig, ModelSettings
+from olmoe_jax.model.parameters import ROUTER, Parameters
+
+
+class Base(NamedTuple):
+    """The base model's parameters, from which added parameters may start."""
+
+    source: Source | None  # the checkpoint; None: the parameters were drawn at random
+    parameters: Parameters
+    draw: Callable[[Callable[[str], bool]], Parameters]  # draws the parameters of these names
+
+
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """What a method may look at before a run's parameters are made.
+
+    Attributes:
+      output: the run's directory.
+      source: the base's checkpoint; None: random weights of `seed`.
+      settings: how the model computes.
+      mesh: the devices.
+      dataset: the training examples.
+      layout: how examples become rows (`olmoe_jax.training.datasets.row_layout`).
+      seed: of the run.
+    """
+
+    output: Path
+    source: Source | None
+    settings: ModelSettings
+    mesh: Mesh
+    dataset: TokenizedDataset
+    layout: dict[str, Any]
+    seed: int
+
+
+class Method:
+    """Full fine-tuning: every weight trains, the router through each token's top-k experts.
+
+    Subclasses change one decision or another.
+
+    Args:
+      options: the section `method` of the run's configuration.
+      config: the model's architecture.
+    """
+
+    router_trains: bool = True
+    """Whether the router's weight trains. Gradient reaches x through the router in any case."""
+    router_gradient: Literal["top_k", "all"] = "top_k"
+    """Which experts' probabilities get a gradient (see `ModelSettings`)."""
+    export_name: str = "hf"
+    """The folder of a run's directory that `export` writes."""
+
+    def __init__(self, options: MethodOptions, config: ModelConfig):
+        self.options, self.config = options, config
+
+    def model_settings(self, settings: ModelSettings) -> ModelSettings:
+        """Returns the settings with everything that the method decides."""
+        return dataclasses.replace(
+            settings,
+            router_trains=self.router_trains,
+            router_gradient=self.router_gradient,
+            router_gradient_experts=self.options.router_gradient_experts,
+            router_gradient_dtype=self.options.router_gradient_dtype,
+        )
+
+    def trains(self, name: str) -> bool:
+        """Returns whether the parameter `name` trains."""
+        return name != ROUTER or self.router_trains
+
+    def check(self) -> None:
+        """Checks the files that the options name, before anything is written.
+
+        Raises:
+          UserError: a file does not fit the model or the options.
+        """
+
+    def prepare(self, run: Preparation) -> Self:
+        """Returns the method, ready to train; called once, with the run's directory open."""
+        return self
+
+    def assuming(self, experts_per_layer: int) -> tuple[Self, int | None]:
+        """Returns the method for a plan, which prepares nothing.
+
+        The second value is the number of tuned experts per layer that the plan assumes; None: the
+        plan assumes nothing.
+        """
+        return self, None
+
+    def added_parameters(self, base: Base) -> Parameters:
+        """Returns the first values of the parameters that the method adds, by name."""
+        return {}
+
+    def describe(self) -> str:
+        """Returns the method in a line's words."""
+        m = self.options.router_gradient_experts
+        if m is None:
+            return self.options.name
+        same = ", as conventional" if m == self.config.num_experts_per_token else ""
+        return f"{self.options.name} ({m} experts' router gradient{same})"
+
+    def export(self, run: RunCheckpoint, target: Path) -> None:
+        """Writes what the run trained into the new directory `target`, in the base's dtype."""
+        export_hf(run, target, None)

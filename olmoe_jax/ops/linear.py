@@ -1,0 +1,129 @@
+"""Linear maps: one matrix or one per expert, perhaps with a low-rank adapter or tuned experts.
+
+Shapes: N rows, D in, F out, E experts, R rank, n tuned experts. LoRA
+(https://arxiv.org/abs/2106.09685): the adapted matrix is W + scale * A B, with A [D, R] and
+B [R, F]; W never changes.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from olmoe_jax.ops.grouped_matmul import grouped_matmul, grouped_matmul_tuned, replace
+from olmoe_jax.ops.remat import keep
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["weight", "a", "b", "tuned", "indices"],
+    meta_fields=["scale"],
+)
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """The arrays of a linear map [D, F], or of one per expert [E, D, F], in the compute dtype.
+
+    Attributes:
+      weight: [..., D, F].
+      a: [..., D, R], the adapter's first factor; None: no adapter.
+      b: [..., R, F], the adapter's second factor.
+      tuned: [n, D, F], matrices that replace `weight[indices]` and get the gradient (ESFT).
+      indices: [n] int32, the experts that `tuned` replaces; E stands for none.
+      scale: factor of the adapter's product.
+    """
+
+    weight: jax.Array
+    a: jax.Array | None = None
+    b: jax.Array | None = None
+    tuned: jax.Array | None = None
+    indices: jax.Array | None = None
+    scale: float = 1.0
+
+
+class ExpertWeights(NamedTuple):
+    """The linear maps of E SwiGLU experts: gate and up [E, D, F], down [E, F, D]."""
+
+    gate: Linear
+    up: Linear
+    down: Linear
+
+
+def transposed(map_: Linear) -> Linear:
+    """Returns the map by the transposed matrix: (W + scale A B)^T = W^T + scale B^T A^T."""
+
+    def swap(matrix: jax.Array | None) -> jax.Array | None:
+        return None if matrix is None else jnp.swapaxes(matrix, -1, -2)
+
+    return Linear(swap(map_.weight), swap(map_.b), swap(map_.a), scale=map_.scale)
+
+
+def with_tuned(map_: Linear) -> Linear:
+    """Returns the map with the tuned matrices written into `weight`."""
+    if map_.tuned is None:
+        return map_
+    weight = replace(map_.weight, map_.tuned, map_.indices)
+    return Linear(weight, map_.a, map_.b, scale=map_.scale)
+
+
+def merged_weight(map_: Linear) -> jax.Array:
+    """Returns W + scale * A B, computed in float32, in W's dtype."""
+    if map_.a is None:
+        return map_.weight
+    delta = jnp.matmul(map_.a, map_.b, preferred_element_type=jnp.float32)
+    merged = map_.weight.astype(jnp.float32) + map_.scale * delta
+    return merged.astype(map_.weight.dtype)
+
+
+def linear(
+    x: jax.Array,
+    map_: Linear,
+    dropped: jax.Array,
+    matmul: Callable[[jax.Array, jax.Array], jax.Array] = jnp.matmul,
+) -> jax.Array:
+    """Returns x W + scale * dropped A B.
+
+    Args:
+      x: [..., D].
+      map_: one matrix.
+      dropped: [..., D], x after the adapter's dropout (x itself without dropout).
+      matmul: computes x W.
+
+    Returns:
+      [..., F].
+    """
+    y = matmul(x, map_.weight)
+    if map_.a is None:
+        return y
+    return y + map_.scale * (keep(dropped @ map_.a) @ map_.b)
+
+
+def grouped_linear(
+    rows: jax.Array,
+    map_: Linear,
+    dropped: jax.Array,
+    group_sizes: jax.Array,
+    backend: str | None,
+) -> jax.Array:
+    """Applies each expert's map to that expert's rows: `linear` for rows sorted by expert.
+
+    Args:
+      rows: [N, D], sorted by expert.
+      map_: one matrix per expert.
+      dropped: [N, D], the rows after the adapters' dropout.
+      group_sizes: [E] int32, rows of each expert; rows beyond their sum give zeros.
+      backend: name of a backend of `olmoe_jax.ops.grouped_matmul`; None: the platform's.
+
+    Returns:
+      [N, F].
+    """
+    if map_.tuned is None:
+        y = grouped_matmul(rows, map_.weight, group_sizes, backend)
+    else:
+        y = grouped_matmul_tuned(rows, map_.weight, map_.tuned, map_.indices, group_sizes, backend)
+    if map_.a is None:
+        return y
+    low = keep(grouped_matmul(dropped, map_.a, group_sizes, backend))
+    return y + map_.scale * grouped_matmul(low, map_.b, group_sizes, backend)

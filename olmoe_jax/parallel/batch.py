@@ -1,0 +1,36 @@
+"""A batch on the devices: rows of tokens, split over all axes of the mesh."""
+
+import functools
+from typing import NamedTuple, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from olmoe_jax.parallel.sharding import BATCH
+
+
+class HostRows(Protocol):
+    """The arrays of `olmoe_jax.data.Batch`."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    segment_ids: np.ndarray
+    positions: np.ndarray
+    loss_weights: np.ndarray
+
+
+class DeviceBatch(NamedTuple):
+    """A micro-batch on the devices; every array is [R, S], R rows of S positions."""
+
+    tokens: jax.Array  # int32
+    targets: jax.Array  # int32: what each position predicts
+    segment_ids: jax.Array  # int32: 1… per row, 0 for padding
+    positions: jax.Array  # int32: restarting with each example
+    loss_weights: jax.Array  # float32: sum to 1 over a step
+
+
+def place_batch(rows: HostRows, mesh: Mesh) -> DeviceBatch:
+    """Places this process's rows as its part of the global batch."""
+    place = functools.partial(jax.make_array_from_process_local_data, NamedSharding(mesh, BATCH))
+    return DeviceBatch(*(place(getattr(rows, name)) for name in DeviceBatch._fields))

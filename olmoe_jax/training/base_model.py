@@ -1,0 +1,96 @@
+"""The model of a run before its parameters exist: where it comes from and how it computes."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from olmoe_jax import methods
+from olmoe_jax.checkpoints import directory
+from olmoe_jax.checkpoints.opening import open_source
+from olmoe_jax.checkpoints.source import Source, read_model_config
+from olmoe_jax.config import Config
+from olmoe_jax.errors import UserError
+from olmoe_jax.methods import Method
+from olmoe_jax.model.config import ModelConfig, ModelSettings
+from olmoe_jax.ops import attention, grouped_matmul
+from olmoe_jax.parallel import sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseModel:
+    """The base model of a run, and the method that fine-tunes it.
+
+    Attributes:
+      config: the architecture.
+      compute: how the model computes, without the method's decisions.
+      method: what trains, and how the router learns.
+      source: the base's checkpoint; None: random weights.
+      files: the directory with config.json and the generation config.
+      tokenizer_files: the directory with the tokenizer.
+    """
+
+    config: ModelConfig
+    compute: ModelSettings
+    method: Method
+    source: Source | None
+    files: Path
+    tokenizer_files: Path
+
+    @property
+    def settings(self) -> ModelSettings:
+        """How the model computes, the method's decisions included."""
+        return self.method.model_settings(self.compute)
+
+
+def open_model(config: Config) -> BaseModel:
+    """Opens and checks the base model and the method; reads no weight yet.
+
+    Raises:
+      UserError: the base is missing or damaged, or the configuration does not fit it.
+    """
+    options = config.model
+    if options.init == "pretrained":
+        source = open_source(options.path)
+        model_config, files = source.config, source.files
+    else:
+        path = Path(options.config_path)
+        if not path.is_dir() and (path.name != "config.json" or not path.exists()):
+            raise UserError(
+                f"model.config_path={path}: no such directory or config.json; write a directory "
+                "that holds a config.json"
+            )
+        source, files = None, path if path.is_dir() else path.parent
+        model_config = read_model_config(files)
+    sharding.check_experts(config.mesh.expert, model_config.num_experts)
+    tokenizer = config.data.tokenizer_path or options.path
+    compute = with_backends(compute_settings(config), model_config, jax.default_backend())
+    method = methods.build(config.method, model_config)
+    method.check()
+    return BaseModel(model_config, compute, method, source, files, directory.resolve(tokenizer))
+
+
+def compute_settings(config: Config) -> ModelSettings:
+    """Returns how the configuration asks the model to compute, without the method's decisions."""
+    return ModelSettings(
+        compute_dtype=jnp.dtype(config.model.compute_dtype),
+        remat=config.model.remat,
+        grouped_matmul=config.model.grouped_matmul,
+        attention=config.model.attention,
+    )
+
+
+def with_backends(settings: ModelSettings, model: ModelConfig, platform: str) -> ModelSettings:
+    """Returns the settings with the backends that are left to the platform ("cpu", "gpu", "tpu").
+
+    Raises:
+      UserError: a backend that was chosen, or is the platform's, cannot run there.
+    """
+    return dataclasses.replace(
+        settings,
+        grouped_matmul=grouped_matmul.check_backend(settings.grouped_matmul, platform),
+        attention=attention.check_backend(
+            settings.attention, platform, model.head_dim, settings.compute_dtype
+        ),
+    )

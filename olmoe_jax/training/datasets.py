@@ -1,0 +1,82 @@
+"""The examples of a run: tokenised, and laid out as rows and steps."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from olmoe_jax import data
+from olmoe_jax.config import Config
+from olmoe_jax.errors import UserError
+from olmoe_jax.training.base_model import BaseModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Datasets:
+    """Tokenised examples."""
+
+    train: data.TokenizedDataset
+    evaluation: data.TokenizedDataset | None
+    pad_id: int
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what a continued run must find unchanged."""
+        evaluation = self.evaluation and self.evaluation.fingerprint
+        return {"training data": self.train.fingerprint, "evaluation data": evaluation}
+
+
+def load_datasets(config: Config, model: BaseModel) -> Datasets:
+    """Tokenises the training and evaluation examples, or finds them in the cache.
+
+    Raises:
+      UserError: a file is missing or wrong, or the tokenizer is another model's.
+    """
+    options = config.data
+    tokenizer = data.load_tokenizer(str(model.tokenizer_files))
+    tokenize = functools.partial(
+        data.tokenize_dataset,
+        tokenizer=tokenizer,
+        max_seq_length=options.max_seq_length,
+    )
+    train, evaluation = tokenize(options.train_path), None
+    if options.eval_path:
+        evaluation = tokenize(options.eval_path, split="test")
+    elif options.eval_fraction:
+        train, evaluation = data.held_out_split(train, options.eval_fraction, config.train.seed)
+    for dataset in filter(None, (train, evaluation)):
+        largest = int(dataset.tokens.max())
+        if largest >= model.config.vocab_size:
+            raise UserError(
+                f"the tokenizer of {model.tokenizer_files} gives token {largest}, but the model's "
+                f"vocabulary has {model.config.vocab_size}; set data.tokenizer_path to the model's"
+            )
+    pad_id = tokenizer.pad_token_id
+    return Datasets(train, evaluation, pad_id if pad_id is not None else tokenizer.eos_token_id)
+
+
+def training_data(config: Config, datasets: Datasets, mesh: Mesh) -> data.TrainingData:
+    """Returns the run's steps, of which this process reads its share."""
+    return data.TrainingData(
+        datasets.train,
+        batch_size=config.train.batch_size,
+        epochs=config.train.epochs,
+        max_steps=config.train.max_steps,
+        seed=config.train.seed,
+        loss_normalization=config.train.loss_normalization,
+        microbatch_examples=config.train.microbatch_examples,
+        **row_layout(config, datasets, mesh),
+    )
+
+
+def row_layout(config: Config, datasets: Datasets, mesh: Mesh) -> dict[str, Any]:
+    """Returns how examples become rows and rows become micro-batches, as keyword arguments."""
+    return {
+        "max_seq_length": config.data.max_seq_length,
+        "pack": config.data.pack,
+        "rows_per_batch": config.train.rows_per_device * mesh.size,
+        "pad_id": datasets.pad_id,
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+    }

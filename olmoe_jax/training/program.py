@@ -1,0 +1,162 @@
+"""A run's compiled functions, and the arrays that they start from."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from olmoe_jax import data
+from olmoe_jax.config import Config
+from olmoe_jax.model.config import ModelConfig, ModelSettings
+from olmoe_jax.model.decoder import parameter_specs
+from olmoe_jax.model.parameters import Parameters
+from olmoe_jax.parallel import sharding
+from olmoe_jax.parallel.batch import DeviceBatch, place_batch
+from olmoe_jax.training.base_model import BaseModel
+from olmoe_jax.training.optimizer import adamw, schedule
+from olmoe_jax.training.parameters import initial_parameters
+from olmoe_jax.training.step import Accumulated, StepMetrics, Trainer, TrainState, initial_state
+
+
+@dataclasses.dataclass(frozen=True)
+class StepFunctions:
+    """The jitted functions of a step and the shardings of their results.
+
+    Training calls them with arrays; `olmoe_jax.plan` compiles them for shapes.
+    """
+
+    trainer: Trainer
+    state_shardings: TrainState  # of NamedSharding
+    accumulated_shardings: Accumulated  # of NamedSharding; one for all router statistics
+    zero_sums: Callable[[], Accumulated]
+    accumulate: Callable[..., Accumulated]
+    update: Callable[..., tuple[TrainState, StepMetrics]]
+    evaluate: Callable[..., tuple[jax.Array, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program(StepFunctions):
+    """The functions of a run's steps and the arrays that they start from."""
+
+    mesh: Mesh
+    state: TrainState
+    frozen: Parameters
+
+    def step(
+        self, state: TrainState, batches: Iterable[DeviceBatch], index: int
+    ) -> tuple[TrainState, StepMetrics]:
+        """Runs step number `index` on its micro-batches; `state` is donated."""
+        accumulated = self.zero_sums()
+        for number, batch in enumerate(batches):
+            position = np.array([index, number], np.uint32)
+            accumulated = self.accumulate(
+                state.parameters, self.frozen, accumulated, batch, position
+            )
+        return self.update(state, accumulated)
+
+    def to_devices(self, batch: data.Batch) -> DeviceBatch:
+        """Places this process's rows as its part of the global batch."""
+        return place_batch(batch, self.mesh)
+
+
+def build_program(config: Config, model: BaseModel, mesh: Mesh, total_steps: int) -> Program:
+    """Loads or draws the parameters and prepares the functions of a step (compiled when called)."""
+    trained, frozen = initial_parameters(config, model, mesh)
+    functions = step_functions(config, model.config, model.settings, trained, mesh, total_steps)
+    make = functools.partial(initial_state, optimizer=functions.trainer.optimizer)
+    state = jax.jit(make, out_shardings=functions.state_shardings, donate_argnums=0)(trained)
+    return Program(**vars(functions), mesh=mesh, state=state, frozen=frozen)
+
+
+def step_functions(
+    config: Config,
+    model_config: ModelConfig,
+    settings: ModelSettings,
+    trained: Parameters,
+    mesh: Mesh,
+    total_steps: int,
+) -> StepFunctions:
+    """Returns the functions of a step.
+
+    Args:
+      config: of the run.
+      model_config: the architecture.
+      settings: how the model computes, the method's decisions included.
+      trained: the parameters that train, or their shapes and dtypes.
+      mesh: the devices.
+      total_steps: of the run, for the learning rate.
+    """
+    options = config.optimizer
+    trainer = Trainer(
+        config=model_config,
+        settings=settings,
+        optimizer=adamw(
+            options.beta1,
+            options.beta2,
+            options.epsilon,
+            options.weight_decay,
+            jnp.dtype(options.moments_dtype),
+            jnp.dtype(options.master_dtype),
+        ),
+        schedule=schedule(
+            options.schedule,
+            options.learning_rate,
+            int(total_steps * options.warmup_ratio),
+            total_steps,
+        ),
+        max_grad_norm=options.max_grad_norm,
+        aux_loss_coefficient=config.method.router_aux_loss_coefficient,
+        seed=config.train.seed,
+    )
+    replicated = NamedSharding(mesh, P())
+    by_name = sharding.parameter_shardings(parameter_specs(model_config, settings), mesh)
+    gradients = {name: by_name[name] for name in trained}
+    accumulated_shardings = Accumulated(gradients, replicated, replicated)
+    places = state_shardings(trainer, trained, by_name, mesh)
+    # Not the arrays: what a function closes over stays alive.
+    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in trained.items()}
+    return StepFunctions(
+        trainer,
+        places,
+        accumulated_shardings,
+        zero_sums=jax.jit(
+            functools.partial(trainer.zero_sums, shapes), out_shardings=accumulated_shardings
+        ),
+        accumulate=jax.jit(
+            trainer.accumulate, donate_argnums=2, out_shardings=accumulated_shardings
+        ),
+        update=jax.jit(trainer.update, donate_argnums=0, out_shardings=(places, replicated)),
+        evaluate=jax.jit(trainer.evaluate),
+    )
+
+
+def state_shardings(
+    trainer: Trainer, trained: Parameters, by_name: dict[str, NamedSharding], mesh: Mesh
+) -> TrainState:
+    """Returns the shardings of a run's state; moments lie with their parameters.
+
+    Args:
+      trainer: holds the optimizer, whose state it is.
+      trained: the parameters that train, or their shapes and dtypes.
+      by_name: the parameters' shardings.
+      mesh: the devices.
+    """
+    replicated = NamedSharding(mesh, P())
+
+    def place(path: tuple, _: jax.ShapeDtypeStruct) -> NamedSharding:
+        names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+        if not names:
+            return replicated
+        where = by_name[names[-1]]
+        if path[-1] == jax.tree_util.GetAttrKey("scales"):
+            # One scale for each block of the last dimension, which need not divide.
+            where = NamedSharding(mesh, P(*where.spec[:-1]))
+        return where
+
+    state = jax.eval_shape(lambda p: initial_state(p, trainer.optimizer), trained)
+    return jax.tree_util.tree_map_with_path(place, state)
