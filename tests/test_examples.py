@@ -6,9 +6,9 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ROOT, tiny_config, write_hf_checkpoint
+from helpers import ROOT, load_checkpoint_tensors, tiny_config, write_hf_checkpoint
 
-from examples import lora_on_my_data, router_gradient
+from examples import lora_on_my_data, new_method, router_gradient
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
@@ -23,17 +23,37 @@ def test_router_gradient_is_that_by_hand():
     assert float(jnp.abs(conventional - by_hand).max()) > 0.1 * scale
 
 
+@pytest.fixture
+def base(tmp_path, tokenizer_dir):
+    """A random tiny OLMoE with a tokenizer of bytes."""
+    path = tmp_path / "base"
+    write_hf_checkpoint(path, tiny_config(vocab_size=258))
+    shutil.copytree(tokenizer_dir, path, dirs_exist_ok=True)
+    return path
+
+
+def write_rows(file, count):
+    """Writes `count` rows of four different kinds."""
+    rows = [{"prompt": f"after {a}:", "completion": b} for a, b in ("AB", "BC", "CD", "DA")]
+    rows = rows * (count // len(rows))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
 @pytest.mark.slow
-def test_lora_learns_rows_of_ones_own(tmp_path, tokenizer_dir, monkeypatch):
-    monkeypatch.setenv("OLMOE_JAX_CACHE", str(tmp_path / "cache"))
-    base = tmp_path / "base"
-    write_hf_checkpoint(base, tiny_config(vocab_size=258))
-    shutil.copytree(tokenizer_dir, base, dirs_exist_ok=True)
-    rows = [{"prompt": f"after {a}:", "completion": b} for a, b in ("AB", "BC", "CD", "DA")] * 40
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+def test_lora_learns_rows_of_ones_own(base, tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", 160)
     share = lora_on_my_data.train_and_score(
         str(base), data, tmp_path / "output", rate=2e-2, epochs=10
     )
     assert share > 0.9
     assert (tmp_path / "output/run/adapter/adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_new_method_trains_the_attention_alone(base, tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", 40)
+    run = new_method.train(str(base), data, tmp_path / "run", rate=1e-2, epochs=1)
+    before, after = load_checkpoint_tensors(base), load_checkpoint_tensors(run / "hf")
+    changed = {name for name, value in after.items() if (value != before[name]).any()}
+    assert changed == {name for name in before if ".self_attn." in name}
