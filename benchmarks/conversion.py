@@ -84,16 +84,16 @@ def generate(path: Path, shape: Shape) -> None:
         return
     config, random = model_config_from_hf(values), np.random.default_rng(0)
 
-    def draw(row: names.Row, layer: int | None) -> np.ndarray:
-        layer_shape = names.layer_shape(row, config)
-        if row.ours.endswith("norm"):
+    def draw(weight: names.Weight, layer: int | None) -> np.ndarray:
+        layer_shape = names.layer_shape(weight, config)
+        if weight.name.endswith("norm"):
             return np.ones(layer_shape, BFLOAT16)
         value = random.standard_normal(math.prod(layer_shape), dtype=np.float32)
         return (value * np.float32(0.02)).astype(BFLOAT16).reshape(layer_shape)
 
     with directory.new_directory(path) as partial:
         directory.write_json(partial / "config.json", values)
-        write_checkpoint(partial, config, draw, lambda row: BFLOAT16, SHARD_BYTES)
+        write_checkpoint(partial, config, draw, lambda _: BFLOAT16, SHARD_BYTES)
 
 
 def run(*arguments: str) -> dict[str, float]:
@@ -123,9 +123,9 @@ def same_weights(one: Path, other: Path) -> bool:
     """Says if two checkpoints have the same tensors, bit for bit."""
     first, second = HFCheckpoint(one), HFCheckpoint(other)
     return all(
-        first.read(row, layer).tobytes() == second.read(row, layer).tobytes()
-        for row in names.rows(first.config)
-        for layer in names.layer_indices(row, first.config)
+        first.read(weight, layer).tobytes() == second.read(weight, layer).tobytes()
+        for weight in names.weights(first.config)
+        for layer in names.layer_indices(weight, first.config)
     )
 
 

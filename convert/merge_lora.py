@@ -1,42 +1,57 @@
-"""Merges a PEFT LoRA adapter, or ESFT's trained tensors, into the base: a full checkpoint."""
+"""Merges a PEFT LoRA adapter, or an ESFT run's trained tensors, into the base model."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from olmoe_jax.checkpoints import directory, overrides
+from olmoe_jax.checkpoints import directory
 from olmoe_jax.checkpoints.export import export_hf
 from olmoe_jax.checkpoints.huggingface import DTYPES
+from olmoe_jax.checkpoints.merging import MergedSource
 from olmoe_jax.checkpoints.opening import open_source
-from olmoe_jax.checkpoints.peft import MergedSource
+from olmoe_jax.checkpoints.overrides import WEIGHTS_FILE, OverriddenSource
+from olmoe_jax.checkpoints.source import Source
 from olmoe_jax.errors import ArgumentParser, run_command
 
 EXAMPLE = """example:
   python -m convert.merge_lora --model allenai/OLMoE-1B-7B-0125 \\
       --adapter runs/densemixer_lora_gsm/adapter --output olmoe_gsm
 
-Each weight, in --dtype, becomes W + scale * B A, computed in float32 and rounded to --dtype. A
-router.safetensors in the adapter's directory (a router trained at full rank) replaces the base's.
-For ESFT (what `convert.to_hf --adapter` wrote), the trained tensors replace the base's.
-One layer is in memory at a time.
+The output is a full Hugging Face checkpoint. Each adapted weight W is rounded to --dtype, becomes
+W + scale * B A in float32, and is rounded to --dtype again, as PEFT merges. A router.safetensors
+in the adapter's directory (a router that trained at full rank) replaces the base's router. The
+tensors that `convert.to_hf --adapter` wrote for an ESFT run replace the base's. One layer is in
+memory at a time.
 """
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The command line."""
+    """Runs the command."""
     parser = ArgumentParser(
         prog="python -m convert.merge_lora", description=__doc__, epilog=EXAMPLE
     )
-    parser.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID")
-    parser.add_argument("--adapter", required=True, metavar="DIR")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: the base's")
+    parser.add_argument(
+        "--model", required=True, metavar="DIR_OR_HUB_ID", help="the base that the adapter changes"
+    )
+    parser.add_argument(
+        "--adapter",
+        required=True,
+        metavar="DIR",
+        help="a PEFT adapter, a LoRA run that has ended, or an ESFT run's trained tensors",
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="DIR", help="directory to make"
+    )
+    parser.add_argument(
+        "--dtype", choices=sorted(DTYPES), help="dtype of the weights (default: the base's)"
+    )
     args = parser.parse_args(arguments)
     dtype = DTYPES[args.dtype] if args.dtype else None
     base, adapter = open_source(args.model), directory.resolve(args.adapter)
-    if (adapter / overrides.WEIGHTS).exists():
-        merged = overrides.OverriddenSource(base, adapter)
-    else:
-        merged = MergedSource(base, adapter, dtype)
+    merged: Source = (
+        OverriddenSource(base, adapter)
+        if (adapter / WEIGHTS_FILE).exists()
+        else MergedSource(base, adapter, dtype)
+    )
     export_hf(merged, args.output, args.dtype)
     print(f"wrote {args.output}")
 

@@ -1,10 +1,11 @@
-"""Writes a Hugging Face checkpoint from a training run or a converted checkpoint."""
+"""Writes a Hugging Face checkpoint from a training run or another checkpoint."""
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from olmoe_jax.checkpoints.export import export_adapter, export_hf
+from olmoe_jax.checkpoints.huggingface import DTYPES
 from olmoe_jax.checkpoints.opening import RunCheckpoint, open_source
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
 from olmoe_jax.training.best import best_step
@@ -12,8 +13,9 @@ from olmoe_jax.training.best import best_step
 EXAMPLE = """example:
   python -m convert.to_hf --checkpoint runs/densemixer_gsm --output olmoe_gsm
 
-The output loads with transformers' AutoModelForCausalLM and serves with vLLM: per-expert tensors,
-config.json, generation config and tokenizer, an index when the weights need several files.
+The output loads with transformers' AutoModelForCausalLM and serves with vLLM: one tensor for each
+expert, config.json, the generation config and the tokenizer, and an index if the weights need
+several files. LoRA adapters are merged into the base: W + scale * B A.
 """
 
 BEST = "best"
@@ -21,25 +23,39 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The command line."""
+    """Runs the command."""
     parser = ArgumentParser(prog="python -m convert.to_hf", description=__doc__, epilog=EXAMPLE)
     parser.add_argument(
-        "--checkpoint", required=True, metavar="DIR", help="a run's output_dir or from_hf's output"
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="a run's train.output_dir, convert.from_hf's output, or a Hugging Face checkpoint",
     )
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
     parser.add_argument(
-        "--adapter", action="store_true", help="of a LoRA or ESFT run: what it trained, not merged"
+        "--output", required=True, type=Path, metavar="DIR", help="directory to make"
+    )
+    parser.add_argument(
+        "--adapter",
+        action="store_true",
+        help="write only what a LoRA or ESFT run trained, without the base",
     )
     parser.add_argument(
         "--step",
         type=_step,
         metavar="N|best",
-        help="of a run: which checkpoint, by number or by train.best_metric (default: the latest)",
+        help="a run's checkpoint, by its number or by train.best_metric (default: the latest)",
     )
     parser.add_argument(
-        "--dtype", choices=["bfloat16", "float32"], help="default: the base checkpoint's"
+        "--dtype",
+        choices=sorted(DTYPES),
+        help="dtype of the weights (default: the base checkpoint's)",
     )
-    parser.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="e.g. 500MB")
+    parser.add_argument(
+        "--max_shard_size",
+        default="5GB",
+        metavar="SIZE",
+        help="largest file of weights, e.g. 500MB (default: 5GB)",
+    )
     args = parser.parse_args(arguments)
     max_shard_bytes = parse_size(args.max_shard_size)
     step = best_step(Path(args.checkpoint)) if args.step == BEST else args.step
@@ -58,7 +74,7 @@ def _step(text: str) -> int | str:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as 5GB, 500MB or 1000000."""
+    """Returns the bytes of a size such as 5GB, 500MB or 1000000."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?B?)", text.strip().upper())
     if not match or float(match[1]) <= 0:
         raise UserError(f"--max_shard_size={text}: write a size such as 5GB or 500MB")

@@ -57,16 +57,16 @@ def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
     """Float32 parameters under our names, large enough that every part of the model matters."""
     random = np.random.default_rng(seed)
     weights = {}
-    for row in names.rows(config):
-        shape = names.layer_shape(row, config)
-        shape = (config.num_layers, *shape) if row.per_layer else shape
+    for weight in names.weights(config):
+        shape = names.layer_shape(weight, config)
+        shape = (config.num_layers, *shape) if weight.per_layer else shape
         value = random.normal(size=shape)
-        is_scale = row.ours.endswith("norm")
-        fan_in = config.hidden_size if row.ours in ("embed", "lm_head") else shape[-2:][0]
+        is_scale = weight.name.endswith("norm")
+        fan_in = config.hidden_size if weight.name in ("embed", "lm_head") else shape[-2:][0]
         value = 1 + 0.2 * value if is_scale else value / np.sqrt(fan_in)
         # Embeddings of size 1, and a router that prefers some experts clearly.
-        value = value * {"embed": 5.0, "layers.moe.router": 2.0}.get(row.ours, 1.0)
-        weights[row.ours] = value.astype(np.float32)
+        value = value * {"embed": 5.0, "layers.moe.router": 2.0}.get(weight.name, 1.0)
+        weights[weight.name] = value.astype(np.float32)
     return weights
 
 

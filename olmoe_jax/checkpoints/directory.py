@@ -1,10 +1,10 @@
-"""Checkpoint directories: finding them, the small files they carry, writing them in one piece."""
+"""Directories of checkpoints: finding one, its small files, and writing one in one piece."""
 
 import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ TOKENIZER_FILES = (
 
 
 def resolve(path_or_hub_id: str) -> Path:
-    """A local directory as it is; a hub id (owner/name) downloaded, or found in the hub's cache.
+    """Returns a local directory as it is, or downloads a hub id (owner/name) to the hub's cache.
 
     Raises:
       UserError: there is no such directory, or the hub does not give it.
@@ -52,10 +52,10 @@ def resolve(path_or_hub_id: str) -> Path:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Parses a file that holds one JSON object.
+    """Reads a file that holds one JSON object.
 
     Raises:
-      UserError: it is missing, not JSON or not an object.
+      UserError: the file is missing, not JSON, or holds something else than an object.
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
@@ -69,14 +69,14 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Writes JSON, indented, in one piece: a reader sees the old file or the new one."""
+    """Writes indented JSON in one piece: a reader sees the old file or the new one."""
     partial = file.with_name(f".{file.name}.partial")
     partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(file)
 
 
 def copy_files(source: Path, destination: Path, names: tuple[str, ...]) -> None:
-    """Copies those of the named files that exist."""
+    """Copies the named files, as far as they exist."""
     for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, destination / name)
@@ -84,7 +84,10 @@ def copy_files(source: Path, destination: Path, names: tuple[str, ...]) -> None:
 
 @contextlib.contextmanager
 def new_directory(output: str | Path) -> Iterator[Path]:
-    """A directory that appears under its name only when the block ends without an error.
+    """Makes a directory that appears under its name when the block ends without an error.
+
+    Yields:
+      The directory to write into, under another name until then. An error removes it.
 
     Raises:
       UserError: something is there already, or the disk is full.
@@ -106,8 +109,12 @@ def new_directory(output: str | Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_file_atomically(file: Path, write) -> None:
-    """Calls `write(path)` on a file beside it, then renames: never half a file under this name."""
+def write_file_atomically(file: Path, write: Callable[[Path], None]) -> None:
+    """Calls `write` with a temporary path beside `file`, then renames it to `file`.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
     partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
     try:
         write(partial)

@@ -1,7 +1,7 @@
-"""The JSON file that says which experts ESFT trains.
+"""The expert config: the JSON file that says which experts ESFT tunes.
 
-{"experts": {"1": [ids…], …}, "shared_experts": false, "non_expert_modules": false}. Layer keys
-count from 1.
+{"experts": {"1": [ids…], …}, "shared_experts": false, "non_expert_modules": false}. The keys of
+the layers count from 1.
 """
 
 import dataclasses
@@ -15,12 +15,18 @@ from olmoe_jax.model.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class ExpertConfig:
-    """What ESFT trains: experts[l] are the ids of layer l (from 0); perhaps all other modules."""
+    """The modules that ESFT trains.
+
+    Attributes:
+      experts: experts[l] are the ids of the tuned experts of layer l (from 0), ascending.
+      non_expert_modules: whether all weights outside the experts train too.
+    """
 
     experts: tuple[tuple[int, ...], ...]
     non_expert_modules: bool = False
 
     def to_json(self) -> dict[str, Any]:
+        """Returns the content of the file."""
         experts = {str(layer + 1): list(ids) for layer, ids in enumerate(self.experts)}
         return {
             "experts": experts,
@@ -30,11 +36,11 @@ class ExpertConfig:
 
 
 def read_expert_config(file: Path, config: ModelConfig) -> ExpertConfig:
-    """Reads and checks an expert config.
+    """Reads an expert config and checks it against the model's architecture.
 
     Raises:
-      UserError: it is of another model: other layers, or ids that do not exist; or OLMoE has not
-        what it asks for (shared experts).
+      UserError: the layers or ids are another model's, the file names no expert, or it asks for
+        shared experts, which OLMoE does not have.
     """
     content = directory.read_json(file)
     experts = content.get("experts")
@@ -54,7 +60,7 @@ def read_expert_config(file: Path, config: ModelConfig) -> ExpertConfig:
             )
     if content.get("shared_experts"):
         raise UserError(f"{file}: shared_experts is true, but OLMoE has none; write false")
-    chosen = []
+    tuned = []
     for layer in layers:
         ids = experts[layer]
         valid = isinstance(ids, list) and all(
@@ -65,7 +71,7 @@ def read_expert_config(file: Path, config: ModelConfig) -> ExpertConfig:
                 f"{file}: layer {layer} has {ids}; write different ids from 0 to "
                 f"{config.num_experts - 1}"
             )
-        chosen.append(tuple(sorted(ids)))
-    if not any(chosen):
-        raise UserError(f"{file}: selects no expert; write ids for at least one layer")
-    return ExpertConfig(tuple(chosen), bool(content.get("non_expert_modules", False)))
+        tuned.append(tuple(sorted(ids)))
+    if not any(tuned):
+        raise UserError(f"{file}: names no expert; write ids for at least one layer")
+    return ExpertConfig(tuple(tuned), bool(content.get("non_expert_modules", False)))

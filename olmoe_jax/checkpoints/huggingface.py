@@ -1,18 +1,20 @@
-"""Hugging Face checkpoints: validated when opened, read layer by layer, written shard by shard."""
+"""Hugging Face checkpoints: checked when opened, read layer by layer, written shard by shard."""
 
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
 from olmoe_jax.checkpoints import directory, names
+from olmoe_jax.checkpoints.names import Weight
 from olmoe_jax.checkpoints.safetensors_file import FileWriter, StoredTensor, read_header
+from olmoe_jax.checkpoints.source import read_model_config
 from olmoe_jax.errors import UserError
-from olmoe_jax.model.config import ModelConfig, model_config_from_hf
+from olmoe_jax.model.config import ModelConfig
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _INDEX = "model.safetensors.index.json"
@@ -20,119 +22,116 @@ _SINGLE = "model.safetensors"
 
 
 class HFCheckpoint:
-    """An OLMoE checkpoint in Hugging Face's format: per-expert or fused, one file or shards.
+    """The `Source` of a Hugging Face checkpoint, its experts per tensor or fused.
 
-    Everything is checked on opening, before a weight is read.
+    Opening reads the headers of all files and checks them; no weight is read yet.
 
     Raises:
-      UserError: a shard is missing or truncated; the index names an absent tensor; a tensor is
-        missing, unexpected or of the wrong shape; another architecture.
+      UserError: a file is missing or truncated; the index names an absent tensor; a tensor is
+        missing, unexpected or of the wrong shape; the architecture is not OLMoE's.
     """
 
     def __init__(self, path: Path):
-        self.path = path
-        self.config = model_config_from_hf(
-            directory.read_json(path / "config.json"), str(path / "config.json")
-        )
+        self.files = path
+        self.config = read_model_config(path)
         self._tensors = _locate_tensors(path)
         self._check()
 
-    @property
-    def files(self) -> Path:
-        """The directory with config.json and, where there is one, the tokenizer."""
-        return self.path
+    def dtype(self, weight: Weight) -> np.dtype:
+        return self._matrix(weight, 0, 0).dtype
 
-    def dtype(self, row: names.Row) -> np.dtype:
-        """The dtype in which this weight is stored."""
-        return self._matrix(row, 0, 0).dtype
-
-    def read(self, row: names.Row, layer: int | None, experts: slice = slice(None)) -> np.ndarray:
-        """One layer's weight in our layout and the stored dtype; of its experts, this slice."""
-        if not row.per_expert:
-            value = self._tensors[row.theirs.format(layer=layer)].read()
-            return value.T if row.transpose else value
-        num_experts, *shape = names.layer_shape(row, self.config)
+    def read(self, weight: Weight, layer: int | None, experts: slice = slice(None)) -> np.ndarray:
+        if not weight.per_expert:
+            value = self._tensors[weight.tensor_name(layer)].read()
+            return value.T if weight.transpose else value
+        num_experts, *shape = names.layer_shape(weight, self.config)
         wanted = range(*experts.indices(num_experts))
-        out = np.empty((len(wanted), *shape), self.dtype(row))
+        value = np.empty((len(wanted), *shape), self.dtype(weight))
         for position, expert in enumerate(wanted):
-            out[position] = self._matrix(row, layer, expert).read().T
-        return out
+            value[position] = self._matrix(weight, layer, expert).read().T
+        return value
 
     def export_dtype(self) -> str | None:
-        """None: exports keep each weight's dtype."""
         return None
 
-    def _matrix(self, row: names.Row, layer: int | None, expert: int) -> StoredTensor:
-        """Where one matrix lies: a tensor of its own, or a part of a fused one."""
-        name = row.theirs.format(layer=layer, expert=expert)
-        if name in self._tensors or not row.fused:
+    def _matrix(self, weight: Weight, layer: int | None, expert: int) -> StoredTensor:
+        """Returns the place of one matrix: a tensor of its own, or a part of a fused tensor."""
+        name = weight.tensor_name(layer, expert)
+        if name in self._tensors or not weight.fused_name:
             return self._tensors[name]
-        fused = self._tensors[row.fused.format(layer=layer)]
-        shape = names.hf_shape(row, self.config)
-        matrix = expert if row.fused_part is None else 2 * expert + row.fused_part
+        fused = self._tensors[weight.fused_name.format(layer=layer)]
+        shape = names.hf_shape(weight, self.config)
+        # The parts of an expert follow one another: gate of expert 0, up of expert 0, gate of 1.
+        matrix = expert if weight.fused_part is None else 2 * expert + weight.fused_part
         offset = fused.offset + matrix * math.prod(shape) * fused.dtype.itemsize
         return dataclasses.replace(fused, offset=offset, shape=shape)
 
-    def _expected(self, row: names.Row) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the tensors that hold this row, in the layout found here."""
-        config, shape, expected = self.config, names.hf_shape(row, self.config), {}
-        for layer in names.layer_indices(row, config):
-            fused = row.fused and row.fused.format(layer=layer)
+    def _expected(self, weight: Weight) -> dict[str, tuple[int, ...]]:
+        """Returns the names and shapes of the tensors that hold a weight, fused or not."""
+        config, shape = self.config, names.hf_shape(weight, self.config)
+        expected: dict[str, tuple[int, ...]] = {}
+        for layer in names.layer_indices(weight, config):
+            fused = weight.fused_name and weight.fused_name.format(layer=layer)
             if fused in self._tensors:
-                parts = 1 if row.fused_part is None else 2
+                parts = 1 if weight.fused_part is None else 2
                 expected[fused] = (config.num_experts, parts * shape[0], shape[1])
-                continue
-            for expert in range(config.num_experts) if row.per_expert else [None]:
-                expected[row.theirs.format(layer=layer, expert=expert)] = shape
+            else:
+                expected |= dict.fromkeys(names.tensor_names(weight, layer, config), shape)
         return expected
 
     def _check(self) -> None:
+        """Raises a UserError unless the files hold this model's tensors and no others."""
         found = dict(self._tensors)
         if self.config.tie_word_embeddings:
             self._drop_tied_head(found)
-        by_row = {row.ours: self._expected(row) for row in names.rows(self.config)}
-        expected = {name: shape for part in by_row.values() for name, shape in part.items()}
+        by_weight = [self._expected(weight) for weight in names.weights(self.config)]
+        expected = {name: shape for tensors in by_weight for name, shape in tensors.items()}
         missing, unexpected = expected.keys() - found.keys(), found.keys() - expected.keys()
         if missing:
             raise UserError(
-                f"{self.path}: tensor {min(missing)} is missing{_and_more(missing)}; the "
-                "checkpoint is incomplete or config.json is another model's"
+                f"{self.files}: tensor {_first_of(missing)} is missing; the checkpoint is "
+                "incomplete, or config.json is another model's"
             )
         if unexpected:
             raise UserError(
-                f"{self.path}: unexpected tensor {min(unexpected)}{_and_more(unexpected)}; "
-                "config.json describes a model without it"
+                f"{self.files}: unexpected tensor {_first_of(unexpected)}; config.json describes "
+                "a model without it"
             )
         for name, shape in expected.items():
             if found[name].shape != shape:
                 raise UserError(
-                    f"{self.path}: tensor {name} has shape {list(found[name].shape)}, but "
+                    f"{self.files}: tensor {name} has shape {list(found[name].shape)}, but "
                     f"config.json says {list(shape)}"
                 )
-        for part in by_row.values():
-            dtypes = {str(found[name].dtype) for name in part}
+        # A parameter stacks a weight's tensors in one array, which has one dtype.
+        for tensors in by_weight:
+            dtypes = {str(found[name].dtype) for name in tensors}
             if len(dtypes) > 1:
                 raise UserError(
-                    f"{self.path}: {min(part)} and its like have several dtypes "
+                    f"{self.files}: {min(tensors)} and its like have several dtypes "
                     f"({', '.join(sorted(dtypes))}); store them in one"
                 )
 
     def _drop_tied_head(self, found: dict[str, StoredTensor]) -> None:
-        """Some writers repeat the embedding as lm_head; another head would be lost silently."""
+        """Removes the copy of the embedding that some writers store as lm_head."""
         head = found.pop("lm_head.weight", None)
         embedding = found.get("model.embed_tokens.weight")
+        # A head of its own would be lost in silence.
         if head and embedding and head.read().tobytes() != embedding.read().tobytes():
             raise UserError(
-                f"{self.path}: lm_head.weight differs from the embedding, but config.json ties "
+                f"{self.files}: lm_head.weight differs from the embedding, but config.json ties "
                 "them; set tie_word_embeddings to false"
             )
 
 
-def _and_more(names_: set[str]) -> str:
-    return f" (and {len(names_) - 1} more)" if len(names_) > 1 else ""
+def _first_of(tensors: Collection[str]) -> str:
+    """Returns the first name, and how many more there are."""
+    more = f" (and {len(tensors) - 1} more)" if len(tensors) > 1 else ""
+    return f"{min(tensors)}{more}"
 
 
 def _locate_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Returns the place of every tensor of a checkpoint of one file or several."""
     if (path / _INDEX).exists():
         weight_map = directory.read_json(path / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
@@ -154,41 +153,54 @@ def _locate_tensors(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+_Piece = tuple[Weight, int | None]
+"""A weight and a layer: what is read and written at a time."""
+_Shard = dict[str, tuple[np.dtype, tuple[int, ...]]]
+"""The tensors of one file, {name: (dtype, shape)}, in the order of writing."""
+
+
 def write_checkpoint(
     output: Path,
     config: ModelConfig,
-    read: Callable[[names.Row, int | None], np.ndarray],
-    dtype: Callable[[names.Row], np.dtype],
+    read: Callable[[Weight, int | None], np.ndarray],
+    dtype: Callable[[Weight], np.dtype],
     max_shard_bytes: int,
 ) -> None:
-    """Writes the weights into an existing directory, per-expert tensors, one layer in memory.
+    """Writes a model's weights into an existing directory, one tensor for each expert.
+
+    One layer's weight is in memory at a time.
 
     Args:
-      read: gives one layer's weight in our layout, any float dtype.
-      dtype: the dtype in which to store it.
-      max_shard_bytes: a file is closed before it would grow beyond this; above one file an index
-        is written.
+      output: the directory.
+      config: the model's architecture.
+      read: returns one layer's weight, as `Source.read` does, in any float dtype.
+      dtype: returns the dtype in which to store a weight.
+      max_shard_bytes: no file grows larger (but a tensor is never split). Several files get an
+        index.
     """
-    # Layers together, as in Hugging Face's files: what is read together lies together.
+    # The tensors of a layer lie together, as in Hugging Face's own files: a reader of layers
+    # then reads each file from front to back.
     pieces = [
-        (row, layer) for row in names.rows(config) for layer in names.layer_indices(row, config)
+        (weight, layer)
+        for weight in names.weights(config)
+        for layer in names.layer_indices(weight, config)
     ]
     pieces.sort(key=lambda piece: -1 if piece[1] is None else piece[1])
     shards = _plan_shards(pieces, config, dtype, max_shard_bytes)
-    count = len(shards)
-    files = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-    files = [_SINGLE] if count == 1 else files
+    files = [_SINGLE]
+    if len(shards) > 1:
+        files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     current, writer = 0, FileWriter(output / files[0], shards[0])
-    for row, layer in pieces:
-        for name, tensor in names.to_hf(row, layer, read(row, layer)):
+    for weight, layer in pieces:
+        for name, tensor in names.to_hf(weight, layer, read(weight, layer)):
             if name not in shards[current]:
                 writer.close()
                 current += 1
                 writer = FileWriter(output / files[current], shards[current])
-            writer.write(name, tensor.astype(dtype(row), copy=False))
+            writer.write(name, tensor.astype(dtype(weight), copy=False))
     writer.close()
-    if count > 1:
-        total = sum(_bytes(*entry) for shard in shards for entry in shard.values())
+    if len(shards) > 1:
+        total = sum(_bytes(*tensor) for shard in shards for tensor in shard.values())
         weight_map = {
             name: file for file, shard in zip(files, shards, strict=True) for name in shard
         }
@@ -196,43 +208,54 @@ def write_checkpoint(
         directory.write_json(output / _INDEX, index)
 
 
+def _plan_shards(
+    pieces: list[_Piece],
+    config: ModelConfig,
+    dtype: Callable[[Weight], np.dtype],
+    max_shard_bytes: int,
+) -> list[_Shard]:
+    """Returns the tensors of each file. The header of a file is written before its tensors."""
+    shards: list[_Shard] = [{}]
+    size = 0
+    for weight, layer in pieces:
+        tensor = (dtype(weight), names.hf_shape(weight, config))
+        for name in names.tensor_names(weight, layer, config):
+            if shards[-1] and size + _bytes(*tensor) > max_shard_bytes:
+                shards.append({})
+                size = 0
+            shards[-1][name] = tensor
+            size += _bytes(*tensor)
+    return shards
+
+
 def _bytes(dtype: np.dtype, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
-def _plan_shards(pieces, config, dtype, max_shard_bytes) -> list[dict]:
-    """For each file, {tensor name: (dtype, shape)} in the order of writing."""
-    shards, size = [{}], 0
-    for row, layer in pieces:
-        entry = (dtype(row), names.hf_shape(row, config))
-        for expert in range(config.num_experts) if row.per_expert else [None]:
-            if shards[-1] and size + _bytes(*entry) > max_shard_bytes:
-                shards.append({})
-                size = 0
-            shards[-1][row.theirs.format(layer=layer, expert=expert)] = entry
-            size += _bytes(*entry)
-    return shards
+def write_config(output: Path, files: Path, dtype: str | None) -> None:
+    """Copies config.json, the generation config and the tokenizer from `files`.
 
-
-def write_config(output: Path, source: Path, dtype: str | None) -> None:
-    """Copies config.json, the generation config and the tokenizer; notes the weights' dtype."""
-    directory.copy_files(source, output, (*directory.MODEL_FILES, *directory.TOKENIZER_FILES))
-    config = directory.read_json(source / "config.json")
-    if dtype is not None:
-        for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]:
-            config[key] = dtype
-        (output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    The copied config.json says `dtype`; None leaves the file as it is, byte for byte.
+    """
+    directory.copy_files(files, output, (*directory.MODEL_FILES, *directory.TOKENIZER_FILES))
+    if dtype is None:
+        return
+    config = directory.read_json(files / "config.json")
+    # transformers 5 writes dtype, transformers 4 torch_dtype.
+    for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]:
+        config[key] = dtype
+    (output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def serving_warnings(config: ModelConfig) -> list[str]:
-    """What serving engines that hard-code OLMoE's settings would silently compute differently."""
-    checks = {
+    """Returns a line for each setting that vLLM and SGLang hard-code otherwise for OLMoE."""
+    differs = {
         f"rms_norm_eps={config.rms_norm_eps}": config.rms_norm_eps != 1e-5,
         "norm_topk_prob=true": config.norm_topk_prob,
         f"clip_qkv={config.clip_qkv}": config.clip_qkv is not None,
     }
     return [
-        f"{field}: vLLM and SGLang ignore this setting for OLMoE and will give other outputs"
-        for field, applies in checks.items()
+        f"{setting}: vLLM and SGLang ignore this setting for OLMoE and will give other outputs"
+        for setting, applies in differs.items()
         if applies
     ]

@@ -1,4 +1,4 @@
-"""Building models: parameters from a checkpoint or from a seed, straight into their shards."""
+"""Parameters and models: from a checkpoint or from a seed, straight into the devices' shards."""
 
 import dataclasses
 import functools
@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from olmoe_jax.checkpoints import names
+from olmoe_jax.checkpoints.names import Weight
 from olmoe_jax.checkpoints.opening import open_source
 from olmoe_jax.checkpoints.peft import read_adapter
 from olmoe_jax.checkpoints.source import Source
@@ -25,87 +26,163 @@ from olmoe_jax.ops.quantization import Quantized, Scheme, quantize, quantized_sh
 from olmoe_jax.parallel import sharding
 
 
-def random_parameters(
-    config: ModelConfig, settings: ModelSettings, seed: int, mesh, wanted: Callable[[str], bool]
-) -> Parameters:
-    """The `wanted` parameters (by name), float32, drawn from `seed` and made in their shards.
+def from_pretrained(
+    path_or_hub_id: str | Path,
+    mesh: Mesh | None = None,
+    *,
+    settings: ModelSettings | None = None,
+    adapter: str | Path | None = None,
+) -> Olmoe:
+    """Returns the model of a checkpoint.
 
-    The mesh changes no value, and neither does what else is wanted.
+    Args:
+      path_or_hub_id: a Hugging Face checkpoint's directory or hub id, a training run's directory,
+        or the output of `convert.from_hf`.
+      mesh: from `olmoe_jax.parallel.sharding.make_mesh`; None: one device.
+      settings: how to compute; float32 by default. The parameters are in the compute dtype, the
+        router's in float32.
+      adapter: a PEFT adapter of that model, or the LoRA run that made one. The adapter stays
+        beside the weights, unmerged.
+
+    Raises:
+      UserError: the checkpoint or adapter is missing, damaged or not an OLMoE model's.
     """
-    specs = parameter_specs(config, settings)
-    shardings = sharding.parameter_shardings(
-        {name: spec for name, spec in specs.items() if wanted(name)}, mesh
-    )
+    source = open_source(str(path_or_hub_id))
+    mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
+    settings = settings or ModelSettings()
+    compute_dtype = settings.compute_dtype
 
-    @functools.partial(jax.jit, out_shardings=shardings)
-    def init(key):
-        drawn = split(Olmoe(config, settings, rngs=nnx.Rngs(params=key)))[1]
-        return {name: drawn[name] for name in shardings}
+    def dtype(name: str) -> DTypeLike:
+        return jnp.float32 if name == ROUTER else compute_dtype
 
-    return init(jax.random.key(seed))
+    added: dict[str, np.ndarray] = {}
+    if adapter is not None:
+        lora, added = read_adapter(adapter, source.config)
+        settings = dataclasses.replace(settings, lora=lora)
+    shardings = sharding.parameter_shardings(parameter_specs(source.config, settings), mesh)
+    # A router that trained beside the adapter replaces the checkpoint's.
+    parameters = load_parameters(source, mesh, dtype) | {
+        name: jax.device_put(value.astype(dtype(name)), shardings[name])
+        for name, value in added.items()
+    }
+    return merge(graph_of(source.config, settings), parameters)
 
 
 def load_parameters(
     source: Source,
-    mesh,
+    mesh: Mesh,
     dtype: Callable[[str], DTypeLike] = lambda name: jnp.float32,
     quantization: Scheme | None = None,
 ) -> Parameters:
-    """A checkpoint's parameters, sharded; each process reads only its own experts.
+    """Loads a checkpoint's parameters into their shards.
+
+    Each process reads only its own experts, one layer's weight at a time.
 
     Args:
       source: the checkpoint.
-      mesh: where they go.
-      dtype: gives the dtype in which to keep a parameter, by name.
-      quantization: of the matrices that can have an adapter (`is_target`), whatever `dtype` says.
+      mesh: the devices.
+      dtype: returns the dtype in which to keep a parameter, by name.
+      quantization: how to keep the matrices that can have an adapter (`is_target`), whatever
+        `dtype` says; None: not quantized.
     """
     specs = parameter_specs(source.config)
     shardings = sharding.parameter_shardings(specs, mesh)
 
-    def load(row: names.Row):
-        spec = specs[row.ours]
-        if quantization and is_target(row.ours):
-            return _load_quantized(
-                source, row, quantization, quantized_like(spec, quantization, mesh)
-            )
-        read = functools.partial(source.read, row)
-        shard = functools.partial(_read_shard, read, source.config, row, np.dtype(dtype(row.ours)))
-        return jax.make_array_from_callback(spec.shape, shardings[row.ours], shard)
+    def load(weight: Weight) -> jax.Array | Quantized:
+        name = weight.name
+        if quantization and is_target(name):
+            like = quantized_like(specs[name], quantization, mesh)
+            return _load_quantized(source, weight, quantization, like)
+        like = jax.ShapeDtypeStruct(specs[name].shape, dtype(name), sharding=shardings[name])
+        return _stack_layers(functools.partial(source.read, weight), weight, like)
 
-    return {row.ours: load(row) for row in names.rows(source.config)}
+    return {weight.name: load(weight) for weight in names.weights(source.config)}
 
 
-def quantized_like(spec: ParameterSpec, scheme: Scheme, mesh) -> Quantized:
-    """Shapes, dtypes and shardings of a quantized parameter: its axes', as far as they divide."""
+def _load_quantized(source: Source, weight: Weight, scheme: Scheme, like: Quantized) -> Quantized:
+    """Loads a parameter and quantizes one layer at a time.
 
-    def place(part):
+    The host never holds more than one layer before quantization.
+    """
+
+    # Codes and scales come from the same layer, and several devices ask for the same one.
+    @functools.cache
+    def quantized_layer(layer: int | None, first: int, stop: int) -> Quantized:
+        return quantize(source.read(weight, layer, slice(first, stop)), scheme)
+
+    def load(part: str) -> jax.Array:
+        def read(layer: int | None, experts: slice) -> np.ndarray:
+            first, stop, _ = experts.indices(source.config.num_experts)
+            return getattr(quantized_layer(layer, first, stop), part)
+
+        return _stack_layers(read, weight, getattr(like, part))
+
+    return Quantized(load("codes"), load("scales"), like.width)
+
+
+def quantized_like(spec: ParameterSpec, scheme: Scheme, mesh: Mesh) -> Quantized:
+    """Returns the shapes, dtypes and shardings of a quantized parameter.
+
+    Codes and scales are sharded along the parameter's axes, as far as the mesh divides them.
+    """
+
+    def place(part: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         where = NamedSharding(mesh, sharding.partition_spec(part.shape, spec.axes, mesh))
         return jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=where)
 
     return jax.tree.map(place, quantized_shapes(spec.shape, scheme))
 
 
-def _load_quantized(source: Source, row: names.Row, scheme: Scheme, like: Quantized) -> Quantized:
-    """A parameter of which the host never holds more than one layer before quantization."""
+def _stack_layers(
+    read: Callable[[int | None, slice], np.ndarray], weight: Weight, like: jax.ShapeDtypeStruct
+) -> jax.Array:
+    """Stacks a weight's layers into one array, each device's shard by itself.
 
-    @functools.cache  # for codes and scales, and all devices
-    def layer_part(layer: int, *experts: tuple[int, int]) -> Quantized:
-        return quantize(source.read(row, layer, *(slice(*bounds) for bounds in experts)), scheme)
+    Args:
+      read: returns a layer's weight, of an expert weight these experts; as `Source.read` does.
+      weight: which weight.
+      like: shape, dtype and sharding of the result.
+    """
 
-    def load(part: str) -> jax.Array:
-        def read(layer: int, *experts: slice) -> np.ndarray:
-            bounds = (chosen.indices(source.config.num_experts)[:2] for chosen in experts)
-            return getattr(layer_part(layer, *bounds), part)
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+        if not weight.per_layer:
+            return read(None, slice(None))[index].astype(like.dtype)
+        ranges = [range(*part.indices(n)) for part, n in zip(index, like.shape, strict=True)]
+        # `read` takes the experts out already.
+        experts, rest = slice(None), index[1:]
+        if weight.per_expert:
+            experts, rest = index[1], (slice(None), *index[2:])
+        out = np.empty([len(part) for part in ranges], like.dtype)
+        for position, layer in enumerate(ranges[0]):
+            out[position] = read(layer, experts)[rest]
+        return out
 
-        shape = getattr(like, part)
-        shard = functools.partial(_read_shard, read, source.config, row, np.dtype(shape.dtype))
-        return jax.make_array_from_callback(shape.shape, shape.sharding, shard)
+    return jax.make_array_from_callback(like.shape, like.sharding, shard)
 
-    return Quantized(load("codes"), load("scales"), like.width)
+
+def load_tuned(source: Source, tuned_experts: tuple[tuple[int, ...], ...]) -> dict[str, np.ndarray]:
+    """Reads the first values of ESFT's tuned experts from the base, float32 on the host.
+
+    Returns:
+      `tuned.gate`, `tuned.up` [N, D, F] and `tuned.down` [N, F, D], the N experts of all layers.
+    """
+
+    def read(weight: Weight, layer: int, expert: int) -> np.ndarray:
+        return source.read(weight, layer, slice(expert, expert + 1))[0].astype(np.float32)
+
+    chosen = places(tuned_experts)
+    return {
+        names.tuned_name(weight): np.stack([read(weight, *place) for place in chosen])
+        for weight in names.TABLE
+        if weight.per_expert
+    }
 
 
 def stack_tuned(parameters: Parameters, tuned_experts: tuple[tuple[int, ...], ...]) -> Parameters:
-    """ESFT's pack (`tuned.gate`, …) with the base's weights as its first values."""
+    """Returns the first values of ESFT's tuned experts (see `load_tuned`) from a base on devices.
+
+    No tuned experts give no parameters.
+    """
     if not any(tuned_experts):
         return {}
     layers, experts = np.array(places(tuned_experts)).T
@@ -114,73 +191,25 @@ def stack_tuned(parameters: Parameters, tuned_experts: tuple[tuple[int, ...], ..
     }
 
 
-def load_tuned(source: Source, tuned_experts: tuple[tuple[int, ...], ...]) -> dict[str, np.ndarray]:
-    """As `stack_tuned`, float32 on the host, straight from a checkpoint."""
-    rows = {names.tuned_name(row): row for row in names.TABLE if row.per_expert}
-    return {
-        name: np.stack(
-            [
-                source.read(row, layer, slice(expert, expert + 1))[0].astype(np.float32)
-                for layer, expert in places(tuned_experts)
-            ]
-        )
-        for name, row in rows.items()
-    }
+def random_parameters(
+    config: ModelConfig,
+    settings: ModelSettings,
+    seed: int,
+    mesh: Mesh,
+    wanted: Callable[[str], bool],
+) -> Parameters:
+    """Draws the `wanted` parameters (by name) from `seed`, float32, in their shards.
 
-
-def _read_shard(
-    read: Callable[..., np.ndarray], config: ModelConfig, row: names.Row, dtype: np.dtype, index
-) -> np.ndarray:
-    """The part `index` (a tuple of slices of the stacked shape) of one parameter.
-
-    `read` gives a layer's (and of experts, these): as `Source.read` without the row.
+    The mesh changes no value. Neither does the choice of the other parameters.
     """
-    if not row.per_layer:
-        return read(None)[index].astype(dtype)
-    layers = range(*index[0].indices(config.num_layers))
-    experts, rest = ([index[1]], (slice(None), *index[2:])) if row.per_expert else ([], index[1:])
-    out = None
-    for position, layer in enumerate(layers):
-        part = read(layer, *experts)[rest]
-        out = np.empty((len(layers), *part.shape), dtype) if out is None else out
-        out[position] = part
-    return out
+    specs = parameter_specs(config, settings)
+    shardings = sharding.parameter_shardings(
+        {name: spec for name, spec in specs.items() if wanted(name)}, mesh
+    )
 
+    @functools.partial(jax.jit, out_shardings=shardings)
+    def init(key: jax.Array) -> Parameters:
+        drawn = split(Olmoe(config, settings, rngs=nnx.Rngs(params=key)))[1]
+        return {name: drawn[name] for name in shardings}
 
-def from_pretrained(
-    path_or_hub_id: str | Path,
-    mesh=None,
-    *,
-    settings: ModelSettings | None = None,
-    adapter: str | Path | None = None,
-) -> Olmoe:
-    """The model of a Hugging Face checkpoint (or one of ours).
-
-    Args:
-      path_or_hub_id: a directory or a hub id.
-      mesh: from `olmoe_jax.parallel.sharding.make_mesh`; None: one device.
-      settings: how to compute; float32 by default. The parameters are in the compute dtype, the
-        router's in float32.
-      adapter: a PEFT adapter of that model, or the LoRA run that made it; it stays beside the
-        weights, unmerged.
-
-    Raises:
-      UserError: nothing is there, or it is damaged or not an OLMoE model.
-    """
-    source = open_source(str(path_or_hub_id))
-    mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
-    settings = settings or ModelSettings()
-
-    def dtype(name: str) -> DTypeLike:
-        return jnp.float32 if name == ROUTER else settings.compute_dtype
-
-    added = {}
-    if adapter is not None:
-        lora, added = read_adapter(adapter, source.config)
-        settings = dataclasses.replace(settings, lora=lora)
-    shardings = sharding.parameter_shardings(parameter_specs(source.config, settings), mesh)
-    parameters = load_parameters(source, mesh, dtype) | {
-        name: jax.device_put(value.astype(dtype(name)), shardings[name])
-        for name, value in added.items()
-    }
-    return merge(graph_of(source.config, settings), parameters)
+    return init(jax.random.key(seed))

@@ -1,8 +1,9 @@
-"""The one table of weight names: ours on the left, Hugging Face's on the right.
+"""The table of weight names: what this project and what Hugging Face call each weight of OLMoE.
 
-Ours are stacked over layers [L, …] and experts [L, E, …] with matrices as [in, out]; Hugging
-Face's are one tensor per layer and expert with matrices as torch's [out, in]. OLMoE's matrices
-are often square, so a missing transpose is invisible to a shape check: conversion goes by key.
+This project stacks a weight over the layers [L, …] and experts [L, E, …] and keeps matrices as
+[in, out]. Hugging Face stores one tensor for each layer and expert, and matrices as torch's
+[out, in]. Most of OLMoE's matrices are square, so that no shape check sees a missing transpose:
+conversion goes by name.
 """
 
 import dataclasses
@@ -16,116 +17,137 @@ from olmoe_jax.model.tuned import places
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """One kind of weight.
+class Weight:
+    """One kind of weight: all layers' q matrices, say.
 
     Attributes:
-      ours: the parameter's name in `olmoe_jax.model.parameters`.
-      theirs: Hugging Face's name, with {layer} and {expert} where there is one tensor for each.
-      transpose: whether the matrix is stored the other way round there.
-      fused: for expert weights, where transformers 5 keeps all experts of a layer in one tensor:
-        its name; `fused_part` is the slice (0 or 1) of the two stacked in its output dimension.
+      name: the parameter's name in this project.
+      hf_name: the tensors' name in Hugging Face's files. {layer} and {expert} stand in the name
+        of a weight that has one tensor for each.
+      transpose: whether Hugging Face stores the matrix as [out, in].
+      fused_name: the tensor in which transformers 5 can keep all experts of a layer.
+      fused_part: this weight's place (0 or 1) in the fused tensor, where that stacks two weights
+        in the output dimension; None where the tensor holds this weight alone.
     """
 
-    ours: str
-    theirs: str
+    name: str
+    hf_name: str
     transpose: bool = False
-    fused: str | None = None
+    fused_name: str | None = None
     fused_part: int | None = None
 
     @property
     def per_layer(self) -> bool:
-        return "{layer}" in self.theirs
+        """Whether every layer has one; False for the embedding, the last norm and the head."""
+        return "{layer}" in self.hf_name
 
     @property
     def per_expert(self) -> bool:
-        return "{expert}" in self.theirs
+        """Whether every expert of a layer has one."""
+        return "{expert}" in self.hf_name
+
+    def tensor_name(self, layer: int | None, expert: int | None = None) -> str:
+        """Returns the Hugging Face name of one tensor."""
+        return self.hf_name.format(layer=layer, expert=expert)
 
 
 _LAYER = "model.layers.{layer}."
 _EXPERTS = _LAYER + "mlp.experts."
 TABLE = (
-    Row("embed", "model.embed_tokens.weight"),
+    Weight("embed", "model.embed_tokens.weight"),
     *(
-        Row(f"layers.attention.{ours}", f"{_LAYER}self_attn.{ours}_proj.weight", transpose=True)
-        for ours in "qkvo"
+        Weight(f"layers.attention.{name}", f"{_LAYER}self_attn.{name}_proj.weight", transpose=True)
+        for name in "qkvo"
     ),
-    Row("layers.attention.q_norm", _LAYER + "self_attn.q_norm.weight"),
-    Row("layers.attention.k_norm", _LAYER + "self_attn.k_norm.weight"),
-    Row("layers.moe.router", _LAYER + "mlp.gate.weight", transpose=True),
+    Weight("layers.attention.q_norm", _LAYER + "self_attn.q_norm.weight"),
+    Weight("layers.attention.k_norm", _LAYER + "self_attn.k_norm.weight"),
+    Weight("layers.moe.router", _LAYER + "mlp.gate.weight", transpose=True),
     *(
-        Row(
-            f"layers.moe.experts.{ours}",
-            f"{_EXPERTS}{{expert}}.{ours}_proj.weight",
-            True,
-            _EXPERTS + ("down_proj" if part is None else "gate_up_proj"),
-            part,
+        Weight(
+            f"layers.moe.experts.{name}",
+            f"{_EXPERTS}{{expert}}.{name}_proj.weight",
+            transpose=True,
+            fused_name=_EXPERTS + fused_name,
+            fused_part=part,
         )
-        for ours, part in (("gate", 0), ("up", 1), ("down", None))
+        for name, fused_name, part in (
+            ("gate", "gate_up_proj", 0),
+            ("up", "gate_up_proj", 1),
+            ("down", "down_proj", None),
+        )
     ),
-    Row("layers.attention_norm", _LAYER + "input_layernorm.weight"),
-    Row("layers.moe_norm", _LAYER + "post_attention_layernorm.weight"),
-    Row("norm", "model.norm.weight"),
-    Row("lm_head", "lm_head.weight"),
+    Weight("layers.attention_norm", _LAYER + "input_layernorm.weight"),
+    Weight("layers.moe_norm", _LAYER + "post_attention_layernorm.weight"),
+    Weight("norm", "model.norm.weight"),
+    Weight("lm_head", "lm_head.weight"),
 )
 
 
-def rows(config: ModelConfig) -> tuple[Row, ...]:
-    """The table's rows that a model of this architecture has."""
-    return tuple(row for row in TABLE if row.ours != "lm_head" or not config.tie_word_embeddings)
+def weights(config: ModelConfig) -> tuple[Weight, ...]:
+    """Returns the weights that a model of this architecture has."""
+    # The logits of a model with tied embeddings come from the embedding.
+    return tuple(w for w in TABLE if w.name != "lm_head" or not config.tie_word_embeddings)
 
 
-def layer_indices(row: Row, config: ModelConfig) -> list[int | None]:
-    """The layers a row stands for; [None] for a weight outside the layers."""
-    return list(range(config.num_layers)) if row.per_layer else [None]
+def layer_indices(weight: Weight, config: ModelConfig) -> list[int | None]:
+    """Returns the layers that have the weight; [None] for a weight outside the layers."""
+    return list(range(config.num_layers)) if weight.per_layer else [None]
 
 
-def layer_shape(row: Row, config: ModelConfig) -> tuple[int, ...]:
-    """Our shape of one layer's weight (of the whole weight, outside the layers)."""
-    shape = parameter_specs(config)[row.ours].shape
-    return shape[1:] if row.per_layer else shape
+def layer_shape(weight: Weight, config: ModelConfig) -> tuple[int, ...]:
+    """Returns the shape of one layer's weight; outside the layers, of the whole weight."""
+    shape = parameter_specs(config)[weight.name].shape
+    return shape[1:] if weight.per_layer else shape
 
 
-def hf_shape(row: Row, config: ModelConfig) -> tuple[int, ...]:
-    """The shape of one Hugging Face tensor of this row (per expert where there are experts)."""
-    shape = layer_shape(row, config)
-    if row.per_expert:
+def hf_shape(weight: Weight, config: ModelConfig) -> tuple[int, ...]:
+    """Returns the shape of one Hugging Face tensor of the weight."""
+    shape = layer_shape(weight, config)
+    if weight.per_expert:
         shape = shape[1:]
-    return shape[::-1] if row.transpose else shape
+    return shape[::-1] if weight.transpose else shape
 
 
-def to_hf(row: Row, layer: int | None, value: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """Splits one layer's weight, in our layout, into Hugging Face tensors (views)."""
-    if not row.per_expert:
-        yield row.theirs.format(layer=layer), value.T if row.transpose else value
-        return
-    for expert, matrix in enumerate(value):
-        yield row.theirs.format(layer=layer, expert=expert), matrix.T
+def tensor_names(weight: Weight, layer: int | None, config: ModelConfig) -> list[str]:
+    """Returns the names of one layer's tensors: one name, or one for each expert."""
+    experts = range(config.num_experts) if weight.per_expert else [None]
+    return [weight.tensor_name(layer, expert) for expert in experts]
+
+
+def to_hf(weight: Weight, layer: int | None, value: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields Hugging Face's names and tensors (views) of one layer's weight."""
+    for expert, matrix in enumerate(value) if weight.per_expert else [(None, value)]:
+        yield weight.tensor_name(layer, expert), matrix.T if weight.transpose else matrix
 
 
 def all_to_hf(
     parameters: dict[str, np.ndarray], config: ModelConfig
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Hugging Face names and tensors (views) of a flat dict, which may lack parameters."""
-    for row in rows(config):
-        if row.ours in parameters:
-            value = parameters[row.ours]
-            for layer in layer_indices(row, config):
-                yield from to_hf(row, layer, value if layer is None else value[layer])
+    """Yields Hugging Face's names and tensors (views) of a model's parameters, or of some."""
+    for weight in weights(config):
+        if weight.name in parameters:
+            stacked = parameters[weight.name]
+            for layer in layer_indices(weight, config):
+                yield from to_hf(weight, layer, stacked if layer is None else stacked[layer])
+
+
+def tuned_name(weight: Weight) -> str:
+    """Returns the parameter that holds ESFT's tuned experts of an expert weight."""
+    return f"tuned.{weight.name.rsplit('.', 1)[-1]}"
 
 
 def tuned_to_hf(
     parameters: dict[str, np.ndarray], tuned_experts: tuple[tuple[int, ...], ...]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Hugging Face names and tensors (views) of ESFT's pack (`tuned.gate` [N, D, F], …)."""
-    for row in TABLE:
-        if row.per_expert and (name := tuned_name(row)) in parameters:
-            for (layer, expert), matrix in zip(
-                places(tuned_experts), parameters[name], strict=True
-            ):
-                yield row.theirs.format(layer=layer, expert=expert), matrix.T
+    """Yields Hugging Face's names and tensors (views) of ESFT's tuned experts (`tuned_name`).
 
-
-def tuned_name(row: Row) -> str:
-    """The pack's parameter that holds a row's selected experts."""
-    return f"tuned.{row.ours.rsplit('.', 1)[-1]}"
+    Args:
+      parameters: `tuned.gate`, `tuned.up` [N, D, F] and `tuned.down` [N, F, D], N experts of all
+        layers one after the other; other parameters are left out.
+      tuned_experts: the ids of each layer's tuned experts.
+    """
+    for weight in TABLE:
+        if weight.per_expert and tuned_name(weight) in parameters:
+            stacked = parameters[tuned_name(weight)]
+            for (layer, expert), matrix in zip(places(tuned_experts), stacked, strict=True):
+                yield weight.tensor_name(layer, expert), matrix.T

@@ -1,36 +1,65 @@
-"""Opening checkpoints of any kind, those of training runs included."""
+"""Opening checkpoints of any kind: Hugging Face's, converted ones, and those of training runs.
+
+A training run's checkpoint holds what the run trained. The frozen rest comes from the run's base,
+which is a checkpoint of any kind again: `open_source` and `RunCheckpoint` call each other.
+"""
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from olmoe_jax.checkpoints import directory, names, peft
+from olmoe_jax.checkpoints import directory, names
 from olmoe_jax.checkpoints.expert_config import read_expert_config
 from olmoe_jax.checkpoints.huggingface import HFCheckpoint
-from olmoe_jax.checkpoints.source import (
-    MODEL_DIRECTORY,
-    PARAMETERS,
-    ConvertedCheckpoint,
-    OrbaxArrays,
-    Source,
-    checked,
-    read_model_config,
-)
+from olmoe_jax.checkpoints.merging import merged
+from olmoe_jax.checkpoints.names import Weight
+from olmoe_jax.checkpoints.orbax import PARAMETERS, ConvertedCheckpoint, OrbaxArrays
+from olmoe_jax.checkpoints.overrides import with_experts
+from olmoe_jax.checkpoints.peft import adapted, parameter_names
+from olmoe_jax.checkpoints.source import MODEL_DIRECTORY, Source, read_model_config
 from olmoe_jax.errors import UserError
-from olmoe_jax.model.config import ModelSettings
+from olmoe_jax.model.config import LoraSettings, ModelSettings
 from olmoe_jax.model.decoder import parameter_specs
-from olmoe_jax.model.lora import LoraSettings
 from olmoe_jax.model.tuned import places
 
+if TYPE_CHECKING:
+    from tensorstore import TensorStore
+
 CHECKPOINTS = "checkpoints"
+"""In a run's directory: the folder with an Orbax checkpoint for each saved step."""
 EXPERTS = "experts.json"
-"""In an ESFT run's directory: what it trains."""
+"""In an ESFT run's directory: the expert config with the experts that the run trains."""
+
+
+def open_source(path_or_hub_id: str, step: int | None = None) -> Source:
+    """Opens a checkpoint; what the directory holds tells its kind.
+
+    Args:
+      path_or_hub_id: a directory, or a Hugging Face hub id.
+      step: of a training run: which checkpoint; None: the latest.
+
+    Raises:
+      UserError: the checkpoint is missing, incomplete, or of another architecture.
+    """
+    path = directory.resolve(path_or_hub_id)
+    if (path / PARAMETERS).is_dir():
+        return ConvertedCheckpoint(path)
+    if (path / CHECKPOINTS).is_dir():
+        return RunCheckpoint(path, step)
+    return HFCheckpoint(path)
 
 
 class RunCheckpoint:
-    """The weights of a training run's checkpoint: what it trained, the rest from its base."""
+    """The `Source` of a training run's checkpoint: adapters merged, tuned experts in place.
+
+    Attributes:
+      path: the run's directory.
+      step: the checkpoint's step.
+      lora: the run's adapters, or None.
+      experts: an ESFT run's expert config, or None.
+    """
 
     def __init__(self, path: Path, step: int | None = None):
         self.path, self.files = path, path / MODEL_DIRECTORY
@@ -39,19 +68,19 @@ class RunCheckpoint:
         item = path / CHECKPOINTS / str(self.step) / "state"
         if not item.is_dir():
             raise UserError(f"{path}: no checkpoint of step {self.step}; there are {steps(path)}")
-        saved = directory.read_json(item / "_METADATA")["tree_metadata"].values()
-        keys = [tuple(entry["key"] for entry in leaf["key_metadata"]) for leaf in saved]
         self.lora = LoraSettings.of_method(self._run_config["method"])
         file = path / EXPERTS
         self.experts = read_expert_config(file, self.config) if file.exists() else None
-        chosen = self.experts and self.experts.experts
-        settings = ModelSettings(lora=self.lora, tuned_experts=chosen)
+        self._tuned = places(self.experts.experts) if self.experts else []
+        tuned_experts = self.experts.experts if self.experts else None
+        settings = ModelSettings(lora=self.lora, tuned_experts=tuned_experts)
         self._specs = parameter_specs(self.config, settings)
-        self._group = {key[-1]: key[0] for key in keys if key[0] in ("parameters", "frozen")}
         self._arrays = OrbaxArrays(item)
+        self._stored = _stored_parameters(item)
 
     @functools.cached_property
     def _run_config(self) -> dict[str, Any]:
+        """The run's configuration, which says what the run trains and on which base."""
         return directory.read_json(self.path / "config.json")
 
     @property
@@ -63,80 +92,86 @@ class RunCheckpoint:
     def _base(self) -> Source:
         return open_source(self.base)
 
-    def dtype(self, row: names.Row) -> np.dtype:
-        if row.ours not in self._group:
-            return self._base.dtype(row)
-        return self._array(row.ours).dtype.numpy_dtype
+    def dtype(self, weight: Weight) -> np.dtype:
+        if weight.name not in self._stored:
+            return self._base.dtype(weight)
+        return self._array(weight.name).dtype.numpy_dtype
 
-    def read(self, row: names.Row, layer: int | None, experts: slice = slice(None)) -> np.ndarray:
-        weight = self._base_weight(row, layer, experts)
-        if self.experts and row.per_expert:
-            return self._with_tuned(weight, row, layer, experts)
-        if not self.lora or peft.target_of(row) not in self.lora.targets:
-            return weight
-        a, b = (self._array(peft.parameter_name(row, part))[layer] for part in "ab")
-        if row.per_expert:
-            a, b = a[experts], b[experts]
-        return peft.merged(weight, a.read().result(), b.read().result(), self.lora)
+    def read(self, weight: Weight, layer: int | None, experts: slice = slice(None)) -> np.ndarray:
+        value = self._read_stored_or_base(weight, layer, experts)
+        if self.lora and weight in adapted(self.lora):
+            a, b = (self._array(name)[layer] for name in parameter_names(weight))
+            if weight.per_expert:
+                a, b = a[experts], b[experts]
+            return merged(value, a.read().result(), b.read().result(), self.lora)
+        if self._tuned and weight.per_expert:
+            return with_experts(value, self._read_tuned(weight, layer, experts))
+        return value
 
-    def _with_tuned(self, weight, row: names.Row, layer: int, experts: slice) -> np.ndarray:
-        wanted = range(*experts.indices(self.config.num_experts))
-        pack = self._array(names.tuned_name(row))
-        for place, (at_layer, expert) in enumerate(places(self.experts.experts)):
-            if at_layer == layer and expert in wanted:
-                # float32 holds both; what is exported is rounded once.
-                weight = weight.astype(np.float32)
-                weight[wanted.index(expert)] = pack[place].read().result()
-        return weight
-
-    def _base_weight(self, row: names.Row, layer: int | None, experts: slice) -> np.ndarray:
-        if row.ours not in self._group:
-            return self._base.read(row, layer, *([experts] if row.per_expert else []))
-        array = self._array(row.ours)
+    def _read_stored_or_base(self, weight: Weight, layer: int | None, experts: slice) -> np.ndarray:
+        """Reads a weight without its adapter, and without the experts that were tuned."""
+        if weight.name not in self._stored:
+            return self._base.read(weight, layer, experts)
+        array = self._array(weight.name)
         if layer is not None:
             array = array[layer]
-        return (array[experts] if row.per_expert else array).read().result()
+        return (array[experts] if weight.per_expert else array).read().result()
+
+    def _read_tuned(
+        self, weight: Weight, layer: int | None, experts: slice
+    ) -> dict[int, np.ndarray]:
+        """Reads the tuned ones among a layer's wanted experts: {position in `experts`: matrix}."""
+        array = self._array(names.tuned_name(weight))
+        wanted = range(*experts.indices(self.config.num_experts))
+        return {
+            wanted.index(expert): array[place].read().result()
+            for place, (at_layer, expert) in enumerate(self._tuned)
+            if at_layer == layer and expert in wanted
+        }
 
     def trained(self) -> dict[str, np.ndarray]:
-        """Everything that the run trained, by parameter name: for adapters, which are small."""
-        names_ = [name for name, group in self._group.items() if group == "parameters"]
-        return {name: self._array(name).read().result() for name in names_}
+        """Reads all trained parameters, by name. Meant for adapters, which are small."""
+        return {
+            name: self._array(name).read().result()
+            for name, path in self._stored.items()
+            if path.startswith("parameters.")
+        }
 
     def export_dtype(self) -> str | None:
         config = directory.read_json(self.files / "config.json")
         return config.get("dtype") or config.get("torch_dtype") or "float32"
 
-    def _array(self, name: str):
-        return checked(self._arrays[f"{self._group[name]}.{name}"], self._specs[name].shape, name)
+    def _array(self, name: str) -> "TensorStore":
+        return self._arrays.open(self._stored[name], self._specs[name].shape)
+
+
+def _stored_parameters(item: Path) -> dict[str, str]:
+    """Returns {parameter name: its path} in a checkpoint: `parameters.NAME` or `frozen.NAME`.
+
+    The rest of the checkpoint is the optimizer's state.
+    """
+    stored = {}
+    for leaf in directory.read_json(item / "_METADATA")["tree_metadata"].values():
+        group, name = (leaf["key_metadata"][position]["key"] for position in (0, -1))
+        if group in ("parameters", "frozen"):
+            # Runs of the first version call the tuned experts "selected".
+            stored[name.replace("selected.", "tuned.")] = f"{group}.{name}"
+    return stored
 
 
 def steps(run: Path) -> list[int]:
-    """The steps of a run's committed checkpoints, ascending."""
+    """Returns the steps of a run's committed checkpoints, ascending."""
     found = (run / CHECKPOINTS).glob("*/state") if (run / CHECKPOINTS).is_dir() else []
     return sorted(int(item.parent.name) for item in found if item.parent.name.isdigit())
 
 
 def latest_step(run: Path) -> int:
-    """The newest checkpoint's step.
+    """Returns the newest checkpoint's step.
 
     Raises:
-      UserError: the run has none yet.
+      UserError: the run has no checkpoint yet.
     """
     found = steps(run)
     if not found:
         raise UserError(f"{run}: holds no checkpoint yet; wait for the first or train longer")
     return found[-1]
-
-
-def open_source(path_or_hub_id: str, step: int | None = None) -> Source:
-    """Opens a checkpoint of any kind, told apart by what the directory holds.
-
-    Raises:
-      UserError: it is missing, incomplete, or of another architecture.
-    """
-    path = directory.resolve(path_or_hub_id)
-    if (path / PARAMETERS).is_dir():
-        return ConvertedCheckpoint(path)
-    if (path / CHECKPOINTS).is_dir():
-        return RunCheckpoint(path, step)
-    return HFCheckpoint(path)

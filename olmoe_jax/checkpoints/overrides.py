@@ -1,7 +1,7 @@
-"""A directory of trained tensors only (ESFT): some of a checkpoint's tensors, to put over a base.
+"""ESFT's exports without the base: the trained tensors, to put in the place of a base's.
 
-`trained.safetensors` holds them under Hugging Face's names and layout, `expert_config.json` says
-which experts they are.
+`trained.safetensors` holds the tensors under Hugging Face's names and in its layout.
+`expert_config.json` says which experts they are.
 """
 
 from collections.abc import Iterable
@@ -11,23 +11,24 @@ import numpy as np
 
 from olmoe_jax.checkpoints import directory, names, safetensors_file
 from olmoe_jax.checkpoints.expert_config import ExpertConfig
+from olmoe_jax.checkpoints.names import Weight
 from olmoe_jax.checkpoints.source import Source
 from olmoe_jax.errors import UserError
 
-WEIGHTS = "trained.safetensors"
-CONFIG = "expert_config.json"
+WEIGHTS_FILE = "trained.safetensors"
+CONFIG_FILE = "expert_config.json"
 
 
 def write_overrides(
     output: Path, tensors: Iterable[tuple[str, np.ndarray]], experts: ExpertConfig
 ) -> None:
-    """Writes trained tensors (Hugging Face names) into an existing directory."""
-    safetensors_file.save(output / WEIGHTS, dict(tensors))
-    directory.write_json(output / CONFIG, experts.to_json())
+    """Writes trained tensors (by Hugging Face's names) into an existing directory."""
+    safetensors_file.save(output / WEIGHTS_FILE, dict(tensors))
+    directory.write_json(output / CONFIG_FILE, experts.to_json())
 
 
 class OverriddenSource:
-    """A base with the trained tensors of a directory in the place of its own.
+    """The `Source` of a base in which a directory's trained tensors replace the base's.
 
     Raises:
       UserError: a tensor is not one of this model's, or has another shape.
@@ -35,37 +36,48 @@ class OverriddenSource:
 
     def __init__(self, base: Source, path: Path):
         self.config, self.files, self._base = base.config, base.files, base
-        self._tensors = safetensors_file.read_header(path / WEIGHTS)
-        self._places = {}
-        for row in names.rows(self.config):
-            for layer in names.layer_indices(row, self.config):
-                for expert in range(self.config.num_experts) if row.per_expert else [None]:
-                    self._places[row.theirs.format(layer=layer, expert=expert)] = row
+        file = path / WEIGHTS_FILE
+        self._tensors = safetensors_file.read_header(file)
+        shapes = {
+            name: names.hf_shape(weight, self.config)
+            for weight in names.weights(self.config)
+            for layer in names.layer_indices(weight, self.config)
+            for name in names.tensor_names(weight, layer, self.config)
+        }
         for name, tensor in self._tensors.items():
-            expected = name in self._places and names.hf_shape(self._places[name], self.config)
-            if tensor.shape != expected:
+            if tensor.shape != shapes.get(name):
                 raise UserError(
-                    f"{path / WEIGHTS}: tensor {name} {list(tensor.shape)} is not one of this "
-                    "base's; is it of another model?"
+                    f"{file}: tensor {name} {list(tensor.shape)} is not one of this base's; is it "
+                    "of another model?"
                 )
 
-    def dtype(self, row: names.Row) -> np.dtype:
-        return self._base.dtype(row)
+    def dtype(self, weight: Weight) -> np.dtype:
+        return self._base.dtype(weight)
 
     def export_dtype(self) -> str | None:
         return self._base.export_dtype()
 
-    def read(self, row: names.Row, layer: int | None, experts: slice = slice(None)) -> np.ndarray:
-        if not row.per_expert:
-            stored = self._tensors.get(row.theirs.format(layer=layer))
-            if stored is None:
-                return self._base.read(row, layer)
-            return stored.read().T if row.transpose else stored.read()
-        weight = self._base.read(row, layer, experts)
-        for position, expert in enumerate(range(*experts.indices(self.config.num_experts))):
-            stored = self._tensors.get(row.theirs.format(layer=layer, expert=expert))
-            if stored is not None:
-                # float32 holds both; what is exported is rounded once.
-                weight = weight.astype(np.float32)
-                weight[position] = stored.read().T
-        return weight
+    def read(self, weight: Weight, layer: int | None, experts: slice = slice(None)) -> np.ndarray:
+        if not weight.per_expert:
+            tensor = self._tensors.get(weight.tensor_name(layer))
+            if tensor is None:
+                return self._base.read(weight, layer)
+            return tensor.read().T if weight.transpose else tensor.read()
+        value = self._base.read(weight, layer, experts)
+        trained = {
+            position: self._tensors[name].read().T
+            for position, expert in enumerate(range(*experts.indices(self.config.num_experts)))
+            if (name := weight.tensor_name(layer, expert)) in self._tensors
+        }
+        return with_experts(value, trained)
+
+
+def with_experts(value: np.ndarray, trained: dict[int, np.ndarray]) -> np.ndarray:
+    """Returns experts' matrices [n, in, out] with the trained ones, by position, in their place."""
+    if not trained:
+        return value
+    # float32 holds the base's and the trained values; an export rounds once.
+    value = value.astype(np.float32)
+    for position, matrix in trained.items():
+        value[position] = matrix
+    return value

@@ -1,28 +1,33 @@
-"""PEFT adapter directories: read into our parameters, written for other people's software.
+"""PEFT's LoRA adapters: directories read into this project's parameters, and written.
 
-The per-expert layout (`…mlp.experts.E.gate_proj.lora_A.weight`) is what PEFT loads onto
-transformers' OLMoE and what vLLM and SGLang serve. Tensors are [R, in] and [out, R], as in torch.
+An adapter is written with tensors for each expert
+(`…mlp.experts.E.gate_proj.lora_A.weight`, A [R, in] and B [out, R]): PEFT loads that layout onto
+transformers' OLMoE, and vLLM and SGLang serve it. Reading also accepts PEFT's layout for fused
+experts (`olmoe_jax.checkpoints.peft_fused`).
+
+R is the rank; the other letters are those of `olmoe_jax.checkpoints.names`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from olmoe_jax.checkpoints import directory, names, peft_fused, safetensors_file
-from olmoe_jax.checkpoints.source import Source
+from olmoe_jax.checkpoints.names import Weight
+from olmoe_jax.checkpoints.peft_fused import LoadedTensor
+from olmoe_jax.checkpoints.safetensors_file import StoredTensor
 from olmoe_jax.errors import UserError
-from olmoe_jax.model.config import ModelConfig
-from olmoe_jax.model.lora import TARGETS, LoraSettings
+from olmoe_jax.model.config import TARGETS, LoraSettings, ModelConfig
 from olmoe_jax.model.parameters import ROUTER
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-EXPORTED = "adapter"
-"""Where a LoRA run exports its adapter."""
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
 ROUTER_FILE = "router.safetensors"
-"""Beside the adapter, when the router trained at full rank: `model.layers.N.mlp.gate.weight`."""
+"""Beside an adapter whose router trained at full rank: `model.layers.N.mlp.gate.weight`."""
+EXPORTED = "adapter"
+"""In a LoRA run's directory: the folder with the exported adapter."""
 
 _UNSUPPORTED = (
     "use_dora",
@@ -41,62 +46,57 @@ _UNSUPPORTED = (
 
 _PREFIX = "base_model.model."
 _PARTS = {"a": "lora_A", "b": "lora_B"}
-_ROUTER_ROW = next(row for row in names.TABLE if row.ours == ROUTER)
+_Tensors = Mapping[str, StoredTensor | LoadedTensor]
+_ROUTER = next(weight for weight in names.TABLE if weight.name == ROUTER)
 
 
-def target_of(row: names.Row) -> str | None:
-    """The LoRA target that adapts this weight, or None."""
-    last = row.ours.rsplit(".", 1)[-1]
-    return last if last in TARGETS and row.per_layer else None
+def adapted(settings: LoraSettings) -> list[Weight]:
+    """Returns the weights that an adapter with these settings changes."""
+    return [
+        weight
+        for weight in names.TABLE
+        if weight.per_layer and weight.name.rsplit(".", 1)[-1] in settings.targets
+    ]
 
 
-def parameter_name(row: names.Row, part: str) -> str:
-    """Our name of an adapter's part ("a" or "b"): layers.attention.lora.q_a, …"""
-    module, last = row.ours.rsplit(".", 1)
-    return f"{module}.lora.{last}_{part}"
-
-
-def rows_of(settings: LoraSettings) -> list[names.Row]:
-    """The weights that these settings adapt."""
-    return [row for row in names.TABLE if target_of(row) in settings.targets]
+def parameter_names(weight: Weight) -> tuple[str, str]:
+    """Returns the parameters that hold a weight's A and B: layers.attention.lora.q_a and q_b."""
+    module, target = weight.name.rsplit(".", 1)
+    return f"{module}.lora.{target}_a", f"{module}.lora.{target}_b"
 
 
 def to_peft(
-    parameters: dict[str, np.ndarray], settings: LoraSettings
+    parameters: Mapping[str, np.ndarray], settings: LoraSettings
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """PEFT's names and tensors (views) of our adapter parameters."""
-    for row in rows_of(settings):
-        for part in _PARTS:
-            stacked = parameters[parameter_name(row, part)]
-            for layer, value in enumerate(stacked):
-                for expert, matrix in enumerate(value) if row.per_expert else [(None, value)]:
-                    yield _tensor_name(row, part, layer, expert), matrix.T
+    """Yields PEFT's names and tensors (views) of the adapter parameters."""
+    for weight in adapted(settings):
+        for part, name in zip(_PARTS, parameter_names(weight), strict=True):
+            for layer, value in enumerate(parameters[name]):
+                for expert, matrix in enumerate(value) if weight.per_expert else [(None, value)]:
+                    yield _tensor_name(weight, part, layer, expert), matrix.T
 
 
-def _tensor_name(row: names.Row, part: str, layer: int, expert: int | None) -> str:
-    name = row.theirs.format(layer=layer, expert=expert).removesuffix(".weight")
-    return f"{_PREFIX}{name}.{_PARTS[part]}.weight"
+def _tensor_name(weight: Weight, part: str, layer: int, expert: int | None) -> str:
+    module = weight.tensor_name(layer, expert).removesuffix(".weight")
+    return f"{_PREFIX}{module}.{_PARTS[part]}.weight"
 
 
 def write_adapter(
-    output: Path,
-    parameters: dict[str, np.ndarray],
-    settings: LoraSettings,
-    base: str,
+    output: Path, parameters: Mapping[str, np.ndarray], settings: LoraSettings, base: str
 ) -> None:
     """Writes an adapter into an existing directory.
 
     Args:
-      parameters: the adapters, any float dtype, stored as float32; and the router [L, D, E] when
-        it trained at full rank, stored in a file of its own.
+      output: the directory.
+      parameters: the adapters' parameters, in any float dtype; stored as float32. And the router
+        [L, D, E] when it trained at full rank; stored in a file of its own.
       settings: the adapters' size and scale.
       base: the hub id or path of the base model, for adapter_config.json.
     """
     tensors = {name: value.astype(np.float32) for name, value in to_peft(parameters, settings)}
-    safetensors_file.save(output / WEIGHTS, tensors)
+    safetensors_file.save(output / WEIGHTS_FILE, tensors)
     if ROUTER in parameters:
-        stacked = parameters[ROUTER]
-        layers = {_ROUTER_ROW.theirs.format(layer=i): w.T for i, w in enumerate(stacked)}
+        layers = {_ROUTER.tensor_name(i): value.T for i, value in enumerate(parameters[ROUTER])}
         safetensors_file.save(output / ROUTER_FILE, layers)
     config = {
         "peft_type": "LORA",
@@ -115,22 +115,25 @@ def write_adapter(
         "init_lora_weights": True,
         "modules_to_save": None,
     }
-    directory.write_json(output / CONFIG, config)
+    directory.write_json(output / CONFIG_FILE, config)
 
 
 def adapter_directory(path_or_hub_id: str) -> Path:
-    """Where the files of an adapter are: a PEFT adapter's directory, or in a LoRA run's.
+    """Finds the directory with an adapter's files.
+
+    Args:
+      path_or_hub_id: a PEFT adapter's directory or hub id, or a LoRA run's directory.
 
     Raises:
-      UserError: there are none.
+      UserError: it holds no adapter.
     """
     path = directory.resolve(path_or_hub_id)
-    if (path / EXPORTED / CONFIG).exists():
+    if (path / EXPORTED / CONFIG_FILE).exists():
         return path / EXPORTED
-    if not (path / CONFIG).exists():
+    if not (path / CONFIG_FILE).exists():
         raise UserError(
-            f"{path_or_hub_id}: holds no {CONFIG}; write a PEFT adapter's directory, or a LoRA "
-            "run's that has ended"
+            f"{path_or_hub_id}: holds no {CONFIG_FILE}; write the directory of a PEFT adapter, or "
+            "of a LoRA run that has ended"
         )
     return path
 
@@ -141,82 +144,95 @@ def read_adapter(
     """Reads an adapter of a model with this architecture.
 
     Args:
-      path_or_hub_id: a PEFT adapter's directory or hub id, or the LoRA run that exported one.
+      path_or_hub_id: as for `adapter_directory`.
       config: the base model's architecture.
 
     Returns:
-      The adapter's settings, and its parameters by our names, float32, stacked over layers and
-      experts. A router that trained beside the adapter is among them, under its own name.
+      The adapter's settings, and its parameters by this project's names, float32, stacked over
+      layers and experts. A router that trained beside the adapter is among them, under its own
+      name.
 
     Raises:
       UserError: there is no adapter, it is another model's, or it uses features of PEFT that
         compute something else than W + scale * A B.
     """
     path = adapter_directory(str(path_or_hub_id))
-    file = path / CONFIG
-    adapter_config = directory.read_json(file)
-    settings = _read_settings(adapter_config, file)
-    tensors = safetensors_file.read_header(path / WEIGHTS)
-    if peft_fused.is_fused(tensors):
-        settings, tensors = peft_fused.per_expert(
-            tensors, settings, adapter_config, config, path / WEIGHTS
-        )
+    adapter_config = directory.read_json(path / CONFIG_FILE)
+    settings = _read_settings(adapter_config, path / CONFIG_FILE)
+    file = path / WEIGHTS_FILE
+    stored = safetensors_file.read_header(file)
+    tensors: _Tensors = stored
+    if peft_fused.is_fused(stored):
+        settings, tensors = peft_fused.per_expert(stored, settings, adapter_config, config, file)
+    # target_modules may be a pattern, and may name modules that OLMoE has not: the tensors tell
+    # what is adapted.
     targets = tuple(
-        target
-        for target in settings.targets
-        if any(f".{target}_proj.lora_A." in name for name in tensors)
+        target for target in TARGETS if any(f".{target}_proj.lora_A." in name for name in tensors)
     )
     if not targets:
-        raise UserError(f"{path / WEIGHTS}: no tensor of {', '.join(TARGETS)} projections")
+        raise UserError(f"{file}: no tensor of {', '.join(TARGETS)} projections")
     settings = LoraSettings(settings.rank, settings.alpha, 0.0, targets, settings.rslora)
-    shapes = {
-        (row, part): _shape(row, part, config, settings)
-        for row in rows_of(settings)
-        for part in _PARTS
-    }
-    parameters, used = {}, set()
-    for (row, part), shape in shapes.items():
-        stacked = np.empty(shape, np.float32)
-        for index in np.ndindex(shape[:-2]):
-            name = _tensor_name(row, part, index[0], index[1] if row.per_expert else None)
-            stacked[index] = _read(tensors, name, shape[:-3:-1], path).T
-            used.add(name)
-        parameters[parameter_name(row, part)] = stacked
-    if unknown := tensors.keys() - used:
-        raise UserError(f"{path / WEIGHTS}: unexpected tensor {min(unknown)}")
+    parameters = _stack(tensors, settings, config, file)
     if (path / ROUTER_FILE).exists():
         parameters[ROUTER] = _read_router(path / ROUTER_FILE, config)
     return settings, parameters
 
 
+def _stack(
+    tensors: _Tensors,
+    settings: LoraSettings,
+    config: ModelConfig,
+    file: Path,
+) -> dict[str, np.ndarray]:
+    """Reads A [L, …, in, R] and B [L, …, R, out] of every adapted weight, float32.
+
+    Raises:
+      UserError: a tensor is missing, unexpected or of another shape.
+    """
+    parameters, used = {}, set()
+    for weight in adapted(settings):
+        *experts, width, out = names.layer_shape(weight, config)
+        matrices = {"a": (width, settings.rank), "b": (settings.rank, out)}
+        for part, parameter in zip(_PARTS, parameter_names(weight), strict=True):
+            stacked = np.empty((config.num_layers, *experts, *matrices[part]), np.float32)
+            for layer, *expert in np.ndindex(config.num_layers, *experts):
+                name = _tensor_name(weight, part, layer, *(expert or [None]))
+                stacked[layer, *expert] = _read(tensors, name, matrices[part][::-1], file).T
+                used.add(name)
+            parameters[parameter] = stacked
+    if unknown := tensors.keys() - used:
+        raise UserError(f"{file}: unexpected tensor {min(unknown)}")
+    return parameters
+
+
 def _read_router(file: Path, config: ModelConfig) -> np.ndarray:
-    """Returns the router that trained beside an adapter, [L, D, E] float32."""
-    tensors, shape = safetensors_file.read_header(file), names.hf_shape(_ROUTER_ROW, config)
-    layers = (
-        _read(tensors, _ROUTER_ROW.theirs.format(layer=layer), shape, file).T
+    """Reads the router that trained beside an adapter, [L, D, E] float32."""
+    tensors, shape = safetensors_file.read_header(file), names.hf_shape(_ROUTER, config)
+    layers = [
+        _read(tensors, _ROUTER.tensor_name(layer), shape, file).T
         for layer in range(config.num_layers)
-    )
-    return np.stack(list(layers))
+    ]
+    return np.stack(layers)
 
 
-def _read(tensors, name: str, shape: tuple[int, ...], path: Path) -> np.ndarray:
+def _read(
+    tensors: _Tensors,
+    name: str,
+    shape: tuple[int, ...],
+    file: Path,
+) -> np.ndarray:
     if name not in tensors:
-        raise UserError(f"{path}: tensor {name} is missing; is this an adapter of another model?")
+        raise UserError(f"{file}: tensor {name} is missing; is this an adapter of another model?")
     if tensors[name].shape != shape:
         raise UserError(
-            f"{path}: tensor {name} has shape {list(tensors[name].shape)}, but this model and "
+            f"{file}: tensor {name} has shape {list(tensors[name].shape)}, but this model and "
             f"rank need {list(shape)}"
         )
     return tensors[name].read().astype(np.float32)
 
 
-def _shape(row: names.Row, part: str, config: ModelConfig, settings: LoraSettings):
-    *outer, width, out = names.layer_shape(row, config)
-    matrix = (width, settings.rank) if part == "a" else (settings.rank, out)
-    return (config.num_layers, *outer, *matrix)
-
-
 def _read_settings(config: dict[str, Any], file: Path) -> LoraSettings:
+    """Returns rank and scale from adapter_config.json, and refuses what is not plain LoRA."""
     if config.get("peft_type") != "LORA":
         raise UserError(
             f"{file}: not a LoRA adapter (peft_type {config.get('peft_type')!r}); write another "
@@ -240,45 +256,3 @@ def _read_settings(config: dict[str, Any], file: Path) -> LoraSettings:
     return LoraSettings(
         config["r"], config["lora_alpha"], rslora=bool(config.get("use_rslora", False))
     )
-
-
-def merged(weight: np.ndarray, a: np.ndarray, b: np.ndarray, settings: LoraSettings) -> np.ndarray:
-    """W + scale * A B in float32, of one matrix or of a stack of experts' matrices."""
-    a, b = a.astype(np.float32), b.astype(np.float32)
-    return weight.astype(np.float32) + np.float32(settings.scale) * (a @ b)
-
-
-class MergedSource:
-    """A base with an adapter merged into it, layer by layer: W + scale * A B in float32.
-
-    Args:
-      base: the weights that the adapter was trained on.
-      path: the adapter's directory; its router.safetensors, where there is one, replaces the
-        base's router.
-      dtype: the base is rounded to it first, as when PEFT merges into a base loaded in it; None:
-        the base as it is stored.
-    """
-
-    def __init__(self, base: Source, path: Path, dtype: np.dtype | None = None):
-        self.config, self.files, self._base, self._dtype = base.config, base.files, base, dtype
-        self._settings, self._adapter = read_adapter(path, base.config)
-        self._adapted = {row.ours for row in rows_of(self._settings)}
-
-    def dtype(self, row: names.Row) -> np.dtype:
-        return self._base.dtype(row)
-
-    def export_dtype(self) -> str | None:
-        return self._base.export_dtype()
-
-    def read(self, row: names.Row, layer: int | None, experts: slice = slice(None)) -> np.ndarray:
-        if row.ours in self._adapter:  # the router, trained at full rank
-            return self._adapter[row.ours][layer]
-        weight = self._base.read(row, layer, *([experts] if row.per_expert else []))
-        if row.ours not in self._adapted:
-            return weight
-        a, b = (self._adapter[parameter_name(row, part)][layer] for part in _PARTS)
-        if row.per_expert:
-            a, b = a[experts], b[experts]
-        if self._dtype is not None:
-            weight = weight.astype(self._dtype)
-        return merged(weight, a, b, self._settings)

@@ -1,8 +1,8 @@
-"""Reading and writing safetensors files tensor by tensor, in bounded memory.
+"""Safetensors files, read and written tensor by tensor in bounded memory.
 
-The format (https://github.com/huggingface/safetensors): 8 bytes little-endian header length, a
-JSON header {name: {dtype, shape, data_offsets}}, then the tensors' bytes. Files are read with
-plain reads, not a memory map, so that what was read does not count as resident.
+The format (https://github.com/huggingface/safetensors): the header's length in 8 little-endian
+bytes, a JSON header {name: {dtype, shape, data_offsets}}, then the tensors' bytes. Plain reads
+instead of a memory map keep the pages of a file out of this process's resident memory.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import json
 import math
 import struct
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -33,7 +34,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: file, position of its first byte, dtype and shape."""
+    """The place of a tensor: file, position of its first byte in the file, dtype and shape."""
 
     file: Path
     offset: int
@@ -41,7 +42,7 @@ class StoredTensor:
     shape: tuple[int, ...]
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows start…stop of the first dimension (all of a scalar)."""
+        """Reads the rows start…stop of the first dimension; a scalar whole."""
         if not self.shape:
             return np.fromfile(self.file, self.dtype, 1, offset=self.offset).reshape(())
         stop = self.shape[0] if stop is None else stop
@@ -52,7 +53,7 @@ class StoredTensor:
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of one file.
+    """Returns the tensors of one file, by name, without reading them.
 
     Raises:
       UserError: the file is missing, shorter than its header says, or not safetensors.
@@ -78,7 +79,10 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def _parse(file: Path, header: dict, start: int) -> tuple[dict[str, StoredTensor], int]:
-    """The tensors of a header whose data begin at `start`, and where the last one ends."""
+    """Returns the tensors of a header, and the position at which the last one ends.
+
+    `start` is the position in the file of the first tensor's first byte.
+    """
     tensors, end = {}, start
     for name, entry in header.items():
         if name == "__metadata__":
@@ -88,22 +92,23 @@ def _parse(file: Path, header: dict, start: int) -> tuple[dict[str, StoredTensor
         dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
         first, last = entry["data_offsets"]
         if last - first != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{name}: its bytes are not those of its shape")
+            raise ValueError(f"{name}: shape and number of bytes do not agree")
         tensors[name] = StoredTensor(file, start + first, dtype, shape)
         end = max(end, start + last)
     return tensors, end
 
 
 class FileWriter:
-    """Writes one safetensors file, the tensors in the order in which they were announced.
+    """A safetensors file that is being written. The tensors come in the announced order.
 
     Args:
-      file: path to write.
-      tensors: name -> (dtype, shape) of every tensor that will come.
+      file: the path.
+      tensors: {name: (dtype, shape)} of all tensors. The header, which comes first, needs them.
     """
 
     def __init__(self, file: Path, tensors: dict[str, tuple[np.dtype, tuple[int, ...]]]):
-        header, offset = {"__metadata__": {"format": "pt"}}, 0
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
         for name, (dtype, shape) in tensors.items():
             last = offset + math.prod(shape) * dtype.itemsize
             header[name] = {
@@ -119,13 +124,16 @@ class FileWriter:
         self._stream.write(struct.pack("<Q", len(text)) + text)
 
     def write(self, name: str, value: np.ndarray) -> None:
-        """Appends a tensor; it must be the next of those announced, of that dtype and shape."""
+        """Appends the next announced tensor."""
         expected, (dtype, shape) = self._pending.pop()
         if (name, value.dtype, value.shape) != (expected, dtype, shape):
-            raise ValueError(f"{name} {value.dtype} {value.shape}: expected {expected}")
+            raise ValueError(
+                f"{name} {value.dtype} {value.shape}: expected {expected} {dtype} {shape}"
+            )
         self._stream.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
 
     def close(self) -> None:
+        """Closes the file, which must be complete."""
         self._stream.close()
         if self._pending:
             raise ValueError(f"{self._pending[-1][0]} was never written")

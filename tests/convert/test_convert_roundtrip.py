@@ -1,4 +1,4 @@
-"""HF -> JAX -> HF: bit for bit, files carried over, in little memory, nothing by halves."""
+"""HF -> JAX -> HF: the same bits and files, in little memory, and no half output."""
 
 import json
 import tracemalloc
@@ -28,7 +28,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def convert(model, output, *arguments):
-    """Both ways; returns the exported directory."""
+    """Converts there and back; returns the exported directory."""
     from_hf.main([f"--model={model}", f"--output={output / 'ours'}"])
     to_hf.main([f"--checkpoint={output / 'ours'}", f"--output={output / 'theirs'}", *arguments])
     return output / "theirs"
@@ -80,7 +80,7 @@ def test_export_straight_from_hugging_face_and_in_another_dtype(tmp_path):
 
 
 def torch_model(config):
-    """A random model as transformers makes it, with every weight different."""
+    """Returns a random model of transformers, with every weight different."""
     torch = pytest.importorskip("torch")
     from transformers import OlmoeConfig, OlmoeForCausalLM
 
@@ -99,7 +99,7 @@ def torch_model(config):
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_checkpoints_that_transformers_saves(tmp_path, fused, dtype):
-    """Its default layout and its own; ours equals the default one bit for bit."""
+    """The per-expert and the fused layout both come back as the per-expert one, bit for bit."""
     torch = pytest.importorskip("torch")
     model = torch_model(CONFIG).to(getattr(torch, dtype))
     model.save_pretrained(tmp_path / "default")
@@ -117,7 +117,7 @@ def test_checkpoints_that_transformers_saves(tmp_path, fused, dtype):
 
 
 def test_transformers_loads_the_export_and_agrees(tmp_path):
-    """Also from_pretrained, of both directories, and the tokens that padding would hide."""
+    """from_pretrained of both directories agrees too."""
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
@@ -159,10 +159,10 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch, error):
     write_hf_checkpoint(tmp_path / "model", CONFIG)
     read = checkpoint_module.HFCheckpoint.read
 
-    def interrupted(self, row, layer, *experts):
-        if (row.ours, layer) == ("layers.moe.experts.up", 1):
+    def interrupted(self, weight, layer, *experts):
+        if (weight.name, layer) == ("layers.moe.experts.up", 1):
             raise error
-        return read(self, row, layer, *experts)
+        return read(self, weight, layer, *experts)
 
     monkeypatch.setattr(checkpoint_module.HFCheckpoint, "read", interrupted)
     model, output = tmp_path / "model", tmp_path / "out"
@@ -234,13 +234,13 @@ def test_sizes():
 
 
 def test_shards_hold_layers_together(tmp_path):
-    """In Hugging Face's order: what is read together lies together."""
+    """The tensors of a layer lie together, as in Hugging Face's own files."""
     write_hf_checkpoint(tmp_path / "model", CONFIG)
     to_hf.main([f"--checkpoint={tmp_path / 'model'}", f"--output={tmp_path / 'out'}"])
     order = list(checkpoint_module.read_header(tmp_path / "out" / "model.safetensors"))
     layers = [int(name.split(".")[2]) for name in order if ".layers." in name]
     assert layers == sorted(layers)
     assert len(order) == sum(
-        len(names.layer_indices(row, CONFIG)) * (8 if row.per_expert else 1)
-        for row in names.rows(CONFIG)
+        len(names.layer_indices(weight, CONFIG)) * (8 if weight.per_expert else 1)
+        for weight in names.weights(CONFIG)
     )

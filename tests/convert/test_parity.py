@@ -78,7 +78,7 @@ def per_expert(named):
 
 
 def hf_names():
-    weights = {row.ours: np.zeros((2, 8)) for row in names.rows(CONFIG)}
+    weights = {weight.name: np.zeros((2, 8)) for weight in names.weights(CONFIG)}
     return {name for name, _ in names.all_to_hf(weights, CONFIG)}
 
 

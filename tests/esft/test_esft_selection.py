@@ -133,7 +133,7 @@ def test_expert_config_round_trip(tmp_path):
         ({"1": [0], "2": [1], "3": [2]}, "layer 3: this model's layers are 1 to 2"),
         ({"0": [0], "1": [1], "2": [2]}, "layer 0: this model's layers are 1 to 2"),
         ({"1": [0]}, "layer 2 is missing; write [] where a layer trains no expert"),
-        ({"1": [], "2": []}, "selects no expert; write ids for at least one layer"),
+        ({"1": [], "2": []}, "names no expert; write ids for at least one layer"),
         ([[0], [1]], 'needs "experts" with a list of ids for layers 1 to 2'),
     ],
 )

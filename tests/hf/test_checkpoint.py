@@ -1,4 +1,4 @@
-"""Opening Hugging Face checkpoints: both layouts read alike, everything wrong is named."""
+"""Opening checkpoints: both of Hugging Face's layouts read alike, messages name what is wrong."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from helpers import (
 
 from olmoe_jax.checkpoints import directory, names
 from olmoe_jax.checkpoints.huggingface import HFCheckpoint, serving_warnings
-from olmoe_jax.checkpoints.opening import open_source
+from olmoe_jax.checkpoints.opening import RunCheckpoint, open_source
 from olmoe_jax.errors import UserError
 
 CONFIG = tiny_config(num_kv_heads=2, intermediate_size=32)  # square experts
@@ -29,7 +29,7 @@ EXPERT = "model.layers.0.mlp.experts.3.up_proj.weight"
 
 
 def fused(tensors):
-    """As transformers 5 keeps experts in memory: gate and up of all experts in one tensor."""
+    """Fuses the experts as transformers 5 does: gate and up of all experts in one tensor."""
     out = {name: value for name, value in tensors.items() if ".experts." not in name}
     for layer in range(CONFIG.num_layers):
         prefix = f"model.layers.{layer}.mlp.experts."
@@ -52,13 +52,13 @@ def test_reading(tmp_path, layout, shards):
     source = open_source(str(tmp_path))
     assert isinstance(source, HFCheckpoint)
     assert source.config.num_kv_heads == 2
-    for row in names.rows(CONFIG):
-        assert source.dtype(row) == np.float32
-        for layer in names.layer_indices(row, CONFIG):
-            expected = weights[row.ours] if layer is None else weights[row.ours][layer]
-            np.testing.assert_array_equal(source.read(row, layer), expected)
-            if row.per_expert:
-                part = source.read(row, layer, slice(2, 5))
+    for weight in names.weights(CONFIG):
+        assert source.dtype(weight) == np.float32
+        for layer in names.layer_indices(weight, CONFIG):
+            expected = weights[weight.name] if layer is None else weights[weight.name][layer]
+            np.testing.assert_array_equal(source.read(weight, layer), expected)
+            if weight.per_expert:
+                part = source.read(weight, layer, slice(2, 5))
                 np.testing.assert_array_equal(part, expected[2:5])
 
 
@@ -191,7 +191,7 @@ def test_tied_checkpoint_may_repeat_its_head(tmp_path):
     write_tensors(tmp_path, tensors)
     write_json(tmp_path / "config.json", hf_config(tied))
     checkpoint = HFCheckpoint(tmp_path)
-    assert "lm_head" not in {row.ours for row in names.rows(checkpoint.config)}
+    assert "lm_head" not in {weight.name for weight in names.weights(checkpoint.config)}
 
 
 def test_serving_warnings():
@@ -249,3 +249,39 @@ def test_write_file_atomically(tmp_path):
         directory.write_file_atomically(file, fail)
     assert file.read_text() == "old"
     assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("prefix", ["tuned", "selected"])
+def test_the_tuned_experts_of_a_run(tmp_path, prefix):
+    """Runs of the first version store the tuned experts as `selected.gate` and so on."""
+    import orbax.checkpoint as ocp
+
+    write_hf_checkpoint(tmp_path / "base", CONFIG)
+    run, random = tmp_path / "run", np.random.default_rng(0)
+    (run / "model").mkdir(parents=True)
+    write_json(run / "model" / "config.json", hf_config(CONFIG))
+    write_json(
+        run / "config.json",
+        {"model": {"path": str(tmp_path / "base")}, "method": {"lora_rank": None}},
+    )
+    write_json(run / "experts.json", {"experts": {"1": [5], "2": [0, 3]}})
+    tuned = {
+        name: random.normal(size=(3, 32, 32)).astype(np.float32) for name in ("gate", "up", "down")
+    }
+    with ocp.StandardCheckpointer() as checkpointer:
+        state = {"parameters": {f"{prefix}.{name}": value for name, value in tuned.items()}}
+        checkpointer.save(run / "checkpoints" / "4" / "state", state)
+    base, source = open_source(str(tmp_path / "base")), open_source(str(run))
+    assert isinstance(source, RunCheckpoint)
+    assert source.trained().keys() == {f"tuned.{name}" for name in tuned}
+    for weight in names.weights(CONFIG):
+        for layer in names.layer_indices(weight, CONFIG):
+            expected = base.read(weight, layer)
+            if weight.per_expert:
+                stacked = tuned[weight.name.rpartition(".")[2]]
+                for place, (tuned_layer, expert) in enumerate([(0, 5), (1, 0), (1, 3)]):
+                    if tuned_layer == layer:
+                        expected[expert] = stacked[place]
+                part = source.read(weight, layer, slice(2, 6))
+                np.testing.assert_array_equal(part, expected[2:6])
+            np.testing.assert_array_equal(source.read(weight, layer), expected)

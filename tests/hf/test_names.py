@@ -16,7 +16,7 @@ SQUARE = tiny_config(
 
 
 def hf_names(config):
-    """By hand, from Hugging Face's OLMoE checkpoints."""
+    """Yields the names in Hugging Face's OLMoE checkpoints, written by hand."""
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}."
         for part in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"):
@@ -42,16 +42,16 @@ def test_every_name_exactly_once(tied):
 def test_the_table_has_every_parameter_in_its_shape():
     config = tiny_config(num_kv_heads=2)
     specs = parameter_specs(config)
-    assert [row.ours for row in names.TABLE if row.ours in specs] == [r.ours for r in names.TABLE]
-    assert {row.ours for row in names.rows(config)} == set(specs)
-    for row in names.rows(config):
-        shape = names.layer_shape(row, config)
-        layers = (config.num_layers,) if row.per_layer else ()
-        assert specs[row.ours].shape == layers + shape, row.ours
+    assert {weight.name for weight in names.TABLE} == set(specs)
+    assert {weight.name for weight in names.weights(config)} == set(specs)
+    for weight in names.weights(config):
+        shape = names.layer_shape(weight, config)
+        layers = (config.num_layers,) if weight.per_layer else ()
+        assert specs[weight.name].shape == layers + shape, weight.name
 
 
 def test_values_go_where_they_belong():
-    """Ours are [in, out], torch's [out, in]; embedding, head and norms are as they are."""
+    """Matrices turn from [in, out] to [out, in]; embedding, head and norms stay as they are."""
     weights = random_weights(SQUARE)
     tensors = dict(names.all_to_hf(weights, SQUARE))
     plain = {"embed": "model.embed_tokens", "lm_head": "lm_head", "norm": "model.norm"}
@@ -80,7 +80,7 @@ def test_values_go_where_they_belong():
 
 
 def test_a_part_of_the_parameters():
-    """Gradients of a frozen router's model lack it."""
+    """A dict without the router, as gradients of a frozen router are, gives no router."""
     config = tiny_config()
     weights = random_weights(config)
     del weights["layers.moe.router"]

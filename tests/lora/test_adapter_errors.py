@@ -22,7 +22,7 @@ EXPERT = "base_model.model.model.layers.1.mlp.experts.7.gate_proj.lora_A.weight"
 
 
 def make_adapter(path, config=CONFIG, lora=None, router=None, **changes):
-    """An adapter directory; `changes` are fields of adapter_config.json."""
+    """Writes an adapter; `changes` are fields of adapter_config.json. Returns its directory."""
     lora = lora or LoraSettings(4, 8.0)
     path.mkdir()
     trained = {} if router is None else {"layers.moe.router": router}
@@ -105,7 +105,7 @@ def test_missing_files(tmp_path):
     (b / "adapter_config.json").unlink()
     (c / "adapter_config.json").write_text("{")
     assert "a/adapter_model.safetensors: no such file" in reading_error(a)
-    assert "b: holds no adapter_config.json; write a PEFT adapter's directory" in reading_error(b)
+    assert "b: holds no adapter_config.json; write the directory of a" in reading_error(b)
     assert "c/adapter_config.json: not JSON" in reading_error(c)
 
 
@@ -177,7 +177,7 @@ def test_merging_in_a_process(base, tmp_path):
 
 
 def test_the_adapter_of_a_hub_id_is_downloaded_whole(monkeypatch, tmp_path):
-    """Its config too, which is not among a model's files."""
+    """The download includes adapter_config.json, which is not among a model's files."""
     import fnmatch
 
     import huggingface_hub

@@ -96,7 +96,7 @@ def test_our_adapter_in_peft(run, base):
 
 
 def test_merged_as_peft_merges(run, base, tmp_path):
-    """What merge_and_unload saves, tensor by tensor."""
+    """The command writes what merge_and_unload saves, tensor by tensor."""
     merge_lora.main(
         ["--model", str(base), "--adapter", str(run / "adapter"), "--output", str(tmp_path / "m")]
     )
@@ -132,7 +132,7 @@ def test_export_is_what_trained(run, base, tmp_path):
 
 
 def test_step_of_a_run(run, tmp_path):
-    """--step: an earlier checkpoint's adapter."""
+    """--step exports an earlier checkpoint's adapter."""
     to_hf.main(
         ["--checkpoint", str(run), "--output", str(tmp_path / "a"), "--adapter", "--step", "2"]
     )
@@ -145,7 +145,7 @@ def test_step_of_a_run(run, tmp_path):
 
 
 def test_key_names(run):
-    """What PEFT, vLLM and SGLang look for: a module's full name, then lora_A or lora_B."""
+    """PEFT, vLLM and SGLang look for a module's full name, then lora_A or lora_B."""
     tensors = load_safetensors(run / "adapter" / "adapter_model.safetensors")
     expected = {}
     for layer in range(2):
@@ -202,7 +202,7 @@ def test_adapter_config(run, base):
     ],
 )
 def test_per_expert_adapter_in_both(base, tmp_path, targets, rslora):
-    """Random B, whatever the targets."""
+    """Adapters with random B agree with PEFT, whatever the targets."""
     lora = LoraSettings(4, 6.0, targets=targets, rslora=rslora)
     adapters = random_adapters(CONFIG, lora)
     adapter = tmp_path / "adapter"
@@ -218,7 +218,7 @@ def test_per_expert_adapter_in_both(base, tmp_path, targets, rslora):
 
 
 def made_by_peft(base, output, **options):
-    """Saved by PEFT, with random numbers everywhere; returns its logits."""
+    """Lets PEFT save an adapter with random numbers everywhere; returns the logits."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -308,7 +308,7 @@ def test_router_and_dtype(run, base, tmp_path):
 
 
 def test_training_starts_from_an_adapter(run, run_files, base, tmp_path):
-    """Its numbers and its router's, not new ones; the first loss is the adapted model's."""
+    """A run starts with the numbers of the adapter and its router: the same logits."""
     adapter = tmp_path / "adapter"
     shutil.copytree(run / "adapter", adapter)
     lora, parameters = read_adapter(adapter, CONFIG)

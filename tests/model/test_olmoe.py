@@ -109,7 +109,7 @@ def test_initialisation_follows_the_config():
             np.testing.assert_array_equal(value, 1.0)
         else:
             assert abs(np.std(value) / 0.5 - 1) < 0.1, name
-    assert set(parameters) == {row.ours for row in names.rows(config)}
+    assert set(parameters) == {weight.name for weight in names.weights(config)}
 
 
 @functools.cache

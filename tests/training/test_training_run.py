@@ -246,10 +246,10 @@ def parameters(source) -> dict[str, np.ndarray]:
     from olmoe_jax.checkpoints import names
 
     return {
-        row.ours: np.stack(
-            [np.asarray(source.read(row, i)) for i in names.layer_indices(row, source.config)]
+        weight.name: np.stack(
+            [np.asarray(source.read(weight, i)) for i in names.layer_indices(weight, source.config)]
         )
-        for row in names.rows(source.config)
+        for weight in names.weights(source.config)
     }
 
 

@@ -1,0 +1,51 @@
+"""Merging a LoRA adapter into its base, weight by weight."""
+
+from pathlib import Path
+
+import numpy as np
+
+from olmoe_jax.checkpoints.names import Weight
+from olmoe_jax.checkpoints.peft import adapted, parameter_names, read_adapter
+from olmoe_jax.checkpoints.source import Source
+from olmoe_jax.model.config import LoraSettings
+
+
+def merged(value: np.ndarray, a: np.ndarray, b: np.ndarray, settings: LoraSettings) -> np.ndarray:
+    """Returns W + scale * A B in float32, for one matrix or a stack of experts' matrices."""
+    a, b = a.astype(np.float32), b.astype(np.float32)
+    return value.astype(np.float32) + np.float32(settings.scale) * (a @ b)
+
+
+class MergedSource:
+    """The `Source` of a base with an adapter merged into it: W + scale * A B in float32.
+
+    Args:
+      base: the weights that the adapter was trained on.
+      adapter: the adapter's directory. A router that trained beside the adapter replaces the
+        base's.
+      dtype: the base is rounded to this dtype first, as PEFT does when it merges into a base that
+        was loaded in it; None leaves the base as it is stored.
+    """
+
+    def __init__(self, base: Source, adapter: Path, dtype: np.dtype | None = None):
+        self.config, self.files, self._base, self._dtype = base.config, base.files, base, dtype
+        self._settings, self._adapter = read_adapter(adapter, base.config)
+
+    def dtype(self, weight: Weight) -> np.dtype:
+        return self._base.dtype(weight)
+
+    def export_dtype(self) -> str | None:
+        return self._base.export_dtype()
+
+    def read(self, weight: Weight, layer: int | None, experts: slice = slice(None)) -> np.ndarray:
+        if weight.name in self._adapter:  # the router, trained at full rank
+            return self._adapter[weight.name][layer]
+        value = self._base.read(weight, layer, experts)
+        if weight not in adapted(self._settings):
+            return value
+        a, b = (self._adapter[name][layer] for name in parameter_names(weight))
+        if weight.per_expert:
+            a, b = a[experts], b[experts]
+        if self._dtype is not None:
+            value = value.astype(self._dtype)
+        return merged(value, a, b, self._settings)
