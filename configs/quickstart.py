@@ -14,6 +14,7 @@ from olmoe_jax.quickstart import write_inputs
 
 
 def get_config() -> Config:
+    """Returns the config; makes its data set in runs/quickstart_inputs if that is missing."""
     inputs = str(write_inputs(Path("runs/quickstart_inputs")))
     return Config(
         model=ModelOptions(

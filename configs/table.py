@@ -1,7 +1,7 @@
 """The experiments: every method on every data set, with the hyperparameters of the reference.
 
-What does not depend on method or data set (4 epochs, 256 examples per step, 4096 tokens, the
-schedule) is the default of `olmoe_jax.config`.
+The defaults of `olmoe_jax.config` give the rest, which depends on neither: 4 epochs, 256 examples
+per step, 4096 tokens, the schedule.
 """
 
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ METHODS = (*FULL, *LORA, *ESFT)
 
 @dataclass(frozen=True)
 class Dataset:
-    """A row of the table."""
+    """A data set and its hyperparameters: a row of the table."""
 
     hub_id: str
     eval_file: str | None  # None: a tenth of the training examples is held out
@@ -41,7 +41,7 @@ DATASETS = {
 
 
 def experiment(method: str, dataset: str) -> Config:
-    """The config of one cell of the table."""
+    """Returns the config of a method on a data set: one cell of the table."""
     if method not in METHODS:
         raise UserError(f"unknown method {method}: write one of {', '.join(METHODS)}")
     if dataset not in DATASETS:

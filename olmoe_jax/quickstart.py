@@ -1,49 +1,31 @@
-"""The first five minutes: makes a small data set, trains a small OLMoE on it, and asks it.
+"""The first five minutes: makes a small data set, trains a small OLMoE on it, and asks the model.
 
-Word problems in GSM8K's format whose answers a model of a million parameters can learn: a name, a
-thing, two numbers, added or subtracted. No question of the test file is in the training file.
+The data are word problems in GSM8K's format whose answers a model of a million parameters can
+learn: a name, a thing, two numbers, added or subtracted. No question of the test file is in the
+training file.
 """
 
 import json
 import random
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-
-import jax
-from flax import nnx
+from typing import TYPE_CHECKING
 
 import olmoe_jax
 from olmoe_jax.checkpoints import directory
-from olmoe_jax.checkpoints.loading import ModelSettings
-from olmoe_jax.checkpoints.source import read_model_config
-from olmoe_jax.config import apply_overrides
+from olmoe_jax.config import validate
 from olmoe_jax.config.load import load_config
 from olmoe_jax.errors import run_command
-from olmoe_jax.model.decoder import Olmoe
+from olmoe_jax.generation.answers import final_number
+
+if TYPE_CHECKING:
+    from olmoe_jax.model.decoder import Olmoe
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.py"
 EOS, PAD = "<|endoftext|>", "<|padding|>"
 
-NAMES = [
-    "Ada",
-    "Ben",
-    "Chen",
-    "Dana",
-    "Eli",
-    "Fay",
-    "Gus",
-    "Hana",
-    "Ivan",
-    "Jo",
-    "Kim",
-    "Leo",
-    "Mia",
-    "Noor",
-    "Otto",
-    "Pia",
-]
-THINGS = ["apples", "books", "coins", "eggs", "flags", "keys", "maps", "pens", "shells", "stamps"]
+NAMES = "Ada Ben Chen Dana Eli Fay Gus Hana Ivan Jo Kim Leo Mia Noor Otto Pia"
+THINGS = "apples books coins eggs flags keys maps pens shells stamps"
 TEMPLATES = (
     ("{name} has {a} {things} and gets {b} more. How many {things} does {name} have now?", "+"),
     ("{name} had {a} {things} and lost {b} of them. How many {things} are left?", "-"),
@@ -68,13 +50,15 @@ MODEL = {
     "tie_word_embeddings": False,
     "torch_dtype": "float32",
 }
+"""The model's config.json, but for the vocabulary that `train_tokenizer` makes."""
 
 
 def examples(count: int, seed: int) -> list[dict[str, str]]:
-    """Distinct word problems, as prompt and completion."""
+    """Returns `count` distinct word problems, each a prompt and a completion."""
     draw, found = random.Random(seed), {}
+    choices = TEMPLATES, NAMES.split(), THINGS.split()
     while len(found) < count:
-        (text, sign), name, things = (draw.choice(o) for o in (TEMPLATES, NAMES, THINGS))
+        (text, sign), name, things = map(draw.choice, choices)
         a, b = draw.randint(1, 12), draw.randint(1, 12)
         if sign == "-":
             a = a + b
@@ -89,7 +73,7 @@ def examples(count: int, seed: int) -> list[dict[str, str]]:
 
 
 def write_inputs(path: Path, train: int = 6000, test: int = 256, seed: int = 0) -> Path:
-    """Makes train.jsonl, test.jsonl, a tokenizer and config.json under `path` unless they exist."""
+    """Writes train.jsonl, test.jsonl, a tokenizer and config.json to `path`, unless it exists."""
     if path.exists():
         return path
     rows = examples(train + test, seed)
@@ -104,7 +88,7 @@ def write_inputs(path: Path, train: int = 6000, test: int = 256, seed: int = 0) 
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> dict[str, int]:
-    """Writes a byte-level BPE with numbers as single digits into `path`.
+    """Writes a byte-level BPE to `path` whose tokens split numbers into digits.
 
     Returns the vocabulary's fields of the model's config.json.
     """
@@ -131,43 +115,48 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> dict[s
     return {"vocab_size": tokenizer.get_vocab_size(), **ids}
 
 
-def exact_match(model: Olmoe, inputs: Path) -> tuple[float, list[tuple[str, str]]]:
-    """Share of the test questions whose number after #### is right, and (prompt, answer) pairs."""
+def ask(model: "Olmoe", inputs: Path) -> tuple[float, list[str]]:
+    """Asks the test questions; returns the share of right answers, and each question's text."""
     from olmoe_jax.data import load_tokenizer
 
     rows = [json.loads(line) for line in (inputs / "test.jsonl").read_text().splitlines()]
     prompts = [row["prompt"] for row in rows]
-    answers = olmoe_jax.generate(
+    outputs = olmoe_jax.generate(
         model, load_tokenizer(str(inputs)), prompts, max_new_tokens=48, batch_size=128
     )
     right = [
-        _final_number(answer) == _final_number(row["completion"])
-        for answer, row in zip(answers, rows, strict=True)
+        final_number(output) == final_number(row["completion"])
+        for output, row in zip(outputs, rows, strict=True)
     ]
-    return sum(right) / len(rows), list(zip(prompts, answers, strict=True))
+    return sum(right) / len(rows), [p + o for p, o in zip(prompts, outputs, strict=True)]
 
 
-def _final_number(text: str) -> str | None:
-    found = re.search(r"####\s*(-?\d+)", text)
-    return found and found[1]
+def untrained_model(inputs: Path) -> "Olmoe":
+    """Returns a model with random weights."""
+    import jax
+    from flax import nnx
+
+    from olmoe_jax.checkpoints.loading import ModelSettings
+    from olmoe_jax.checkpoints.source import read_model_config
+    from olmoe_jax.model.decoder import Olmoe
+
+    config = read_model_config(inputs)
+    return Olmoe(config, ModelSettings(), rngs=nnx.Rngs(params=jax.random.key(0)))
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Trains, exports, reloads the export, and compares it with the untrained model."""
-    config = apply_overrides(load_config(str(CONFIG)), {})
+    """Trains, exports, reads the export back, and compares it with an untrained model."""
+    config = validate(load_config(CONFIG))
     inputs = Path(config.model.config_path)
-    result = olmoe_jax.train(config)
-    model_config = read_model_config(inputs)
-    untrained = Olmoe(model_config, ModelSettings(), rngs=nnx.Rngs(params=jax.random.key(0)))
-    before, _ = exact_match(untrained, inputs)
-    after, samples = exact_match(olmoe_jax.from_pretrained(result.output_dir / "hf"), inputs)
+    output = olmoe_jax.train(config).output_dir
+    before, _ = ask(untrained_model(inputs), inputs)
+    after, texts = ask(olmoe_jax.from_pretrained(output / "hf"), inputs)
     print("\nanswers of the exported model to questions that it has not seen:")
-    for prompt, answer in samples[:3]:
-        print(f"\n{prompt}{answer}".replace("\n", "\n  "))
-    print(f"\nexact match on {len(samples)} held-out questions: {before:.1%} untrained,", end=" ")
-    print(f"{after:.1%} trained")
-    output = result.output_dir
+    for text in texts[:3]:
+        print("\n" + text.replace("\n", "\n  "))
     print(f"""
+exact match on {len(texts)} held-out questions: {before:.1%} untrained, {after:.1%} trained
+
 model for transformers: {output}/hf
 losses, plot:           {output}/metrics.jsonl, {output}/loss.png
 everything else:        tensorboard --logdir {output}/tensorboard

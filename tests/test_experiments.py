@@ -28,12 +28,6 @@ def test_experiment_file(method, dataset):
     assert config.data.max_seq_length == 4096
 
 
-def test_there_are_48_experiments():
-    files = {file.stem for file in (ROOT / "configs").glob("*_*.py")} - {"__init__"}
-    assert files == {f"{method}_{dataset}" for method in METHODS for dataset in DATASETS}
-    assert len(files) == 48
-
-
 @pytest.mark.parametrize(
     ("name", "train_path", "eval_path", "learning_rate", "microbatch_examples"),
     [
