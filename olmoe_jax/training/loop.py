@@ -4,7 +4,6 @@ import dataclasses
 import errno
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -17,7 +16,6 @@ from olmoe_jax.errors import UserError
 from olmoe_jax.methods import Preparation
 from olmoe_jax.model.flops import step_flops_per_token
 from olmoe_jax.parallel import distributed, sharding
-from olmoe_jax.parallel.batch import DeviceBatch
 from olmoe_jax.parallel.preemption import Preemption
 from olmoe_jax.training import run_directory
 from olmoe_jax.training.base_model import BaseModel, open_model
@@ -25,29 +23,36 @@ from olmoe_jax.training.best import Best
 from olmoe_jax.training.checkpoint import Checkpointer
 from olmoe_jax.training.datasets import Datasets, load_datasets, row_layout, training_data
 from olmoe_jax.training.decoding import HeldOut, held_out_sample
+from olmoe_jax.training.evaluation import Evaluation
 from olmoe_jax.training.finishing import finish
 from olmoe_jax.training.introduction import introduction
 from olmoe_jax.training.program import Program, build_program
 from olmoe_jax.training.reporting import TENSORBOARD, Reporter, Silence, router_scalars
-from olmoe_jax.training.step import StepMetrics, changed_choices
+from olmoe_jax.training.step import StepMetrics
 from olmoe_jax.training.telemetry import Breakdown, Profile, check_wandb, memory_scalars
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """What a run leaves behind."""
+    """What a run returns.
+
+    Attributes:
+      output_dir: the run's directory.
+      step: the last step's number, from 1.
+      finished: False if SIGTERM stopped the run, which the same command continues.
+    """
 
     output_dir: Path
     step: int
-    finished: bool  # False: stopped by SIGTERM, to be continued by the same command
+    finished: bool
 
 
 def train(config: Config) -> TrainResult:
-    """Fine-tunes as the configuration says; continues when the output directory holds the run.
+    """Fine-tunes a model; continues the run that the output directory holds, if it holds one.
 
     Raises:
-      UserError: bad configuration or input (nothing was written), no space left, or a loss that
-        stays non-finite.
+      UserError: the configuration or an input is wrong (nothing was written), a write failed, or
+        the loss stays non-finite.
     """
     config = validate(config)
     check_wandb(config.train.wandb_project)
@@ -84,7 +89,11 @@ def train(config: Config) -> TrainResult:
 
 
 def _check_same_everywhere(config: Config, datasets: Datasets) -> None:
-    """Several processes are one run only with one configuration and the same data."""
+    """Checks that all processes of the run have one configuration and the same data.
+
+    Raises:
+      UserError: this process has others than process 0.
+    """
     theirs = json.loads(distributed.from_writer("config", json.dumps(to_dict(config))))
     if difference := first_difference(theirs, to_dict(config)):
         raise UserError(
@@ -113,15 +122,20 @@ def _cannot_write(output: Path, error: OSError) -> UserError:
 
 @dataclasses.dataclass(frozen=True)
 class _Pending:
-    """A step whose numbers are still being computed on the devices."""
+    """A step whose numbers the devices may still compute."""
 
     step: data.Step
     metrics: StepMetrics
-    stop: jax.Array | bool  # see Preemption.ask
+    stop: jax.Array | bool  # the answer to `Preemption.ask`
 
 
 class _Run:
-    """The state of a run in progress."""
+    """A run in progress.
+
+    The host is one step ahead of its reports: while the devices compute a step, it reports the step
+    before (`pending`). `done` counts the steps that were started, on the host; the devices count
+    the same steps in `state.step`, and a checkpoint is named by this number.
+    """
 
     def __init__(
         self,
@@ -141,7 +155,10 @@ class _Run:
         self.checkpoints = Checkpointer(output, config.train.keep_checkpoints, identity)
         # Weights drawn at random are nowhere else: a checkpoint keeps the frozen ones too.
         self.kept_frozen = {} if model.source else program.frozen
-        self.first_choices = self._choices()
+        # Before a checkpoint is restored: the evaluation remembers the base's routing.
+        self.evaluation = None
+        if datasets.evaluation is not None:
+            self.evaluation = Evaluation(config, datasets, program)
         self.done = self.saved = self._restore()
         self.reporter = self._reporter(output)
         self.preemption = Preemption(program.mesh)
@@ -167,7 +184,7 @@ class _Run:
                 if self.saved < self.done:
                     self._save(None)
         except BaseException:
-            # A save of several processes ends only when all come to its barriers.
+            # Several processes end a save at a barrier, which a failed process never reaches.
             if jax.process_count() == 1:
                 self._close()
             raise
@@ -178,6 +195,7 @@ class _Run:
         return TrainResult(self.output, self.done, finished)
 
     def _close(self) -> None:
+        """Ends the profile, waits for the last save, and closes the reports."""
         self._say_if(self.profile.close())
         self.checkpoints.close()
         self.reporter.close()
@@ -208,6 +226,7 @@ class _Run:
         return restored.step
 
     def _one_step(self) -> None:
+        """Starts a step, and reports the step before while the devices work."""
         program = self.program
         self._say_if(self.profile.next_step(self.state))
         with self.clock.part("data"):
@@ -219,9 +238,10 @@ class _Run:
         self._report_pending()
         self.pending = _Pending(step, metrics, self.preemption.ask())
         self.checkpoints.check()
-        self._evaluate_and_save(step)
+        self._evaluate_and_save()
 
-    def _evaluate_and_save(self, step: data.Step) -> None:
+    def _evaluate_and_save(self) -> None:
+        """Evaluates, decodes and saves, as far as it is time for each."""
         options, done = self.config.train, self.done
         last = done == self.steps.total_steps
         epoch_ends = last or done % self.steps.steps_per_epoch == 0
@@ -231,7 +251,7 @@ class _Run:
             self._report_pending()
             self.reporter.expert_load(done, self.expert_load)
             self.expert_load[:] = 0
-        if self.datasets.evaluation is not None and evaluate:
+        if self.evaluation and evaluate:
             with self.clock.part("evaluation"):
                 found["eval_loss"] = self._evaluate()
         if self.held_out and (last or _due(self.config.generate.every, done)):
@@ -244,32 +264,14 @@ class _Run:
             self._save(best)
 
     def _evaluate(self) -> float:
-        """Mean loss per target of the evaluation examples."""
-        total, changed = 0.0, None
-        for batch in self._evaluation_batches():
-            loss, choices = self.program.evaluate(self.state.parameters, self.program.frozen, batch)
-            total += float(loss)
-            if changed is None:
-                changed = jax.jit(changed_choices)(choices, self.first_choices, batch.segment_ids)
-        loss = total / max(1, int(self.datasets.evaluation.target_counts.sum()))
-        self.reporter.evaluation(self.done, loss, float(changed))
+        """Evaluates and reports; returns the mean loss per trained target."""
+        loss, changed = self.evaluation.run(self.state.parameters)
+        self.reporter.evaluation(self.done, loss, changed)
         self.last_report = time.monotonic()
         return loss
 
-    def _evaluation_batches(self) -> Iterator[DeviceBatch]:
-        layout = row_layout(self.config, self.datasets, self.program.mesh)
-        batches = data.evaluation_batches(self.datasets.evaluation, **layout)
-        return map(self.program.to_devices, batches)
-
-    def _choices(self) -> jax.Array | None:
-        """The experts of the first evaluation batch's tokens."""
-        if self.datasets.evaluation is None:
-            return None
-        batch = next(self._evaluation_batches())
-        return self.program.evaluate(self.state.parameters, self.program.frozen, batch)[1]
-
     def _decode(self) -> float:
-        """Share of the held-out sample that the model answers right."""
+        """Decodes the held-out prompts and reports; returns the share of right answers."""
         answers = self.held_out.answers(self.program, self.state.parameters)
         right = sum(answer.right for answer in answers) / len(answers)
         self.reporter.answers(self.done, right, answers)
@@ -277,7 +279,10 @@ class _Run:
         return right
 
     def _save(self, best: dict[str, float] | None) -> None:
-        """Saves; what was reported up to here is on disk first, since a continued run skips it."""
+        """Saves a checkpoint; a continued run begins behind it.
+
+        Everything that was reported goes to the disk first, since a continued run skips it.
+        """
         self.reporter.flush()
         with self.clock.part("checkpoint"):
             self.checkpoints.save(
@@ -286,6 +291,7 @@ class _Run:
         self.saved = self.done
 
     def _report_pending(self) -> None:
+        """Waits for the pending step's numbers and reports them."""
         if self.pending is None:
             return
         with self.clock.part("devices"):
@@ -356,5 +362,5 @@ def _router_scalar(metrics: StepMetrics) -> dict[str, float]:
 
 
 def _finite(value: np.ndarray) -> float | None:
-    """JSON has no NaN."""
+    """Returns a float, or None for what JSON lacks: NaN and infinities."""
     return float(value) if np.isfinite(value) else None

@@ -1,7 +1,9 @@
-"""One training step: gradients summed over micro-batches, then one update.
+"""One training step: gradients summed over micro-batches, then one AdamW update.
 
-A step's loss is a SUM over its tokens; the weights made by the data pipeline hold the division,
-so micro-batches and devices only ever add. R rows, S positions, L layers, E experts.
+A step's loss is a SUM over its tokens. The data pipeline makes each token's weight, which holds
+the division, so that micro-batches and devices only add.
+
+Shapes: R rows, S positions, L layers, E experts, K experts per token.
 """
 
 import dataclasses
@@ -21,15 +23,18 @@ from olmoe_jax.ops.routing import RouterStatistics
 from olmoe_jax.parallel.batch import DeviceBatch
 from olmoe_jax.training.optimizer import Optimizer, Schedule, clip_scale, global_norm
 
+_UPDATE = np.uint32(2**32 - 1)
+"""Tells the random key of a step's update from the keys of its micro-batches 0, 1, …"""
+
 
 class TrainState(NamedTuple):
     """What an update changes, and a checkpoint holds."""
 
-    step: jax.Array  # int32: updates attempted
-    parameters: Parameters  # the trained ones, in the dtypes of `setup.kept_dtype`
-    optimizer: Any  # of `Optimizer.init`
+    step: jax.Array  # int32: updates attempted; the loop's count of finished steps, on the devices
+    parameters: Parameters  # the trained ones, in the dtypes of `parameters.kept_dtype`
+    optimizer: Any  # the state of `Optimizer`
     skipped: jax.Array  # int32: updates skipped so far because something was not finite
-    skipped_in_a_row: jax.Array  # int32
+    skipped_in_a_row: jax.Array  # int32: how many of the latest updates were skipped
 
 
 class Accumulated(NamedTuple):
@@ -44,30 +49,12 @@ class StepMetrics(NamedTuple):
     """What a step reports; scalars are float32 or int32 on the devices."""
 
     loss: jax.Array
-    grad_norm: jax.Array
+    grad_norm: jax.Array  # before clipping, over all trained parameters
     learning_rate: jax.Array
     skipped: jax.Array
     skipped_in_a_row: jax.Array
     statistics: RouterStatistics
-    router_grad_norm: jax.Array | None  # before clipping, over all layers; None: it does not train
-
-
-def changed_choices(chosen: jax.Array, before: jax.Array, segment_ids: jax.Array) -> jax.Array:
-    """The share of the tokens' experts that were not among these tokens' experts before.
-
-    Args:
-      chosen, before: [L, B, S, K] int32.
-      segment_ids: [B, S] int32, 0 for padding, which does not count.
-    """
-    is_new = ~(chosen[..., :, None] == before[..., None, :]).any(-1)
-    is_token = jnp.broadcast_to((segment_ids > 0)[..., None], is_new.shape)
-    return jnp.sum(is_new & is_token) / jnp.maximum(1, jnp.sum(is_token))
-
-
-def initial_state(parameters: Parameters, optimizer: Optimizer) -> TrainState:
-    """The state before the first update."""
-    zero = jnp.int32(0)
-    return TrainState(zero, parameters, optimizer.init(parameters), zero, zero)
+    router_grad_norm: jax.Array | None  # before clipping; None: the router does not train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +63,12 @@ class Trainer:
 
     Attributes:
       config: the architecture.
-      settings: how the model computes.
+      settings: how the model computes, and how its router learns.
       optimizer: makes the updates.
-      schedule: gives the learning rate of an update.
-      max_grad_norm: clip the gradients to this global norm; None: do not.
+      schedule: maps the number of an update to its learning rate.
+      max_grad_norm: the global norm to which gradients are clipped; None: no clipping.
       aux_loss_coefficient: weight of the load-balancing loss in the objective.
-      seed: of the adapters' dropout and of stochastic rounding.
+      seed: seeds the adapters' dropout and stochastic rounding.
     """
 
     config: ModelConfig
@@ -104,43 +91,27 @@ class Trainer:
         batch: DeviceBatch,
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, RouterStatistics]]:
-        """The objective of a micro-batch, and its (loss, router statistics)."""
-        model = merge(self.graph, trained | frozen)
-        hidden, statistics = model.hidden(
-            batch.tokens,
-            batch.segment_ids,
-            batch.positions,
-            dropout_key=dropout_key,
-        )
-        objective, loss = self.objective(model, hidden, statistics, batch)
-        return objective, (loss, statistics)
+        """Returns a micro-batch's objective, and (its loss, router statistics) [L, …].
 
-    def objective(
-        self, model: Olmoe, hidden: jax.Array, statistics: RouterStatistics, batch: DeviceBatch
-    ) -> tuple[jax.Array, jax.Array]:
-        """The objective and the loss of final hidden states [R, S, D]."""
+        The objective is the loss plus the weighted auxiliary loss. `dropout_key` is a scalar
+        random key; None: no dropout.
+        """
+        model: Olmoe = merge(self.graph, trained | frozen)
+        hidden, statistics = model.hidden(
+            batch.tokens, batch.segment_ids, batch.positions, dropout_key=dropout_key
+        )
         with jax.named_scope("loss"):
             loss = weighted_cross_entropy(hidden, model.head(), batch.targets, batch.loss_weights)
         objective = loss
         if self.aux_loss_coefficient:
+            # A micro-batch counts by its share of the step's loss weights, which sum to 1.
             share = jnp.sum(batch.loss_weights)
             balance = load_balancing_loss(statistics, self.config)
             objective += self.aux_loss_coefficient * share * balance
-        return objective, loss
-
-    def evaluate(
-        self, trained: Parameters, frozen: Parameters, batch: DeviceBatch
-    ) -> tuple[jax.Array, jax.Array]:
-        """A batch's loss, and which experts are chosen: [L, B, S, K] int32, the best first."""
-        model = merge(self.graph, trained | frozen)
-        hidden, statistics = model.hidden(
-            batch.tokens, batch.segment_ids, batch.positions, with_router_logits=True
-        )
-        loss = weighted_cross_entropy(hidden, model.head(), batch.targets, batch.loss_weights)
-        return loss, jax.lax.top_k(statistics.logits, self.config.num_experts_per_token)[1]
+        return objective, (loss, statistics)
 
     def zero_sums(self, trained: Parameters) -> Accumulated:
-        """What `accumulate` adds a step's first micro-batch to; `trained` may be shapes."""
+        """Returns the sums before a step's first micro-batch; `trained` may be shapes."""
         experts = jnp.zeros((self.config.num_layers, self.config.num_experts))
         statistics = RouterStatistics(experts, experts, jnp.zeros(self.config.num_layers), None)
         gradients = {name: jnp.zeros(value.shape, value.dtype) for name, value in trained.items()}
@@ -154,61 +125,96 @@ class Trainer:
         batch: DeviceBatch,
         position: jax.Array,
     ) -> Accumulated:
-        """Adds a micro-batch's gradients, loss and statistics to the step's, at first `zero_sums`.
+        """Adds a micro-batch's gradients, loss and statistics to the step's sums.
 
-        `position`: [2] uint32, the step and the micro-batch in it; with the seed, it fixes what
-        dropout drops.
+        Args:
+          trained: the parameters that train.
+          frozen: the other parameters.
+          accumulated: `zero_sums`, or what this function returned for the micro-batch before.
+          batch: the micro-batch.
+          position: [2] uint32, the step and the micro-batch in it. With the seed, they fix what
+            dropout drops.
         """
-        key = self.dropout_key(position)
+        key = None
+        if self.settings.lora and self.settings.lora.dropout:
+            key = self._key(*position)
 
-        def loss(trained):
+        def loss(trained: Parameters) -> tuple[jax.Array, tuple[jax.Array, RouterStatistics]]:
             return self.loss(trained, frozen, batch, key)
 
         objective, backward, sums = jax.vjp(loss, trained, has_aux=True)
-        # Added in place, layer by layer: a second copy of all gradients never exists.
+        # The backward adds to the sums in place, layer by layer: a second copy of all gradients
+        # never exists.
         gradients = jax.tree.map(jax.new_ref, accumulated.gradients)
         backward.with_refs(gradients)(jnp.ones_like(objective))
         sums = jax.tree.map(jnp.add, (accumulated.loss, accumulated.statistics), sums)
         return Accumulated(jax.tree.map(jax.freeze, gradients), *sums)
 
-    def dropout_key(self, position: jax.Array) -> jax.Array | None:
-        """The key of a micro-batch's dropout, where there is one; `position` as above."""
-        if not (self.settings.lora and self.settings.lora.dropout):
-            return None
-        key = jax.random.key(self.seed)
-        for number in position:
-            key = jax.random.fold_in(key, number)
-        return key
-
     def update(self, state: TrainState, accumulated: Accumulated) -> tuple[TrainState, StepMetrics]:
-        """One AdamW update; when the loss or the gradients are not finite, none."""
-        gradients = accumulated.gradients
-        norm = global_norm(gradients)
+        """Makes one AdamW update; if the loss or a gradient is not finite, changes no parameter."""
+        # Clip to the global norm.
+        norm = global_norm(accumulated.gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(accumulated.loss)
         scale = 1.0 if self.max_grad_norm is None else clip_scale(norm, self.max_grad_norm)
-        key = jax.random.fold_in(jax.random.key(self.seed), state.step)
-        # Apart from the keys of the step's micro-batches, see `dropout_key`.
-        key = jax.random.fold_in(key, np.uint32(2**32 - 1))
-        # Never stored.
-        gradients = jax.tree.map(lambda g: g.astype(jnp.float32) * scale, gradients)
+        # XLA fuses these float32 gradients into the update: they are never stored.
+        gradients = jax.tree.map(lambda g: g.astype(jnp.float32) * scale, accumulated.gradients)
+
+        # Update, or keep what was there.
         rate, old = self.schedule(state.step), (state.parameters, state.optimizer)
+        key = self._key(state.step, _UPDATE)
         new = self.optimizer.update(gradients, state.optimizer, state.parameters, rate, key)
         parameters, optimizer = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-        new = TrainState(
-            state.step + 1,
-            parameters,
-            optimizer,
-            state.skipped + jnp.where(finite, 0, 1),
-            jnp.where(finite, 0, state.skipped_in_a_row + 1),
+
+        router = accumulated.gradients.get(ROUTER)
+        next_state = TrainState(
+            step=state.step + 1,
+            parameters=parameters,
+            optimizer=optimizer,
+            skipped=state.skipped + jnp.where(finite, 0, 1),
+            skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
         )
-        router = {name: g for name, g in accumulated.gradients.items() if name == ROUTER}
         metrics = StepMetrics(
-            accumulated.loss,
-            norm,
-            rate,
-            new.skipped,
-            new.skipped_in_a_row,
-            accumulated.statistics,
-            global_norm(router) if router else None,
+            loss=accumulated.loss,
+            grad_norm=norm,
+            learning_rate=rate,
+            skipped=next_state.skipped,
+            skipped_in_a_row=next_state.skipped_in_a_row,
+            statistics=accumulated.statistics,
+            router_grad_norm=None if router is None else global_norm({ROUTER: router}),
         )
-        return new, metrics
+        return next_state, metrics
+
+    def evaluate(
+        self, trained: Parameters, frozen: Parameters, batch: DeviceBatch
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns a batch's loss, and the chosen experts [L, R, S, K] int32, the best first."""
+        model: Olmoe = merge(self.graph, trained | frozen)
+        hidden, statistics = model.hidden(
+            batch.tokens, batch.segment_ids, batch.positions, with_router_logits=True
+        )
+        loss = weighted_cross_entropy(hidden, model.head(), batch.targets, batch.loss_weights)
+        return loss, jax.lax.top_k(statistics.logits, self.config.num_experts_per_token)[1]
+
+    def _key(self, step: jax.Array, part: jax.Array | np.uint32) -> jax.Array:
+        """Returns the random key of a part of a step: a micro-batch, or the update."""
+        key = jax.random.fold_in(jax.random.key(self.seed), step)
+        return jax.random.fold_in(key, part)
+
+
+def initial_state(parameters: Parameters, optimizer: Optimizer) -> TrainState:
+    """Returns the state before the first update."""
+    zero = jnp.int32(0)
+    return TrainState(zero, parameters, optimizer.init(parameters), zero, zero)
+
+
+def changed_choices(chosen: jax.Array, before: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """Returns the share of the tokens' experts that were not among their experts before.
+
+    Args:
+      chosen: [L, R, S, K] int32.
+      before: [L, R, S, K] int32, of the same tokens.
+      segment_ids: [R, S] int32, 0 for padding, which does not count.
+    """
+    is_new = ~(chosen[..., :, None] == before[..., None, :]).any(-1)
+    is_token = jnp.broadcast_to((segment_ids > 0)[..., None], is_new.shape)
+    return jnp.sum(is_new & is_token) / jnp.maximum(1, jnp.sum(is_token))
