@@ -58,7 +58,7 @@ def test_help_lists_every_field():
         assert f"--config.{path}=" in text
         assert entry.help.split(":")[0].split(",")[0][:20] in text
     assert "--config.train.batch_size=256  (int; 1 or more)\n      examples per step\n" in text
-    assert "--config.model.base_quantization=none  (one of int8, nf4 or none)" in text
+    assert "--config.model.base_quantization=none  (one of nf4, int8 or none)" in text
     assert max(map(len, text.splitlines())) <= 100
 
 

@@ -84,7 +84,7 @@ def test_overrides_leave_the_rest_alone():
             "expected one of frozen, conventional, densemixer, esft_gate, esft_token",
         ),
         ("method.lora_rank", "64.0", "expected int or none; write e.g. 1 or none"),
-        ("model.base_quantization", "int4", "expected one of int8, nf4 or none"),
+        ("model.base_quantization", "int4", "expected one of nf4, int8 or none"),
         ("train.best_metric", "loss", "expected one of eval_loss, exact_match"),
     ],
 )

@@ -152,6 +152,8 @@ def read_fields(sections: Mapping[str, type]) -> dict[str, Field]:
 def _read_annotation(annotation: Any) -> tuple[type, tuple[str, ...], bool]:
     """Returns (kind, choices, optional) of T or Literal[...], either with `| None` or without."""
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        # typing keeps one object for a union however its choices are ordered: a second module that
+        # annotates the same union must list them in the same order, or messages change theirs.
         kind, choices, _ = _read_annotation(typing.get_args(annotation)[0])
         return kind, choices, True
     if typing.get_origin(annotation) is Literal:

@@ -47,9 +47,9 @@ class ModelOptions:
     compute_dtype: Literal["bfloat16", "float32"] = option(
         "bfloat16", "type of activations and matmuls"
     )
-    base_quantization: Literal["int8", "nf4"] | None = option(
+    base_quantization: Literal["nf4", "int8"] | None = option(
         None,
-        "LoRA only (QLoRA): storage of the frozen matrices of attention and experts, 8 or 4 bits a "
+        "LoRA only (QLoRA): storage of the frozen matrices of attention and experts, 4 or 8 bits a "
         "weight and a scale for each block of 64; default: compute_dtype",
     )
     remat: Literal["full", "selective", "none"] = option(
@@ -113,13 +113,13 @@ class MethodOptions:
     )
     router_gradient_experts: int | None = option(
         None,
-        "densemixer only: how many of the most probable experts get their exact term of the router "
+        "DenseMixer only: how many of the most probable experts get their exact term of the router "
         "gradient, at least a token's top k; default: all experts, which is exact DenseMixer",
         at_least(1),
     )
     router_gradient_dtype: Literal["bfloat16", "float8_e4m3fn"] | None = option(
         None,
-        "densemixer only: type of the extra matmuls' factors (their sums are float32); "
+        "DenseMixer only: type of the extra matmuls' factors (their sums are float32); "
         "float8_e4m3fn is fast on H100s and later; default: model.compute_dtype, which is exact",
     )
     lora_rank: int | None = option(
