@@ -38,12 +38,12 @@ class Weight:
 
     @property
     def per_layer(self) -> bool:
-        """Whether every layer has one; False for the embedding, the last norm and the head."""
+        """True for a weight of every layer; False for the embedding, the last norm and the head."""
         return "{layer}" in self.hf_name
 
     @property
     def per_expert(self) -> bool:
-        """Whether every expert of a layer has one."""
+        """True for a weight that every expert of a layer has."""
         return "{expert}" in self.hf_name
 
     def tensor_name(self, layer: int | None, expert: int | None = None) -> str:
