@@ -6,7 +6,7 @@ VENV ?= .venv
 OUTPUT ?= runs/reproduce
 PIP := $(VENV)/bin/python -m pip install --quiet -c constraints.txt
 
-.PHONY: quickstart reproduce test test-slow test-devices lint
+.PHONY: quickstart reproduce test test-slow test-devices test-golden test-all lint
 
 quickstart: $(VENV)/runtime.stamp
 	$(VENV)/bin/python -m olmoe_jax.quickstart
@@ -16,7 +16,7 @@ reproduce: $(VENV)/runtime.stamp
 	$(VENV)/bin/python -m eval.reproduce --output $(OUTPUT) $(ARGS)
 
 test: $(VENV)/dev.stamp
-	$(VENV)/bin/python -m pytest -q -n 2 -m "not slow"
+	$(VENV)/bin/python -m pytest -q -n 2 -m "not slow and not golden"
 
 test-slow: $(VENV)/dev.stamp
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 15 \
@@ -26,6 +26,9 @@ test-slow: $(VENV)/dev.stamp
 test-devices: $(VENV)/dev.stamp
 	XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu \
 	    $(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --durations 15 tests/eight_devices
+
+test-golden: $(VENV)/dev.stamp
+	$(VENV)/bin/python -m pytest -q -n 2 --durations 15 -m golden tests/convert
 
 lint: $(VENV)/dev.stamp
 	$(VENV)/bin/python -m ruff check .

@@ -1,85 +1,127 @@
-"""The golden numbers of the PyTorch reference, DenseMixer of every variant, without the processes.
+"""The golden numbers of the PyTorch reference, all of them in one process.
 
-The whole suite is tools/check_reference.py beside the numbers; this is what a developer runs.
+The checks are those of tools/check_reference.py beside the numbers, which runs one command for each
+case; here the commands run in this process. Six run as real commands too, with XLA's optimisations.
 """
 
-import argparse
+import contextlib
+import importlib.util
+import io
 import json
+import os
+import runpy
+import sys
+from pathlib import Path
+from types import ModuleType
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
-from helpers import load_safetensors
+from helpers import load_safetensors, run_command_line
 
-from convert import parity
 from olmoe_jax.checkpoints.source import read_model_config
 from olmoe_jax.model.decoder import load_balancing_loss
-from olmoe_jax.ops.routing import RouterStatistics
+from olmoe_jax.model.moe import RouterStatistics
 
-VARIANTS = (
-    *("base", "gqa", "norm_topk", "clip_qkv", "top4", "tied", "rope_theta", "experts64"),
-    "combined",
+pytestmark = pytest.mark.golden
+
+SUITE = Path(os.environ.get("OLMOE_JAX_SHARED", "nowhere")) / "reference"
+CASES = sorted(str(file.parent.relative_to(SUITE)) for file in SUITE.rglob("case.json"))
+COMMANDS = (
+    "core/combined/densemixer",
+    "lora/densemixer_router_unfrozen",
+    "lora/merged_bfloat16_gate",
+    "esft/non_expert_modules_densemixer",
+    "esft_select/small",
+    "trajectory/densemixer_wd0.1",
 )
-QUICK = ("combined",)
 
 
-def check(folder, method):
-    """Compares everything that the reference computed, at its own tolerances."""
-    case = json.loads((folder / method / "case.json").read_text())
-    expected = {}
-    for file in case["expected"]:
-        expected |= load_safetensors(folder / method / file)
-    arguments = argparse.Namespace(
-        model=str(folder / "checkpoint"),
-        batch=folder / "batch.safetensors",
-        method=method,
-        adapter=None,
-        experts=None,
-        optimizer_steps=None,
-        learning_rate=0.0,
-        weight_decay=0.0,
-        warmup_steps=0,
-    )
-    with jax.default_matmul_precision("highest"):
-        actual = parity.compute(arguments)
+def in_process(*command: object) -> str:
+    """Runs `python COMMAND` here; returns what the command prints."""
+    option, module, *arguments = map(str, command)
+    assert option == "-m"
+    printed, errors = io.StringIO(), io.StringIO()
+    with (
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(errors),
+        mock.patch.object(sys, "argv", [module, *arguments]),
+    ):
+        try:
+            runpy.run_module(module, run_name="__main__")
+        except SystemExit as end:
+            if end.code:
+                raise RuntimeError(errors.getvalue()) from end
+    return printed.getvalue()
+
+
+def as_command(*command: object) -> str:
+    """Runs `python COMMAND`; returns what the command prints."""
+    with mock.patch.dict(os.environ, JAX_DISABLE_MOST_OPTIMIZATIONS="0"):
+        code, out, error = run_command_line(*command)
+    if code:
+        raise RuntimeError(error)
+    return out
+
+
+@pytest.fixture(scope="module")
+def checks(shared) -> ModuleType:
+    """The module tools/check_reference.py."""
+    file = shared / "tools" / "check_reference.py"
+    spec = importlib.util.spec_from_file_location("check_reference", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def problems(checks: ModuleType, name: str, work: Path) -> list[str]:
+    """What differs in a case, in words; `work` keeps what the command writes."""
+    folder = SUITE / name
+    case = json.loads((folder / "case.json").read_text())
+    kinds = {
+        "trajectory": checks.check_trajectory,
+        "merge": checks.check_merge,
+        "esft_select": checks.check_select,
+        "gradients": checks.check_gradients,
+    }
+    return kinds[case["kind"]](folder, case, work)
+
+
+@pytest.mark.parametrize("name", CASES or ["all"])
+def test_in_process(checks, monkeypatch, tmp_path, name):
+    monkeypatch.setattr(checks, "run", in_process)
+    assert not problems(checks, name, tmp_path)
+    if name.startswith("core/"):
+        folder = SUITE / name
+        case = json.loads((folder / "case.json").read_text())
+        expected = checks.expected_tensors(folder, case)["aux_loss"]
+        ours = aux_loss(folder.parent, load_safetensors(tmp_path / "out.safetensors"))
+        np.testing.assert_allclose(ours, expected, **case["tolerances"]["aux_loss"])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_as_a_command(checks, monkeypatch, tmp_path, name):
+    monkeypatch.setattr(checks, "run", as_command)
+    assert not problems(checks, name, tmp_path)
+
+
+def test_every_kind_of_case_is_checked(shared):
+    """The rows of data/cases.json are tests/data/test_data_formats.py's."""
+    manifest = json.loads((shared / "reference" / "MANIFEST.json").read_text())["cases"]
+    assert {name for name in manifest if not name.startswith("data")} == set(CASES)
+
+
+def aux_loss(folder: Path, tensors: dict[str, np.ndarray]) -> np.ndarray:
+    """Our load-balancing loss from the router logits that the command wrote, without padding."""
     real = load_safetensors(folder / "batch.safetensors")["attention_mask"].astype(bool)
     config = read_model_config(folder / "checkpoint")
-    actual["aux_loss"] = aux_loss(actual, real, config)
-    gradients = {f"grad.{name}" for name in case["trainable"]}
-    assert {name for name in actual if name.startswith("grad.")} == gradients <= expected.keys()
-    for name in expected.keys() - set(case["absent"]):
-        kind = name.split(".")[0]
-        ours, theirs = (np.asarray(tensors[name], np.float64) for tensors in (actual, expected))
-        if kind in ("logits", "router_logits"):
-            ours, theirs = (a.reshape(*real.shape, -1)[real] for a in (ours, theirs))
-        tolerance = case["tolerances"][kind]
-        limit = tolerance["rtol"] * np.abs(theirs).max() + tolerance["atol"]
-        assert ours.shape == theirs.shape, name
-        assert np.abs(ours - theirs).max() <= limit, name
-
-
-def aux_loss(actual, real, config):
-    """Ours, of the router logits that the command wrote; padding is not counted."""
     probabilities, loads = [], []
     for layer in range(config.num_layers):
-        logits = actual[f"router_logits.{layer}"].astype(np.float64)[real.reshape(-1)]
+        logits = tensors[f"router_logits.{layer}"].astype(np.float64)[real.reshape(-1)]
         p = np.asarray(jax.nn.softmax(logits))
         chosen = np.argsort(-p, axis=1)[:, : config.num_experts_per_token]
         probabilities.append(p.sum(0))
         loads.append(np.bincount(chosen.ravel(), minlength=config.num_experts))
     statistics = RouterStatistics(np.array(loads), np.array(probabilities), None, None)
     return load_balancing_loss(statistics, config)
-
-
-@pytest.mark.parametrize(
-    "variant",
-    [pytest.param(v, marks=[] if v in QUICK else [pytest.mark.slow]) for v in VARIANTS],
-)
-def test_densemixer(shared, variant):
-    check(shared / "reference" / "core" / variant, "densemixer")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["conventional", "frozen"])
-def test_other_methods(shared, method):
-    check(shared / "reference" / "core" / "combined", method)
