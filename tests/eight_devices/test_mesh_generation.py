@@ -7,7 +7,7 @@ from helpers import tiny_config, write_hf_checkpoint
 
 from olmoe_jax import from_pretrained, generate
 from olmoe_jax.generation.likelihood import log_likelihoods
-from olmoe_jax.model import moe
+from olmoe_jax.ops import decoding
 from olmoe_jax.parallel.sharding import make_mesh
 
 PROMPTS = ["a", "what is 3 + 4?", "the " * 5, "Question: 1 + 1?", "xyz"]
@@ -50,7 +50,7 @@ def test_drawn(texts, one_device):
 
 @pytest.mark.parametrize("backend", ["gather", None])
 def test_greedy_as_accelerators_decode(texts, greedy, monkeypatch, backend):
-    monkeypatch.setattr(moe, "decoding_backend", lambda *_: backend)
+    monkeypatch.setattr(decoding, "backend", lambda *_: backend)
     assert texts(make_mesh(**SPLIT)) == greedy
 
 

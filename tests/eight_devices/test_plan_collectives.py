@@ -108,7 +108,8 @@ def formula(mesh: str, densemixer: bool) -> Counter:
     )
     if tokens_travel:
         elements["all-gather", "f32"] += L * group * 3 * D
-        elements["all-gather", "pred"] += L * group * 2
+        # Which tokens are padding: a byte each, once for all layers.
+        elements["all-gather", "pred"] += group // 4
         elements["reduce-scatter", "f32"] += L * group * 2 * D
     if data > 1:
         elements["all-reduce", "f32"] += (L * EXPERTS + 2 * V * D) // (fsdp * expert)
