@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUTPUT ?= runs/reproduce
+PYTEST := $(VENV)/bin/python -m pytest -q -n 2 --durations 30
 PIP := $(VENV)/bin/python -m pip install --quiet -c constraints.txt
 
 .PHONY: quickstart reproduce test test-slow test-devices test-golden test-all lint
@@ -16,19 +17,26 @@ reproduce: $(VENV)/runtime.stamp
 	$(VENV)/bin/python -m eval.reproduce --output $(OUTPUT) $(ARGS)
 
 test: $(VENV)/dev.stamp
-	$(VENV)/bin/python -m pytest -q -n 2 -m "not slow and not golden"
+	$(PYTEST) -m "not slow and not golden"
 
 test-slow: $(VENV)/dev.stamp
-	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 15 \
-	    -m slow
+	$(PYTEST) --dist loadfile --no-loadscope-reorder -m "slow and not exhaustive"
 
 # XLA fixes the number of a CPU's devices when jax starts: these tests run in a session of their own.
 test-devices: $(VENV)/dev.stamp
-	XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu \
-	    $(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --durations 15 tests/eight_devices
+	XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu $(PYTEST) \
+	    --dist loadfile tests/eight_devices
 
+# The numbers of the PyTorch reference, which lie in OLMOE_JAX_SHARED.
 test-golden: $(VENV)/dev.stamp
-	$(VENV)/bin/python -m pytest -q -n 2 --durations 15 -m golden tests/convert
+	$(PYTEST) -m golden tests/convert
+
+# What a release runs.
+test-all: lint test test-slow test-devices test-golden
+	$(PYTEST) --dist loadfile -m exhaustive
+	if [ -n "$$OLMOE_JAX_SHARED" ]; then \
+	    $(VENV)/bin/python "$$OLMOE_JAX_SHARED/tools/check_reference.py"; fi
+	$(MAKE) test PYTHON=python3.12 VENV=.venv-3.12
 
 lint: $(VENV)/dev.stamp
 	$(VENV)/bin/python -m ruff check .

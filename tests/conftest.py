@@ -1,18 +1,50 @@
+"""Set-up of every test session: cheap compilation, and no silent skip in CI."""
+
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 
-# Compiling takes most of the tests' time and their arrays are tiny. The golden numbers are also
-# checked by the commands, fully optimised, in tools/check_reference.py.
+# Compiling takes most of the tests' time and their arrays are tiny. Six golden cases run as
+# commands with all optimisations.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 _LONGEST = ("test_processes.py", "test_reproduce.py", "test_faults.py")
+_OWN_CACHE = pytest.StashKey[str]()
 
 
-def pytest_collection_modifyitems(items):
+def pytest_configure(config: pytest.Config) -> None:
+    """Gives all processes of the session one cache of compiled programs; CI has one for all."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        directory = tempfile.mkdtemp(prefix="olmoe_jax_compiled_")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = config.stash[_OWN_CACHE] = directory
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if directory := config.stash.get(_OWN_CACHE, None):
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest first, so that no process is left alone with one at the end."""
     items.sort(key=lambda item: item.path.name not in _LONGEST)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fails a session of CI that skipped a test; the golden numbers alone may be missing."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if "CI" not in os.environ or reporter is None:
+        return
+    skipped = [str(report.longrepr) for report in reporter.stats.get("skipped", [])]
+    unwanted = sorted({reason for reason in skipped if "OLMOE_JAX_SHARED" not in reason})
+    if unwanted:
+        reporter.write_line("")
+        reporter.write_line("CI skips no test: " + "\n".join(unwanted), red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 EOS, PAD = "<|endoftext|>", "<|padding|>"

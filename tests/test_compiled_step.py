@@ -14,7 +14,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def compiled():
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    environment.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
+    for name in ("JAX_DISABLE_MOST_OPTIMIZATIONS", "JAX_COMPILATION_CACHE_DIR"):
+        environment.pop(name, None)
     worker = ROOT / "tests" / "compiled_step_worker.py"
     result = subprocess.run(
         [sys.executable, str(worker)],

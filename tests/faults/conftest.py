@@ -2,7 +2,7 @@ import collections
 
 import pytest
 from faults.nursery import Nursery
-from training.conftest import compilation_cache_dir, environment  # noqa: F401
+from training.conftest import environment  # noqa: F401
 from training.tiny_run import make_files
 
 _counts: dict[str, collections.Counter] = {}

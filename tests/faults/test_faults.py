@@ -6,6 +6,7 @@ pytest -m slow tests/faults prints at the end how many faults were injected and 
 import datetime
 import functools
 import itertools
+import json
 import math
 import os
 import random
@@ -23,8 +24,7 @@ from training.tiny_run import losses
 
 pytestmark = pytest.mark.slow
 
-STEPS = 12
-KILLS = 50
+STEPS, STEPS_PER_EPOCH = 12, 4
 OPTIONS = {
     "data__max_seq_length": 48,
     "train__epochs": 3,
@@ -100,32 +100,64 @@ def interrupted(sums, nursery, tmp_path):
     return output
 
 
-def killed_again_and_again(start, output: Path, whole: Path, seed: int, count):
-    """A generator, so that two runs can be killed side by side: yields while it waits, returns how
-    many of its kills fell into a save."""
-    generator, kills, in_a_save = random.Random(seed), 0, 0
-    while kills < KILLS // 2:
+def last_step(output: Path) -> int:
+    """The step of the last line of metrics.jsonl; 0 while there is none."""
+    try:
+        return json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+LATEST = {
+    "start": 2.0,
+    "compile": 1.0,
+    "step": 0.3,
+    "save": 0.03,
+    "evaluation": 0.05,
+    "export": 0.3,
+}
+"""When a kill falls, in seconds after the process has come to this part, at the latest."""
+
+
+def killed_again_and_again(start, output: Path, whole: Path, seed: int, kills: int, count):
+    """Kills a run in each part in turn, then lets the run finish and compares it with `whole`.
+
+    A generator, so that two runs can be killed side by side: yields while it waits, returns how
+    many of its kills fell into a save.
+    """
+    generator, killed, in_a_save = random.Random(seed), 0, 0
+    log = output.with_suffix(".log")
+    while killed < kills:
         before, leftovers = reported(output), saving(output)
+        said = log.stat().st_size if log.exists() else 0
         process = start(output)
-        kind = generator.choice(["start", "step", "save", "save"])
-        seconds = generator.uniform(0.0, {"start": 2.0, "step": 0.3, "save": 0.03}[kind])
-        waits_for = {
-            "start": lambda: True,
-            "step": lambda before=before: reported(output) != before,
-            "save": lambda leftovers=leftovers: saving(output) and not leftovers,
-        }[kind]
+        part = list(LATEST)[killed % len(LATEST)]
+        seconds = generator.uniform(0.0, LATEST[part])
+
+        def reached(part=part, before=before, leftovers=leftovers, said=said) -> bool:
+            new = reported(output) != before
+            return {
+                "start": lambda: True,
+                # The introduction ends with the steps; then the first step is compiled.
+                "compile": lambda: log.exists() and b"\nsteps: " in log.read_bytes()[said:],
+                "step": lambda: new,
+                "save": lambda: saving(output) and not leftovers,
+                "evaluation": lambda: new and last_step(output) % STEPS_PER_EPOCH == 0,
+                "export": lambda: new and STEPS in saved(output),
+            }[part]()
+
         end = math.inf
         while process.is_alive() and time.monotonic() < end:
             # The next process removes them, and gives its own the same names.
             leftovers &= saving(output)
-            if end == math.inf and waits_for():
+            if end == math.inf and reached():
                 end = time.monotonic() + seconds
             yield
         process.kill()
         process.join()
         if process.exitcode == -signal.SIGKILL:
-            kills += 1
-            count("SIGKILL", injected=1)
+            killed += 1
+            count(f"SIGKILL, {part}", injected=1, survived=1)
             in_a_save += bool(saving(output) and not leftovers)
         else:
             assert process.exitcode == 0
@@ -137,12 +169,12 @@ def killed_again_and_again(start, output: Path, whole: Path, seed: int, count):
         yield
     assert process.exitcode == 0
     assert_same_run(output, whole)
-    count("SIGKILL", survived=kills)
     return in_a_save
 
 
-def test_kills_at_random_instants(sums, nursery, whole, tmp_path, count):
-    """At the start, between two steps and during saves, until the command may finish."""
+@pytest.mark.parametrize("kills", [12, pytest.param(50, marks=pytest.mark.exhaustive)])
+def test_kills_in_every_part_of_a_run(sums, nursery, whole, tmp_path, count, kills):
+    """At the start, while compiling, in a step, a save, an evaluation and the export."""
 
     def start(output):
         return nursery.start(arguments(sums, output), output.with_suffix(".log"))
@@ -150,13 +182,14 @@ def test_kills_at_random_instants(sums, nursery, whole, tmp_path, count):
     in_a_save = [0, 0]
 
     def kill(seed):
-        run = killed_again_and_again(start, tmp_path / f"run{seed}", whole, seed, count)
+        output = tmp_path / f"run{seed}"
+        run = killed_again_and_again(start, output, whole, seed, kills // 2, count)
         in_a_save[seed] = yield from run
 
     for _ in itertools.zip_longest(kill(0), kill(1)):
         time.sleep(0.001)
-    print(f"{KILLS} kills, {sum(in_a_save)} of them during a save")
-    assert sum(in_a_save) > KILLS // 5
+    print(f"{kills} kills, {sum(in_a_save)} of them during a save")
+    assert sum(in_a_save) >= kills // len(LATEST) // 2
 
 
 def test_sigterm(sums, nursery, finish, tmp_path, count):
