@@ -109,7 +109,7 @@ def new_directory(output: str | Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_file_atomically(file: Path, write: Callable[[Path], None]) -> None:
+def write_file_atomically(file: Path, write: Callable[[Path], object]) -> None:
     """Calls `write` with a temporary path beside `file`, then renames it to `file`.
 
     Raises:

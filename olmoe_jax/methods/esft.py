@@ -6,11 +6,13 @@ run's training data. A run keeps its choice in OUTPUT_DIR/experts.json.
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from olmoe_jax.checkpoints import directory
 from olmoe_jax.checkpoints.expert_config import ExpertConfig, read_expert_config
@@ -27,7 +29,6 @@ from olmoe_jax.methods.scoring import expert_scores
 from olmoe_jax.methods.selection import scores_to_json, select
 from olmoe_jax.model.config import ModelConfig, ModelSettings
 from olmoe_jax.model.decoder import graph_of
-from olmoe_jax.model.parameters import Parameters
 from olmoe_jax.parallel import distributed
 from olmoe_jax.plots import heat_maps
 
@@ -46,13 +47,9 @@ class TunedExpertsMethod(Method):
         super().__init__(options, config)
         if options.esft_densemixer:
             self.router_gradient = "all"
+        self.router_trains = False
         if options.experts_path:
-            self.experts = read_expert_config(Path(options.experts_path), config)
-
-    @property
-    def router_trains(self) -> bool:
-        """Whether the router's weight trains: as one of the modules that are not experts."""
-        return self.experts is not None and self.experts.non_expert_modules
+            self._settle(read_expert_config(Path(options.experts_path), config))
 
     def model_settings(self, settings: ModelSettings) -> ModelSettings:
         tuned = self.experts.experts if self.experts else None
@@ -62,7 +59,7 @@ class TunedExpertsMethod(Method):
         head = "embed" if self.config.tie_word_embeddings else "lm_head"
         if name.startswith("tuned.") or (name == head and self.options.esft_train_head):
             return True
-        return self.experts.non_expert_modules and ".experts." not in name
+        return self._tuned.non_expert_modules and ".experts." not in name
 
     def prepare(self, run: Preparation) -> Self:
         """Settles the tuned experts: chosen by this run before, given, or chosen now."""
@@ -84,8 +81,18 @@ class TunedExpertsMethod(Method):
     def with_experts(self, experts: ExpertConfig) -> Self:
         """Returns the method with these tuned experts."""
         method = copy.copy(self)
-        method.experts = experts
+        method._settle(experts)
         return method
+
+    def _settle(self, experts: ExpertConfig) -> None:
+        # The router is one of the modules that are not experts.
+        self.experts, self.router_trains = experts, experts.non_expert_modules
+
+    @property
+    def _tuned(self) -> ExpertConfig:
+        if self.experts is None:
+            raise ValueError("the method has no tuned experts yet: prepare it first")
+        return self.experts
 
     def assuming(self, experts_per_layer: int) -> tuple[Self, int | None]:
         if self.experts:
@@ -94,10 +101,10 @@ class TunedExpertsMethod(Method):
         first = ((tuple(range(number)),) * self.config.num_layers,)
         return self.with_experts(ExpertConfig(*first)), number
 
-    def added_parameters(self, base: Base) -> Parameters:
+    def added_parameters(self, base: Base) -> Mapping[str, jax.Array | np.ndarray]:
         if base.source is None:
-            return stack_tuned(base.parameters, self.experts.experts)
-        return load_tuned(base.source, self.experts.experts)
+            return stack_tuned(base.parameters, self._tuned.experts)
+        return load_tuned(base.source, self._tuned.experts)
 
 
 class Esft(TunedExpertsMethod):

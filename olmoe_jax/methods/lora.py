@@ -2,7 +2,11 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
+
+import jax
+import numpy as np
 
 from olmoe_jax.checkpoints.export import export_adapter
 from olmoe_jax.checkpoints.opening import RunCheckpoint
@@ -11,7 +15,7 @@ from olmoe_jax.errors import UserError
 from olmoe_jax.methods.method import Base, Method
 from olmoe_jax.model.config import LoraSettings, ModelSettings
 from olmoe_jax.model.lora import is_adapter
-from olmoe_jax.model.parameters import ROUTER, Parameters
+from olmoe_jax.model.parameters import ROUTER
 
 
 class Lora(Method):
@@ -39,10 +43,11 @@ class Lora(Method):
 
     def check(self) -> None:
         if self.options.adapter_path:
-            self._given_adapter()
+            self._given_adapter(self.options.adapter_path)
 
-    def added_parameters(self, base: Base) -> Parameters:
-        return self._given_adapter() if self.options.adapter_path else base.draw(is_adapter)
+    def added_parameters(self, base: Base) -> Mapping[str, jax.Array | np.ndarray]:
+        path = self.options.adapter_path
+        return self._given_adapter(path) if path else base.draw(is_adapter)
 
     def describe(self) -> str:
         lora = self.lora
@@ -54,9 +59,9 @@ class Lora(Method):
     def export(self, run: RunCheckpoint, target: Path) -> None:
         export_adapter(run, target)
 
-    def _given_adapter(self) -> Parameters:
+    def _given_adapter(self, path: str) -> dict[str, np.ndarray]:
         """Reads the adapter that the run starts from, and its router if it has one."""
-        path, wanted = self.options.adapter_path, self.lora
+        wanted = self.lora
         lora, parameters = read_adapter(path, self.config)
         same_size = (set(lora.targets), lora.rank) == (set(wanted.targets), wanted.rank)
         if not same_size or not math.isclose(lora.scale, wanted.scale):

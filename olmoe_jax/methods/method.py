@@ -7,10 +7,12 @@ written at the end (`export`). No other code asks for a method's name.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
+import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from olmoe_jax.checkpoints.export import export_hf
@@ -63,7 +65,7 @@ class Method:
       config: the model's architecture.
     """
 
-    router_trains: bool = True
+    router_trains = True
     """Whether the router's weight trains. Gradient reaches x through the router in any case."""
     router_gradient: Literal["top_k", "all"] = "top_k"
     """Which experts' probabilities get a gradient (see `ModelSettings`)."""
@@ -106,7 +108,7 @@ class Method:
         """
         return self, None
 
-    def added_parameters(self, base: Base) -> Parameters:
+    def added_parameters(self, base: Base) -> Mapping[str, jax.Array | np.ndarray]:
         """Returns the first values of the parameters that the method adds, by name."""
         return {}
 

@@ -28,13 +28,19 @@ class Rotation(NamedTuple):
     sin: jax.Array
 
 
+class CachePlace(NamedTuple):
+    """A decoded token's place in the cache."""
+
+    column: jax.Array  # [] int32: where the token's keys and values go
+    visible: jax.Array  # [B, C] bool: the columns that the token attends to
+
+
 class Context(NamedTuple):
     """The inputs that all layers share, for whole rows [B, S] or one decoded token [B, 1]."""
 
     rotation: Rotation
     segments: jax.Array  # [B, S] int32: each token's example in its row, 0 is padding
-    visible: jax.Array | None = None  # [B, C] bool: the cache's columns to attend to
-    index: jax.Array | None = None  # [] int32: this token's column in the cache
+    place: CachePlace | None = None  # where a decoded token stands; None: whole rows
     dropout_keys: jax.Array | None = None  # [B] random keys; None: no dropout
 
     def of_layer(self, layer: jax.Array) -> "Context":
@@ -124,22 +130,24 @@ class Attention(nnx.Module):
         q, k, v = (part.reshape(shape) for part in (q, k, v))  # [B, S, H or G, d]
         q, k = rotary(q, context.rotation), rotary(k, context.rotation)
         new = LayerCache(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))  # [B, G, S, d]
-        if cache is None:
+        if cache is None or context.place is None:
             attend = functools.partial(attention, backend=self.settings.attention)
             y = on_own_rows(attend, q, k, v, context.segments)
         else:
-            start = (0, 0, context.index, 0)
             new = LayerCache(
-                *map(lambda old, part: jax.lax.dynamic_update_slice(old, part, start), cache, new)
+                *(
+                    jax.lax.dynamic_update_slice_in_dim(old, part, context.place.column, axis=2)
+                    for old, part in zip(cache, new, strict=True)
+                )
             )
-            y = cached_attention(q, *new, context.visible)
+            y = cached_attention(q, *new, context.place.visible)
         return self._linear(y.reshape(*x.shape[:2], -1), "o", context), new
 
     def _linear(self, x: jax.Array, name: str, context: Context) -> jax.Array:
         """Applies the matrix `name` with its adapter."""
         map_ = adapted(getattr(self, name)[...], self.lora, name, self.settings)
         map_ = jax.tree.map(gathered, map_)
-        if context.index is not None:
+        if context.place is not None:
             return linear(x, map_, x, decoding.matmul)
         dropped = x
         if map_.a is not None:

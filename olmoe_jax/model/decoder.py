@@ -10,7 +10,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from olmoe_jax.model.attention import Attention, Context, LayerCache, rms_norm, rotation
+from olmoe_jax.model.attention import (
+    Attention,
+    CachePlace,
+    Context,
+    LayerCache,
+    rms_norm,
+    rotation,
+)
 from olmoe_jax.model.config import ModelConfig, ModelSettings
 from olmoe_jax.model.moe import AllLayers, MoE
 from olmoe_jax.model.parameters import ParameterSpec, norm_scale, specs, weight
@@ -113,7 +120,7 @@ class Olmoe(nnx.Module):
         self.layers = DecoderLayer(config, settings, rngs=rngs)
         self.norm = norm_scale({"norm": config.hidden_size})
         tuned = settings.tuned_experts
-        self.tuned = TunedExperts(config, tuned, rngs=rngs) if any(tuned or ()) else None
+        self.tuned = TunedExperts(config, tuned, rngs=rngs) if tuned and any(tuned) else None
         if not config.tie_word_embeddings:
             self.lm_head = weight(rngs, vocabulary, std)
 
@@ -180,7 +187,7 @@ class Olmoe(nnx.Module):
             return shard_batch(jnp.pad(stacked[layer], ((0, 0), (0, 0), (0, room), (0, 0))))
 
         layers = tuple(
-            LayerCache(*(with_room(part, layer) for part in cache))
+            LayerCache(with_room(cache.keys, layer), with_room(cache.values, layer))
             for layer in range(self.config.num_layers)
         )
         visible = jnp.pad(segments > 0, ((0, 0), (0, room)))
@@ -227,7 +234,7 @@ class Olmoe(nnx.Module):
         is_token, length = is_token[:, None], cache.length
         visible = jax.lax.dynamic_update_slice(cache.visible, is_token, (0, length))
         turned = rotation(positions[:, None], self.config)
-        context = Context(turned, is_token.astype(jnp.int32), visible, length)
+        context = Context(turned, is_token.astype(jnp.int32), CachePlace(length, visible))
         x = embedding_rows(gathered(self.embed[...]), tokens[:, None])
         x, new = shard_batch(x.astype(self.settings.compute_dtype)), []
         for number, old in enumerate(cache.layers):
@@ -277,8 +284,13 @@ class Olmoe(nnx.Module):
         *,
         with_router_logits: bool = False,
         with_cache: bool = False,
-    ) -> tuple[jax.Array, RouterStatistics, LayerCache | None]:
-        """Scans the layers; returns normed hidden states, and statistics and keys [L, …]."""
+    ) -> tuple[jax.Array, RouterStatistics, Any]:
+        """Scans the layers.
+
+        Returns:
+          Normed hidden states [B, S, D]; router statistics [L, …]; with_cache: a `LayerCache` of
+          stacked keys and values [L, …], else None.
+        """
         keys = None
         if dropout_key is not None:
             # A key for each row: no mesh changes what is dropped.
@@ -286,7 +298,7 @@ class Olmoe(nnx.Module):
         context = Context(rotation(positions, self.config), segments, dropout_keys=keys)
         graph, stacked = nnx.split(self.layers)
 
-        def layer(x, inputs):
+        def layer(x: jax.Array, inputs: tuple) -> tuple[jax.Array, tuple]:
             index, weights, tuned = inputs
             # Inside the scan, so that only one layer's weights are ever dequantized at a time, in
             # the backward too.

@@ -19,7 +19,7 @@ from olmoe_jax.model.lora import Adapters, adapted, dropout
 from olmoe_jax.model.parameters import weight
 from olmoe_jax.model.tuned import LayerTunedExperts
 from olmoe_jax.ops import decoding
-from olmoe_jax.ops.expert_parallel import on_devices, own_experts
+from olmoe_jax.ops.expert_parallel import Block, on_devices, own_experts
 from olmoe_jax.ops.linear import ExpertWeights, grouped_linear
 from olmoe_jax.ops.remat import keep
 from olmoe_jax.ops.router_gradient import dense_router_term
@@ -86,7 +86,7 @@ class Experts(nnx.Module):
         """Returns the partition spec of each array of `weights`."""
         shapes = jax.eval_shape(lambda: self.weights(settings, tuned))
 
-        def spec(path, shape):
+        def spec(path: tuple, shape: jax.ShapeDtypeStruct) -> P:
             name, part = path[0].name, path[1].name
             if part == "indices":
                 return P()
@@ -137,7 +137,7 @@ class MoE(nnx.Module):
         """
         router = self.router[...].astype(jnp.float32)
         experts = all_layers.experts if all_layers else self.experts.weights(self.settings, tuned)
-        block = functools.partial(
+        block: Block = functools.partial(
             moe_block,
             self.config,
             self.settings,

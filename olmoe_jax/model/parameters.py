@@ -7,6 +7,7 @@ flat dict {"layers.moe.experts.gate": array [L, E, D, F], …}; `split` and `mer
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,10 +46,11 @@ def norm_scale(axes: dict[str, int]) -> nnx.Param:
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Parameters]:
     """Splits a model into its structure and a flat dict of arrays."""
     graph, state = nnx.split(model, nnx.Param)
-    return graph, {".".join(path): variable[...] for path, variable in nnx.to_flat_state(state)}
+    flat = nnx.to_flat_state(state)
+    return graph, {".".join(map(str, path)): variable[...] for path, variable in flat}
 
 
-def merge(graph: nnx.GraphDef, parameters: Parameters) -> nnx.Module:
+def merge(graph: nnx.GraphDef, parameters: Parameters) -> Any:
     """Returns the model that `split` took apart, with these arrays (any dtype) as parameters."""
     # Bare arrays: the structure keeps each parameter's declaration (its axes).
     flat = [(tuple(name.split(".")), value) for name, value in parameters.items()]
@@ -62,7 +64,9 @@ def specs(model_function: Callable[[], nnx.Module]) -> dict[str, ParameterSpec]:
     """
     state = nnx.state(nnx.eval_shape(model_function), nnx.Param)
     return {
-        ".".join(path): ParameterSpec(tuple(variable.shape), variable.get_metadata("axes"))
+        ".".join(map(str, path)): ParameterSpec(
+            tuple(variable.shape), variable.get_metadata("axes")
+        )
         for path, variable in nnx.to_flat_state(state)
     }
 

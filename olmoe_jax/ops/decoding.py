@@ -7,7 +7,6 @@ over layers would first copy all experts of the layer, more than a step needs to
 that differs between platforms is in this file. No function has gradients.
 """
 
-import dataclasses
 import math
 from typing import Literal, NamedTuple
 
@@ -112,7 +111,7 @@ def matmul_by_rows(x: jax.Array, matrices: jax.Array, *index: int | jax.Array) -
     streams = math.gcd(_STREAMS, width)
     apart = width // streams
 
-    def add_rows(turn, y):
+    def add_rows(turn: jax.Array, y: jax.Array) -> jax.Array:
         for first in range(0, width, apart):
             start = *index, first + turn, 0
             row = jax.lax.dynamic_slice(matrices, start, (*(1 for _ in index), 1, out))
@@ -131,7 +130,7 @@ def transposed_matmul_in_parts(x: jax.Array, matrix: jax.Array) -> jax.Array:
     """
     by_part = matrix.reshape(-1, _rows_of_part(matrix), matrix.shape[1])
 
-    def product(rows):
+    def product(rows: jax.Array) -> jax.Array:
         # In this order: XLA's matmul of few rows and a transposed matrix takes twice as long.
         return jnp.einsum("fd,td->ft", rows, x, preferred_element_type=jnp.float32)
 
@@ -170,14 +169,14 @@ def experts_by_loop(
     # [U, T, M]: adds up the rows of a block by token.
     combine = jnp.where(jnp.arange(len(x))[:, None] == token[:, None], weights[:, None], 0)
 
-    def one_turn(turn, y):
-        def of_turn(values):
+    def one_turn(turn: jax.Array, y: jax.Array) -> jax.Array:
+        def of_turn(values: jax.Array) -> jax.Array:
             return jax.lax.dynamic_slice_in_dim(values, turn * per_turn, per_turn)
 
         expert = of_turn(blocks.expert)
 
-        def by_expert(rows, part):
-            def by_rows(rows, _):
+        def by_expert(rows: jax.Array, part: Linear) -> jax.Array:
+            def by_rows(rows: jax.Array, _: jax.Array) -> jax.Array:
                 return matmul_by_rows(rows, part.weight, layer, expert[0])
 
             matmul = jnp.matmul if in_part else by_rows
@@ -189,13 +188,13 @@ def experts_by_loop(
         return y + jnp.einsum("utm,umd->td", of_turn(combine), rows)
 
     y = jnp.zeros(x.shape, jnp.float32)
-    return jax.lax.fori_loop(0, -(-blocks.count // per_turn), one_turn, y).astype(x.dtype)
+    return jax.lax.fori_loop(0, -(-blocks.filled // per_turn), one_turn, y).astype(x.dtype)
 
 
 class _Blocks(NamedTuple):
     """The T*K assignments as U blocks of up to M rows, each of one expert."""
 
-    count: jax.Array  # [] int32: blocks that are not empty, the first ones
+    filled: jax.Array  # [] int32: blocks that are not empty, the first ones
     expert: jax.Array  # [U] int32
     assignment: jax.Array  # [U, M] int32: which (token*K + k) a row is; T*K: none
 
@@ -242,10 +241,5 @@ def experts_by_gather(
 def _matrix(stacked: Linear, layer: int | jax.Array, expert: jax.Array) -> Linear:
     """Takes one layer's expert, or experts, out of the stack of all layers."""
 
-    def take(matrix: jax.Array | None) -> jax.Array | None:
-        # Index E stands for no expert; clipped, it reads the last one, whose weight is zero.
-        return None if matrix is None else matrix.at[layer, expert].get(mode="clip")
-
-    return dataclasses.replace(
-        stacked, weight=take(stacked.weight), a=take(stacked.a), b=take(stacked.b)
-    )
+    # Index E stands for no expert; clipped, it reads the last one, whose weight is zero.
+    return jax.tree.map(lambda matrices: matrices.at[layer, expert].get(mode="clip"), stacked)

@@ -15,6 +15,7 @@ Shapes: B rows, S positions, D model width, E experts, n devices of a group, E/n
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,25 +41,32 @@ def on_devices(
       group: the mesh axes along which tokens travel; (): the experts' weights are gathered.
       with_logits: whether the statistics hold logits.
     """
-    mesh, batch = sharding.active_mesh(), sharding.BATCH
+    mesh = sharding.active_mesh()
+    batch: Any = sharding.BATCH
     # In the order of the batch, which need not be that of the experts.
     batch_axes = tuple(axis for axis in sharding.AXES if axis in group)
     elsewhere = tuple(axis for axis in sharding.AXES if axis not in group)
 
-    def on_device(x, is_token, dropout_keys, router, experts):
+    def on_device(
+        x: jax.Array,
+        is_token: jax.Array,
+        dropout_keys: jax.Array | None,
+        router: jax.Array,
+        experts: ExpertWeights,
+    ) -> tuple[jax.Array, RouterStatistics]:
         experts = jax.tree.map(lambda w, spec: _gather_weight(w, spec, group), experts, specs)
-        first = 0
+        first: jax.Array | int = 0
         if group:
             first = jax.lax.axis_index(group) * experts.gate.weight.shape[-3]
             experts = _own_tuned(experts, first)
-            x, is_token, dropout_keys = (
-                _gather_tokens(value, batch_axes) for value in (x, is_token, dropout_keys)
-            )
+            x, is_token = (_gather_tokens(value, batch_axes) for value in (x, is_token))
+            if dropout_keys is not None:
+                dropout_keys = _gather_tokens(dropout_keys, batch_axes)
         y, statistics = block(x, is_token, dropout_keys, router, experts, first)
         logits = statistics.logits
         if group:
             y = jax.lax.psum_scatter(y, batch_axes, tiled=True)
-            if with_logits:
+            if logits is not None:
                 own = jax.lax.axis_index(batch_axes) * len(y)
                 logits = jax.lax.dynamic_slice_in_dim(logits, own, len(y))
         # A group's devices have the statistics of the same tokens: the sum is over the others.
@@ -67,8 +75,15 @@ def on_devices(
             sums = jax.tree.map(lambda value: jax.lax.psum(value, elsewhere), sums)
         return y, sums._replace(logits=logits)
 
-    def run(x, is_token, dropout_keys, router, experts):
-        out = RouterStatistics(P(), P(), P(), batch if with_logits else None)
+    def run(
+        x: jax.Array,
+        is_token: jax.Array,
+        dropout_keys: jax.Array | None,
+        router: jax.Array,
+        experts: ExpertWeights,
+    ) -> tuple[jax.Array, RouterStatistics]:
+        sums: Any = P()
+        out = RouterStatistics(sums, sums, sums, batch if with_logits else None)
         keys = None if dropout_keys is None else batch
         return jax.shard_map(
             on_device,
@@ -87,7 +102,7 @@ def own_experts(chosen: jax.Array, first: jax.Array | int, count: int) -> jax.Ar
     return jnp.where((local >= 0) & (local < count), local, count)
 
 
-def _own_tuned(experts: ExpertWeights, first: jax.Array) -> ExpertWeights:
+def _own_tuned(experts: ExpertWeights, first: jax.Array | int) -> ExpertWeights:
     """Renumbers the tuned experts as a device's own."""
     if experts.gate.indices is None:
         return experts
@@ -95,10 +110,8 @@ def _own_tuned(experts: ExpertWeights, first: jax.Array) -> ExpertWeights:
     return ExpertWeights(*(dataclasses.replace(part, indices=indices) for part in experts))
 
 
-def _gather_tokens(x: jax.Array | None, axes: tuple[str, ...]) -> jax.Array | None:
+def _gather_tokens(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """Joins the group's tokens, or random keys, on each of its devices: [B, …] -> [n*B, …]."""
-    if x is None:
-        return None
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         keys = _gather_tokens(jax.random.key_data(x), axes)
         return jax.random.wrap_key_data(keys, impl=jax.random.key_impl(x))

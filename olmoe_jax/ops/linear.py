@@ -54,15 +54,17 @@ class ExpertWeights(NamedTuple):
 def transposed(map_: Linear) -> Linear:
     """Returns the map by the transposed matrix: (W + scale A B)^T = W^T + scale B^T A^T."""
 
-    def swap(matrix: jax.Array | None) -> jax.Array | None:
-        return None if matrix is None else jnp.swapaxes(matrix, -1, -2)
+    def swap(matrix: jax.Array) -> jax.Array:
+        return jnp.swapaxes(matrix, -1, -2)
 
+    if map_.a is None or map_.b is None:
+        return Linear(swap(map_.weight))
     return Linear(swap(map_.weight), swap(map_.b), swap(map_.a), scale=map_.scale)
 
 
 def with_tuned(map_: Linear) -> Linear:
     """Returns the map with the tuned matrices written into `weight`."""
-    if map_.tuned is None:
+    if map_.tuned is None or map_.indices is None:
         return map_
     weight = replace(map_.weight, map_.tuned, map_.indices)
     return Linear(weight, map_.a, map_.b, scale=map_.scale)
@@ -70,7 +72,7 @@ def with_tuned(map_: Linear) -> Linear:
 
 def merged_weight(map_: Linear) -> jax.Array:
     """Returns W + scale * A B, computed in float32, in W's dtype."""
-    if map_.a is None:
+    if map_.a is None or map_.b is None:
         return map_.weight
     delta = jnp.matmul(map_.a, map_.b, preferred_element_type=jnp.float32)
     merged = map_.weight.astype(jnp.float32) + map_.scale * delta
@@ -95,7 +97,7 @@ def linear(
       [..., F].
     """
     y = matmul(x, map_.weight)
-    if map_.a is None:
+    if map_.a is None or map_.b is None:
         return y
     return y + map_.scale * (keep(dropped @ map_.a) @ map_.b)
 
@@ -119,11 +121,11 @@ def grouped_linear(
     Returns:
       [N, F].
     """
-    if map_.tuned is None:
+    if map_.tuned is None or map_.indices is None:
         y = grouped_matmul(rows, map_.weight, group_sizes, backend)
     else:
         y = grouped_matmul_tuned(rows, map_.weight, map_.tuned, map_.indices, group_sizes, backend)
-    if map_.a is None:
+    if map_.a is None or map_.b is None:
         return y
     low = keep(grouped_matmul(dropped, map_.a, group_sizes, backend))
     return y + map_.scale * grouped_matmul(low, map_.b, group_sizes, backend)

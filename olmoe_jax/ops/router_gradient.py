@@ -10,6 +10,7 @@ gradient; the experts that the forward did not run are run only in the backward.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -98,11 +99,25 @@ def router_gradient(
     return jnp.zeros_like(x)
 
 
-def _forward(router_gradient_experts, dtype, backend, probabilities, x, experts, candidates):
+def _forward(
+    router_gradient_experts: int | None,
+    dtype: str | None,
+    backend: str | None,
+    probabilities: jax.Array,
+    x: jax.Array,
+    experts: ExpertWeights,
+    candidates: jax.Array | None,
+) -> tuple[jax.Array, tuple]:
     return jnp.zeros_like(x), (x, experts, candidates)
 
 
-def _backward(router_gradient_experts, dtype, backend, residuals, g):
+def _backward(
+    router_gradient_experts: int | None,
+    dtype: str | None,
+    backend: str | None,
+    residuals: tuple,
+    g: jax.Array,
+) -> tuple[jax.Array, None, None, None]:
     x, experts, candidates = residuals
     experts = ExpertWeights(*map(with_tuned, experts))
     if dtype == "bfloat16":
@@ -117,9 +132,7 @@ def _backward(router_gradient_experts, dtype, backend, residuals, g):
 router_gradient.defvjp(_forward, _backward)
 
 
-def _scores(
-    x: jax.Array, g: jax.Array, multiply: Callable[[jax.Array, str], jax.Array]
-) -> jax.Array:
+def _scores(x: Any, g: Any, multiply: Callable[[Any, str], jax.Array]) -> jax.Array:
     """Computes <g, W_down h> as <W_down^T g, h>, h = silu(W_gate x) * W_up x: three matmuls."""
     hidden = jax.nn.silu(multiply(x, "gate")) * multiply(x, "up")
     return jnp.sum(hidden * multiply(g, "down"), axis=-1)
@@ -133,11 +146,11 @@ def all_expert_scores(
     Runs one expert at a time: no array of [T, E, F] or [T, E, D] ever exists. With `float8` the
     matmuls' factors are rounded to 8 bits (see `_to_float8`).
     """
-    if float8:
-        x, g = _to_float8(x, axis=1), _to_float8(g, axis=1)
+    # In 8 bits, x and g are pairs of values and scales.
+    rows, g_rows = (_to_float8(x, axis=1), _to_float8(g, axis=1)) if float8 else (x, g)
 
-    def one_expert(_, expert: ExpertWeights):
-        def multiply(rows, name):
+    def one_expert(_: None, expert: ExpertWeights) -> tuple[None, jax.Array]:
+        def multiply(rows: Any, name: str) -> jax.Array:
             # down is [F, D]: contracting its D applies the transpose without making it.
             contract = 1 if name == "down" else 0
             weight = merged_weight(getattr(expert, name))
@@ -151,7 +164,7 @@ def all_expert_scores(
             (rows, row_scales), (weight, scales) = rows, _to_float8(weight, axis=contract)
             return multiply(rows, weight) * row_scales * scales.reshape(1, -1)
 
-        return None, _scores(x, g, multiply)
+        return None, _scores(rows, g_rows, multiply)
 
     return jax.lax.scan(one_expert, None, experts)[1].T
 
@@ -183,7 +196,7 @@ def candidate_scores(
     token = order // per_token
     experts = experts._replace(down=transposed(experts.down))
 
-    def multiply(rows, name):
+    def multiply(rows: jax.Array, name: str) -> jax.Array:
         y = grouped_linear(rows, getattr(experts, name), rows, group_sizes, backend)
         return y.astype(jnp.float32)
 

@@ -89,11 +89,13 @@ def permute(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
     return x[order]
 
 
-def _permute_forward(x, order, inverse):
+def _permute_forward(
+    x: jax.Array, order: jax.Array, inverse: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     return x[order], inverse
 
 
-def _permute_backward(inverse, g):
+def _permute_backward(inverse: jax.Array, g: jax.Array) -> tuple[jax.Array, None, None]:
     return g[inverse], None, None
 
 
@@ -119,19 +121,27 @@ def combine(y: jax.Array, order: jax.Array, inverse: jax.Array, per_token: int) 
     return jnp.sum(y, axis=1, dtype=jnp.float32).astype(y.dtype)
 
 
-def _dispatch_forward(x, order, inverse, per_token):
+def _dispatch_forward(
+    x: jax.Array, order: jax.Array, inverse: jax.Array, per_token: int
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return dispatch(x, order, inverse, per_token), (order, inverse)
 
 
-def _dispatch_backward(per_token, residuals, g):
+def _dispatch_backward(
+    per_token: int, residuals: tuple[jax.Array, jax.Array], g: jax.Array
+) -> tuple[jax.Array, None, None]:
     return combine(g, *residuals, per_token), None, None
 
 
-def _combine_forward(y, order, inverse, per_token):
+def _combine_forward(
+    y: jax.Array, order: jax.Array, inverse: jax.Array, per_token: int
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return combine(y, order, inverse, per_token), (order, inverse)
 
 
-def _combine_backward(per_token, residuals, g):
+def _combine_backward(
+    per_token: int, residuals: tuple[jax.Array, jax.Array], g: jax.Array
+) -> tuple[jax.Array, None, None]:
     return dispatch(g, *residuals, per_token), None, None
 
 

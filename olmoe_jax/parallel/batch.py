@@ -13,11 +13,20 @@ from olmoe_jax.parallel.sharding import BATCH
 class HostRows(Protocol):
     """The arrays of `olmoe_jax.data.Batch`."""
 
-    tokens: np.ndarray
-    targets: np.ndarray
-    segment_ids: np.ndarray
-    positions: np.ndarray
-    loss_weights: np.ndarray
+    @property
+    def tokens(self) -> np.ndarray: ...
+
+    @property
+    def targets(self) -> np.ndarray: ...
+
+    @property
+    def segment_ids(self) -> np.ndarray: ...
+
+    @property
+    def positions(self) -> np.ndarray: ...
+
+    @property
+    def loss_weights(self) -> np.ndarray: ...
 
 
 class DeviceBatch(NamedTuple):

@@ -55,7 +55,7 @@ def open_model(config: Config) -> BaseModel:
         source = open_source(options.path)
         model_config, files = source.config, source.files
     else:
-        path = Path(options.config_path)
+        path = Path(options.config_path or "")
         if not path.is_dir() and (path.name != "config.json" or not path.exists()):
             raise UserError(
                 f"model.config_path={path}: no such directory or config.json; write a directory "

@@ -64,4 +64,4 @@ def best_step(run: Path) -> int:
             f"{run}: no checkpoint with an evaluation, so none is the best; write a step, or train "
             "with data.eval_path or data.eval_fraction"
         )
-    return max(sorted(scores), key=scores.get)
+    return max(sorted(scores), key=lambda step: scores[step])

@@ -101,7 +101,7 @@ def held_out_sample(config: Config, model: BaseModel, datasets: Datasets) -> Hel
       UserError: no example is left.
     """
     options, evaluation = config.generate, datasets.evaluation
-    if options.every is None:
+    if options.every is None or evaluation is None:
         return None
     tokenizer = data.load_tokenizer(str(model.tokenizer_files))
     room = model.config.max_position_embeddings - options.max_new_tokens
@@ -121,6 +121,6 @@ def held_out_sample(config: Config, model: BaseModel, datasets: Datasets) -> Hel
         )
     # Prompts of like length share a batch, so that few shapes are compiled.
     found.sort(key=lambda parts: -len(parts[0]))
-    texts = [(tokenizer.decode(prompt), tokenizer.decode(answer)) for prompt, answer in found]
+    texts = [(str(tokenizer.decode(p)), str(tokenizer.decode(a))) for p, a in found]
     scorer = scorer_for([expected for _, expected in texts])
     return HeldOut(tokenizer, texts, scorer, options.max_new_tokens)

@@ -20,7 +20,7 @@ from olmoe_jax.training.rounding import random_bits
 
 BLOCK = 256
 """Numbers with one scale, at most; bitsandbytes' and torchao's."""
-_MAPS = {jnp.dtype("int8"): (127, 2), jnp.dtype("uint8"): (255, 3)}
+_MAPS: dict[Any, tuple[int, int]] = {jnp.dtype("int8"): (127, 2), jnp.dtype("uint8"): (255, 3)}
 """Of each dtype of codes: the largest, and how many times c / largest is squared."""
 
 

@@ -18,12 +18,19 @@ class Evaluation:
 
     Args:
       config: of the run.
-      datasets: must hold evaluation examples.
+      examples: the held-out examples.
+      datasets: of the run.
       program: with the parameters that the run starts from, whose routing is remembered.
     """
 
-    def __init__(self, config: Config, datasets: Datasets, program: Program):
-        self._examples, self._program = datasets.evaluation, program
+    def __init__(
+        self,
+        config: Config,
+        examples: data.TokenizedDataset,
+        datasets: Datasets,
+        program: Program,
+    ):
+        self._examples, self._program = examples, program
         self._layout = row_layout(config, datasets, program.mesh)
         first = next(self._batches())
         self._first_choices = self._evaluate(program.state.parameters, first)[1]
@@ -35,13 +42,14 @@ class Evaluation:
           The mean loss per trained target, and the share of the first batch's routing choices that
           differ from those before training.
         """
-        total, changed = 0.0, None
-        for batch in self._batches():
+        total, changed = 0.0, 0.0
+        for number, batch in enumerate(self._batches()):
             loss, choices = self._evaluate(trained, batch)
             total += float(loss)
-            if changed is None:
-                changed = jax.jit(changed_choices)(choices, self._first_choices, batch.segment_ids)
-        return total / max(1, int(self._examples.target_counts.sum())), float(changed)
+            if number == 0:
+                compare = jax.jit(changed_choices)
+                changed = float(compare(choices, self._first_choices, batch.segment_ids))
+        return total / max(1, int(self._examples.target_counts.sum())), changed
 
     def _evaluate(self, trained: Parameters, batch: DeviceBatch) -> tuple[jax.Array, jax.Array]:
         return self._program.evaluate(trained, self._program.frozen, batch)

@@ -158,7 +158,7 @@ class _Run:
         # Before a checkpoint is restored: the evaluation remembers the base's routing.
         self.evaluation = None
         if datasets.evaluation is not None:
-            self.evaluation = Evaluation(config, datasets, program)
+            self.evaluation = Evaluation(config, datasets.evaluation, datasets, program)
         self.done = self.saved = self._restore()
         self.reporter = self._reporter(output)
         self.preemption = Preemption(program.mesh)
@@ -253,26 +253,26 @@ class _Run:
             self.expert_load[:] = 0
         if self.evaluation and evaluate:
             with self.clock.part("evaluation"):
-                found["eval_loss"] = self._evaluate()
+                found["eval_loss"] = self._evaluate(self.evaluation)
         if self.held_out and (last or _due(self.config.generate.every, done)):
             self._report_pending()
             with self.clock.part("decoding"):
-                found["exact_match"] = self._decode()
+                found["exact_match"] = self._decode(self.held_out)
         best = self.best.improvement(found)
         if last or best or done % options.checkpoint_every == 0:
             self._report_pending()
             self._save(best)
 
-    def _evaluate(self) -> float:
+    def _evaluate(self, evaluation: Evaluation) -> float:
         """Evaluates and reports; returns the mean loss per trained target."""
-        loss, changed = self.evaluation.run(self.state.parameters)
+        loss, changed = evaluation.run(self.state.parameters)
         self.reporter.evaluation(self.done, loss, changed)
         self.last_report = time.monotonic()
         return loss
 
-    def _decode(self) -> float:
+    def _decode(self, held_out: HeldOut) -> float:
         """Decodes the held-out prompts and reports; returns the share of right answers."""
-        answers = self.held_out.answers(self.program, self.state.parameters)
+        answers = held_out.answers(self.program, self.state.parameters)
         right = sum(answer.right for answer in answers) / len(answers)
         self.reporter.answers(self.done, right, answers)
         self.last_report = time.monotonic()

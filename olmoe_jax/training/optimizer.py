@@ -137,7 +137,7 @@ def _is_floating(x: jax.Array) -> bool:
 
 
 def _float32(x: jax.Array | EightBits) -> jax.Array:
-    if is_eight_bits(x):
+    if isinstance(x, EightBits):
         return eight_bits.decode(x)
     return x.astype(jnp.float32) if _is_floating(x) else x
 
@@ -159,13 +159,15 @@ def _stored_as(
     leaves, tree = jax.tree.flatten(new)
     keys = jax.random.bits(key, (len(leaves), 2), jnp.uint32)
 
-    def store(value, before, scales, key):
+    def store(value: jax.Array, before: Any, scales: Any, key: jax.Array) -> jax.Array | EightBits:
         if is_eight_bits(before):
             return eight_bits.encode(value, scales, before.codes.dtype, key)
         return value if value.dtype == before.dtype else stochastic_round(value, key)
 
     before = jax.tree.leaves(old, is_leaf=is_eight_bits)
-    return tree.unflatten(map(store, leaves, before, scales or [None] * len(leaves), keys))
+    return jax.tree.unflatten(
+        tree, map(store, leaves, before, scales or [None] * len(leaves), keys)
+    )
 
 
 def adamw(

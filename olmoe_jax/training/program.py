@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -113,13 +114,13 @@ def step_functions(
         aux_loss_coefficient=config.method.router_aux_loss_coefficient,
         seed=config.train.seed,
     )
-    replicated = NamedSharding(mesh, P())
+    replicated: Any = NamedSharding(mesh, P())
     by_name = sharding.parameter_shardings(parameter_specs(model_config, settings), mesh)
-    gradients = {name: by_name[name] for name in trained}
+    gradients: Any = {name: by_name[name] for name in trained}
     accumulated_shardings = Accumulated(gradients, replicated, replicated)
     places = state_shardings(trainer, trained, by_name, mesh)
     # Not the arrays: what a function closes over stays alive.
-    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in trained.items()}
+    shapes: Any = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in trained.items()}
     return StepFunctions(
         trainer,
         places,

@@ -146,7 +146,7 @@ class Trainer:
         # The backward adds to the sums in place, layer by layer: a second copy of all gradients
         # never exists.
         gradients = jax.tree.map(jax.new_ref, accumulated.gradients)
-        backward.with_refs(gradients)(jnp.ones_like(objective))
+        backward.with_refs(gradients)(jnp.ones_like(objective))  # type: ignore[attr-defined]
         sums = jax.tree.map(jnp.add, (accumulated.loss, accumulated.statistics), sums)
         return Accumulated(jax.tree.map(jax.freeze, gradients), *sums)
 
@@ -193,7 +193,8 @@ class Trainer:
             batch.tokens, batch.segment_ids, batch.positions, with_router_logits=True
         )
         loss = weighted_cross_entropy(hidden, model.head(), batch.targets, batch.loss_weights)
-        return loss, jax.lax.top_k(statistics.logits, self.config.num_experts_per_token)[1]
+        logits: Any = statistics.logits
+        return loss, jax.lax.top_k(logits, self.config.num_experts_per_token)[1]
 
     def _key(self, step: jax.Array, part: jax.Array | np.uint32) -> jax.Array:
         """Returns the random key of a part of a step: a micro-batch, or the update."""

@@ -23,7 +23,7 @@ class Breakdown:
     """Seconds that the host spends on each part of a step."""
 
     def __init__(self):
-        self._seconds: collections.Counter[str] = collections.Counter()
+        self._seconds: dict[str, float] = collections.defaultdict(float)
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:

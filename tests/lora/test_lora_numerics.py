@@ -18,7 +18,7 @@ from helpers import (
 from lora.tiny_adapters import merged_weights, random_adapters
 
 from olmoe_jax.checkpoints.loading import graph_of, random_parameters
-from olmoe_jax.checkpoints.peft import merged
+from olmoe_jax.checkpoints.merging import merged
 from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.model.decoder import parameter_specs
 from olmoe_jax.model.lora import TARGETS, LoraSettings
