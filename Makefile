@@ -7,7 +7,7 @@ OUTPUT ?= runs/reproduce
 PYTEST := $(VENV)/bin/python -m pytest -q -n 2 --durations 30
 PIP := $(VENV)/bin/python -m pip install --quiet -c constraints.txt
 
-.PHONY: quickstart reproduce test test-slow test-devices test-golden test-all lint
+.PHONY: quickstart reproduce lint test test-slow test-devices test-golden test-compilers test-all
 
 quickstart: $(VENV)/runtime.stamp
 	$(VENV)/bin/python -m olmoe_jax.quickstart
@@ -20,7 +20,7 @@ test: $(VENV)/dev.stamp
 	$(PYTEST) -m "not slow and not golden"
 
 test-slow: $(VENV)/dev.stamp
-	$(PYTEST) --dist loadfile --no-loadscope-reorder -m "slow and not exhaustive"
+	$(PYTEST) --dist loadfile --no-loadscope-reorder -m "slow and not exhaustive and not compilers"
 
 # XLA fixes the number of a CPU's devices when jax starts: these tests run in a session of their own.
 test-devices: $(VENV)/dev.stamp
@@ -31,11 +31,17 @@ test-devices: $(VENV)/dev.stamp
 test-golden: $(VENV)/dev.stamp
 	$(PYTEST) -m golden tests/convert
 
+# Compilers of devices that are not there, in an environment of their own: jax would look for the devices.
+test-compilers: $(VENV)/dev.stamp
+	$(PIP) -r requirements-compilers.txt
+	JAX_PLATFORMS=cpu $(PYTEST) -m compilers
+
 # What a release runs.
 test-all: lint test test-slow test-devices test-golden
 	$(PYTEST) --dist loadfile -m exhaustive
 	if [ -n "$$OLMOE_JAX_SHARED" ]; then \
 	    $(VENV)/bin/python "$$OLMOE_JAX_SHARED/tools/check_reference.py"; fi
+	$(MAKE) test-compilers VENV=.venv-compilers
 	$(MAKE) test PYTHON=python3.12 VENV=.venv-3.12
 
 lint: $(VENV)/dev.stamp

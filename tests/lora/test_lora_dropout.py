@@ -142,6 +142,7 @@ def test_every_target_has_dropout(setting, target):
     assert dropped.loss(only, weights, batch, key)[0] != without.loss(only, weights, batch)[0]
 
 
+@pytest.mark.slow
 def test_dropping_next_to_nothing_changes_nothing(setting):
     """What is dropped from is what the adapter sees, in its order: the loss stays."""
     adapters, weights, batch = setting

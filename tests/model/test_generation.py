@@ -90,6 +90,7 @@ def test_few_programs(model, tokenizer):
     assert [program._cache_size() for program in programs] == [2, 2]
 
 
+@pytest.mark.slow
 def test_weights_lie_in_memory_once():
     """bfloat16 on a CPU, which computes in float32: no program converts all layers' experts."""
     config = tiny_config(num_layers=8, hidden_size=64, intermediate_size=512)

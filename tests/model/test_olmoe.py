@@ -206,6 +206,7 @@ def test_remat_changes_nothing(remat):
     assert_close(actual, method_results("densemixer"), 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, LoraSettings(4, 16.0)])
 def test_what_remat_computes_twice(lora):
     """Selective: no matmul; full: all of the layer but the last of an expert."""
@@ -227,6 +228,7 @@ def test_what_remat_computes_twice(lora):
     assert matmuls("full", jax.grad) == kept + forward - (2 if lora else 1)
 
 
+@pytest.mark.slow
 def test_frozen_router():
     """No gradient for the router; everything else as conventional."""
     loss, frozen = method_results("frozen")
@@ -253,6 +255,7 @@ def test_densemixer_in_the_whole_model():
         assert relative_error(first, expected[0]) > 1e-4
 
 
+@pytest.mark.slow
 def test_pad_token_row_of_the_embedding_learns_nothing():
     """torch's padding_idx, even where the id is a real token."""
     pad = int(TOKENS[0, 3])

@@ -6,6 +6,7 @@ import pytest
 from helpers import run_module
 
 
+@pytest.mark.compilers
 @pytest.mark.slow
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -6,6 +6,7 @@ import pytest
 from helpers import run_module
 
 
+@pytest.mark.compilers
 @pytest.mark.slow
 def test_no_backend_copies_the_weights_of_all_layers():
     flags = ["--topology", "h100:1", "--layers", "16", "--hidden", "512", "--intermediate", "256"]

@@ -8,6 +8,7 @@ from helpers import assert_user_error, run_module
 CONFIG = ("--config", "configs/densemixer_gsm.py")
 
 
+@pytest.mark.slow
 def test_json(tmp_path):
     model = {
         "model_type": "olmoe",

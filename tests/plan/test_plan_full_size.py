@@ -7,6 +7,7 @@ import pytest
 from helpers import run_module
 
 
+@pytest.mark.compilers
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("topology", "compiler", "most"),

@@ -61,6 +61,7 @@ def test_update_is_skipped_and_training_goes_on(files, tmp_path, poison, capsys,
     assert list(board(output)[0]["train/skipped_updates"].values()) == [0, 0, 1, 1, 1, 1]
 
 
+@pytest.mark.slow
 def test_n_in_a_row_stop_the_run_and_it_can_be_continued(files, tmp_path, poison, monkeypatch):
     config = files.config(tmp_path / "run", **OPTIONS, train__max_nonfinite_steps=2)
     with monkeypatch.context() as patch:

@@ -191,6 +191,7 @@ def test_a_finished_run_is_left_alone(files, whole):
         assert ignored.match(name) or after.get(name) == before.get(name), name
 
 
+@pytest.mark.slow
 def test_restart_sets_the_old_run_aside(files, whole, tmp_path, capsys):
     output = tmp_path / "run"
     shutil.copytree(whole, output)
@@ -412,6 +413,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(stopped, damage, whole
     assert_same_run(output, whole)
 
 
+@pytest.mark.slow
 def test_no_checkpoints_left_starts_from_the_beginning(stopped, whole):
     files, output = stopped
     remove(output / "checkpoints")
