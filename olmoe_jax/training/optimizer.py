@@ -20,10 +20,10 @@ Schedule = Callable[[jax.Array], jax.Array]
 def schedule(
     kind: Literal["linear", "cosine", "constant"], peak: float, warmup_steps: int, total_steps: int
 ) -> Schedule:
-    """Learning rate of update 0, 1, … (float32), as transformers' schedules of these names.
+    """Returns a function from an update's number 0, 1, … to its learning rate, float32.
 
-    Linear warmup from 0 (the first update has learning rate 0 when there is a warmup), then
-    linear to 0, half a cosine to 0, or constant.
+    The schedules are those of transformers with these names: a linear warmup from 0 (with a warmup,
+    the first update has learning rate 0), then linear to 0, half a cosine to 0, or constant.
     """
 
     def learning_rate(step: jax.Array) -> jax.Array:
@@ -40,10 +40,10 @@ def schedule(
 
 
 class SplitState(NamedTuple):
-    """State of an optimizer whose float32 master weights lie in two halves."""
+    """The state of an optimizer that keeps float32 master weights in two halves."""
 
     moments: optax.OptState
-    remainders: Parameters  # uint16: what the bfloat16 parameters lack, see `split_float32`
+    remainders: Parameters  # uint16: the lower halves of bfloat16 parameters (`split_float32`)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +51,10 @@ class Optimizer:
     """A direction of descent, computed in float32, and how weights and moments are stored.
 
     Attributes:
-      direction: what to subtract from the weights, but for the learning rate.
-      moments_dtype: float32, or rounded stochastically: bfloat16, or int8 in `EightBits`.
-      master_dtype: of the weights that updates add up in, where the parameters are bfloat16:
-        float32 keeps their remainders in the state, bfloat16 rounds them stochastically.
+      direction: gives what to subtract from the weights, before the learning rate scales it.
+      moments_dtype: float32; or bfloat16 or int8 (`EightBits`), both rounded stochastically.
+      master_dtype: the dtype in which updates of bfloat16 parameters add up. float32 keeps the
+        parameters' lower halves in the state; bfloat16 rounds the parameters stochastically.
     """
 
     direction: optax.GradientTransformation
@@ -62,7 +62,7 @@ class Optimizer:
     master_dtype: DTypeLike = jnp.float32
 
     def init(self, parameters: Parameters) -> Any:
-        """The state before the first update."""
+        """Returns the state before the first update."""
         in_8_bits = self.moments_dtype == jnp.int8
         dtype = jnp.float32 if in_8_bits else self.moments_dtype
         moments = self.direction.init(
@@ -87,22 +87,30 @@ class Optimizer:
         learning_rate: jax.Array,
         key: jax.Array,
     ) -> tuple[Parameters, Any]:
-        """The parameters and the state after an update, in the dtypes that they have.
+        """Makes an update; returns the parameters and the state in the dtypes that they have.
 
         Args:
-          gradients: float32.
-          key: a scalar random key, of this update alone; only rounding reads it.
+          gradients: float32, one for each parameter.
+          state: what `init` or the update before returned.
+          parameters: the trained parameters.
+          learning_rate: [] float32.
+          key: a scalar random key for this update alone; only rounding reads it.
         """
+        # Widen everything to float32.
         is_split = isinstance(state, SplitState)
         old_moments, remainders = state if is_split else (state, {})
         weights = {
             name: join_float32(p, remainders[name]) if name in remainders else _float32(p)
             for name, p in parameters.items()
         }
+
+        # Update in float32.
         direction, moments = self.direction.update(
             gradients, jax.tree.map(_float32, old_moments, is_leaf=is_eight_bits), weights
         )
         weights = jax.tree.map(lambda w, d: w - learning_rate * d, weights, direction)
+
+        # Store in the dtypes of before.
         moments_key, weights_key = jax.random.split(key)
         scales = None
         if self.moments_dtype == jnp.int8:
@@ -117,10 +125,11 @@ class Optimizer:
     def _scales(
         self, gradients: Parameters, old_moments: Any, weights: Parameters
     ) -> list[jax.Array | None]:
-        """The scales of the new moments, for each leaf; None: it is not stored in 8 bits.
+        """Returns the scales of each leaf of the new moments, or None for a leaf not in 8 bits.
 
-        The moments are computed once more for that: kept until the scales are known, all of them
-        would be stored in float32. (A barrier, or XLA would see that they are the same.)
+        Computes the new moments a second time. If one computation served the scales and the codes,
+        all moments would wait for their scales in memory, in float32. The barrier keeps XLA from
+        joining the two computations.
         """
         again = jax.lax.optimization_barrier(old_moments)
         again = jax.tree.map(_float32, again, is_leaf=is_eight_bits)
@@ -152,9 +161,13 @@ def _zeros_in_8_bits(path: tuple, moment: jax.Array) -> jax.Array | EightBits:
 def _stored_as(
     old: Any, new: Any, key: jax.Array, scales: list[jax.Array | None] | None = None
 ) -> Any:
-    """`new`, each leaf stored as `old`'s; what must be rounded is rounded stochastically.
+    """Returns `new` with each leaf in the dtype of the same leaf of `old`, rounded stochastically.
 
-    `scales`: of the leaves in 8 bits.
+    Args:
+      old: the tree whose dtypes to take.
+      new: the tree of float32 values; leaves that are not floats stay as they are.
+      key: a scalar random key.
+      scales: the scales of each leaf in 8 bits, and None for other leaves; None: no leaf has any.
     """
     leaves, tree = jax.tree.flatten(new)
     keys = jax.random.bits(key, (len(leaves), 2), jnp.uint32)
@@ -165,9 +178,8 @@ def _stored_as(
         return value if value.dtype == before.dtype else stochastic_round(value, key)
 
     before = jax.tree.leaves(old, is_leaf=is_eight_bits)
-    return jax.tree.unflatten(
-        tree, map(store, leaves, before, scales or [None] * len(leaves), keys)
-    )
+    scales = scales or [None] * len(leaves)
+    return jax.tree.unflatten(tree, map(store, leaves, before, scales, keys))
 
 
 def adamw(
@@ -178,9 +190,10 @@ def adamw(
     moments_dtype: DTypeLike = jnp.float32,
     master_dtype: DTypeLike = jnp.float32,
 ) -> Optimizer:
-    """AdamW (Loshchilov and Hutter) as PyTorch's.
+    """Returns AdamW (https://arxiv.org/abs/1711.05101) as PyTorch computes it.
 
-    Every trained parameter is decayed, norms and embeddings too, as in the reference.
+    The weight decay applies to every trained parameter, norms and embeddings too, as in the
+    reference. `moments_dtype` and `master_dtype`: see `Optimizer`.
     """
     direction = optax.chain(
         optax.scale_by_adam(beta1, beta2, epsilon), optax.add_decayed_weights(weight_decay)
@@ -189,11 +202,11 @@ def adamw(
 
 
 def global_norm(gradients: Parameters) -> jax.Array:
-    """sqrt of the sum of squares over all gradients, float32."""
+    """Returns sqrt of the sum of squares over all gradients, [] float32."""
     squares = [jnp.sum(jnp.square(g.astype(jnp.float32))) for g in gradients.values()]
     return jnp.sqrt(sum(squares))
 
 
 def clip_scale(norm: jax.Array, max_norm: float) -> jax.Array:
-    """PyTorch's clip_grad_norm_ factor: min(1, max_norm / (norm + 1e-6))."""
+    """Returns the factor of PyTorch's clip_grad_norm_: min(1, max_norm / (norm + 1e-6))."""
     return jnp.minimum(1.0, max_norm / (norm + 1e-6))
