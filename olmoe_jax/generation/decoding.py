@@ -1,15 +1,14 @@
-"""Text from a model: batched decoding with a KV cache, a compiled prefill and a compiled loop.
+"""Batched decoding with a KV cache: a compiled prefill, then a compiled loop over tokens.
 
 Shapes: B rows, P prompt columns (padded on the left), N new tokens, V vocabulary.
 
-Sizes are rounded up to few (`bucket`), so that many prompts need few programs. The loop runs on the
-device for CHUNK tokens at a time; in between, the host looks for stop strings.
+Sizes are rounded up (`bucket`), so that many prompts share few programs. The loop runs on the
+devices for CHUNK tokens; then the host looks for stop strings.
 """
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from olmoe_jax.errors import UserError
+from olmoe_jax.generation.sampling import Kind, Sampling, sample
 from olmoe_jax.generation.stop_strings import cut_at
 from olmoe_jax.model.decoder import KVCache, Olmoe
 from olmoe_jax.model.parameters import Parameters, merge, split
@@ -29,33 +29,18 @@ if TYPE_CHECKING:
 
 CHUNK = 16
 _SHORTEST = 32
-
-
-@dataclass(frozen=True)
-class Draws:
-    """How a token is taken from the logits; the numbers are arguments of the programs.
-
-    Attributes:
-      temperature: 0 takes the most probable token; above, draws from softmax(logits / temperature).
-      top_p: draws from the fewest most probable tokens that have this much probability together
-        (nucleus sampling, https://arxiv.org/abs/1904.09751); 1: from all.
-      seed: of the draws.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
+"""The fewest prompt columns, and columns for new tokens."""
 
 
 class _State(NamedTuple):
     """What the loop carries from token to token."""
 
     cache: KVCache
-    new: jax.Array  # [B, N] int32; after a row's eos all eos
-    count: jax.Array  # [] int32: columns of `new` that are filled
+    new: jax.Array  # [B, N] int32; after a row's eos only eos
+    count: jax.Array  # [] int32: filled columns of `new`
     ended: jax.Array  # [B] bool
     lengths: jax.Array  # [B] int32: tokens of the prompts
-    keys: jax.Array  # [B] random keys, one per row
+    keys: jax.Array  # [B] random keys, one for each row
 
 
 def generate(
@@ -71,51 +56,53 @@ def generate(
     batch_size: int = 64,
     progress: bool = False,
 ) -> list[str]:
-    """The model's continuations of the prompts, without the prompts and the end-of-text token.
+    """Returns the model's continuations, without the prompts and the end-of-text token.
 
-    What is drawn for a prompt depends on the seed and on its place among the prompts, not on what
-    it shares a batch with. Under `jax.set_mesh` the rows of a batch are split over the devices;
-    processes that share a mesh ask for the same, and each gets all texts.
+    The draws for a prompt depend on the seed and on the prompt's place among the prompts, not on
+    the other prompts of its batch. Under `jax.set_mesh` the devices share the rows of a batch.
+    Processes that share a mesh call this function with the same prompts, and each gets all texts.
 
     Args:
       model: from `olmoe_jax.from_pretrained`.
       tokenizer: the model's; its eos token ends a text.
       prompts: non-empty texts.
-      max_new_tokens: a text that has not ended by then is cut.
-      temperature, top_p, seed: see `Draws`.
+      max_new_tokens: the length at which a text is cut.
+      temperature: see `Sampling`.
+      top_p: see `Sampling`.
       stop: strings that end a text, which is cut before the first of them.
+      seed: see `Sampling`.
       batch_size: prompts decoded together.
       progress: shows a bar.
 
     Raises:
-      UserError: a prompt is empty, or a number out of range.
+      UserError: a prompt is empty, or a number is out of range.
     """
-    _check(max_new_tokens=max_new_tokens, batch_size=batch_size)
-    if not 0 <= temperature < float("inf"):
-        raise UserError(f"temperature={temperature}: must be 0 or more")
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p={top_p}: must be above 0 and at most 1")
+    for name, value in {"max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
+        if value < 1:
+            raise UserError(f"{name}={value}: must be 1 or more")
+    sampling = Sampling(temperature, top_p, seed)
     if not all(stop):
         raise UserError("a stop string is empty; leave it out")
     encoded = [tokenizer(p, add_special_tokens=False, verbose=False).input_ids for p in prompts]
     if not all(encoded):
         raise UserError("a prompt is empty; write at least one word")
-    decoder = _Decoder(model, tokenizer, stop, Draws(temperature, top_p, seed))
-    texts = [""] * len(encoded)
-    # Prompts of like length share a batch, the longest first: if memory is short, it shows at once.
+
+    # Prompts of similar length share a batch, the longest first: short memory shows at once.
     order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
+    decoder = _Decoder(model, tokenizer, stop, sampling)
+    texts = [""] * len(encoded)
     with tqdm(total=len(encoded), unit="prompt", disable=not progress, leave=False) as bar:
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
-            prompts_ = [encoded[index] for index in indices]
-            batch = decoder.run(indices, prompts_, max_new_tokens, batch_size, bar.update)
-            for index, text in zip(indices, batch, strict=True):
+            batch = [encoded[index] for index in indices]
+            found = decoder.run(indices, batch, max_new_tokens, batch_size, bar.update)
+            for index, text in zip(indices, found, strict=True):
                 texts[index] = text
     return texts
 
 
 def bucket(size: int, smallest: int = 1) -> int:
-    """The next of 1, 2, 3, 4, 6, 8, 12, 16, … times `smallest`."""
+    """Returns the next of 1, 2, 3, 4, 6, 8, 12, 16, … times `smallest`."""
     whole = smallest
     while whole < size:
         whole *= 2
@@ -124,15 +111,20 @@ def bucket(size: int, smallest: int = 1) -> int:
 
 
 class _Decoder:
-    """A model with all that its batches share."""
+    """A model, with everything that its batches share."""
 
-    def __init__(self, model: Olmoe, tokenizer, stop: Sequence[str], draws: Draws):
+    def __init__(
+        self,
+        model: Olmoe,
+        tokenizer: "PreTrainedTokenizerBase",
+        stop: Sequence[str],
+        sampling: Sampling,
+    ):
         self._graph, parameters = split(model)
-        self._parameters = _at_hand(parameters)
-        self._tokenizer, self._stop, self._draws = tokenizer, tuple(stop), draws
-        # Static, since a greedy program needs no random numbers and a plain draw no sorting.
-        self._kind = "greedy" if draws.temperature == 0 else "all" if draws.top_p == 1 else "top_p"
-        self._numbers = jnp.float32(draws.temperature or 1), jnp.float32(draws.top_p)
+        self._parameters = _replicated(parameters)
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._kind, self._key = sampling.kind, jax.random.key(sampling.seed)
+        self._numbers = jnp.float32(sampling.temperature or 1), jnp.float32(sampling.top_p)
 
     def run(
         self,
@@ -140,16 +132,25 @@ class _Decoder:
         prompts: Sequence[list[int]],
         limit: int,
         batch_size: int,
-        done,
+        done: Callable[[int], object],
     ) -> list[str]:
-        """The texts of one batch; calls done(n) when n more rows have ended."""
-        eos = self._tokenizer.eos_token_id
-        mesh = active_mesh()
-        multiple = 1 if mesh is None else mesh.size
+        """Returns the texts of one batch.
+
+        Args:
+          indices: the places of the batch's prompts among all prompts, which seed their draws.
+          prompts: the tokens of each.
+          limit: the most new tokens of a text.
+          batch_size: rows of a full batch.
+          done: called with n when n more rows have ended.
+        """
+        # Pad the batch, and run the prompts.
+        eos, mesh = self._tokenizer.eos_token_id, active_mesh()
+        devices = 1 if mesh is None else mesh.size
         rows = min(bucket(len(prompts)), max(batch_size, len(prompts)))
-        rows = -(-rows // multiple) * multiple
+        rows = -(-rows // devices) * devices
         tokens, segments = _left_padded(prompts, rows, eos)
-        seeds = np.array([*indices, *[0] * (rows - len(indices))], np.uint32)
+        seeds = np.zeros(rows, np.uint32)
+        seeds[: len(indices)] = indices
         state = _prefill(
             self._graph,
             self._kind,
@@ -158,19 +159,17 @@ class _Decoder:
             self._parameters,
             tokens,
             segments,
-            jax.random.key(self._draws.seed),
+            self._key,
             seeds,
             *self._numbers,
         )
+
+        # Decode CHUNK tokens at a time, until every row has ended.
         stopped, running, until = np.zeros(rows, bool), len(prompts), 1
         while True:
             new, count, ended = (np.asarray(part) for part in (state.new, state.count, state.ended))
             if self._stop:
-                stopped |= [
-                    row < len(prompts)
-                    and any(s in self._text(new[row, :count]) for s in self._stop)
-                    for row in range(rows)
-                ]
+                stopped |= [self._has_stop(row) for row in new[:, :count]]
             ended = ended | stopped
             still = rows - int(ended.sum())
             done(running - still)
@@ -184,13 +183,21 @@ class _Decoder:
         done(running)
         return [cut_at(self._text(row), self._stop) for row in new[: len(prompts), :count]]
 
+    def _has_stop(self, tokens: np.ndarray) -> bool:
+        text = self._text(tokens)
+        return any(string in text for string in self._stop)
+
     def _text(self, tokens: np.ndarray) -> str:
+        """Returns the text before the first eos."""
         ends = np.flatnonzero(tokens == self._tokenizer.eos_token_id)
         return self._tokenizer.decode(tokens[: ends[0]] if len(ends) else tokens)
 
 
-def _at_hand(parameters: Parameters) -> Parameters:
-    """On every device what each needs at every token; the experts, most of it, stay split."""
+def _replicated(parameters: Parameters) -> Parameters:
+    """Returns the parameters with all but the experts, most of the memory, on every device.
+
+    Each device needs the other parameters at every token. Quantized matrices stay split too.
+    """
     if active_mesh() is None:
         return parameters
     needed = {
@@ -198,7 +205,7 @@ def _at_hand(parameters: Parameters) -> Parameters:
         for name, value in parameters.items()
         if ".experts." not in name and not isinstance(value, Quantized)
     }
-    # Not all parameters: what goes through a program comes out of it as a copy.
+    # The experts do not pass through this program, which would return a copy of them.
     return parameters | _all_gathered(needed)
 
 
@@ -207,14 +214,10 @@ def _all_gathered(parameters: Parameters) -> Parameters:
     return jax.tree.map(gathered, parameters)
 
 
-def _check(**values: int) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise UserError(f"{name}={value}: must be 1 or more")
-
-
-def _left_padded(prompts, rows: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and segments [rows, P]; rows past the prompts are all padding."""
+def _left_padded(
+    prompts: Sequence[list[int]], rows: int, pad: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns tokens and segments [B, P]; rows beyond the prompts hold only padding."""
     length = bucket(max(map(len, prompts)), _SHORTEST)
     tokens = np.full((rows, length), pad, np.int32)
     segments = np.zeros_like(tokens)
@@ -224,23 +227,26 @@ def _left_padded(prompts, rows: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
     return tokens, segments
 
 
-def forward_program(**options):
-    """`jax.jit` for what needs no gradients; `program(platform)` of the result is what it compiles.
+def forward_program(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Returns `jax.jit` with `options`, for functions without gradients.
 
-    A CPU computes in float32: XLA would convert the bfloat16 weights of all layers and experts
-    before the loops over them, and hold them three times. There, nothing moves out of a loop.
+    On CPUs the programs compile without one of XLA's passes. The decorated function has an
+    attribute `program`: program(platform) is the jitted function.
     """
 
-    def decorate(function):
+    def decorate(function: Callable[..., Any]) -> Any:
         @functools.cache
-        def program(platform: str):
+        def program(platform: str) -> Any:
+            # A CPU computes in float32. This pass moves the conversion of bfloat16 weights out of
+            # the loops over layers and experts: the program then holds a float32 copy of all
+            # experts, twice their bytes (tests/model/test_generation.py looks for this copy).
             without = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
             return jax.jit(
                 function, compiler_options=without if platform == "cpu" else None, **options
             )
 
         @functools.wraps(function)
-        def call(*arguments):
+        def call(*arguments: Any) -> Any:
             return program(jax.default_backend())(*arguments)
 
         call.program = program
@@ -252,7 +258,7 @@ def forward_program(**options):
 @forward_program(static_argnums=(0, 1, 2, 3))
 def _prefill(
     graph: nnx.GraphDef,
-    kind: str,
+    kind: Kind,
     room: int,
     eos: int,
     parameters: Parameters,
@@ -263,24 +269,28 @@ def _prefill(
     temperature: jax.Array,
     top_p: jax.Array,
 ) -> _State:
-    """The state after the prompts [B, P] and one new token; rows without prompt have ended."""
+    """Returns the state after the prompts [B, P] and one new token.
+
+    `room` is N; `seeds` [B] uint32 make each row's key out of `key`. Rows without a prompt have
+    ended.
+    """
     model: Olmoe = merge(graph, parameters)
     batch = len(tokens)
     tokens, segments = shard_batch(tokens), shard_batch(segments)
     positions = jnp.maximum(0, jnp.cumsum(segments, axis=1) - 1)
     logits, cache = model.prefill(tokens, segments, positions, room)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, seeds)
-    first = choose(kind, logits, keys, jnp.int32(0), temperature, top_p)
+    first = sample(kind, logits, keys, jnp.int32(0), temperature, top_p)
     lengths = segments.sum(axis=1)
     ended = (lengths == 0) | (first == eos)
     new = jnp.full((batch, room), eos, jnp.int32).at[:, 0].set(jnp.where(ended, eos, first))
-    return _on_all(_State(cache, new, jnp.int32(1), ended, lengths, keys))
+    return _readable(_State(cache, new, jnp.int32(1), ended, lengths, keys))
 
 
 @forward_program(static_argnums=(0, 1, 2), donate_argnums=(4,))
 def _continue(
     graph: nnx.GraphDef,
-    kind: str,
+    kind: Kind,
     eos: int,
     parameters: Parameters,
     state: _State,
@@ -289,7 +299,10 @@ def _continue(
     temperature: jax.Array,
     top_p: jax.Array,
 ) -> _State:
-    """Decodes until there are `until` new tokens or every row has ended."""
+    """Decodes until there are `until` new tokens or every row has ended.
+
+    `ended` [B] replaces the state's: rows with a stop string have ended too.
+    """
     model: Olmoe = merge(graph, parameters)
     layers = model.decoding_layers(len(ended))
 
@@ -299,46 +312,20 @@ def _continue(
     def one_token(state: _State) -> _State:
         cache, new, count, ended, lengths, keys = state
         last = jax.lax.dynamic_index_in_dim(new, count - 1, axis=1, keepdims=False)
-        # A row that has ended is padding: no expert is read for it.
+        # A row that has ended counts as padding, for which no expert is read.
         logits, cache = model.decode(
             layers, shard_batch(last), shard_batch(~ended), lengths + count - 1, cache
         )
-        token = jnp.where(ended, eos, choose(kind, logits, keys, count, temperature, top_p))
+        token = jnp.where(ended, eos, sample(kind, logits, keys, count, temperature, top_p))
         new = jax.lax.dynamic_update_slice_in_dim(new, token[:, None], count, axis=1)
         return _State(cache, new, count + 1, ended | (token == eos), lengths, keys)
 
     state = state._replace(ended=gathered(ended))
-    # The loop's result too: XLA gives it a sharding of its own, whatever the body's has.
-    return _on_all(jax.lax.while_loop(unfinished, one_token, state))
+    # XLA gives the loop's result a sharding of its own, whatever the sharding in the loop is.
+    return _readable(jax.lax.while_loop(unfinished, one_token, state))
 
 
-def _on_all(state: _State) -> _State:
-    """The small arrays on every device, where every host can read them."""
+def _readable(state: _State) -> _State:
+    """Returns the state with the small arrays on every device, where every process reads them."""
     read = {name: gathered(getattr(state, name)) for name in ("new", "count", "ended")}
     return state._replace(**read)
-
-
-def choose(
-    kind: str,
-    logits: jax.Array,
-    keys: jax.Array,
-    count: jax.Array,
-    temperature: jax.Array,
-    top_p: jax.Array,
-) -> jax.Array:
-    """Tokens [B] int32 from logits [B, V]; `kind` is "greedy", "all" or "top_p" (see `Draws`).
-
-    Each row draws with its own key of `keys` [B], folded with the number `count` of the token.
-    """
-    if kind == "greedy":
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / temperature
-    if kind == "top_p":
-        probabilities = jax.nn.softmax(logits)
-        descending = -jnp.sort(-probabilities, axis=-1)
-        # A token stays while those before it have less than top_p: the most probable always does.
-        before = jnp.cumsum(descending, axis=-1) - descending
-        least = jnp.min(jnp.where(before < top_p, descending, 1.0), axis=-1, keepdims=True)
-        logits = jnp.where(probabilities >= least, logits, -jnp.inf)
-    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, count)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

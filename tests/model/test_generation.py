@@ -11,7 +11,8 @@ from lora.tiny_adapters import merged_weights, random_adapters
 
 from olmoe_jax import generate
 from olmoe_jax.generation import decoding as generation
-from olmoe_jax.generation.decoding import bucket, choose
+from olmoe_jax.generation.decoding import bucket
+from olmoe_jax.generation.sampling import sample
 from olmoe_jax.generation.stop_strings import cut_at
 from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.model.decoder import graph_of, parameter_specs
@@ -136,7 +137,7 @@ def test_draws_have_their_probabilities(temperature, top_p):
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(1), jnp.arange(count))
     kind = "all" if top_p == 1 else "top_p"
     rows = jnp.broadcast_to(logits, (count, 11))
-    drawn = choose(kind, rows, keys, jnp.int32(5), jnp.float32(temperature), jnp.float32(top_p))
+    drawn = sample(kind, rows, keys, jnp.int32(5), jnp.float32(temperature), jnp.float32(top_p))
     observed = np.bincount(drawn, minlength=11) / count
     assert not observed[~kept].any()
     deviation = np.sqrt(expected * (1 - expected) / count)
@@ -147,9 +148,9 @@ def test_decoding_copies_no_experts(model):
     """Most of the memory: what passes through a program would be held twice."""
     parameters = dict(generation.split(model)[1])
     with jax.set_mesh(decoding_mesh(model.config.num_experts)):
-        at_hand = generation._at_hand(parameters)
-    assert at_hand.keys() == parameters.keys()
-    assert all(at_hand[name] is parameters[name] for name in parameters if ".experts." in name)
+        replicated = generation._replicated(parameters)
+    assert replicated.keys() == parameters.keys()
+    assert all(replicated[name] is parameters[name] for name in parameters if ".experts." in name)
 
 
 @pytest.mark.slow

@@ -1,0 +1,80 @@
+"""Sampling: how the next token is taken from the logits.
+
+Shapes: B rows, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from olmoe_jax.errors import UserError
+
+Kind = Literal["greedy", "all", "top_p"]
+"""Take the most probable token, draw from all tokens, or draw from the most probable ones."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are taken from the logits.
+
+    Attributes:
+      temperature: 0 takes the most probable token; above 0, draws from
+        softmax(logits / temperature).
+      top_p: draws from the fewest most probable tokens that have this much probability together
+        (nucleus sampling, https://arxiv.org/abs/1904.09751); 1: from all tokens.
+      seed: seeds the draws.
+
+    Raises:
+      UserError: a number is out of range.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"temperature={self.temperature}: must be 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p}: must be above 0 and at most 1")
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of program: a greedy one needs no random numbers, and "all" sorts nothing."""
+        if self.temperature == 0:
+            return "greedy"
+        return "all" if self.top_p == 1 else "top_p"
+
+
+def sample(
+    kind: Kind,
+    logits: jax.Array,
+    keys: jax.Array,
+    count: jax.Array,
+    temperature: jax.Array,
+    top_p: jax.Array,
+) -> jax.Array:
+    """Returns the next token of each row, [B] int32.
+
+    Args:
+      kind: see `Sampling`.
+      logits: [B, V] float32.
+      keys: [B] random keys, one for each row.
+      count: [] int32, the number of the token in its text; each has its own draw.
+      temperature: [] float32.
+      top_p: [] float32.
+    """
+    if kind == "greedy":
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / temperature
+    if kind == "top_p":
+        probabilities = jax.nn.softmax(logits)
+        descending = -jnp.sort(-probabilities, axis=-1)
+        # A token stays if the tokens before it have less than top_p: the most probable always does.
+        before = jnp.cumsum(descending, axis=-1) - descending
+        least = jnp.min(jnp.where(before < top_p, descending, 1.0), axis=-1, keepdims=True)
+        logits = jnp.where(probabilities >= least, logits, -jnp.inf)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, count)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
