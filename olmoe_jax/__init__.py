@@ -18,7 +18,7 @@ __all__ = ["from_pretrained", "generate", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports on first use: a command's --help and its checks should not wait for jax."""
+    """Imports a name on its first use, so that --help and a command's checks need no jax."""
     if name not in _HOMES:
         raise AttributeError(f"module 'olmoe_jax' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,6 +1,6 @@
 """The command `python -m olmoe_jax.generate`.
 
-Only run, never imported: in Python `olmoe_jax.generate` is the function.
+Run this module, and import it nowhere: in Python `olmoe_jax.generate` is the function.
 """
 
 from olmoe_jax.errors import run_command

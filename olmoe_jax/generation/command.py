@@ -1,5 +1,6 @@
 """The command line of `python -m olmoe_jax.generate`: continues prompts with a model."""
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -14,12 +15,12 @@ EPILOG = """examples:
       --adapter runs/densemixer_lora_gsm --stop "Question:" --temperature 0.7 --top_p 0.9
   echo "Once upon a time" | python -m olmoe_jax.generate --model runs/quickstart/hf --prompts -
 
-One prompt is answered with its continuation, several with one line of JSON each.
+For one prompt the command prints its continuation, for several a line of JSON each.
 """
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The command line."""
+    """Runs the command."""
     args = parser().parse_args(arguments)
     prompts = _prompts(args)
 
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def parser() -> ArgumentParser:
-    """All flags."""
+    """Returns the parser of the flags."""
     result = ArgumentParser(
         prog="python -m olmoe_jax.generate",
         description="Continues prompts with a model.",
@@ -74,22 +75,22 @@ def parser() -> ArgumentParser:
     add(
         "--adapter",
         metavar="DIR",
-        help="a PEFT adapter of that model, or the LoRA run that made it",
+        help="a PEFT adapter of this model, or the LoRA run that made it",
     )
     add("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     add("--prompts", metavar="FILE", help="a prompt per line; -: standard input")
-    add("--max_new_tokens", type=int, default=256, metavar="N")
+    add("--max_new_tokens", type=int, default=256, metavar="N", help="default 256")
     add("--temperature", type=float, default=0.0, metavar="T", help="0 (default): greedy")
-    add("--top_p", type=float, default=1.0, metavar="P", help="draw from the likeliest only")
-    add("--stop", action="append", default=[], metavar="TEXT", help="ends a text; several: repeat")
-    add("--seed", type=int, default=0, metavar="N", help="of the draws")
+    add("--top_p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens only")
+    add("--stop", action="append", default=[], metavar="TEXT", help="ends a text; may be repeated")
+    add("--seed", type=int, default=0, metavar="N", help="seeds the draws")
     add("--batch_size", type=int, default=16, metavar="N", help="prompts decoded together")
     add("--compute_dtype", choices=("float32", "bfloat16"), default="float32")
     return result
 
 
-def _prompts(args) -> list[str]:
-    """All prompts, those of the file last."""
+def _prompts(args: argparse.Namespace) -> list[str]:
+    """Returns all prompts, those of the file last."""
     prompts = list(args.prompt)
     if args.prompts is not None:
         try:

@@ -1,7 +1,6 @@
-"""Scores a model's experts on a task's data, and selects those that ESFT trains."""
+"""Scores a model's experts on a task's data, and selects the experts that ESFT tunes."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,10 +21,10 @@ EXAMPLE = """examples:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The command line."""
+    """Runs the command."""
     parser = ArgumentParser(prog="python -m olmoe_jax.esft", description=__doc__, epilog=EXAMPLE)
     commands = parser.add_subparsers(dest="command", required=True)
-    score = commands.add_parser("score", help="run the model over data")
+    score = commands.add_parser("score", help="score the experts on data")
     score.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID")
     score.add_argument("--data", required=True, metavar="FILE_OR_HUB_ID")
     score.add_argument("--output", required=True, type=Path, metavar="DIR")
@@ -35,8 +34,8 @@ def main(arguments: Sequence[str]) -> None:
     score.add_argument("--rows_per_device", type=int, default=1, metavar="N")
     score.add_argument("--no_packing", action="store_true", help="one example per row")
     score.add_argument("--compute_dtype", choices=["float32", "bfloat16"], default="float32")
-    score.add_argument("--seed", type=int, default=0, help="of the sample of the rows")
-    choose = commands.add_parser("select", help="scores -> expert config")
+    score.add_argument("--seed", type=int, default=0, help="seeds the sample of examples")
+    choose = commands.add_parser("select", help="write an expert config")
     choose.add_argument("--scores", required=True, type=Path, metavar="JSON")
     choose.add_argument("--function", required=True, choices=FUNCTIONS)
     choose.add_argument("--top_p", required=True, type=float, metavar="P")
@@ -45,14 +44,14 @@ def main(arguments: Sequence[str]) -> None:
         "--normalization", choices=["within_layer", "across_layers"], default="within_layer"
     )
     choose.add_argument(
-        "--non_expert_modules", action="store_true", help="train everything but the experts too"
+        "--non_expert_modules", action="store_true", help="train everything outside the experts too"
     )
     args = parser.parse_args(arguments)
     run_score(args) if args.command == "score" else run_select(args)
 
 
 def run_score(args: argparse.Namespace) -> None:
-    """Writes scores.json and scores.png."""
+    """Scores the experts; writes scores.json and scores.png."""
     import jax.numpy as jnp
 
     from olmoe_jax import data
@@ -103,12 +102,13 @@ def run_score(args: argparse.Namespace) -> None:
 
 
 def run_select(args: argparse.Namespace) -> None:
-    """Writes the expert config."""
+    """Selects experts by their scores; writes the expert config."""
     check_top_p(args.top_p, "--top_p")
     chosen = select(read_scores(args.scores, args.function), args.top_p, args.normalization)
     chosen = ExpertConfig(chosen.experts, args.non_expert_modules)
-    text = json.dumps(chosen.to_json(), indent=2) + "\n"
-    directory.write_file_atomically(args.output, lambda file: file.write_text(text))
+    directory.write_file_atomically(
+        args.output, lambda file: directory.write_json(file, chosen.to_json())
+    )
     counts = [len(ids) for ids in chosen.experts]
     print(
         f"selected {sum(counts)} experts, {min(counts)} to {max(counts)} a layer; "

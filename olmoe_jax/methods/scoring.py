@@ -1,6 +1,6 @@
 """Expert scores: how much each expert matters for a task.
 
-Shapes: L layers, E experts, K experts per token. Padding counts nowhere.
+Shapes: L layers, B rows, S positions, E experts, K experts per token. Padding does not count.
 """
 
 import functools
@@ -20,7 +20,7 @@ from olmoe_jax.model.parameters import Parameters, merge
 from olmoe_jax.parallel.batch import DeviceBatch, place_batch
 
 THRESHOLD = 0.01
-"""A token counts for an expert from this probability on (the reference's value)."""
+"""The least probability at which a token counts for an expert (the reference's value)."""
 
 
 def expert_scores(
@@ -34,29 +34,29 @@ def expert_scores(
     seed: int,
     layout: Mapping[str, Any],
 ) -> tuple[dict[str, np.ndarray], int]:
-    """Runs the base over examples and scores its experts.
+    """Runs the base over examples and scores its experts (https://arxiv.org/abs/2407.01906).
 
-    Gate score: mean of the expert's softmax probability. Token score: share of the tokens whose
-    probability for the expert is at least THRESHOLD, divided by K.
+    An expert's gate score is the mean of its softmax probability. Its token score is the share of
+    the tokens whose probability for the expert is at least THRESHOLD, divided by K.
 
     Args:
       graph: the model's structure.
-      parameters: the base's.
+      parameters: the base's parameters.
       config: the architecture.
-      mesh: where the parameters lie.
+      mesh: the devices that hold the parameters.
       dataset: the task's examples.
-      max_tokens: examples are taken in a seeded order until they hold this many tokens.
-      seed: of that order.
-      layout: how examples become rows, the arguments of `data.evaluation_batches`.
+      max_tokens: how many tokens to score; takes whole examples until they hold this many.
+      seed: seeds the order in which examples are taken.
+      layout: how examples become rows, as keyword arguments of `data.evaluation_batches`.
 
     Returns:
-      {"gate": [L, E], "token": [L, E]} float64, and the number of tokens they are means over.
+      {"gate": [L, E], "token": [L, E]} float64, and the number of scored tokens.
     """
     order = np.random.default_rng(seed).permutation(len(dataset))
     enough = int(np.searchsorted(np.cumsum(dataset.lengths[order]), max_tokens)) + 1
     sample = dataset.subset(order[:enough])
 
-    # Every device gets the whole counts, so that each process can read them.
+    # Every device gets the whole sums, so that each process can read them.
     @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, P()))
     def count(parameters: Parameters, batch: DeviceBatch) -> tuple[jax.Array, jax.Array]:
         _, statistics = merge(graph, parameters).hidden(

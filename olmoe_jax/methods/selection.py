@@ -1,7 +1,7 @@
-"""Expert scores -> the experts to train, and the two JSON files that hold them.
+"""Selection of the tuned experts by their scores, and the JSON file of scores.
 
-Scores: {"gate_scores": {"1": {"0": x, …}, …}, "token_scores": …}; expert config: {"experts": {"1":
-[ids…], …}, "shared_experts": false, "non_expert_modules": false}. Layer keys count from 1.
+{"gate_scores": {"1": {"0": x, …}, …}, "token_scores": …}. The keys of the layers count from 1, the
+keys of the experts from 0. Shapes: L layers, E experts.
 """
 
 import math
@@ -19,14 +19,15 @@ FUNCTIONS = ("gate", "token")
 Normalization = Literal["within_layer", "across_layers"]
 
 _ROUNDED = 5e-5
-"""Scores in published files have four decimals."""
+"""The rounding error of a score in a published file, which has four decimals."""
 
 
 def read_scores(file: Path, function: str) -> np.ndarray:
-    """The scores [L, E] of a scores file for "gate" or "token".
+    """Reads the scores [L, E] float64 of `function`, "gate" or "token", from a scores file.
 
     Raises:
-      UserError: the file has none, or layers or experts are missing.
+      UserError: the file lacks these scores, a layer or an expert, or a score is not a number from
+        0 up.
     """
     content = directory.read_json(file)
     table = content.get(f"{function}_scores")
@@ -59,7 +60,7 @@ def read_scores(file: Path, function: str) -> np.ndarray:
 
 
 def scores_to_json(scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """{"gate_scores": …, "token_scores": …} of arrays [L, E] by function."""
+    """Returns the content of a scores file. scores: function -> [L, E]."""
     return {
         f"{function}_scores": {
             str(layer + 1): {str(expert): float(score) for expert, score in enumerate(row)}
@@ -70,10 +71,13 @@ def scores_to_json(scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def check_top_p(top_p: float, name: str) -> None:
-    """Raises a UserError for a share of a layer's score that makes no sense.
+    """Checks the share of a layer's score to reach; `name` is what the user calls the share.
 
-    Rounded scores may sum to a little less or more than 1, so up to 1.1 is accepted: it selects
-    every expert whatever the rounding, as the published scripts are used.
+    Accepts up to 1.1: rounded scores may sum to a little less than 1, and a share above 1 then
+    still selects every expert. The published scripts are used so.
+
+    Raises:
+      UserError: the share is out of range.
     """
     if not 0 < top_p <= 1.1:
         raise UserError(f"{name}={top_p}: must be above 0 and at most 1; write e.g. 0.2")
@@ -82,35 +86,31 @@ def check_top_p(top_p: float, name: str) -> None:
 def select(
     scores: np.ndarray, top_p: float, normalization: Normalization = "within_layer"
 ) -> ExpertConfig:
-    """Per layer, experts by descending score until the running sum reaches `top_p`.
+    """Selects experts of each layer by descending score until their sum reaches `top_p`.
 
     Args:
       scores: [L, E], non-negative.
-      top_p: share of a layer's score.
+      top_p: the share of a layer's score to reach.
       normalization: "within_layer": a layer's scores sum to 1. "across_layers" reproduces the
         scripts published with ESFT for OLMoE: an expert's scores sum to 1 over the layers, and
-        layer l gets the choice of layer l + 1 (the last one the first's).
+        layer l gets the experts selected for layer l + 1 (the last layer those of the first).
     """
-    scores = _normalized(scores, normalization)
-    chosen = []
-    for row in scores:
-        order = sorted(range(len(row)), key=lambda expert: -row[expert])
-        total, ids = 0.0, []
-        for expert in order:
-            if total >= top_p:
-                break
-            ids.append(expert)
-            total += row[expert]
-        chosen.append(tuple(ids))
-    return ExpertConfig(tuple(chosen))
+    tuned = []
+    for row in _normalized(scores, normalization):
+        order = np.argsort(-row, kind="stable")
+        # One more than the experts whose running sum lies below top_p.
+        count = np.searchsorted(np.cumsum(row[order]), top_p) + 1
+        tuned.append(tuple(order[:count].tolist()))
+    return ExpertConfig(tuple(tuned))
 
 
 def _normalized(scores: np.ndarray, normalization: Normalization) -> np.ndarray:
+    """Returns the scores of `select` [L, E], each layer or each expert divided by its sum."""
     if normalization == "across_layers":
         total = scores.sum(axis=0, keepdims=True)
         shares = np.divide(scores, total, out=np.zeros_like(scores), where=total > 0)
         return np.round(np.roll(shares, -1, axis=0), 4)
     total = scores.sum(axis=1, keepdims=True)
-    # What was normalised and rounded already stays as it is, or ties would break another way.
+    # Scores that are normalised and rounded already stay as they are: else ties break differently.
     total = np.where(np.abs(total - 1) <= _ROUNDED * scores.shape[1], 1.0, total)
     return np.divide(scores, total, out=np.zeros_like(scores), where=total > 0)
