@@ -85,7 +85,7 @@ def row(name: str, hours: list[float]) -> str:
 def step_flops(method: str, dataset: str) -> StepFlops:
     """Returns a run's FLOPs per token; ESFT is assumed to tune ESFT_EXPERTS experts per layer."""
     config = experiment(method, dataset)
-    chosen, _ = methods.build(config.method, MODEL).assuming(ESFT_EXPERTS)
+    chosen, _ = methods.build(config.method, MODEL).for_plan(ESFT_EXPERTS)
     settings = chosen.model_settings(compute_settings(config))
     size = TRAINING[dataset]
     # Positions attend to half of their example on average.

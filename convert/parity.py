@@ -17,7 +17,7 @@ from olmoe_jax.config import MethodOptions
 from olmoe_jax.config.methods import METHODS
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
 from olmoe_jax.methods import Base, implementation
-from olmoe_jax.methods.esft import TunedExpertsMethod
+from olmoe_jax.methods.expert_tuning import ExpertTuning
 from olmoe_jax.methods.lora import Lora
 from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.model.parameters import Parameters, merge, split_trained
@@ -79,9 +79,9 @@ def compute(args: argparse.Namespace) -> dict[str, np.ndarray]:
         parameters |= adapter
         method = Lora(method, lora, router_trains=args.router == "trained")
     elif args.experts:
-        tuned = TunedExpertsMethod(method.options, config)
-        tuned.router_gradient = method.router_gradient
-        method = tuned.with_experts(read_expert_config(args.experts, config))
+        router_gradient, experts = method.router_gradient, read_expert_config(args.experts, config)
+        method = ExpertTuning(method.options, config, experts)
+        method.router_gradient = router_gradient
         parameters |= method.added_parameters(Base(None, parameters, lambda wanted: {}))
     settings = method.model_settings(ModelSettings())
     trained, frozen = split_trained(method.trains, parameters)

@@ -22,6 +22,7 @@ from olmoe_jax.config import (
     to_dict,
     validate,
 )
+from olmoe_jax.config.methods import METHODS, readers
 from olmoe_jax.config.options import REMOVED
 
 GSM = experiment("densemixer", "gsm")
@@ -81,7 +82,7 @@ def test_overrides_leave_the_rest_alone():
         (
             "method.name",
             "mixer",
-            "expected one of frozen, conventional, densemixer, esft_gate, esft_token",
+            f"expected one of {', '.join(METHODS)}",
         ),
         ("method.lora_rank", "64.0", "expected int or none; write e.g. 1 or none"),
         ("model.base_quantization", "int4", "expected one of nf4, int8 or none"),
@@ -373,3 +374,11 @@ def test_first_difference_across_versions_of_the_fields():
     assert first_difference(older, new) == (
         "train.shuffle: the run has true, this command says none"
     )
+
+
+def test_every_field_of_the_method_is_read():
+    """By every method (these two), or by those whose rows name it."""
+    fields = {path.removeprefix("method.") for path in FIELDS if path.startswith("method.")}
+    by_all = {name for name in fields if not readers(name)}
+    assert by_all == {"name", "router_aux_loss_coefficient"}
+    assert {name for row in METHODS.values() for name in row.fields} <= fields

@@ -18,7 +18,8 @@ class ExpertConfig:
     """The modules that ESFT trains.
 
     Attributes:
-      experts: experts[l] are the ids of the tuned experts of layer l (from 0), ascending.
+      experts: experts[l] are the ids of the tuned experts of layer l (from 0), in any order;
+        `read_expert_config` sorts them.
       non_expert_modules: whether all weights outside the experts train too.
     """
 

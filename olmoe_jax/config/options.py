@@ -113,14 +113,16 @@ class MethodOptions:
     )
     router_gradient_experts: int | None = option(
         None,
-        "DenseMixer only: how many of the most probable experts get their exact term of the router "
-        "gradient, at least a token's top k; default: all experts, which is exact DenseMixer",
+        "densemixer, and esft_* with esft_densemixer: how many of the most probable experts get "
+        "their exact term of the router gradient, at least a token's top k; default: all experts, "
+        "which is exact DenseMixer",
         at_least(1),
     )
     router_gradient_dtype: Literal["bfloat16", "float8_e4m3fn"] | None = option(
         None,
-        "DenseMixer only: type of the extra matmuls' factors (their sums are float32); "
-        "float8_e4m3fn is fast on H100s and later; default: model.compute_dtype, which is exact",
+        "densemixer, and esft_* with esft_densemixer: type of the extra matmuls' factors (their "
+        "sums are float32); float8_e4m3fn is fast on H100s and later; default: the compute dtype, "
+        "which is exact",
     )
     lora_rank: int | None = option(
         None,

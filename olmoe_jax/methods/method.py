@@ -1,9 +1,10 @@
 """What a method decides in a run: the protocol that all methods share.
 
 A run asks its method: how does the router learn and which parameters are added
-(`model_settings`), what trains (`trains`), what must hold (`check`), what comes first (`prepare`),
-where do added parameters start (`added_parameters`), what is reported (`describe`), and what is
-written at the end (`export`). No other code asks for a method's name.
+(`model_settings`), what trains (`trains`), what must hold (`check`), what comes first (`prepare`;
+`for_plan`, where there is no data), where do added parameters start (`added_parameters`), what is
+reported (`describe`), and what is written at the end (`export`). No other code asks for a method's
+name.
 """
 
 import dataclasses
@@ -100,11 +101,14 @@ class Method:
         """Returns the method, ready to train; called once, with the run's directory open."""
         return self
 
-    def assuming(self, experts_per_layer: int) -> tuple[Self, int | None]:
-        """Returns the method for a plan, which prepares nothing.
+    def for_plan(self, experts_per_layer: int) -> tuple[Self, int | None]:
+        """Returns the method as a plan sees it, which prepares nothing.
 
-        The second value is the number of tuned experts per layer that the plan assumes; None: the
-        plan assumes nothing.
+        Args:
+          experts_per_layer: tuned experts to assume where only data can tell which they are.
+
+        Returns:
+          The method, and how many tuned experts per layer are assumed; None: nothing is assumed.
         """
         return self, None
 

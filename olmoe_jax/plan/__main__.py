@@ -27,7 +27,7 @@ def main(arguments: Sequence[str]) -> None:
     config = parse_config(config_flags)
     prepare_environment(topology)
     # These import jax, which reads the environment once.
-    from olmoe_jax.plan.planning import ESFT_EXPERTS, plan
+    from olmoe_jax.plan.planning import plan
     from olmoe_jax.plan.report import facts, to_text
 
     result = facts(
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> None:
             config,
             options.topology,
             rows_per_step=options.rows_per_step,
-            esft_experts=options.esft_experts or ESFT_EXPERTS,
+            esft_experts=options.esft_experts,
         )
     )
     print(json.dumps(result) if options.json else to_text(result))

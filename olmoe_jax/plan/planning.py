@@ -86,7 +86,7 @@ def plan(
     topology: str,
     *,
     rows_per_step: int | None = None,
-    esft_experts: int = ESFT_EXPERTS,
+    esft_experts: int | None = None,
 ) -> RunPlan:
     """Plans a run; reads neither weights nor data, and needs no devices.
 
@@ -97,7 +97,8 @@ def plan(
       topology: KIND:COUNT or KIND:SHAPE, e.g. "h100:8", "v5e:2x4", "cpu:8".
       rows_per_step: rows of data.max_seq_length tokens that the train.batch_size examples of a
         step fill; None: one micro-batch, train.rows_per_device on every device.
-      esft_experts: tuned experts per layer of an ESFT run that selects them itself.
+      esft_experts: tuned experts per layer to assume of a run whose data decide which they are;
+        None: ESFT_EXPERTS.
 
     Raises:
       UserError: a mistake in the configuration, an unknown topology or architecture, or the
@@ -108,7 +109,14 @@ def plan(
 
     # The model, as training would set it up on these devices.
     model_config = _architecture(config)
-    method, assumed = methods.build(config.method, model_config).assuming(esft_experts)
+    method, assumed = methods.build(config.method, model_config).for_plan(
+        esft_experts or ESFT_EXPERTS
+    )
+    if esft_experts and assumed is None:
+        raise UserError(
+            f"--esft_experts={esft_experts}: {config.method.name} needs no assumption about its "
+            "tuned experts; leave the flag out"
+        )
     compute = with_backends(compute_settings(config), model_config, where.kind.platform)
     settings = method.model_settings(compute)
     sharding.check_experts(config.mesh.expert, model_config.num_experts)

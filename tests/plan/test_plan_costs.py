@@ -71,7 +71,7 @@ def test_lora_has_no_gradients_of_the_frozen_weights():
 
 def test_esft_has_gradients_of_its_tuned_experts():
     tuned = ((0, 1, 2, 3),) * 16
-    trains = method("esft_gate").assuming(4)[0].trains
+    trains = method("esft_gate").for_plan(4)[0].trains
     esft, full = flops(trains, tuned_experts=tuned), flops()
     # 4 of 64 experts see, on average, half an expert's worth of a token's 8.
     weights = 2 * (50304 * 2048 + 16 * 0.5 * 3 * 2048 * 1024) / 1e9

@@ -1,0 +1,108 @@
+"""Expert tuning: some experts of each layer train, and everything else stays.
+
+A run keeps its choice of experts in OUTPUT_DIR/experts.json.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from typing import Self
+
+import jax
+import numpy as np
+
+from olmoe_jax.checkpoints import directory
+from olmoe_jax.checkpoints.expert_config import ExpertConfig, read_expert_config
+from olmoe_jax.checkpoints.loading import load_tuned, stack_tuned
+from olmoe_jax.checkpoints.opening import EXPERTS
+from olmoe_jax.config import MethodOptions
+from olmoe_jax.methods.method import Base, Method, Preparation
+from olmoe_jax.model.config import ModelConfig, ModelSettings
+from olmoe_jax.parallel import distributed
+
+
+class ExpertTuning(Method):
+    """Trains the tuned experts and the output head.
+
+    The router keeps its weight, unless the expert config lets all modules but the experts train.
+    A subclass says which experts are tuned: `choose`.
+
+    Args:
+      options: see `Method`.
+      config: see `Method`.
+      experts: the tuned experts; None: the method chooses them when the run is prepared.
+    """
+
+    trains_head: bool = True
+    """Whether the output head trains too (with tied embeddings, the embedding)."""
+
+    def __init__(
+        self, options: MethodOptions, config: ModelConfig, experts: ExpertConfig | None = None
+    ):
+        super().__init__(options, config)
+        self.experts = experts
+        # The router is one of the modules that are not experts.
+        self.router_trains = experts is not None and experts.non_expert_modules
+
+    def choose(self, run: Preparation | None) -> ExpertConfig | None:
+        """Chooses the tuned experts of a run that was given none.
+
+        Args:
+          run: what the choice may depend on; None in a plan, which has no data. Then a method whose
+            choice depends on data returns None.
+        """
+        return None
+
+    def with_experts(self, experts: ExpertConfig) -> Self:
+        """Returns the method with these tuned experts."""
+        method = copy.copy(self)
+        method.experts, method.router_trains = experts, experts.non_expert_modules
+        return method
+
+    def model_settings(self, settings: ModelSettings) -> ModelSettings:
+        tuned = self.experts.experts if self.experts else None
+        return dataclasses.replace(super().model_settings(settings), tuned_experts=tuned)
+
+    def trains(self, name: str) -> bool:
+        head = "embed" if self.config.tie_word_embeddings else "lm_head"
+        if name.startswith("tuned.") or (name == head and self.trains_head):
+            return True
+        return self._tuned.non_expert_modules and ".experts." not in name
+
+    def prepare(self, run: Preparation) -> Self:
+        """Settles the tuned experts: chosen by this run before, given, or chosen now."""
+        file = run.output / EXPERTS
+        chosen_before = file.exists()
+        distributed.barrier("look for experts.json")
+        if not chosen_before:
+            experts = self.experts or self.choose(run)
+            if experts is None:
+                raise ValueError(f"{self.options.name}: chose no experts")
+            if distributed.is_writer():
+                directory.write_json(file, experts.to_json())
+        distributed.barrier("experts.json")
+        # From the file in any case: the order in it (by id) is that of every checkpoint's stack.
+        return self.with_experts(read_expert_config(file, self.config))
+
+    def for_plan(self, experts_per_layer: int) -> tuple[Self, int | None]:
+        if experts := self.experts or self.choose(None):
+            return self.with_experts(experts), None
+        number = min(experts_per_layer, self.config.num_experts)
+        experts = ExpertConfig((tuple(range(number)),) * self.config.num_layers)
+        return self.with_experts(experts), number
+
+    def added_parameters(self, base: Base) -> Mapping[str, jax.Array | np.ndarray]:
+        if base.source is None:
+            return stack_tuned(base.parameters, self._tuned.experts)
+        return load_tuned(base.source, self._tuned.experts)
+
+    def describe(self) -> str:
+        chosen = sum(map(len, self._tuned.experts))
+        total = self.config.num_layers * self.config.num_experts
+        return f"{super().describe()}, {chosen} of {total} experts ({EXPERTS})"
+
+    @property
+    def _tuned(self) -> ExpertConfig:
+        if self.experts is None:
+            raise ValueError(f"{self.options.name}: no experts are chosen yet")
+        return self.experts
