@@ -31,9 +31,12 @@ def main(arguments: Sequence[str]) -> None:
     score.add_argument("--tokenizer", metavar="DIR_OR_HUB_ID", help="default: the model's")
     score.add_argument("--max_tokens", type=int, default=300_000, metavar="N")
     score.add_argument("--max_seq_length", type=int, default=4096, metavar="N")
-    score.add_argument("--rows_per_device", type=int, default=1, metavar="N")
-    score.add_argument("--no_packing", action="store_true", help="one example per row")
-    score.add_argument("--compute_dtype", choices=["float32", "bfloat16"], default="float32")
+    score.add_argument(
+        "--compute_dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="default float32; bfloat16 takes half of its memory",
+    )
     score.add_argument("--seed", type=int, default=0, help="seeds the sample of examples")
     choose = commands.add_parser("select", help="write an expert config")
     choose.add_argument("--scores", required=True, type=Path, metavar="JSON")
@@ -63,7 +66,7 @@ def run_score(args: argparse.Namespace) -> None:
     from olmoe_jax.parallel import sharding
     from olmoe_jax.plots import heat_maps
 
-    for name in ("max_tokens", "max_seq_length", "rows_per_device"):
+    for name in ("max_tokens", "max_seq_length"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name}={getattr(args, name)}: must be 1 or more")
     source = open_source(args.model)
@@ -82,8 +85,8 @@ def run_score(args: argparse.Namespace) -> None:
             seed=args.seed,
             layout={
                 "max_seq_length": args.max_seq_length,
-                "pack": not args.no_packing,
-                "rows_per_batch": args.rows_per_device * mesh.size,
+                "pack": True,
+                "rows_per_batch": mesh.size,
                 "pad_id": tokenizer.eos_token_id,
                 "process_index": 0,
                 "process_count": 1,
