@@ -203,7 +203,7 @@ def assert_close(actual, expected, tolerance: float = 1e-5) -> None:
 
 
 def moe_oracle(x, is_token, router, experts, config: ModelConfig, method="conventional"):
-    """The MoE block of DESIGN section 3 on x [T, D]: every expert on every token, plain autodiff.
+    """The MoE block of docs/reading.md on x [T, D]: every expert on every token, plain autodiff.
 
     Straight-through DenseMixer: the value of the sparse mixture with the gradient of the dense
     one, in which unselected experts' outputs and the sum that norm_topk_prob divides by (for

@@ -75,7 +75,7 @@ class LoraSettings:
 
 @dataclasses.dataclass(frozen=True)
 class ModelSettings:
-    """How the model computes: changes gradients and speed, never the parameters' shapes.
+    """How the model computes: gradients, dtypes and speed, and the parameters that a method adds.
 
     Attributes:
       compute_dtype: dtype of activations and matmuls; router, norms and softmaxes are float32.

@@ -185,7 +185,8 @@ def moe_block(
       experts: consecutive experts; other experts' tokens get zeros from this device.
       first_expert: the number of the first of them.
       with_logits: whether the statistics hold the router's logits.
-      layer: the experts are those of all layers, and this is the layer to read (a decode step).
+      layer: the experts are those of all layers, and this is the layer to read (a decode step,
+        whose statistics hold no logits).
 
     Returns:
       [B, S, D] and the router's statistics of these tokens.
@@ -195,7 +196,9 @@ def moe_block(
 
     with jax.named_scope("route"):
         if not settings.router_trains:
-            # On the weight, not on the logits: x still gets its gradient through the router.
+            # On the weight, not on the logits: x still gets its gradient through the router. The
+            # step differentiates trained parameters alone; this holds for whoever differentiates
+            # all of them.
             router = jax.lax.stop_gradient(router)
         routing = route(tokens, router, is_real, per_token, config.norm_topk_prob)
         own = own_experts(routing.chosen, first_expert, num_experts)  # [T, K]

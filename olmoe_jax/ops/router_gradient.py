@@ -5,7 +5,8 @@ router gradient. The straight-through estimator of DenseMixer
 (https://fengyao.notion.site/moe-posttraining, github.com/yaof20/DenseMixer) gives each router
 probability, chosen or not, the gradient dL/dp_e = <g, E_e(x)> with g the gradient of the MoE
 block's output. A zero-valued term (the form of Levanter's `dense_router_delta`) carries this
-gradient; the experts that the forward did not run are run only in the backward.
+gradient; the experts that the forward did not run are run only in the backward. A loop over all
+E experts computes the chosen ones once more; their masked probabilities drop that.
 """
 
 import functools
@@ -65,17 +66,17 @@ def dense_router_term(
     if count < total:
         others = jax.lax.dynamic_slice_in_dim(others, first_expert, count, axis=1)
     if router_gradient_experts is None or router_gradient_experts >= total:
-        return router_gradient(None, dtype, backend, others, x, experts, None)
+        return router_gradient(dtype, backend, others, x, experts, None)
     per_token = routing.chosen.shape[1]
+    # In `route`'s order, so that the first K are the chosen ones.
     candidates = jax.lax.top_k(routing.probabilities, router_gradient_experts)[1][:, per_token:]
     candidates = jnp.where(is_token[:, None], candidates, total)
     candidates = own_experts(candidates, first_expert, count)  # [T, m - K]
-    return router_gradient(router_gradient_experts, dtype, backend, others, x, experts, candidates)
+    return router_gradient(dtype, backend, others, x, experts, candidates)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def router_gradient(
-    router_gradient_experts: int | None,
     dtype: str | None,
     backend: str | None,
     probabilities: jax.Array,
@@ -86,21 +87,19 @@ def router_gradient(
     """Returns zeros [T, D] whose gradient for `probabilities` is <g_t, E_e(x_t)>, else zero.
 
     Args:
-      router_gradient_experts: m; None: all E experts get the exact term.
       dtype: of the factors of the backward's matmuls, which add up in float32; None: x's;
         "float8_e4m3fn", for all experts only: scaled to its range, rows and matrix columns alone.
-      backend: of the grouped matmul (used when m is given).
+      backend: of the grouped matmul (used with candidates).
       probabilities: [T, E] float32, the weights of the experts that were not chosen. The caller
         masks entries whose gradient must not count.
       x: [T, D], the block's input.
       experts: in x's dtype; with adapters, the adapted experts count (without dropout).
-      candidates: [T, m - K] int32, the experts to compute when m is given; E means "none".
+      candidates: [T, m - K] int32, the experts to compute, E means "none"; None: all experts.
     """
     return jnp.zeros_like(x)
 
 
 def _forward(
-    router_gradient_experts: int | None,
     dtype: str | None,
     backend: str | None,
     probabilities: jax.Array,
@@ -112,7 +111,6 @@ def _forward(
 
 
 def _backward(
-    router_gradient_experts: int | None,
     dtype: str | None,
     backend: str | None,
     residuals: tuple,
@@ -122,7 +120,7 @@ def _backward(
     experts = ExpertWeights(*map(with_tuned, experts))
     if dtype == "bfloat16":
         x, g, experts = jax.tree.map(lambda value: value.astype(dtype), (x, g, experts))
-    if router_gradient_experts is None:
+    if candidates is None:
         scores = all_expert_scores(x, g, experts, float8=dtype == "float8_e4m3fn")
     else:
         scores = candidate_scores(x, g, experts, candidates, backend)

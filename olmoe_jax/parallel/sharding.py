@@ -4,7 +4,7 @@ Axes `data` (replicas), `fsdp` and `expert` (parameters, gradients and optimizer
 both); the batch is split over all three. Parameters are gathered in the compute dtype where they
 are used; embedding and head, which have a row per token of the vocabulary, stay split
 (`ops/embedding.py`, `ops/cross_entropy.py`). The experts are gathered over `fsdp`, and over
-`expert` either they or the tokens travel (`ops/expert_parallel.py`).
+`expert` the tokens travel (`ops/expert_parallel.py`).
 """
 
 import math
@@ -20,14 +20,13 @@ from olmoe_jax.errors import UserError
 
 EXPERT = "expert"
 AXES = ("data", "fsdp", EXPERT)
-"""The devices of an `expert` group are neighbours: what travels there, travels in every layer."""
-HOST = "pinned_host"
-"""The kind of memory of a host from which its devices read directly."""
+"""The mesh's axes. Devices of an `expert` group are neighbours: they exchange in every layer."""
 BATCH = P(AXES)
-"""Spec of an array whose leading dimension is the batch."""
+"""The spec of an array whose leading dimension is the batch."""
 
 _SHARDED = (EXPERT, "fsdp")
-"""Of parameters. `expert` first: gathered over `fsdp`, a device's experts follow each other."""
+"""The axes that shard parameters. `expert` first: after a gather over `fsdp`, a device's experts
+follow each other."""
 
 RULES: dict[str, tuple[str, ...]] = {
     "layer": (),
@@ -45,7 +44,7 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, expert: int = 1, *, devices=None) -> Mesh:
-    """A mesh [data, fsdp, expert] over all devices; -1 stands for "all the remaining ones".
+    """Makes a mesh [data, fsdp, expert] over all devices; -1 stands for "all the remaining ones".
 
     Raises:
       UserError: the axes' product is not the number of devices.
@@ -70,23 +69,13 @@ def make_mesh(data: int = 1, fsdp: int = -1, expert: int = 1, *, devices=None) -
 
 
 def decoding_mesh(num_experts: int) -> Mesh:
-    """All devices: over as many as divide the experts these are split, the rest have replicas."""
+    """Makes a mesh of all devices, whose axis `expert` has as many as divide the experts."""
     return make_mesh(data=-1, fsdp=1, expert=math.gcd(jax.device_count(), num_experts))
 
 
 def describe(mesh_shape: Mapping[str, int]) -> str:
-    """The axes and their sizes, for a person."""
+    """Returns the axes and their sizes, for a person."""
     return " ".join(f"{axis}={size}" for axis, size in mesh_shape.items())
-
-
-def check_host_memory(mesh: Mesh) -> None:
-    """Raises `UserError` when arrays of the mesh's devices cannot lie in their hosts' memory."""
-    device = mesh.local_devices[0]
-    if HOST not in {memory.kind for memory in device.addressable_memories()}:
-        raise UserError(
-            f"optimizer.offload=true: {device.device_kind} does not offer the host's memory "
-            f"({HOST}); write false"
-        )
 
 
 def check_experts(expert: int, num_experts: int) -> None:
@@ -99,7 +88,7 @@ def check_experts(expert: int, num_experts: int) -> None:
 
 
 def partition_spec(shape: tuple[int, ...], axes: tuple[str, ...], mesh) -> P:
-    """Where a parameter of this shape and these logical axes lies on the mesh.
+    """Returns how the mesh shards a parameter of this shape and these logical axes.
 
     The leading dimension that a rule shards and a mesh axis divides gets the axis (leading
     dimensions reshard cheapest); a mesh axis is used once, and what cannot be split is replicated.
@@ -117,22 +106,22 @@ def partition_spec(shape: tuple[int, ...], axes: tuple[str, ...], mesh) -> P:
 
 
 def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The mesh axes that split a dimension, from its entry in a `PartitionSpec`."""
+    """Returns the mesh axes that split a dimension, from its entry in a `PartitionSpec`."""
     return entry if isinstance(entry, tuple) else (entry,) if entry else ()
 
 
 def vocabulary_axes(shape: tuple[int, ...], mesh) -> tuple[str, ...]:
-    """The mesh axes that split the rows of a [V, D] parameter; none: V does not divide."""
+    """Returns the mesh axes that split the rows of a [V, D] parameter; (): V does not divide."""
     return mesh_axes(partition_spec(shape, ("vocab", "embed"), mesh)[0])
 
 
 def expert_axes(num_experts: int, mesh) -> tuple[str, ...]:
-    """The mesh axes that split the experts."""
+    """Returns the mesh axes that split the experts."""
     return mesh_axes(partition_spec((num_experts,), ("expert",), mesh)[0])
 
 
 def parameter_shardings(specs, mesh: Mesh) -> dict[str, NamedSharding]:
-    """Shardings for a dict of `ParameterSpec`s."""
+    """Returns the shardings of a dict of `ParameterSpec`s."""
     return {
         name: NamedSharding(mesh, partition_spec(spec.shape, spec.axes, mesh))
         for name, spec in specs.items()
@@ -140,7 +129,7 @@ def parameter_shardings(specs, mesh: Mesh) -> dict[str, NamedSharding]:
 
 
 def active_mesh():
-    """The mesh set by `jax.set_mesh`; None outside of one, and for one device.
+    """Returns the mesh set by `jax.set_mesh`; None outside of one, and for one device.
 
     XLA does not remove a `shard_map`'s collectives over one device: on a CPU they copy the weights.
     """
@@ -156,9 +145,9 @@ def shard_batch(x: jax.Array) -> jax.Array:
 
 
 def on_own_rows(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
-    """function(*arrays), under a mesh run by each device on its own part of the batch.
+    """Returns function(*arrays); under a mesh each device runs it on its own part of the batch.
 
-    For what cannot be partitioned, such as kernels; all arrays lead with the batch.
+    XLA cannot partition kernels, which need this. The batch is every array's leading dimension.
     """
     mesh = active_mesh()
     if mesh is not None:
@@ -169,13 +158,14 @@ def on_own_rows(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.A
 
 
 def by_value(weight: jax.Array) -> jax.Array:
-    """The weight; put it before a `shard_map` that some of the mesh's axes do not split.
+    """Returns the weight, as the result of a computation.
 
-    jax 0.12 cannot add the gradient of such an argument to a Ref: here it becomes an array first.
+    An argument of a `shard_map` that some of the mesh's axes do not split needs this: jax 0.12
+    cannot add the gradient of such an argument to a Ref.
     """
     return weight * 1 if jnp.issubdtype(weight.dtype, jnp.floating) else weight
 
 
 def gathered(weight: jax.Array) -> jax.Array:
-    """The whole weight on every device. Cast it first, so that fewer bytes travel."""
+    """Gathers the whole weight on every device. Cast it first, so that fewer bytes travel."""
     return weight if active_mesh() is None else jax.lax.with_sharding_constraint(weight, P())

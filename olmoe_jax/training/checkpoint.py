@@ -1,4 +1,4 @@
-"""Checkpoints of a run: what trains, the optimizer, the step, the data position. Orbax, atomic."""
+"""Checkpoints of a run: trained parameters, optimizer, step and data position. Orbax, atomic."""
 
 import contextlib
 import dataclasses
@@ -24,30 +24,30 @@ from olmoe_jax.training.best import score_of
 from olmoe_jax.training.step import TrainState
 
 CHUNK_BYTES = 64 * 2**20
-"""Stored chunk: bounds what must be read to get a slice of a stacked weight."""
+"""The size of a stored chunk, which bounds what a reader of a slice of a stacked weight reads."""
 
 NO_LIMIT = 100 * 365 * 86400
-"""Seconds that a save may take. Orbax's 20 minutes are the wall clock's, which may jump; that
-another process is gone, its heartbeat tells."""
+"""Seconds that a save may take. Orbax measures its 20 minutes by the wall clock, which may jump.
+A process that is gone is noticed by its heartbeat."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A checkpoint brought back: the state, and where the data stood."""
+    """A checkpoint that was read: the state, and the position in the data."""
 
     step: int
     state: TrainState
     data: dict[str, Any]  # the Grain iterator's state
-    best_score: float | None  # of training.best
+    best_score: float | None  # of the best checkpoint so far (`training.best`); None: there is none
 
 
 class _DamagedError(Exception):
-    """A checkpoint that is there cannot be read; the message is the reason."""
+    """A checkpoint exists and cannot be read; the message is the reason."""
 
 
 class _Manager(ocp.CheckpointManager):
-    def _get_metrics(self, step: int):
-        """Overrides the reading of metrics, which are of no use when they are damaged."""
+    def _get_metrics(self, step: int) -> Any:
+        """Returns a checkpoint's metrics; None if their file is damaged."""
         try:
             return super()._get_metrics(step)
         except ValueError:
@@ -55,7 +55,7 @@ class _Manager(ocp.CheckpointManager):
 
 
 class Checkpointer:
-    """Saves in the background, keeps the latest few and the best.
+    """Saves checkpoints in the background; keeps the latest few and the best.
 
     Args:
       output: the run's directory.
@@ -93,11 +93,14 @@ class Checkpointer:
         data: dict[str, Any],
         best: dict[str, float] | None,
     ) -> None:
-        """Starts saving; the arrays are copied before it returns.
+        """Starts a save; copies the arrays before it returns.
 
         Args:
-          kept_with_it: frozen parameters that could not be found again elsewhere.
-          best: of `Best.improvement`; None: this one is not the best so far.
+          step: the number of finished steps, which names the checkpoint.
+          state: what the checkpoint holds.
+          kept_with_it: frozen parameters that exist nowhere else.
+          data: the state of the Grain iterator.
+          best: what `Best.improvement` returned; None: the checkpoint is not the best so far.
         """
         tree = {**state._asdict(), "frozen": kept_with_it}
         save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
@@ -114,34 +117,36 @@ class Checkpointer:
             )
 
     def check(self) -> None:
-        """Raises if a save in the background has failed."""
+        """Raises a `UserError` if a save in the background has failed."""
         with self._saving():
             self._manager.check_for_errors()
 
     def is_saving(self) -> bool:
-        """Whether a save in the background is under way."""
+        """Returns whether a save in the background is under way."""
         return self._manager.is_saving_in_progress()
 
     def wait(self) -> None:
-        """Returns when everything is on disk."""
+        """Waits until every save is on disk."""
         with self._saving():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits and releases the manager's threads."""
+        """Waits for every save and releases the manager's threads."""
         self.wait()
         self._manager.close()
 
     def restore(self, like: TrainState) -> Restored | None:
-        """Reads the newest checkpoint onto the shardings of `like`; None: there is none.
+        """Reads the newest checkpoint onto the shardings of `like`.
 
-        If there is one, the arrays of `like` are deleted first: the state is never there twice.
+        Deletes the arrays of `like` first, so that the state is never in memory twice. Sets a
+        checkpoint aside that cannot be read, and reads the one before. Of several processes, others
+        may have read theirs: then the run ends, to be started again.
 
-        One that cannot be read is set aside, and the one before it read. With several processes,
-        of which others may have read theirs, the run ends instead, to be started again.
+        Returns:
+          The checkpoint; None: there is none.
 
         Raises:
-          UserError: it is of another model or other data, or no checkpoint can be read.
+          UserError: the checkpoint is of another model or other data, or none can be read.
         """
         if self._manager.latest_step() is not None:
             like = jax.tree.map(_deleted, like)
@@ -164,7 +169,7 @@ class Checkpointer:
         best = max(map(score_of, self._best_metrics()), default=None)
         return Restored(step, TrainState(**restored.state), restored.data, best)
 
-    def _read(self, step: int, **items):
+    def _read(self, step: int, **items: Any) -> Any:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:
@@ -174,7 +179,7 @@ class Checkpointer:
             raise _DamagedError(reason) from error
 
     def _set_aside(self, step: int, reason: str) -> None:
-        """Moves a damaged checkpoint away, where there is an earlier one to continue from."""
+        """Moves a damaged checkpoint away, if there is an earlier one to continue from."""
         unreadable = f"{self._output}: the checkpoint of step {step} cannot be read ({reason})"
         earlier = [other for other in self._manager.all_steps() if other < step]
         if not earlier:
@@ -210,7 +215,7 @@ class Checkpointer:
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
-        """Says what a save that fails means; that another process is gone is said elsewhere."""
+        """Turns the error of a failed save into one line; passes on that a process is gone."""
         try:
             yield
         except Exception as error:
@@ -229,20 +234,42 @@ class Checkpointer:
         )
 
 
+_PARTS = {
+    "content": "the file has another content",
+    "tokenizer": "the tokenizer is another",
+    "max_seq_length": "data.max_seq_length is another",
+    "rules": "this version of olmoe_jax makes other tokens of the same rows",
+    "split": "other examples are held out",
+}
+"""What it means that a part of a data set's identity differs, in the order of telling."""
+
+
 def _other(key: str, saved: Any, value: Any) -> str:
-    """How a checkpoint's identity differs, in words."""
-    if key != "model":
-        return f"is of other {key} (another file content, tokenizer, data.max_seq_length or split)"
-    field = next(name for name in saved | value if saved.get(name) != value.get(name))
-    return (
-        f"is of a different model: it has {field}={saved.get(field)}, config.json now says "
-        f"{field}={value.get(field)}"
-    )
+    """Returns in words how a checkpoint's identity differs."""
+    if key == "model":
+        field = next(name for name in saved | value if saved.get(name) != value.get(name))
+        return (
+            f"is of a different model: it has {field}={saved.get(field)}, config.json now says "
+            f"{field}={value.get(field)}"
+        )
+    if not saved or not value:
+        return f"has {'' if saved else 'no '}{key}, the command has {'' if value else 'no '}{key}"
+    if not isinstance(saved, dict):
+        return (
+            f"was written by an earlier version of olmoe_jax, so that its {key} cannot be compared "
+            "(its exports still open)"
+        )
+    part = next(part for part in _PARTS if saved.get(part) != value.get(part))
+    return f"is of other {key} ({_PARTS[part]})"
 
 
 def _steady_clock() -> None:
-    """The threads of a save wait 5 minutes for each other: by a clock that does not jump."""
-    with contextlib.suppress(ImportError):  # no public module; the clock is all that would be lost
+    """Lets the threads of a save wait for each other by a clock that does not jump.
+
+    Orbax counts these 5 minutes by the wall clock and has no option for another one (0.12.8, no
+    issue known). tests/faults `test_clock_jumps` fails without this.
+    """
+    with contextlib.suppress(ImportError):  # a private module: without it a jump ends the run
         from orbax.checkpoint._src.futures import signaling_client
 
         signaling_client.time = types.SimpleNamespace(time=time.monotonic)
@@ -250,13 +277,17 @@ def _steady_clock() -> None:
 
 @functools.cache
 def _silence_failed_saves() -> None:
-    """A failed save raises, see `_failed`; the threads below it would print hundreds of lines."""
+    """Silences the threads below a failed save, which print hundreds of lines.
+
+    The save itself raises (`_failed`). tests/training/test_training_slow.py checks that a full disk
+    gives one line.
+    """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     show = sys.unraisablehook
 
-    def show_others(unraisable):
-        # From writes of tensorstore that were still under way.
+    def show_others(unraisable: sys.UnraisableHookArgs) -> None:
+        # Writes of tensorstore that were still under way end in this error.
         if str(unraisable.exc_value) != "Event loop is closed":
             show(unraisable)
 
@@ -264,7 +295,7 @@ def _silence_failed_saves() -> None:
 
 
 def _deleted(array: jax.Array) -> jax.ShapeDtypeStruct:
-    """What it was; its memory is free."""
+    """Frees an array's memory; returns its shape, dtype and sharding."""
     shape = jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
     array.delete()
     return shape

@@ -23,8 +23,8 @@ class Datasets:
 
     def identity(self) -> dict[str, Any]:
         """Returns what a continued run must find unchanged."""
-        evaluation = self.evaluation and self.evaluation.fingerprint
-        return {"training data": self.train.fingerprint, "evaluation data": evaluation}
+        evaluation = self.evaluation and self.evaluation.identity()
+        return {"training data": self.train.identity(), "evaluation data": evaluation}
 
 
 def load_datasets(config: Config, model: BaseModel) -> Datasets:

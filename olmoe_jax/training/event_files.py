@@ -1,8 +1,9 @@
-"""TensorBoard's event files: the events that `tensorboard.summary.Writer` lacks."""
+"""TensorBoard's event files, with the events that `tensorboard.summary.Writer` lacks."""
 
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb
@@ -22,10 +23,10 @@ class EventFiles(DirectoryOutput):
         (own,) = set(path.glob(f"{_PREFIX}*")) - earlier
         _put_before(own, earlier)
 
-    def emit_scalar(self, *, tag: str, data, step, wall_time: float, **_) -> None:
-        """Overrides the way in which `Writer.add_scalar` stores a value.
+    def emit_scalar(self, *, tag: str, data: float, step: int, wall_time: float, **_: Any) -> None:
+        """Stores a value of `Writer.add_scalar` as a plain value.
 
-        As a plain value: of tensors, TensorBoard's EventAccumulator keeps the repeated steps.
+        The library stores a tensor, of which TensorBoard's EventAccumulator keeps repeated steps.
         """
         self._add(step, wall_time, tag=tag, simple_value=data)
 
@@ -58,17 +59,17 @@ class EventFiles(DirectoryOutput):
             event_pb2.Event(wall_time=time.time(), step=step, session_log=start)
         )
 
-    def _add(self, step: int, wall_time: float | None = None, **value) -> None:
+    def _add(self, step: int, wall_time: float | None = None, **value: Any) -> None:
         event = event_pb2.Event(wall_time=wall_time or time.time(), step=step)
         event.summary.value.add(**value)
         self._ev_writer.add_event(event)
 
 
 def _put_before(last: Path, files: Iterable[Path]) -> None:
-    """Renames those of `files` that were made after `last`, if the wall clock is to be believed.
+    """Renames the `files` whose names say that they were made after `last`.
 
-    TensorBoard reads the files in the order of their names, which hold the second of their making;
-    a continued run's must come last.
+    TensorBoard reads the files in the order of their names, which hold the second of their making.
+    A continued run's file must come last, also when the wall clock has jumped back.
     """
     later = sorted((file for file in files if _second(file) >= _second(last)), reverse=True)
     for back, file in enumerate(later, start=1):

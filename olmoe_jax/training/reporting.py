@@ -1,4 +1,4 @@
-"""What a run tells while it runs: metrics.jsonl, TensorBoard, Weights & Biases, the terminal."""
+"""The reports of a run: metrics.jsonl, TensorBoard, Weights & Biases, the terminal."""
 
 import functools
 import io
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.typing import ArrayLike
 from tensorboard.summary import Writer
 from tqdm import tqdm
 
@@ -23,9 +24,9 @@ from olmoe_jax.training.telemetry import WandB
 
 TENSORBOARD = "tensorboard"
 SECONDS_BETWEEN_LINES = 10.0
-"""Without a terminal: how often progress is printed."""
+"""The pause between two lines of progress, if there is no terminal."""
 SHOWN_ANSWERS = 4
-"""Of the decoded examples, in TensorBoard."""
+"""How many decoded examples TensorBoard shows."""
 
 
 class Reporter:
@@ -93,7 +94,7 @@ class Reporter:
         self.say(f"step {step}: eval loss {loss:.4f}, perplexity {perplexity:.3f}")
 
     def expert_load(self, step: int, load: np.ndarray) -> None:
-        """Reports which experts the tokens [L, E] since the last time went to."""
+        """Reports how many tokens went to each expert since the last report: load [L, E]."""
         share = load / np.maximum(1, load.sum(axis=1, keepdims=True)) * load.shape[1]
         png = io.BytesIO()
         heat_maps({"tokens of an expert / mean of its layer's": share}, png)
@@ -108,11 +109,12 @@ class Reporter:
         self.say(f"step {step}: exact match {right:.1%} of {len(answers)} held-out examples")
 
     def flush(self) -> None:
-        """Everything reported so far is on disk when this returns."""
+        """Puts everything reported so far on the disk."""
         self._metrics.flush()
         self._board.flush()
 
     def close(self) -> None:
+        """Ends every report."""
         self._bar.close()
         self._metrics.close()
         self._board.close()
@@ -144,9 +146,9 @@ class Reporter:
 
 
 class Silence:
-    """In place of the Reporter on the processes that do not write."""
+    """The reporter of a process that does not write."""
 
-    def _nothing(self, *_) -> None:
+    def _nothing(self, *_: Any) -> None:
         pass
 
     say = step = evaluation = expert_load = answers = flush = close = _nothing
@@ -154,22 +156,25 @@ class Silence:
 
 @functools.cache
 def _silence_writer_threads() -> None:
-    """TensorBoard's thread raises its error again in ours; its own trace would come besides."""
+    """Silences TensorBoard's writing thread, which raises its error again in the main thread.
+
+    tests/training/test_training_slow.py checks that a full disk gives one line.
+    """
     show = threading.excepthook
 
-    def show_others(args):
+    def show_others(args: threading.ExceptHookArgs) -> None:
         if not type(args.thread).__module__.startswith("tensorboard."):
             show(args)
 
     threading.excepthook = show_others
 
 
-def router_scalars(load, entropy, tokens: int) -> dict[str, float]:
-    """TensorBoard scalars of the router, per layer.
+def router_scalars(load: ArrayLike, entropy: ArrayLike, tokens: int) -> dict[str, float]:
+    """Returns TensorBoard's scalars of the router, per layer.
 
     Args:
-      load: [L, E], a step's tokens that selected each expert.
-      entropy: [L], sums over the step's tokens of the entropy of the router's probabilities, nats.
+      load: [L, E], the step's tokens that chose each expert.
+      entropy: [L], the entropy of the router's probabilities in nats, summed over the tokens.
       tokens: the number of real tokens in the step.
     """
     load, entropy = np.asarray(load), np.asarray(entropy) / max(1, tokens)
@@ -187,7 +192,7 @@ def router_scalars(load, entropy, tokens: int) -> dict[str, float]:
 
 
 def answers_text(answers: Sequence[Answer]) -> str:
-    """The first few, as Markdown."""
+    """Returns the first few answers as Markdown."""
     parts = []
     for answer in answers[:SHOWN_ANSWERS]:
         texts = {
@@ -196,14 +201,14 @@ def answers_text(answers: Sequence[Answer]) -> str:
             "right" if answer.right else "wrong": answer.output,
         }
         for label, text in texts.items():
-            # Indented, it is code: nothing that a model writes can end it or be markup.
+            # Indented text is code: nothing that a model writes can end it or be markup.
             code = "\n".join(f"    {line}" for line in text.strip().splitlines())
             parts.append(f"**{label}**\n\n{code}\n")
     return "\n".join(parts)
 
 
 def hyperparameters(config: dict[str, dict[str, Any]]) -> dict[str, bool | float | str]:
-    """The columns of TensorBoard's HPARAMS page: what can make one run better than another."""
+    """Returns the columns of TensorBoard's HPARAMS page: what can make a run better."""
     columns = {}
     for section in ("model", "data", "method", "optimizer", "train"):
         for name, value in config[section].items():

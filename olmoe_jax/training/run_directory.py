@@ -6,9 +6,9 @@ OUTPUT_DIR/checkpoints/N/   Orbax checkpoint after N updates
 OUTPUT_DIR/metrics.jsonl    a line per step and per evaluation
 OUTPUT_DIR/tensorboard/     event files
 OUTPUT_DIR/loss.png         the loss curve
-OUTPUT_DIR/experts.json     of an ESFT run: what it trains (and scores.json, scores.png)
+OUTPUT_DIR/experts.json     the tuned experts, if the method tunes experts (ESFT: scores.*)
 OUTPUT_DIR/hf/, hf_best/    exported Hugging Face checkpoints
-OUTPUT_DIR/adapter/         of a LoRA run, in their place: the PEFT adapter (and adapter_best/)
+OUTPUT_DIR/adapter/         a LoRA run's export instead: the PEFT adapter (and adapter_best/)
 OUTPUT_DIR/damaged-N/       a checkpoint that could not be read, set aside
 OUTPUT_DIR/.lock            locked while a run writes there
 """
@@ -37,7 +37,7 @@ LOSS_PLOT = "loss.png"
 PARTIAL_MODEL = ".model.partial"
 LOCK = ".lock"
 UNFINISHED_START = {PARTIAL_MODEL, f".{CONFIG}.partial", LOCK}
-"""What a run that was killed while its directory was being made can leave."""
+"""What a run leaves that was killed while it made its directory."""
 
 FREE_FIELDS = {
     "train.resume",
@@ -55,14 +55,15 @@ FREE_FIELDS = {
     "mesh.expert",
     "generate.every",
 }
-"""What may change between a run and its continuation: no field that changes the mathematics."""
+"""The fields that may change between a run and its continuation: they change no mathematics."""
 
 
 def check(config: Config) -> None:
     """Refuses an output directory that this run must not write into. Writes nothing.
 
     Raises:
-      UserError: it holds another run (names the first field that differs), or something else.
+      UserError: the directory holds another run (the message names the first field that differs),
+        or something else.
     """
     output = Path(config.train.output_dir)
     if not output.exists():
@@ -88,12 +89,12 @@ def check(config: Config) -> None:
 
 @contextlib.contextmanager
 def opened(config: Config, model_files: Path, tokenizer_files: Path) -> Iterator[Path]:
-    """The directory and its small files, made (or the existing run's), and ours until the end.
+    """Makes the run's directory with its small files, or takes the existing one; locks it.
 
-    Process 0 makes and locks it; the others wait.
+    Process 0 makes and locks it; the others wait. Yields the directory.
 
     Raises:
-      UserError: another run is writing there, or nobody can.
+      UserError: another run writes there, or the directory cannot be written.
     """
     output = Path(config.train.output_dir)
     lock = (
@@ -133,7 +134,7 @@ def _create(config: Config, output: Path, model_files: Path, tokenizer_files: Pa
 
 
 def _locked(output: Path) -> TextIO:
-    """The open lock file. The lock dies with the process; the file stays and means nothing."""
+    """Returns the locked file. The lock dies with the process; the file alone means nothing."""
     output.mkdir(parents=True, exist_ok=True)
     lock = (output / LOCK).open("a+")
     try:
@@ -176,7 +177,7 @@ def _set_aside(output: Path) -> None:
 
 
 def read_metrics(output: Path) -> list[dict]:
-    """The lines of metrics.jsonl; a last line cut off by a crash is left out."""
+    """Returns the lines of metrics.jsonl, without a last line that a crash cut off."""
     file = output / METRICS
     if not file.exists():
         return []
@@ -185,7 +186,7 @@ def read_metrics(output: Path) -> list[dict]:
 
 
 def rewind_metrics(output: Path, step: int) -> None:
-    """Drops lines after `step`: the steps that a continued run does again."""
+    """Drops the lines after `step`: a continued run does these steps again."""
     kept = [line for line in read_metrics(output) if line["step"] <= step]
     partial = output / f".{METRICS}.partial"
     partial.write_text("".join(json.dumps(line) + "\n" for line in kept))

@@ -1,4 +1,4 @@
-"""Where a run's time and memory go: the parts of a step, memory, a profiler's trace, W&B."""
+"""The time and memory of a run: parts of a step, memory, a profiler's trace; Weights & Biases."""
 
 import collections
 import contextlib
@@ -16,18 +16,18 @@ from olmoe_jax.errors import UserError
 
 GIB = 2**30
 WARM_UP_STEPS = 2
-"""Steps of a start before a trace: they compile."""
+"""Steps after a start that are not traced: they compile."""
 
 
 class Breakdown:
     """Seconds that the host spends on each part of a step."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._seconds: dict[str, float] = collections.defaultdict(float)
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Counts what is inside as `name`'s."""
+        """Counts the block's time as `name`'s."""
         started = time.monotonic()
         try:
             yield
@@ -35,16 +35,17 @@ class Breakdown:
             self._seconds[name] += time.monotonic() - started
 
     def take(self) -> dict[str, float]:
-        """TensorBoard scalars of the time since the last call."""
+        """Returns TensorBoard's scalars of the time since the last call."""
         scalars = {f"time/{name}_seconds": value for name, value in self._seconds.items()}
         self._seconds.clear()
         return scalars
 
 
 def memory_scalars() -> dict[str, float]:
-    """TensorBoard scalars, GiB: this process's resident memory, and of its first device.
+    """Returns TensorBoard's scalars of memory, GiB.
 
-    Of the device: what is in use now, and what was at most. CPUs do not say.
+    They are this process's resident memory, and the memory of its first device that is in use now
+    and that was at most. CPUs do not tell the latter two.
     """
     scalars = {}
     with contextlib.suppress(OSError):
@@ -61,8 +62,8 @@ class Profile:
     """A `jax.profiler` trace of some steps after the first ones, which compile.
 
     Args:
-      directory: TensorBoard's; its profile page, or Perfetto, shows the trace.
-      steps: how many; 0: no trace.
+      directory: TensorBoard's directory; its profile page, or Perfetto, shows the trace.
+      steps: how many steps to trace; 0: no trace.
     """
 
     def __init__(self, directory: Path, steps: int):
@@ -71,7 +72,10 @@ class Profile:
         self._tracing = False
 
     def next_step(self, pending: Any) -> str | None:
-        """Call before each step with what the one before computes; says when a trace is there."""
+        """Begins or ends the trace when it is time; call it before each step.
+
+        `pending` is what the step before computes. Returns a line when the trace is written.
+        """
         self._begun += 1
         if not self._steps or self._begun not in (WARM_UP_STEPS + 1, self._end):
             return None
@@ -83,7 +87,7 @@ class Profile:
         return None
 
     def close(self) -> str | None:
-        """Ends a trace that the run's end cuts short; says where it is."""
+        """Ends a trace that the run's end cuts short; returns a line that says where it is."""
         if not self._tracing:
             return None
         jax.profiler.stop_trace()
@@ -97,7 +101,7 @@ class Profile:
 
 
 class WandB:
-    """Weights & Biases, where a project is given: what TensorBoard gets, under the same names.
+    """Weights & Biases: gets what TensorBoard gets, under the same names.
 
     Raises:
       UserError: the package is not installed.
@@ -107,7 +111,7 @@ class WandB:
         check_wandb(project)
         import wandb
 
-        # One W&B run for all its starts.
+        # All starts of a run are one run of W&B.
         name = output / "wandb_run_id"
         if not name.exists():
             name.write_text(uuid.uuid4().hex)
@@ -121,7 +125,7 @@ class WandB:
         )
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Adds to what is known of a step."""
+        """Adds scalars to a step."""
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
@@ -129,7 +133,7 @@ class WandB:
 
 
 def check_wandb(project: str | None) -> None:
-    """Raises a `UserError` where a project is given and the package is not installed."""
+    """Raises a `UserError` if a project is given and the package is not installed."""
     if project and importlib.util.find_spec("wandb") is None:
         raise UserError(
             f"train.wandb_project={project}: wandb is not installed; run pip install wandb, or "

@@ -101,7 +101,7 @@ def test_equals_the_oracle(method, norm_topk):
 
 
 def router_gradient_by_formula(norm_topk, limit=E):
-    """dL/dW of DESIGN section 3 and the reference's README, token by token in float64."""
+    """dL/dW by the formulas of docs/reading.md, token by token in float64."""
     (x, router, experts), g = jax.tree.map(lambda a: np.asarray(a, np.float64), case())
     gate, up, down = experts
     total = np.zeros((D, E))

@@ -30,11 +30,11 @@ def candidates_of(probabilities, m):
 
 def run(m, probabilities, arrays, backend=None, dtype=None):
     """Value and all gradients of the term; m=None: all experts."""
-    candidates = candidates_of(probabilities, m or K + 1)
+    candidates = m and candidates_of(probabilities, m)
 
     def term(probabilities, x, gate, up, down):
         experts = ExpertWeights(Linear(gate), Linear(up), Linear(down))
-        return router_gradient(m, dtype, backend, probabilities, x, experts, candidates)
+        return router_gradient(dtype, backend, probabilities, x, experts, candidates)
 
     @jax.jit
     def value_and_gradients(g, *inputs):
@@ -121,13 +121,13 @@ def test_lower_precision(m, dtype, least, most):
 def test_memory_and_work(m):
     """No [T, E, D] or [T, E, F], no matmul in the forward, three (in a loop) in the backward."""
     probabilities, arrays = case()
-    candidates = candidates_of(probabilities, m or K + 1)
+    candidates = m and candidates_of(probabilities, m)
     inputs = (probabilities, *(arrays[name] for name in ("x", "gate", "up", "down")))
 
     def term(*inputs):
         probabilities, x, *weights = inputs
         experts = ExpertWeights(*map(Linear, weights))
-        return router_gradient(m, None, "blocked", probabilities, x, experts, candidates)
+        return router_gradient(None, "blocked", probabilities, x, experts, candidates)
 
     def backward(g, *inputs):
         return jax.vjp(term, *inputs)[1](g)
