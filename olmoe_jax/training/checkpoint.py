@@ -286,7 +286,7 @@ def _silence_failed_saves() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     show = sys.unraisablehook
 
-    def show_others(unraisable: sys.UnraisableHookArgs) -> None:
+    def show_others(unraisable: "sys.UnraisableHookArgs") -> None:
         # Writes of tensorstore that were still under way end in this error.
         if str(unraisable.exc_value) != "Event loop is closed":
             show(unraisable)
