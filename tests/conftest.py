@@ -82,6 +82,23 @@ def tokenizer(tokenizer_dir):
 
 
 @pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, tokenizer):
+    """Returns a Hugging Face directory with a random OLMoE whose tokens are bytes."""
+    from helpers import write_json
+    from tiny import hf_config, tiny_config, write_hf_checkpoint
+
+    path = tmp_path_factory.mktemp("model")
+    config = tiny_config(vocab_size=len(tokenizer))
+    write_hf_checkpoint(path, config)
+    write_json(
+        path / "config.json",
+        hf_config(config, max_position_embeddings=1024, eos_token_id=tokenizer.eos_token_id),
+    )
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def shared():
     """The folder with the golden numbers and the real data, which the project ships without."""
     if "OLMOE_JAX_SHARED" not in os.environ:

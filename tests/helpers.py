@@ -1,4 +1,4 @@
-"""What several test folders share: tiny models, an oracle of the MoE block, running commands.
+"""What several test folders share: an oracle of the MoE block, comparisons, running commands.
 
 The oracle is the mathematics written the slow way (every expert on every token, plain autodiff),
 so that it shares nothing with the code under test but the formula.
@@ -17,12 +17,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from olmoe_jax.checkpoints import names
-from olmoe_jax.checkpoints.loading import graph_of
 from olmoe_jax.errors import UserError
-from olmoe_jax.model.config import ModelConfig, ModelSettings
-from olmoe_jax.model.decoder import Olmoe
-from olmoe_jax.model.parameters import merge
+from olmoe_jax.model.config import ModelConfig
 
 ROOT = Path(__file__).parents[1]
 ROUTER_SETTINGS = {
@@ -33,117 +29,6 @@ ROUTER_SETTINGS = {
 """The fields of ModelSettings that say how a method's router learns."""
 RUN_ON_CPU = ("blocked", "ragged_dot")
 """Backends of the grouped matmul that need neither a GPU nor Pallas' interpreter."""
-
-
-def tiny_config(**changes) -> ModelConfig:
-    """An OLMoE of 2 layers that compiles in a second; `changes` are fields of ModelConfig."""
-    fields = {
-        "vocab_size": 61,
-        "hidden_size": 32,
-        "intermediate_size": 16,
-        "num_layers": 2,
-        "num_heads": 4,
-        "num_kv_heads": 4,
-        "head_dim": 8,
-        "num_experts": 8,
-        "num_experts_per_token": 2,
-        "rope_theta": 10000.0,
-        "rms_norm_eps": 1e-5,
-    }
-    return ModelConfig(**(fields | changes))
-
-
-def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    """Float32 parameters under our names, large enough that every part of the model matters."""
-    random = np.random.default_rng(seed)
-    weights = {}
-    for weight in names.weights(config):
-        shape = names.layer_shape(weight, config)
-        shape = (config.num_layers, *shape) if weight.per_layer else shape
-        value = random.normal(size=shape)
-        is_scale = weight.name.endswith("norm")
-        fan_in = config.hidden_size if weight.name in ("embed", "lm_head") else shape[-2:][0]
-        value = 1 + 0.2 * value if is_scale else value / np.sqrt(fan_in)
-        # Embeddings of size 1, and a router that prefers some experts clearly.
-        value = value * {"embed": 5.0, "layers.moe.router": 2.0}.get(weight.name, 1.0)
-        weights[weight.name] = value.astype(np.float32)
-    return weights
-
-
-def make_model(config: ModelConfig, weights=None, **settings) -> Olmoe:
-    """The model of these weights (default: `random_weights`); settings as in ModelSettings."""
-    weights = random_weights(config) if weights is None else weights
-    return merge(graph_of(config, ModelSettings(**settings)), jax.tree.map(jnp.asarray, weights))
-
-
-def hf_config(config: ModelConfig, **changes) -> dict:
-    """The config.json of this architecture as transformers 4 wrote it."""
-    return {
-        "architectures": ["OlmoeForCausalLM"],
-        "model_type": "olmoe",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "clip_qkv": config.clip_qkv,
-        "eos_token_id": 2,
-        "hidden_act": "silu",
-        "hidden_size": config.hidden_size,
-        "initializer_range": config.initializer_range,
-        "intermediate_size": config.intermediate_size,
-        "max_position_embeddings": 64,
-        "norm_topk_prob": config.norm_topk_prob,
-        "num_attention_heads": config.num_heads,
-        "num_experts": config.num_experts,
-        "num_experts_per_tok": config.num_experts_per_token,
-        "num_hidden_layers": config.num_layers,
-        "num_key_value_heads": config.num_kv_heads,
-        "pad_token_id": config.pad_token_id,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_scaling": None,
-        "rope_theta": config.rope_theta,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "torch_dtype": "float32",
-        "vocab_size": config.vocab_size,
-        **changes,
-    }
-
-
-def hf_tensors(config: ModelConfig, weights=None, dtype=np.float32) -> dict[str, np.ndarray]:
-    """The same parameters as Hugging Face's tensors, one per expert."""
-    weights = random_weights(config) if weights is None else weights
-    return {
-        name: np.ascontiguousarray(value).astype(dtype)
-        for name, value in names.all_to_hf(weights, config)
-    }
-
-
-def write_hf_checkpoint(
-    path: Path, config: ModelConfig, weights=None, dtype: str = "float32", shards: int = 1
-) -> dict[str, np.ndarray]:
-    """Makes a random Hugging Face checkpoint with the safetensors library; returns its tensors."""
-    numpy_dtype = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[dtype]
-    tensors = hf_tensors(config, weights, numpy_dtype)
-    write_tensors(path, tensors, shards)
-    write_json(path / "config.json", hf_config(config, torch_dtype=dtype))
-    return tensors
-
-
-def write_tensors(path: Path, tensors: dict[str, np.ndarray], shards: int = 1) -> None:
-    """Writes the weights of a checkpoint directory: one file, or shards and an index."""
-    path.mkdir(parents=True, exist_ok=True)
-    if shards == 1:
-        safetensors.numpy.save_file(tensors, path / "model.safetensors", {"format": "pt"})
-        return
-    weight_map = {}
-    names_ = sorted(tensors)
-    for shard in range(shards):
-        part = names_[shard::shards]
-        file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
-        in_file = {name: tensors[name] for name in part}
-        safetensors.numpy.save_file(in_file, path / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_json(path / "model.safetensors.index.json", index)
 
 
 def load_safetensors(file: Path) -> dict[str, np.ndarray]:

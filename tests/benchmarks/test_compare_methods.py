@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from helpers import make_model, tiny_config
+from tiny import make_model, tiny_config
 
 from benchmarks import compare_methods, router_cosine
 from benchmarks.comparison_report import cosine_table, method_table, write_report

@@ -2,14 +2,8 @@
 
 import numpy as np
 import pytest
-from helpers import (
-    assert_user_error,
-    hf_config,
-    run_module,
-    tiny_config,
-    write_hf_checkpoint,
-    write_json,
-)
+from helpers import assert_user_error, run_module, write_json
+from tiny import hf_config, tiny_config, write_hf_checkpoint
 
 from convert import from_hf, parity, to_hf
 from olmoe_jax.checkpoints import safetensors_file

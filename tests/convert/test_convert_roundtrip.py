@@ -6,16 +6,8 @@ import tracemalloc
 import jax
 import numpy as np
 import pytest
-from helpers import (
-    assert_same_bits,
-    hf_config,
-    load_checkpoint_tensors,
-    make_model,
-    relative_error,
-    tiny_config,
-    write_hf_checkpoint,
-    write_json,
-)
+from helpers import assert_same_bits, load_checkpoint_tensors, relative_error, write_json
+from tiny import hf_config, make_model, tiny_config, write_hf_checkpoint
 
 import olmoe_jax
 from convert import from_hf, to_hf

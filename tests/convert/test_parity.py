@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from helpers import relative_error, tiny_config, write_hf_checkpoint
+from helpers import relative_error
+from tiny import tiny_config, write_hf_checkpoint
 
 from convert import parity
 from olmoe_jax.checkpoints import names, safetensors_file

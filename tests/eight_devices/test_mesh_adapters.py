@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from esft.test_esft_scores import ROWS, make_examples
-from helpers import random_weights, relative_error, tiny_config
+from helpers import relative_error
 from jax.sharding import Mesh
-from lora.tiny_adapters import make_batch, random_adapters, write_base
+from methods.test_esft_scores import ROWS, make_examples
+from tiny import make_batch, random_adapters, random_weights, tiny_config, write_base
 
 from olmoe_jax.checkpoints.huggingface import HFCheckpoint
 from olmoe_jax.checkpoints.loading import load_parameters, quantized_like, stack_tuned

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import random_weights, relative_error, tiny_config
+from helpers import relative_error
 from jax.sharding import Mesh, NamedSharding
+from tiny import random_weights, tiny_config
 
 from olmoe_jax.checkpoints.loading import graph_of, parameter_specs
 from olmoe_jax.model.config import ModelConfig, ModelSettings

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from helpers import tiny_config, write_hf_checkpoint
+from tiny import tiny_config, write_hf_checkpoint
 
 from olmoe_jax import from_pretrained, generate
 from olmoe_jax.generation.likelihood import log_likelihoods

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import relative_error, tiny_config
+from helpers import relative_error
 from jax.sharding import Mesh, NamedSharding
+from tiny import tiny_config
 
 from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.model.lora import LoraSettings

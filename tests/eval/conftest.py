@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from helpers import hf_config, tiny_config, write_hf_checkpoint, write_json
 
 from eval import sandbox
 from olmoe_jax.errors import UserError
@@ -18,20 +17,6 @@ def contained():
         sandbox.check()
     except UserError as error:
         pytest.skip(str(error))
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory, tokenizer):
-    """Returns a Hugging Face directory with a random OLMoE whose tokens are bytes."""
-    path = tmp_path_factory.mktemp("model")
-    config = tiny_config(vocab_size=len(tokenizer))
-    write_hf_checkpoint(path, config)
-    write_json(
-        path / "config.json",
-        hf_config(config, max_position_embeddings=1024, eos_token_id=tokenizer.eos_token_id),
-    )
-    tokenizer.save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="session")

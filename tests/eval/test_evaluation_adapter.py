@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from echo import Echo
 from helpers import message_of
-from lora.tiny_adapters import random_adapters
+from tiny import random_adapters
 
 from convert import merge_lora
 from eval import run

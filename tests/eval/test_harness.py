@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from helpers import make_model, message_of, run_module, tiny_config
+from helpers import message_of, run_module
+from tiny import make_model, tiny_config
 
 from eval.report.__main__ import main as write_report
 from eval.report.inputs import read_inputs

@@ -1,7 +1,7 @@
 """Reading config.json: transformers 4 and 5 write it differently, and every mistake is named."""
 
 import pytest
-from helpers import hf_config, tiny_config
+from tiny import hf_config, tiny_config
 
 from olmoe_jax.errors import UserError
 from olmoe_jax.model.config import model_config_from_hf

@@ -14,8 +14,8 @@ from helpers import (
     count_matmuls,
     moe_oracle,
     relative_error,
-    tiny_config,
 )
+from tiny import tiny_config
 
 from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.model.moe import MoE

@@ -6,15 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import (
-    ROUTER_SETTINGS,
-    assert_close,
-    count_matmuls,
-    make_model,
-    random_weights,
-    relative_error,
-    tiny_config,
-)
+from helpers import ROUTER_SETTINGS, assert_close, count_matmuls, relative_error
+from tiny import make_model, random_weights, tiny_config
 
 from olmoe_jax.checkpoints import names
 from olmoe_jax.checkpoints.loading import graph_of, parameter_specs

@@ -4,8 +4,9 @@ import dataclasses
 
 import jax.numpy as jnp
 import pytest
-from helpers import ROOT, tiny_config
+from helpers import ROOT
 from jax.experimental import topologies
+from tiny import tiny_config
 
 from configs.table import METHODS
 from olmoe_jax import methods

@@ -7,32 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tiny import BYTES, hf_config, tiny_config
+
 from olmoe_jax.config import Config, from_dict
 from olmoe_jax.config.fields import show
 
 ROOT = Path(__file__).parents[2]
 
-MODEL = {
-    "model_type": "olmoe",
-    "architectures": ["OlmoeForCausalLM"],
-    "vocab_size": 258,  # the bytes, end of text and padding
-    "hidden_size": 32,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "max_position_embeddings": 512,
-    "norm_topk_prob": False,
-    "tie_word_embeddings": False,
-    "pad_token_id": 1,
-    "eos_token_id": 0,
-    "initializer_range": 0.1,
-}
+MODEL = hf_config(
+    tiny_config(**BYTES), max_position_embeddings=512, initializer_range=0.1, eos_token_id=0
+)
+"""The config.json of the runs' random model: its vocabulary is the byte tokenizer's."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,13 +11,11 @@ from helpers import (
     assert_same_bits,
     load_checkpoint_tensors,
     load_safetensors,
-    make_model,
     relative_error,
     run_module,
-    tiny_config,
 )
-from lora.tiny_adapters import BYTES, LORA, base_weights, random_adapters, short_run
 from safetensors.numpy import save_file
+from tiny import BYTES, LORA, base_weights, make_model, random_adapters, short_run, tiny_config
 
 import olmoe_jax
 from convert import merge_lora, to_hf

@@ -4,8 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import random_weights, tiny_config, write_hf_checkpoint
-from lora.tiny_adapters import random_adapters
+from tiny import random_adapters, random_weights, tiny_config, write_hf_checkpoint
 
 import olmoe_jax
 from olmoe_jax.checkpoints.huggingface import HFCheckpoint

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import jax
 import pytest
-from helpers import tiny_config
 from jax.sharding import PartitionSpec as P
+from tiny import tiny_config
 
 from olmoe_jax.checkpoints.loading import parameter_specs
 from olmoe_jax.errors import UserError

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 from helpers import assert_same_bits, load_checkpoint_tensors, load_safetensors, run_command_line
-from lora.test_lora_training import saved_arrays
-from lora.tiny_adapters import short_run, write_base
+from methods.test_lora_training import saved_arrays
+from tiny import short_run, write_base
 from training.tiny_run import losses
 
 import olmoe_jax

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import make_model, message_of, random_weights, tiny_config
-from lora.tiny_adapters import merged_weights, random_adapters
+from helpers import message_of
+from tiny import make_model, merged_weights, random_adapters, random_weights, tiny_config
 
 from olmoe_jax import generate
 from olmoe_jax.generation import decoding as generation

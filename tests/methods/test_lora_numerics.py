@@ -6,16 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import (
-    ROUTER_SETTINGS,
-    RUN_ON_CPU,
-    assert_close,
-    make_model,
-    random_weights,
-    relative_error,
-    tiny_config,
-)
-from lora.tiny_adapters import merged_weights, random_adapters
+from helpers import ROUTER_SETTINGS, RUN_ON_CPU, assert_close, relative_error
+from tiny import make_model, merged_weights, random_adapters, random_weights, tiny_config
 
 from olmoe_jax.checkpoints.loading import graph_of, random_parameters
 from olmoe_jax.checkpoints.merging import merged

@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from helpers import assert_user_error, run_module, tiny_config
+from helpers import assert_user_error, run_module
+from tiny import tiny_config
 
 from olmoe_jax.checkpoints.expert_config import ExpertConfig, read_expert_config
 from olmoe_jax.checkpoints.safetensors_file import load

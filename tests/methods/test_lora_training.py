@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import assert_same_bits, load_checkpoint_tensors
-from lora.tiny_adapters import LORA, base_weights, short_run
+from tiny import LORA, base_weights, short_run
 from training.tiny_run import losses
 
 import olmoe_jax

@@ -16,7 +16,7 @@ def compiled():
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     for name in ("JAX_DISABLE_MOST_OPTIMIZATIONS", "JAX_COMPILATION_CACHE_DIR"):
         environment.pop(name, None)
-    worker = ROOT / "tests" / "compiled_step_worker.py"
+    worker = ROOT / "tests" / "training" / "compiled_step_worker.py"
     result = subprocess.run(
         [sys.executable, str(worker)],
         env=environment,

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import RUN_ON_CPU, assert_close, make_model, random_weights, tiny_config
-from lora.tiny_adapters import random_adapters
+from helpers import RUN_ON_CPU, assert_close
+from tiny import make_model, random_adapters, random_weights, tiny_config
 
 from olmoe_jax.checkpoints.loading import stack_tuned
 from olmoe_jax.model.config import ModelSettings

@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from helpers import assert_user_error, run_command_line, run_module, tiny_config
-from lora.tiny_adapters import BYTES, LORA, random_adapters, short_run, write_base
+from helpers import assert_user_error, run_command_line, run_module
 from safetensors.numpy import save_file
+from tiny import BYTES, LORA, random_adapters, short_run, tiny_config, write_base
 
 import olmoe_jax
 from convert import merge_lora, to_hf

@@ -1,10 +1,10 @@
-"""Fixtures of the tests that train; the conftest.py of lora and of esft import them."""
+"""A pretrained base, data, and a way to stop a run, for the tests that train."""
 
 import os
 import signal
 
 import pytest
-from lora.tiny_adapters import write_base
+from tiny import write_base
 from training.tiny_run import make_files
 
 from olmoe_jax.training.reporting import Reporter

@@ -7,13 +7,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from helpers import (
+from helpers import write_json
+from tiny import (
     hf_config,
     hf_tensors,
     random_weights,
     tiny_config,
     write_hf_checkpoint,
-    write_json,
     write_tensors,
 )
 

@@ -5,8 +5,8 @@ import json
 import jax
 import numpy as np
 import pytest
-from helpers import relative_error, tiny_config
-from lora.tiny_adapters import BYTES
+from helpers import relative_error
+from tiny import BYTES, tiny_config
 
 from olmoe_jax import data
 from olmoe_jax.checkpoints.huggingface import HFCheckpoint

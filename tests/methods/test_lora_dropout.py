@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, random_weights, tiny_config
-from lora.tiny_adapters import LORA, random_adapters, short_run
+from helpers import assert_close
+from tiny import LORA, random_adapters, random_weights, short_run, tiny_config
 from training.tiny_run import losses
 
 import olmoe_jax

@@ -13,11 +13,17 @@ from helpers import (
     assert_same_bits,
     load_checkpoint_tensors,
     message_of,
+)
+from methods.test_lora_training import program_of
+from tiny import (
+    LORA,
+    base_weights,
+    make_batch,
+    random_adapters,
     random_weights,
+    short_run,
     tiny_config,
 )
-from lora.test_lora_training import program_of
-from lora.tiny_adapters import LORA, base_weights, make_batch, random_adapters, short_run
 from training.tiny_run import losses
 
 import olmoe_jax

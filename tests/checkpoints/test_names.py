@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from helpers import random_weights, tiny_config
+from tiny import random_weights, tiny_config
 
 from olmoe_jax.checkpoints import names
 from olmoe_jax.checkpoints.loading import parameter_specs
