@@ -11,7 +11,7 @@ class UserError(Exception):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's for all commands: bad usage is one line like every other mistake.
+    """The parser of all commands: bad usage is one line like every other mistake.
 
     Flags are written in full, and description and epilog are printed as they are.
     """

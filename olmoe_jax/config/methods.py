@@ -20,7 +20,7 @@ ESFT = (
 
 @dataclass(frozen=True)
 class MethodDeclaration:
-    """What a configuration may say of a method.
+    """The declaration of a method: what a configuration may say of it.
 
     Attributes:
       name: the value of method.name.
@@ -36,7 +36,7 @@ class MethodDeclaration:
 
     @property
     def has_adapters(self) -> bool:
-        """Whether method.lora_rank turns full fine-tuning into LoRA."""
+        """True if method.lora_rank turns full fine-tuning into LoRA."""
         return "lora_rank" in self.fields
 
 

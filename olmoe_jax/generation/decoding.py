@@ -33,7 +33,7 @@ _SHORTEST = 32
 
 
 class _State(NamedTuple):
-    """What the loop carries from token to token."""
+    """The state that the loop carries from token to token."""
 
     cache: KVCache
     new: jax.Array  # [B, N] int32; after a row's eos only eos

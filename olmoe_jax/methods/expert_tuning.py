@@ -34,7 +34,7 @@ class ExpertTuning(Method):
     """
 
     trains_head: bool = True
-    """Whether the output head trains too (with tied embeddings, the embedding)."""
+    """True if the output head trains too (with tied embeddings, the embedding)."""
 
     def __init__(
         self, options: MethodOptions, config: ModelConfig, experts: ExpertConfig | None = None

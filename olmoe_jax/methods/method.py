@@ -1,4 +1,4 @@
-"""What a method decides in a run: the protocol that all methods share.
+"""The decisions of a method in a run: the protocol that all methods share.
 
 A run asks its method: how does the router learn and which parameters are added
 (`model_settings`), what trains (`trains`), what must hold (`check`), what comes first (`prepare`;
@@ -35,7 +35,7 @@ class Base(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Preparation:
-    """What a method may look at before a run's parameters are made.
+    """The things that a method may look at before a run's parameters are made.
 
     Attributes:
       output: the run's directory.
@@ -67,9 +67,9 @@ class Method:
     """
 
     router_trains = True
-    """Whether the router's weight trains. Gradient reaches x through the router in any case."""
+    """True if the router's weight trains. Gradient reaches x through the router in any case."""
     router_gradient: Literal["top_k", "all"] = "top_k"
-    """Which experts' probabilities get a gradient (see `ModelSettings`)."""
+    """The experts whose probabilities get a gradient (see `ModelSettings`)."""
     export_name: str = "hf"
     """The folder of a run's directory that `export` writes."""
 

@@ -15,7 +15,7 @@ TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """What fixes the parameters' shapes and the forward function; nothing about training."""
+    """The architecture: it fixes the parameters' shapes and the forward function."""
 
     vocab_size: int
     hidden_size: int  # D
@@ -38,7 +38,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoraSettings:
-    """Which matrices have a LoRA adapter, and its size.
+    """The LoRA adapters: which matrices have one, and their size.
 
     Attributes:
       rank: R, columns of A and rows of B.

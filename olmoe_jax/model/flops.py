@@ -22,12 +22,12 @@ class StepFlops(NamedTuple):
 
     @property
     def model(self) -> float:
-        """What the mathematics needs."""
+        """The FLOPs that the mathematics needs."""
         return self.forward + self.backward + self.router_gradient
 
     @property
     def executed(self) -> float:
-        """What the devices compute."""
+        """The FLOPs that the devices compute."""
         return self.model + self.recomputed
 
 

@@ -1,4 +1,4 @@
-"""Which process of a run this one is, as flags, environment variables and the launcher say.
+"""The processes of a run and this one's place, by flags, environment variables and launcher.
 
 jax itself finds the address of process 0 under SLURM and Open MPI, and everything on a Cloud TPU.
 This module imports no jax: most runs are one process, and a command's --help must be quick.

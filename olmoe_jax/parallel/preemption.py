@@ -44,7 +44,7 @@ class Preemption:
 
     @property
     def stop(self) -> bool:
-        """Whether to save and stop now."""
+        """True if the run is to save and stop now."""
         return self._agreed if self._several else self._requested
 
     def ask(self) -> jax.Array | bool:

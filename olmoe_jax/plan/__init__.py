@@ -1,4 +1,4 @@
-"""What a run needs: whether it fits and what it costs, before there are devices to run it on.
+"""The needs of a run: whether it fits and what it costs, before there are devices to run it on.
 
     python -m olmoe_jax.plan --config configs/densemixer_gsm.py --topology h100:8
 

@@ -1,4 +1,4 @@
-"""What to change in a configuration that does not fit its devices."""
+"""Advice: what to change in a configuration that does not fit its devices."""
 
 import math
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What a compiled program communicates, read from its optimised HLO.
+"""The communication of a compiled program, read from its optimised HLO.
 
 XLA prints one computation after the other and a loop's body once: the body counts as often as the
 loop's trip count says. All bytes are those of one device and one run of the program.
@@ -40,7 +40,7 @@ class Collective(NamedTuple):
 
 
 class Communication(NamedTuple):
-    """What a program communicates; `exact` is False if a loop's trip count is unknown."""
+    """The communication of a program; `exact` is False if a loop's trip count is unknown."""
 
     collectives: tuple[Collective, ...]
     exact: bool

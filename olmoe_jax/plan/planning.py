@@ -25,7 +25,7 @@ ESFT_EXPERTS = 4
 
 @dataclasses.dataclass(frozen=True)
 class RunPlan:
-    """What a configuration takes on a topology. Bytes are those of one device.
+    """The needs of a configuration on a topology. Bytes are those of one device.
 
     Attributes:
       settings: how the model computes, with the backends of the topology's platform.

@@ -1,4 +1,4 @@
-"""What a finished run leaves: the loss curve and the exports."""
+"""The end of a run: the loss curve and the exports."""
 
 from pathlib import Path
 

@@ -34,7 +34,7 @@ from olmoe_jax.training.telemetry import Breakdown, Profile, check_wandb, memory
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """What a run returns.
+    """The result of a run.
 
     Attributes:
       output_dir: the run's directory.

@@ -37,7 +37,7 @@ LOSS_PLOT = "loss.png"
 PARTIAL_MODEL = ".model.partial"
 LOCK = ".lock"
 UNFINISHED_START = {PARTIAL_MODEL, f".{CONFIG}.partial", LOCK}
-"""What a run leaves that was killed while it made its directory."""
+"""The files that a run leaves which was killed while it made its directory."""
 
 FREE_FIELDS = {
     "train.resume",

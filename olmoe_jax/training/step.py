@@ -28,7 +28,7 @@ _UPDATE = np.uint32(2**32 - 1)
 
 
 class TrainState(NamedTuple):
-    """What an update changes, and a checkpoint holds."""
+    """The state that an update changes and a checkpoint holds."""
 
     step: jax.Array  # int32: updates attempted; the loop's count of finished steps, on the devices
     parameters: Parameters  # the trained ones, in the dtypes of `parameters.kept_dtype`
@@ -46,7 +46,7 @@ class Accumulated(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """What a step reports; scalars are float32 or int32 on the devices."""
+    """The numbers that a step reports; scalars are float32 or int32 on the devices."""
 
     loss: jax.Array
     grad_norm: jax.Array  # before clipping, over all trained parameters
