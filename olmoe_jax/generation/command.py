@@ -85,12 +85,7 @@ def parser() -> ArgumentParser:
     add("--stop", action="append", default=[], metavar="TEXT", help="ends a text; may be repeated")
     add("--seed", type=int, default=0, metavar="N", help="seeds the draws")
     add("--batch_size", type=int, default=16, metavar="N", help="prompts decoded together")
-    add(
-        "--compute_dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="default float32; bfloat16 is for GPUs and TPUs",
-    )
+    add("--compute_dtype", choices=("float32", "bfloat16"), default="float32")
     return result
 
 

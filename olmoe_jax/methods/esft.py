@@ -9,18 +9,16 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from olmoe_jax.checkpoints import directory
 from olmoe_jax.checkpoints.expert_config import ExpertConfig, read_expert_config
 from olmoe_jax.checkpoints.loading import load_parameters, random_parameters
 from olmoe_jax.config import MethodOptions
 from olmoe_jax.methods.expert_tuning import ExpertTuning
 from olmoe_jax.methods.method import Preparation
 from olmoe_jax.methods.scoring import expert_scores
-from olmoe_jax.methods.selection import scores_to_json, select
+from olmoe_jax.methods.selection import select, write_scores
 from olmoe_jax.model.config import ModelConfig
 from olmoe_jax.model.decoder import graph_of
 from olmoe_jax.parallel import distributed
-from olmoe_jax.plots import heat_maps
 
 
 class Esft(ExpertTuning):
@@ -63,9 +61,7 @@ class Esft(ExpertTuning):
         )
         experts = select(scores[self.score], self.options.esft_top_p or self.top_p)
         if distributed.is_writer():
-            directory.write_json(run.output / "scores.json", scores_to_json(scores))
-            maps = {f"{name} score": score for name, score in scores.items()}
-            heat_maps(maps, run.output / "scores.png")
+            write_scores(scores, run.output)
             print(f"ESFT: scored the experts on {tokens:,} tokens; see {run.output}/scores.png")
         return experts
 

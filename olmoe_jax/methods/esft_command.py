@@ -9,7 +9,7 @@ import numpy as np
 from olmoe_jax.checkpoints import directory
 from olmoe_jax.checkpoints.expert_config import ExpertConfig
 from olmoe_jax.errors import ArgumentParser, UserError
-from olmoe_jax.methods.selection import FUNCTIONS, check_top_p, read_scores, scores_to_json, select
+from olmoe_jax.methods.selection import FUNCTIONS, check_top_p, read_scores, select, write_scores
 
 EXAMPLE = """examples:
   python -m olmoe_jax.esft score --model allenai/OLMoE-1B-7B-0125 \\
@@ -31,12 +31,7 @@ def main(arguments: Sequence[str]) -> None:
     score.add_argument("--tokenizer", metavar="DIR_OR_HUB_ID", help="default: the model's")
     score.add_argument("--max_tokens", type=int, default=300_000, metavar="N")
     score.add_argument("--max_seq_length", type=int, default=4096, metavar="N")
-    score.add_argument(
-        "--compute_dtype",
-        choices=["float32", "bfloat16"],
-        default="float32",
-        help="default float32; bfloat16 takes half of its memory",
-    )
+    score.add_argument("--compute_dtype", choices=["float32", "bfloat16"], default="float32")
     score.add_argument("--seed", type=int, default=0, help="seeds the sample of examples")
     choose = commands.add_parser("select", help="write an expert config")
     choose.add_argument("--scores", required=True, type=Path, metavar="JSON")
@@ -64,7 +59,6 @@ def run_score(args: argparse.Namespace) -> None:
     from olmoe_jax.model.config import ModelSettings
     from olmoe_jax.model.decoder import graph_of
     from olmoe_jax.parallel import sharding
-    from olmoe_jax.plots import heat_maps
 
     for name in ("max_tokens", "max_seq_length"):
         if getattr(args, name) < 1:
@@ -92,10 +86,7 @@ def run_score(args: argparse.Namespace) -> None:
                 "process_count": 1,
             },
         )
-        directory.write_json(partial / "scores.json", scores_to_json(scores))
-        heat_maps(
-            {f"{name} score": score for name, score in scores.items()}, partial / "scores.png"
-        )
+        write_scores(scores, partial)
     share = np.sort(scores["gate"], axis=1)[:, ::-1][:, : source.config.num_experts_per_token]
     print(
         f"scored {tokens:,} tokens; the {share.shape[1]} best of {source.config.num_experts} "

@@ -1,7 +1,7 @@
-"""Selection of the tuned experts by their scores, and the JSON file of scores.
+"""Selection of the tuned experts by their scores, and the files of scores.
 
-{"gate_scores": {"1": {"0": x, …}, …}, "token_scores": …}. The keys of the layers count from 1, the
-keys of the experts from 0. Shapes: L layers, E experts.
+scores.json: {"gate_scores": {"1": {"0": x, …}, …}, "token_scores": …}. The keys of the layers count
+from 1, the keys of the experts from 0. Shapes: L layers, E experts.
 """
 
 import math
@@ -14,6 +14,7 @@ import numpy as np
 from olmoe_jax.checkpoints import directory
 from olmoe_jax.checkpoints.expert_config import ExpertConfig
 from olmoe_jax.errors import UserError
+from olmoe_jax.plots import heat_maps
 
 FUNCTIONS = ("gate", "token")
 Normalization = Literal["within_layer", "across_layers"]
@@ -57,6 +58,13 @@ def read_scores(file: Path, function: str) -> np.ndarray:
                     "scores are numbers from 0 up"
                 )
     return np.array([[float(table[layer][expert]) for expert in experts] for layer in layers])
+
+
+def write_scores(scores: Mapping[str, np.ndarray], folder: Path) -> None:
+    """Writes scores.json and scores.png, a picture of it. scores: function -> [L, E]."""
+    directory.write_json(folder / "scores.json", scores_to_json(scores))
+    maps = {f"{function} score": values for function, values in scores.items()}
+    heat_maps(maps, folder / "scores.png")
 
 
 def scores_to_json(scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
