@@ -22,11 +22,16 @@ def keys(count, seed=0):
     return jax.random.split(jax.random.key(seed), count)
 
 
+def rate(share: float) -> LoraSettings:
+    """Settings with this share dropped."""
+    return LoraSettings(4, 8.0, share)
+
+
 def test_unbiased():
     """Over 4000 draws: a share `rate` is zero, the rest scaled up, the mean x."""
     x = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
     draws = 4000
-    out = np.asarray(dropout(jnp.broadcast_to(x, (draws, 6, 5)), keys(draws), 0.25, 0))
+    out = np.asarray(dropout(jnp.broadcast_to(x, (draws, 6, 5)), keys(draws), rate(0.25), "q"))
     kept = out != 0
     np.testing.assert_allclose(out[kept], np.broadcast_to(x / 0.75, out.shape)[kept], rtol=1e-6)
     # Five standard deviations of a mean of Bernoulli draws.
@@ -40,17 +45,17 @@ def test_unbiased():
 
 def test_each_row_and_place_has_its_own_draw():
     x = jnp.ones((3, 40, 8))
-    out = [np.asarray(dropout(x, keys(3), 0.5, site)) for site in (0, 1)]
+    out = [np.asarray(dropout(x, keys(3), rate(0.5), target)) for target in "qk"]
     masks = [mask.tobytes() for place in out for mask in place]
     assert len(set(masks)) == 6
     # A row's draw is its key's, whatever the other rows are.
-    np.testing.assert_array_equal(dropout(x[1:], keys(3)[1:], 0.5, 0), out[0][1:])
+    np.testing.assert_array_equal(dropout(x[1:], keys(3)[1:], rate(0.5), "q"), out[0][1:])
 
 
 def test_off():
     x = jnp.ones((3, 4))
-    assert dropout(x, None, 0.5, 0) is x
-    assert dropout(x, keys(3), 0.0, 0) is x
+    assert dropout(x, None, rate(0.5), "q") is x
+    assert dropout(x, keys(3), rate(0.0), "q") is x
 
 
 def trainer(rate, targets=("q", "k", "v", "o", "gate", "up", "down"), seed=0):

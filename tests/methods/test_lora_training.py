@@ -27,8 +27,8 @@ ESFT = {"method__name": "esft_gate"}
 def program_of(config, experts=None):
     model = open_model(config)
     if experts:
-        settings = dataclasses.replace(model.settings, tuned_experts=experts)
-        model = dataclasses.replace(model, settings=settings, experts=ExpertConfig(experts))
+        method = model.method.with_experts(ExpertConfig(experts))
+        model = dataclasses.replace(model, method=method)
     mesh = make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         return build_program(config, model, mesh, 4)
