@@ -239,7 +239,7 @@ def forward_program(**options: Any) -> Callable[[Callable[..., Any]], Any]:
         def program(platform: str) -> Any:
             # A CPU computes in float32. This pass moves the conversion of bfloat16 weights out of
             # the loops over layers and experts: the program then holds a float32 copy of all
-            # experts, twice their bytes (tests/model/test_generation.py looks for this copy).
+            # experts, twice their bytes (tests/generation/test_generation.py looks for this copy).
             without = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
             return jax.jit(
                 function, compiler_options=without if platform == "cpu" else None, **options
