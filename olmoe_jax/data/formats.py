@@ -29,7 +29,7 @@ ACCEPTED_FIELDS = (
 
 _CHOICE_NAMES = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-# The reference builds its prompts from indented triple-quoted strings, so the model trains on the
+# The reference builds its prompts from indented triple-quoted strings, so the model sees the
 # indentation, the first newline and the last four spaces too.
 _INSTRUCTION_PROMPT = """
         Below is an instruction that describes a task. Write a response that appropriately \
@@ -98,17 +98,15 @@ def tokens_before(prefix: Sequence[int], tokens: Sequence[int] | np.ndarray) -> 
     """Returns how many of `tokens` come before a boundary: the rule that masks a prompt.
 
     The rule counts: the text has as many tokens before the boundary as the prefix has when the
-    prefix is tokenised alone. The PyTorch reference counts in the same way. Exceptions follow
-    where the tokenizer merges the end of the prompt with the start of the answer into one token,
-    which straddles the boundary:
+    prefix is tokenised alone. The PyTorch reference counts in the same way. The count is off where
+    the prefix has other tokens alone than in the text:
 
-    - A straddling token in the place of the prefix's last token counts as prompt and does not
-      train. A rule that let it train would return on how many leading tokens `prefix` and `tokens`
-      agree.
-    - A straddling token in the place of the prefix's last k + 1 tokens puts the boundary k tokens
-      too late: the next k tokens, all answer, do not train either.
-    - A prefix that takes k tokens fewer alone than in the text puts the boundary k tokens too
-      early: the last k tokens of the prompt train.
+    - The tokenizer merges the prefix's last token with the start of the answer: the merged token
+      counts as prompt and does not train.
+    - It merges the prefix's last k + 1 tokens with the start of the answer: the boundary comes k
+      tokens too late, and the next k tokens, all answer, do not train either.
+    - The prefix has k tokens fewer alone than in the text: the boundary comes k tokens too early,
+      and the last k tokens of the prompt train.
 
     A text that is cut before the boundary has no token behind the boundary.
 
