@@ -1,4 +1,4 @@
-"""Figures of runs, drawn with matplotlib."""
+"""Figures of runs, drawn with matplotlib, which is imported when a figure is drawn."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def heat_maps(values: Mapping[str, np.ndarray], file: Path | IO[bytes]) -> None:
-    """A PNG with one map for each title's values [L, E]: layers down, experts across."""
+    """Writes a PNG with one map for each title's values [L, E]: layers down, experts across."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 1.5 + 0.3 * sum(map(len, values.values()))))
@@ -24,7 +24,7 @@ def heat_maps(values: Mapping[str, np.ndarray], file: Path | IO[bytes]) -> None:
 
 
 def plot_losses(lines: list[dict], title: str, file: Path) -> None:
-    """Training and evaluation loss over steps, of the lines of a metrics.jsonl."""
+    """Writes a figure of the training and evaluation losses in the lines of a metrics.jsonl."""
     from matplotlib.figure import Figure
 
     train = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]

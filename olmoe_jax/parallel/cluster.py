@@ -81,7 +81,7 @@ def find_cluster(
         for name, variable in VARIABLES.items()
         if environment.get(variable)
     }
-    given = {name: _parse(name, text) for name, text in (variables | flags).items()}
+    given: dict[str, Any] = {name: _parse(name, text) for name, text in (variables | flags).items()}
     heartbeat_timeout = given.pop("heartbeat_timeout", HEARTBEAT_TIMEOUT)
     known = _launched(environment) | given
     if not known:
@@ -137,7 +137,7 @@ def _launched(environment: Mapping[str, str]) -> dict[str, Any]:
     for processes, process, on_node, number, address in _LAUNCHERS:
         if environment.get(processes, "1") == "1":
             continue
-        known = {
+        known: dict[str, Any] = {
             "num_processes": int(environment[processes]),
             "process_id": int(environment[process]),
         }

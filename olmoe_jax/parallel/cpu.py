@@ -1,4 +1,4 @@
-"""Cores and memory of the machine, for what runs on its CPU. Imports no jax."""
+"""The cores and the memory of a CPU: how jax and malloc use them. Imports no jax."""
 
 import ctypes
 import os
@@ -11,12 +11,12 @@ _MODE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def restart_with_huge_pages() -> None:
-    """Restarts this process, before its work begins, so that malloc asks Linux for huge pages.
+    """Restarts this process so that malloc asks Linux for huge pages. Call it before any work.
 
-    XLA gives a step's buffers back to the system and gets them as new ones in the next; in pages
-    of 4 KiB, their page faults cost a CPU a fifth of the step. glibc reads the variable only when
-    a process starts. Does nothing where it is set already or where Linux does not leave it to
-    programs to ask.
+    XLA gives a step's buffers back to the system and gets new ones in the next step. In pages of
+    4 KiB, the page faults of the new buffers cost a CPU a fifth of the step. glibc reads the
+    variable only when a process starts. Does nothing if the variable is set, or if Linux gives huge
+    pages to all programs or to none.
     """
     if "GLIBC_TUNABLES" in os.environ or not _MODE.exists() or "[madvise]" not in _MODE.read_text():
         return
@@ -24,10 +24,10 @@ def restart_with_huge_pages() -> None:
 
 
 def use_all_cores() -> None:
-    """Lets jax see a device for every core where it runs on a CPU.
+    """Sets the number of jax's CPU devices to the number of cores. Call it before jax starts.
 
-    XLA shares the matmuls of a few tokens badly among cores, but devices work side by side. What
-    JAX_NUM_CPU_DEVICES or XLA_FLAGS say already stays.
+    XLA shares the matmuls of a few tokens badly among cores, but devices work side by side. Does
+    nothing if JAX_NUM_CPU_DEVICES or XLA_FLAGS say a number.
     """
     if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         cores = min(len(os.sched_getaffinity(0)), _MOST_CORES)
@@ -36,7 +36,7 @@ def use_all_cores() -> None:
 
 
 def return_freed_memory() -> None:
-    """Gives what has been freed back to the system; only glibc, which may keep it, knows how."""
+    """Gives freed memory back to the system. Only glibc keeps freed memory and has this call."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

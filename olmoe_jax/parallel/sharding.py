@@ -8,12 +8,13 @@ are used; embedding and head, which have a row per token of the vocabulary, stay
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from olmoe_jax.errors import UserError
@@ -43,7 +44,23 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, expert: int = 1, *, devices=None) -> Mesh:
+class Declared(Protocol):
+    """A parameter's shape and logical axes, as `olmoe_jax.model.parameters.ParameterSpec` has."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def axes(self) -> tuple[str, ...]: ...
+
+
+def make_mesh(
+    data: int = 1,
+    fsdp: int = -1,
+    expert: int = 1,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
     """Makes a mesh [data, fsdp, expert] over all devices; -1 stands for "all the remaining ones".
 
     Raises:
@@ -87,16 +104,17 @@ def check_experts(expert: int, num_experts: int) -> None:
         )
 
 
-def partition_spec(shape: tuple[int, ...], axes: tuple[str, ...], mesh) -> P:
+def partition_spec(shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh | AbstractMesh) -> P:
     """Returns how the mesh shards a parameter of this shape and these logical axes.
 
-    The leading dimension that a rule shards and a mesh axis divides gets the axis (leading
-    dimensions reshard cheapest); a mesh axis is used once, and what cannot be split is replicated.
+    A mesh axis shards the first dimension that a rule gives to it and that it divides (leading
+    dimensions reshard cheapest). Each mesh axis is used once; no other dimension is split.
     """
     free = {axis: size for axis, size in mesh.shape.items() if size > 1}
-    spec = []
+    spec: list[str | tuple[str, ...] | None] = []
     for size, axis in zip(shape, axes, strict=True):
-        taken, parts = [], 1
+        taken: list[str] = []
+        parts = 1
         for mesh_axis in RULES[axis]:
             if mesh_axis in free and size % (parts * free[mesh_axis]) == 0:
                 parts *= free.pop(mesh_axis)
@@ -110,25 +128,25 @@ def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return entry if isinstance(entry, tuple) else (entry,) if entry else ()
 
 
-def vocabulary_axes(shape: tuple[int, ...], mesh) -> tuple[str, ...]:
+def vocabulary_axes(shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     """Returns the mesh axes that split the rows of a [V, D] parameter; (): V does not divide."""
     return mesh_axes(partition_spec(shape, ("vocab", "embed"), mesh)[0])
 
 
-def expert_axes(num_experts: int, mesh) -> tuple[str, ...]:
+def expert_axes(num_experts: int, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     """Returns the mesh axes that split the experts."""
     return mesh_axes(partition_spec((num_experts,), ("expert",), mesh)[0])
 
 
-def parameter_shardings(specs, mesh: Mesh) -> dict[str, NamedSharding]:
-    """Returns the shardings of a dict of `ParameterSpec`s."""
+def parameter_shardings(specs: Mapping[str, Declared], mesh: Mesh) -> dict[str, NamedSharding]:
+    """Returns the sharding of each parameter."""
     return {
         name: NamedSharding(mesh, partition_spec(spec.shape, spec.axes, mesh))
         for name, spec in specs.items()
     }
 
 
-def active_mesh():
+def active_mesh() -> AbstractMesh | None:
     """Returns the mesh set by `jax.set_mesh`; None outside of one, and for one device.
 
     XLA does not remove a `shard_map`'s collectives over one device: on a CPU they copy the weights.

@@ -5,8 +5,6 @@ import dataclasses
 import functools
 import logging
 import sys
-import time
-import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,17 +26,21 @@ CHUNK_BYTES = 64 * 2**20
 
 NO_LIMIT = 100 * 365 * 86400
 """Seconds that a save may take. Orbax measures its 20 minutes by the wall clock, which may jump.
-A process that is gone is noticed by its heartbeat."""
+jax's heartbeat notices a process that is gone. tests/faults (`clock_jumps`) fails without this."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
     """A checkpoint that was read: the state, and the position in the data."""
 
-    step: int
     state: TrainState
     data: dict[str, Any]  # the Grain iterator's state
     best_score: float | None  # of the best checkpoint so far (`training.best`); None: there is none
+
+    @property
+    def step(self) -> int:
+        """The number of finished steps, which names the checkpoint."""
+        return int(self.state.step)
 
 
 class _DamagedError(Exception):
@@ -65,7 +67,6 @@ class Checkpointer:
 
     def __init__(self, output: Path, keep: int, identity: dict[str, Any]):
         _silence_failed_saves()
-        _steady_clock()
         self._identity = identity
         self._output = output
         best = preservation.BestN(
@@ -81,7 +82,11 @@ class Checkpointer:
                 # a checkpoint's metrics are not written.
                 best_fn=score_of,
                 cleanup_tmp_directories=True,
-                async_options=ocp.AsyncOptions(timeout_secs=NO_LIMIT),
+                # Making the directories in the background, too, would have threads wait for each
+                # other, for 5 minutes of the wall clock.
+                async_options=ocp.AsyncOptions(
+                    timeout_secs=NO_LIMIT, create_directories_asynchronously=False
+                ),
             ),
         )
 
@@ -96,7 +101,8 @@ class Checkpointer:
         """Starts a save; copies the arrays before it returns.
 
         Args:
-          step: the number of finished steps, which names the checkpoint.
+          step: the number of finished steps, which names the checkpoint: `state.step`, which the
+            host knows without waiting for the devices.
           state: what the checkpoint holds.
           kept_with_it: frozen parameters that exist nowhere else.
           data: the state of the Grain iterator.
@@ -167,7 +173,7 @@ class Checkpointer:
             data=ocp.args.JsonRestore(),
         )
         best = max(map(score_of, self._best_metrics()), default=None)
-        return Restored(step, TrainState(**restored.state), restored.data, best)
+        return Restored(TrainState(**restored.state), restored.data, best)
 
     def _read(self, step: int, **items: Any) -> Any:
         try:
@@ -202,12 +208,18 @@ class Checkpointer:
 
     def _check_identity(self, step: int) -> None:
         saved = self._read(step, identity=ocp.args.JsonRestore()).identity
+        start = f"{self._output}: the checkpoint of step {step}"
+        # Earlier versions stored a hash where the parts of a data set's identity are now.
+        if any(isinstance(value, str) for value in saved.values()):
+            raise UserError(
+                f"{start} was written by an earlier version of olmoe_jax; its exports still open; "
+                "write another train.output_dir, or train.resume=restart"
+            )
         for key, value in self._identity.items():
             if saved.get(key) != value:
                 raise UserError(
-                    f"{self._output}: the checkpoint of step {step} "
-                    f"{_other(key, saved.get(key), value)}; "
-                    "bring it back, write another train.output_dir, or train.resume=restart"
+                    f"{start} {_other(key, saved.get(key), value)}; bring it back, write another "
+                    "train.output_dir, or train.resume=restart"
                 )
 
     def _best_metrics(self) -> list[dict[str, float]]:
@@ -254,40 +266,25 @@ def _other(key: str, saved: Any, value: Any) -> str:
         )
     if not saved or not value:
         return f"has {'' if saved else 'no '}{key}, the command has {'' if value else 'no '}{key}"
-    if not isinstance(saved, dict):
-        return (
-            f"was written by an earlier version of olmoe_jax, so that its {key} cannot be compared "
-            "(its exports still open)"
-        )
     part = next(part for part in _PARTS if saved.get(part) != value.get(part))
     return f"is of other {key} ({_PARTS[part]})"
-
-
-def _steady_clock() -> None:
-    """Lets the threads of a save wait for each other by a clock that does not jump.
-
-    Orbax counts these 5 minutes by the wall clock and has no option for another one (0.12.8, no
-    issue known). tests/faults `test_clock_jumps` fails without this.
-    """
-    with contextlib.suppress(ImportError):  # a private module: without it a jump ends the run
-        from orbax.checkpoint._src.futures import signaling_client
-
-        signaling_client.time = types.SimpleNamespace(time=time.monotonic)
 
 
 @functools.cache
 def _silence_failed_saves() -> None:
     """Silences the threads below a failed save, which print hundreds of lines.
 
-    The save itself raises (`_failed`). tests/training/test_training_slow.py checks that a full disk
-    gives one line.
+    The save itself raises (`Checkpointer._failed`). Orbax has no option for this, and no issue is
+    known; `test_disk_full_during_a_save` fails without the log levels, and now and then without the
+    hook.
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     show = sys.unraisablehook
 
     def show_others(unraisable: "sys.UnraisableHookArgs") -> None:
-        # Writes of tensorstore that were still under way end in this error.
+        # A write of tensorstore that ends after the save has failed finds its event loop closed
+        # (as in python/asyncio#258).
         if str(unraisable.exc_value) != "Event loop is closed":
             show(unraisable)
 

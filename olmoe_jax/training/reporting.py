@@ -1,11 +1,9 @@
 """The reports of a run: metrics.jsonl, TensorBoard, Weights & Biases, the terminal."""
 
-import functools
 import io
 import json
 import math
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +11,11 @@ from typing import Any
 
 import numpy as np
 from jax.typing import ArrayLike
-from tensorboard.summary import Writer
 from tqdm import tqdm
 
 from olmoe_jax.plots import heat_maps
 from olmoe_jax.training.decoding import Answer
-from olmoe_jax.training.event_files import EventFiles
+from olmoe_jax.training.event_file import EventFile
 from olmoe_jax.training.run_directory import FREE_FIELDS, METRICS
 from olmoe_jax.training.telemetry import WandB
 
@@ -42,11 +39,9 @@ class Reporter:
     def __init__(
         self, output: Path, first_step: int, total_steps: int, config: dict[str, dict[str, Any]]
     ):
-        _silence_writer_threads()
         self.output = output
         self._metrics = (output / METRICS).open("a")
-        self._events = EventFiles(output / TENSORBOARD)
-        self._board = Writer(self._events)
+        self._events = EventFile(output / TENSORBOARD)
         self._events.restart(first_step + 1)
         self._events.text("config", f"```json\n{json.dumps(config, indent=2)}\n```")
         self._events.hyperparameters(hyperparameters(config), output.name)
@@ -111,19 +106,19 @@ class Reporter:
     def flush(self) -> None:
         """Puts everything reported so far on the disk."""
         self._metrics.flush()
-        self._board.flush()
+        self._events.flush()
 
     def close(self) -> None:
         """Ends every report."""
         self._bar.close()
         self._metrics.close()
-        self._board.close()
+        self._events.close()
         if self._wandb:
             self._wandb.close()
 
     def _scalars(self, scalars: dict[str, float], step: int) -> None:
         for tag, value in scalars.items():
-            self._board.add_scalar(tag, value, step)
+            self._events.scalar(tag, value, step)
         if self._wandb:
             self._wandb.scalars(scalars, step)
 
@@ -152,21 +147,6 @@ class Silence:
         pass
 
     say = step = evaluation = expert_load = answers = flush = close = _nothing
-
-
-@functools.cache
-def _silence_writer_threads() -> None:
-    """Silences TensorBoard's writing thread, which raises its error again in the main thread.
-
-    tests/training/test_training_slow.py checks that a full disk gives one line.
-    """
-    show = threading.excepthook
-
-    def show_others(args: threading.ExceptHookArgs) -> None:
-        if not type(args.thread).__module__.startswith("tensorboard."):
-            show(args)
-
-    threading.excepthook = show_others
 
 
 def router_scalars(load: ArrayLike, entropy: ArrayLike, tokens: int) -> dict[str, float]:

@@ -330,6 +330,16 @@ def test_changed_data_is_refused(stopped, which):
     assert "train.resume=restart" in message
 
 
+def test_a_checkpoint_of_an_earlier_version_is_refused(stopped):
+    """Its identity held a hash of each data set."""
+    files, output = stopped
+    path = output / "checkpoints" / "6" / "identity" / "metadata"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"training data": "a1b2"}))
+    message = refused(files.config(output, **OPTIONS))
+    assert "the checkpoint of step 6 was written by an earlier version of olmoe_jax" in message
+    assert "its exports still open; write another train.output_dir" in message
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("rope_theta", 20000.0), pytest.param("hidden_size", 48, marks=pytest.mark.slow)],

@@ -1,0 +1,88 @@
+"""TensorBoard's event files, written by the thread that reports.
+
+`tensorboard.summary.Writer` writes in a thread of its own, which prints a traceback when the disk
+is full, and lacks the events below.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+from tensorboard.plugins.text import metadata as text_metadata
+from tensorboard.summary.writer.record_writer import RecordWriter
+from tensorboard.util import tensor_util
+
+_PREFIX = "events.out.tfevents."
+
+
+class EventFile:
+    """A new event file in a directory, which TensorBoard reads after those that are there.
+
+    Raises:
+      OSError: from every method, if the file cannot be written.
+    """
+
+    def __init__(self, directory: Path):
+        directory.mkdir(parents=True, exist_ok=True)
+        # TensorBoard reads the files in the order of their names, which hold the second of their
+        # making. The wall clock may have jumped back since the last file.
+        seconds = [_second(file) + 1 for file in directory.glob(f"{_PREFIX}*")]
+        second = max([int(time.time()), *seconds])
+        name = f"{_PREFIX}{second:010}.{socket.gethostname()}.{os.getpid()}"
+        self._file = (directory / name).open("xb")
+        self._records = RecordWriter(self._file)
+        self._write(file_version="brain.Event:2")
+
+    def scalar(self, tag: str, value: float, step: int) -> None:
+        """Adds a value."""
+        self._add(step, tag=tag, simple_value=value)
+
+    def text(self, tag: str, text: str, step: int = 0) -> None:
+        """Adds Markdown text."""
+        self._add(
+            step,
+            tag=tag,
+            tensor=tensor_util.make_tensor_proto([text]),
+            metadata=summary_pb2.SummaryMetadata(
+                plugin_data=text_metadata.create_summary_metadata("", None).plugin_data,
+                data_class=summary_pb2.DATA_CLASS_TENSOR,
+            ),
+        )
+
+    def image(self, tag: str, png: bytes, step: int) -> None:
+        """Adds a PNG."""
+        self._add(step, tag=tag, image=summary_pb2.Summary.Image(encoded_image_string=png))
+
+    def hyperparameters(self, values: Mapping[str, bool | float | str], run: str) -> None:
+        """Adds the row of TensorBoard's HPARAMS page; one run's sessions share it."""
+        self._write(step=0, summary=hparams_pb(dict(values), trial_id=run))
+
+    def restart(self, step: int) -> None:
+        """Tells TensorBoard to forget what an interrupted run wrote for `step` and later."""
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._write(step=step, session_log=start)
+
+    def flush(self) -> None:
+        """Hands everything to the operating system."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """Hands everything to the operating system and closes the file."""
+        self._file.close()
+
+    def _add(self, step: int, **value: Any) -> None:
+        summary = summary_pb2.Summary(value=[summary_pb2.Summary.Value(**value)])
+        self._write(step=step, summary=summary)
+
+    def _write(self, **event: Any) -> None:
+        made = event_pb2.Event(wall_time=time.time(), **event)
+        self._records.write(made.SerializeToString())
+
+
+def _second(file: Path) -> int:
+    return int(file.name.removeprefix(_PREFIX).partition(".")[0])
