@@ -32,6 +32,6 @@ def get_config() -> Config:
         method=MethodOptions(name="densemixer"),
         optimizer=OptimizerOptions(learning_rate=3e-3),
         train=TrainOptions(
-            output_dir="runs/quickstart", batch_size=64, epochs=4, rows_per_device=32
+            output_dir="runs/quickstart", batch_size=64, epochs=5, rows_per_device=32
         ),
     )
