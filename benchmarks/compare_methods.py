@@ -30,6 +30,7 @@ from configs.table import ESFT, LORA, METHODS, experiment
 from olmoe_jax.checkpoints import directory
 from olmoe_jax.config import Config, DataOptions, ModelOptions, TrainOptions
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
+from olmoe_jax.files import read_json
 
 # Chosen by a few short trials on a part of the training rows.
 LEARNING_RATES = {"full": 3e-3, "lora": 1e-2, "esft": 1e-2}
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str]) -> None:
             if not cell_file(args.output, name, seed).exists():
                 run_in_process(args.output, [*arguments, "--cell", name, str(seed)])
     files = {cell: cell_file(args.output, *cell) for cell in cells}
-    found = {cell: directory.read_json(file) for cell, file in files.items() if file.exists()}
+    found = {cell: read_json(dict[str, Any], file) for cell, file in files.items() if file.exists()}
     if not found:
         raise UserError(f"{args.output}: no cell to report; run without --report")
     write_report(found, args.output)

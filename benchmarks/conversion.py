@@ -28,6 +28,7 @@ from benchmarks.shapes import Shape, add_shape_flags, shape_of
 from olmoe_jax.checkpoints import directory, names
 from olmoe_jax.checkpoints.huggingface import HFCheckpoint, write_checkpoint
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
+from olmoe_jax.files import read_json
 from olmoe_jax.model.config import model_config_from_hf
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -79,7 +80,7 @@ def generate(path: Path, shape: Shape) -> None:
     """
     values = shape.hf_config() | {"architectures": ["OlmoeForCausalLM"], "torch_dtype": "bfloat16"}
     if path.exists():
-        if directory.read_json(path / "config.json") != values:
+        if read_json(dict[str, Any], path / "config.json") != values:
             raise UserError(f"{path}: is a checkpoint of another shape; write another --output")
         return
     config, random = model_config_from_hf(values), np.random.default_rng(0)

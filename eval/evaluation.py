@@ -21,6 +21,7 @@ from eval.predictions import PredictionFile
 from eval.tasks.task import Example, Prediction, Scores, Task, Tools
 from olmoe_jax.checkpoints import directory
 from olmoe_jax.errors import UserError
+from olmoe_jax.files import read_json
 from olmoe_jax.generation.stop_strings import cut_at
 
 MODEL, SETTINGS, PREDICTIONS = "model.json", "settings.json", "predictions.jsonl"
@@ -93,7 +94,7 @@ def evaluate(
         path / ROWS, lambda file: _write_rows(file, predictions, scores)
     )
     result = {
-        "model": directory.read_json(output / MODEL),
+        "model": read_json(dict[str, Any], output / MODEL),
         "settings": dict(settings),
         "metrics": {name: asdict(metric) for name, metric in scores.metrics.items()},
         "counts": {"shortened_prompts": shortened} | scores.counts,

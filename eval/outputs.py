@@ -6,6 +6,7 @@ from typing import Any
 
 from olmoe_jax.checkpoints import directory
 from olmoe_jax.errors import UserError
+from olmoe_jax.files import read_json
 
 
 def open_output(path: Path, file: str, asked: Mapping[str, Any], free: Sequence[str] = ()) -> None:
@@ -23,7 +24,7 @@ def open_output(path: Path, file: str, asked: Mapping[str, Any], free: Sequence[
     if path.exists() and not path.is_dir():
         raise UserError(f"--output {path}: is a file; write a directory")
     if (path / file).exists():
-        kept = directory.read_json(path / file)
+        kept = read_json(dict[str, Any], path / file)
         for name, value in asked.items():
             if name not in free and kept.get(name) != value:
                 raise UserError(

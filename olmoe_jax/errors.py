@@ -1,9 +1,37 @@
 """One way to report a user's mistake: one line that says what to write instead, exit code 2."""
 
 import argparse
+import errno
+import os
 import sys
+import tempfile
+import traceback
+import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
+
+DEFECT = 70
+"""The exit code of an exception that nobody foresaw: sysexits.h's EX_SOFTWARE."""
+
+_HINTS = {
+    errno.EACCES: "check its permissions",
+    errno.EPERM: "check its permissions",
+    errno.EROFS: "write a path on another file system",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "a part of the path is a file",
+    errno.EISDIR: "write a file's path",
+    errno.EEXIST: "write another path, or remove what is there",
+    errno.ENOTEMPTY: "write another path, or remove what is there",
+    errno.ENAMETOOLONG: "write a shorter path",
+    errno.ELOOP: "its symbolic links lead in a circle",
+    errno.ENOSPC: "make room, or write a path on another disk",
+    errno.EDQUOT: "make room, or write a path on another disk",
+    errno.EFBIG: "write a path on another file system",
+    errno.EIO: "the disk reports a fault",
+}
+
+
+_MEMORY = "not enough memory; `python -m olmoe_jax.plan` says what a run needs and what needs less"
 
 
 class UserError(Exception):
@@ -25,14 +53,97 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
+def os_reason(error: OSError) -> str:
+    """Returns what the operating system refused and what helps: "File name too long; …"."""
+    reason = error.strerror or one_line(str(error)) or type(error).__name__
+    reason = reason[0].lower() + reason[1:]
+    hint = _HINTS.get(error.errno or 0)
+    return f"{reason}; {hint}" if hint else reason
+
+
+def printable(text: str) -> str:
+    """Returns text without characters that steer a terminal or reorder what a reader sees.
+
+    A control character, a bidirectional mark, a lone surrogate and a line separator become their
+    escapes (\\x1b). Newlines and tabs stay.
+    """
+    return "".join(c if c in "\n\t" or _is_harmless(c) else _escape(c) for c in text)
+
+
+def _is_harmless(character: str) -> bool:
+    category = unicodedata.category(character)
+    # A joiner (Cf) is part of words and of emoji; the bidirectional marks are Cf too.
+    steers = unicodedata.bidirectional(character) in _STEERING or character in _MARKS
+    return not (category in ("Cc", "Cs", "Zl", "Zp") or steers)
+
+
+_STEERING = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+_MARKS = "\u200e\u200f\u061c"
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+
+def one_line(text: str) -> str:
+    """Returns text as one line that is safe to print."""
+    return printable(" ".join(text.split()))
+
+
+def shorten(text: str, length: int = 80) -> str:
+    """Returns text of at most `length` characters; what is cut becomes "…"."""
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
 def run_command(main: Callable[[Sequence[str]], None]) -> None:
-    """Runs a command line program: exit 0 on success, 2 with one line on a `UserError`."""
+    """Runs a command line program and exits.
+
+    The exit code is 0 on success, 2 with one line on a `UserError` or a refusal of the operating
+    system, 130 on an interrupt. Another exception is a defect of this project: 70, one line, and
+    the traceback in a file that the line names.
+    """
+    for stream in (sys.stdout, sys.stderr):  # a lone surrogate in a file's name can be printed
+        getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
     try:
         main(sys.argv[1:])
+        sys.stdout.flush()
     except UserError as error:
-        message = " ".join(str(error).split())
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
+        _exit(2, f"error: {one_line(str(error))}")
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        _exit(130, "interrupted")
+    except BrokenPipeError:
+        # The reader of the output, `head` for example, has gone. Python would complain at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is None and error.errno not in _HINTS:
+            _exit(DEFECT, _defect(error))
+        name = "" if error.filename is None else f"{error.filename}: "
+        _exit(2, f"error: {one_line(name + os_reason(error))}")
+    except Exception as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            _exit(2, f"error: {_MEMORY} ({shorten(one_line(str(error)), 200)})")
+        _exit(DEFECT, _defect(error))
+
+
+def _exit(code: int, message: str) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+def _defect(error: Exception) -> str:
+    """Keeps the traceback in a file, and returns the line that says so."""
+    text = "".join(traceback.format_exception(error))
+    what = shorten(one_line(f"{type(error).__name__}: {error}"), 300)
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="olmoe_jax-", suffix=".txt", delete=False, errors="backslashreplace"
+        ) as file:
+            file.write(f"{sys.argv}\n{text}")
+    except OSError:
+        return f"{text}error: this is a defect in olmoe_jax ({what})"
+    return (
+        f"error: this is a defect in olmoe_jax ({what}); please report it with {file.name}, which "
+        "has the traceback"
+    )

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from eval.backends import Prompts, Sampling
 from olmoe_jax.checkpoints import directory
+from olmoe_jax.checkpoints.source import read_model_config
 from olmoe_jax.data import load_tokenizer
 
 
@@ -17,7 +18,7 @@ class VllmBackend(Prompts):
         super().__init__(load_tokenizer(str(path)))
         self._model = vllm.LLM(model=str(path), dtype=compute_dtype)
         self._parameters = vllm.SamplingParams
-        self.context = directory.read_json(path / "config.json")["max_position_embeddings"]
+        self.context = read_model_config(path).max_position_embeddings
 
     def generate(self, prompts: Sequence[str], sampling: Sampling) -> list[str]:
         """Returns the continuations."""

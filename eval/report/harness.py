@@ -12,8 +12,8 @@ from typing import Any
 
 from eval.harness import NAME
 from eval.report.results import Evaluation, Result
-from olmoe_jax.checkpoints import directory
 from olmoe_jax.errors import UserError
+from olmoe_jax.files import read_json
 
 PREFIX = "lm_eval:"
 """The first letters of the tasks' names in the report: lm_eval has a humaneval too."""
@@ -38,7 +38,7 @@ def read_harness(path: Path) -> Evaluation:
     results: dict[str, Result] = {}
     for file in sorted(path.glob(_RESULTS)):
         try:
-            stored = directory.read_json(file)
+            stored = read_json(dict[str, Any], file)
             config, arguments = stored["config"], stored["config"]["model_args"]
             model = {
                 "model": str(arguments["pretrained"]),

@@ -15,9 +15,9 @@ from configs.table import DATASETS, METHODS
 from eval.evaluation import MODEL
 from eval.report.harness import harness_directories, read_harness
 from eval.report.results import Evaluation, Result, is_evaluation, read_evaluation
-from olmoe_jax.checkpoints import directory
 from olmoe_jax.config import ModelOptions
 from olmoe_jax.errors import UserError
+from olmoe_jax.files import read_json
 from olmoe_jax.training.run_directory import CONFIG, METRICS, read_metrics
 
 BASE = "base"
@@ -121,7 +121,7 @@ def read_inputs(arguments: Sequence[str]) -> Inputs:
 def is_run(path: Path) -> bool:
     """Returns whether train.py wrote this directory, and not save_pretrained."""
     file = path / CONFIG
-    return file.is_file() and {"method", "train"} <= directory.read_json(file).keys()
+    return file.is_file() and {"method", "train"} <= read_json(dict[str, Any], file).keys()
 
 
 def open_run(path: Path) -> TrainingRun:
@@ -130,7 +130,7 @@ def open_run(path: Path) -> TrainingRun:
     Raises:
       UserError: its configuration or its metrics are damaged.
     """
-    config = directory.read_json(path / CONFIG)
+    config = read_json(dict[str, Any], path / CONFIG)
     try:
         method, lora = config["method"]["name"], config["method"]["lora_rank"]
         data, base = config["data"]["train_path"], config["model"]["path"]

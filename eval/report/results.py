@@ -8,8 +8,8 @@ from typing import Any
 
 from eval.evaluation import MODEL, RESULT, ROWS, SETTINGS
 from eval.tasks import TASKS
-from olmoe_jax.checkpoints import directory
 from olmoe_jax.errors import UserError
+from olmoe_jax.files import read_json
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def read_evaluation(path: Path) -> Evaluation:
     Raises:
       UserError: a file is damaged.
     """
-    model = directory.read_json(path / MODEL)
+    model = read_json(dict[str, Any], path / MODEL)
     if not isinstance(model.get("model"), str):
         raise UserError(f"{path / MODEL}: names no model, so eval.run did not write the file")
     found = Evaluation(path, model, {}, [])
@@ -70,7 +70,7 @@ def read_evaluation(path: Path) -> Evaluation:
 
 
 def _result(path: Path) -> Result:
-    stored = directory.read_json(path / RESULT)
+    stored = read_json(dict[str, Any], path / RESULT)
     try:
         rows: dict[str, list[dict]] = {}
         with open(path / ROWS, encoding="utf-8") as file:

@@ -51,23 +51,6 @@ def resolve(path_or_hub_id: str) -> Path:
         ) from None
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Reads a file that holds one JSON object.
-
-    Raises:
-      UserError: the file is missing, not JSON, or holds something else than an object.
-    """
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file; write a directory that holds one") from None
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: holds a {type(value).__name__}, not a JSON object")
-    return value
-
-
 def write_json(file: Path, value: Any) -> None:
     """Writes indented JSON in one piece: a reader sees the old file or the new one."""
     partial = file.with_name(f".{file.name}.partial")

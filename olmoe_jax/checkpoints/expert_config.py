@@ -8,8 +8,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from olmoe_jax.checkpoints import directory
+import pydantic
+
 from olmoe_jax.errors import UserError
+from olmoe_jax.files import STRICT, read_json
 from olmoe_jax.model.config import ModelConfig
 
 
@@ -36,6 +38,16 @@ class ExpertConfig:
         }
 
 
+@pydantic.with_config(STRICT)
+@dataclasses.dataclass(frozen=True)
+class _ExpertFile:
+    """The content of an expert config."""
+
+    experts: dict[str, list[int]]
+    shared_experts: bool = False
+    non_expert_modules: bool = False
+
+
 def read_expert_config(file: Path, config: ModelConfig) -> ExpertConfig:
     """Reads an expert config and checks it against the model's architecture.
 
@@ -43,11 +55,9 @@ def read_expert_config(file: Path, config: ModelConfig) -> ExpertConfig:
       UserError: the layers or ids are another model's, the file names no expert, or it asks for
         shared experts, which OLMoE does not have.
     """
-    content = directory.read_json(file)
-    experts = content.get("experts")
+    content = read_json(_ExpertFile, file)
+    experts = content.experts
     layers = [str(layer + 1) for layer in range(config.num_layers)]
-    if not isinstance(experts, dict):
-        raise UserError(f'{file}: needs "experts" with a list of ids for layers 1 to {layers[-1]}')
     for layer in experts:
         if layer not in layers:
             raise UserError(
@@ -59,15 +69,12 @@ def read_expert_config(file: Path, config: ModelConfig) -> ExpertConfig:
             raise UserError(
                 f"{file}: layer {layer} is missing; write [] where a layer trains no expert"
             )
-    if content.get("shared_experts"):
+    if content.shared_experts:
         raise UserError(f"{file}: shared_experts is true, but OLMoE has none; write false")
     tuned = []
     for layer in layers:
         ids = experts[layer]
-        valid = isinstance(ids, list) and all(
-            type(i) is int and 0 <= i < config.num_experts for i in ids
-        )
-        if not valid or len(set(ids)) != len(ids):
+        if not all(0 <= i < config.num_experts for i in ids) or len(set(ids)) != len(ids):
             raise UserError(
                 f"{file}: layer {layer} has {ids}; write different ids from 0 to "
                 f"{config.num_experts - 1}"
@@ -75,4 +82,4 @@ def read_expert_config(file: Path, config: ModelConfig) -> ExpertConfig:
         tuned.append(tuple(sorted(ids)))
     if not any(tuned):
         raise UserError(f"{file}: names no expert; write ids for at least one layer")
-    return ExpertConfig(tuple(tuned), bool(content.get("non_expert_modules", False)))
+    return ExpertConfig(tuple(tuned), content.non_expert_modules)

@@ -5,15 +5,18 @@ import json
 import math
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pydantic
 
 from olmoe_jax.checkpoints import directory, names
 from olmoe_jax.checkpoints.names import Weight
 from olmoe_jax.checkpoints.safetensors_file import FileWriter, StoredTensor, read_header
 from olmoe_jax.checkpoints.source import read_model_config
 from olmoe_jax.errors import UserError
+from olmoe_jax.files import STRICT, FileName, read_json
 from olmoe_jax.model.config import ModelConfig
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -130,12 +133,18 @@ def _first_of(tensors: Collection[str]) -> str:
     return f"{min(tensors)}{more}"
 
 
+@pydantic.with_config(STRICT)
+@dataclasses.dataclass(frozen=True)
+class _Index:
+    """The index of a checkpoint of several files: {tensor: file}."""
+
+    weight_map: dict[str, FileName]
+
+
 def _locate_tensors(path: Path) -> dict[str, StoredTensor]:
     """Returns the place of every tensor of a checkpoint of one file or several."""
     if (path / _INDEX).exists():
-        weight_map = directory.read_json(path / _INDEX).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise UserError(f"{path / _INDEX}: has no object weight_map; copy or download it again")
+        weight_map = read_json(_Index, path / _INDEX).weight_map
         files = sorted(set(weight_map.values()))
     elif (path / _SINGLE).exists():
         weight_map, files = {}, [_SINGLE]
@@ -240,7 +249,7 @@ def write_config(output: Path, files: Path, dtype: str | None) -> None:
     directory.copy_files(files, output, (*directory.MODEL_FILES, *directory.TOKENIZER_FILES))
     if dtype is None:
         return
-    config = directory.read_json(files / "config.json")
+    config = read_json(dict[str, Any], files / "config.json")
     # transformers 5 writes dtype, transformers 4 torch_dtype.
     for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]:
         config[key] = dtype

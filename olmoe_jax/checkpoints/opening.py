@@ -20,6 +20,7 @@ from olmoe_jax.checkpoints.overrides import with_experts
 from olmoe_jax.checkpoints.peft import adapted, parameter_names
 from olmoe_jax.checkpoints.source import MODEL_DIRECTORY, Source, read_model_config
 from olmoe_jax.errors import UserError
+from olmoe_jax.files import read_json
 from olmoe_jax.model.config import LoraSettings, ModelSettings
 from olmoe_jax.model.decoder import parameter_specs
 from olmoe_jax.model.tuned import places
@@ -81,7 +82,7 @@ class RunCheckpoint:
     @functools.cached_property
     def _run_config(self) -> dict[str, Any]:
         """The run's configuration, which says what the run trains and on which base."""
-        return directory.read_json(self.path / "config.json")
+        return read_json(dict[str, Any], self.path / "config.json")
 
     @property
     def base(self) -> str:
@@ -138,7 +139,7 @@ class RunCheckpoint:
         }
 
     def export_dtype(self) -> str | None:
-        config = directory.read_json(self.files / "config.json")
+        config = read_json(dict[str, Any], self.files / "config.json")
         return config.get("dtype") or config.get("torch_dtype") or "float32"
 
     def _array(self, name: str) -> "TensorStore":
@@ -151,7 +152,7 @@ def _stored_parameters(item: Path) -> dict[str, str]:
     The rest of the checkpoint is the optimizer's state.
     """
     stored = {}
-    for leaf in directory.read_json(item / "_METADATA")["tree_metadata"].values():
+    for leaf in read_json(dict[str, Any], item / "_METADATA")["tree_metadata"].values():
         group, name = (leaf["key_metadata"][position]["key"] for position in (0, -1))
         if group in ("parameters", "frozen"):
             # Runs of the first version call the tuned experts "selected".

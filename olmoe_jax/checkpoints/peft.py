@@ -19,6 +19,7 @@ from olmoe_jax.checkpoints.names import Weight
 from olmoe_jax.checkpoints.peft_fused import LoadedTensor
 from olmoe_jax.checkpoints.safetensors_file import StoredTensor
 from olmoe_jax.errors import UserError
+from olmoe_jax.files import read_json
 from olmoe_jax.model.config import TARGETS, LoraSettings, ModelConfig
 from olmoe_jax.model.parameters import ROUTER
 
@@ -157,7 +158,7 @@ def read_adapter(
         compute something else than W + scale * A B.
     """
     path = adapter_directory(str(path_or_hub_id))
-    adapter_config = directory.read_json(path / CONFIG_FILE)
+    adapter_config = read_json(dict[str, Any], path / CONFIG_FILE)
     settings = _read_settings(adapter_config, path / CONFIG_FILE)
     file = path / WEIGHTS_FILE
     stored = safetensors_file.read_header(file)

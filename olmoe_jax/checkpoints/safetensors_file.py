@@ -8,14 +8,17 @@ instead of a memory map keep the pages of a file out of this process's resident 
 import dataclasses
 import json
 import math
+import os
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import ml_dtypes
 import numpy as np
+import pydantic
 
 from olmoe_jax.errors import UserError
+from olmoe_jax.files import SIZE_LIMIT, STRICT, decode, open_regular, os_errors, validate
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -29,6 +32,7 @@ _DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+_Offset = Annotated[int, pydantic.Field(ge=0, lt=2**63)]
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -41,6 +45,11 @@ class StoredTensor:
     dtype: np.dtype
     shape: tuple[int, ...]
 
+    @property
+    def end(self) -> int:
+        """The position after the last byte."""
+        return self.offset + math.prod(self.shape) * self.dtype.itemsize
+
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Reads the rows start…stop of the first dimension; a scalar whole."""
         if not self.shape:
@@ -52,25 +61,37 @@ class StoredTensor:
         return data.reshape(stop - start, *self.shape[1:])
 
 
+@pydantic.with_config(STRICT)
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """A tensor in a file's header."""
+
+    dtype: str
+    shape: list[Annotated[int, pydantic.Field(ge=0, lt=2**40)]]
+    data_offsets: tuple[_Offset, _Offset]
+
+
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """Returns the tensors of one file, by name, without reading them.
 
     Raises:
       UserError: the file is missing, shorter than its header says, or not safetensors.
     """
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > size - 8:
-                raise ValueError("the header does not fit")
-            tensors, end = _parse(file, json.loads(stream.read(length)), 8 + length)
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file; copy the missing shard there") from None
-    except (struct.error, ValueError, TypeError, KeyError, AttributeError):
-        raise UserError(
-            f"{file}: truncated or not a safetensors file; copy or download it again"
-        ) from None
+    with os_errors(file, "read"), open_regular(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, SIZE_LIMIT):
+            raise UserError(
+                f"{file}: truncated or not a safetensors file; copy or download it again"
+            )
+        content = stream.read(length)
+    header = decode(dict[str, dict[str, Any]], content, f"{file}: header")
+    header.pop("__metadata__", None)
+    tensors = {
+        name: _locate(file, 8 + length, name, validate(_Entry, entry, f"{file}: tensor {name}"))
+        for name, entry in header.items()
+    }
+    end = max((tensor.end for tensor in tensors.values()), default=0)
     if size < end:
         raise UserError(
             f"{file}: truncated: {size} bytes of {end}; copy or download this shard again"
@@ -78,24 +99,18 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _parse(file: Path, header: dict, start: int) -> tuple[dict[str, StoredTensor], int]:
-    """Returns the tensors of a header, and the position at which the last one ends.
-
-    `start` is the position in the file of the first tensor's first byte.
-    """
-    tensors, end = {}, start
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in _DTYPES:
-            raise UserError(f"{file}: tensor {name} has unsupported dtype {entry['dtype']}")
-        dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
-        first, last = entry["data_offsets"]
-        if last - first != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{name}: shape and number of bytes do not agree")
-        tensors[name] = StoredTensor(file, start + first, dtype, shape)
-        end = max(end, start + last)
-    return tensors, end
+def _locate(file: Path, start: int, name: str, entry: _Entry) -> StoredTensor:
+    """Returns the place of a tensor; `start` is the position of the first tensor's first byte."""
+    if entry.dtype not in _DTYPES:
+        raise UserError(f"{file}: tensor {name} has unsupported dtype {entry.dtype}")
+    first, last = entry.data_offsets
+    tensor = StoredTensor(file, start + first, _DTYPES[entry.dtype], tuple(entry.shape))
+    if tensor.end != start + last:
+        raise UserError(
+            f"{file}: tensor {name}: shape {entry.shape} and {last - first} bytes do not agree; "
+            "copy or download this shard again"
+        )
+    return tensor
 
 
 class FileWriter:

@@ -6,12 +6,12 @@ also stack: a PEFT adapter (`peft.MergedSource`) or ESFT's trained tensors
 """
 
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from olmoe_jax.checkpoints import directory
 from olmoe_jax.checkpoints.names import Weight
+from olmoe_jax.files import read_json
 from olmoe_jax.model.config import ModelConfig, model_config_from_hf
 
 MODEL_DIRECTORY = "model"
@@ -54,4 +54,4 @@ def read_model_config(files: Path) -> ModelConfig:
       UserError: the file is missing or damaged, or describes no OLMoE model.
     """
     file = files / "config.json"
-    return model_config_from_hf(directory.read_json(file), str(file))
+    return model_config_from_hf(read_json(dict[str, Any], file), str(file))

@@ -14,6 +14,7 @@ import numpy as np
 from olmoe_jax.checkpoints import directory
 from olmoe_jax.checkpoints.expert_config import ExpertConfig
 from olmoe_jax.errors import UserError
+from olmoe_jax.files import read_json
 from olmoe_jax.plots import heat_maps
 
 FUNCTIONS = ("gate", "token")
@@ -30,7 +31,7 @@ def read_scores(file: Path, function: str) -> np.ndarray:
       UserError: the file lacks these scores, a layer or an expert, or a score is not a number from
         0 up.
     """
-    content = directory.read_json(file)
+    content = read_json(dict[str, Any], file)
     table = content.get(f"{function}_scores")
     if not isinstance(table, dict) or not table:
         raise UserError(f'{file}: has no "{function}_scores"; make one with olmoe_jax.esft score')

@@ -3,11 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
+import pydantic
 
 from olmoe_jax.errors import UserError
+from olmoe_jax.files import STRICT, Size, validate
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 """The matrices of a layer that can have a LoRA adapter."""
@@ -106,59 +108,88 @@ class ModelSettings:
     attention: str | None = None
 
 
-_REQUIRED = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "num_experts": "num_experts",
-    "num_experts_per_token": "num_experts_per_tok",
-}
+_Positive = Annotated[float, pydantic.Field(gt=0, le=1e12)]
+_Optional = Size | None
+
+
+@pydantic.with_config(STRICT)
+@dataclasses.dataclass(frozen=True)
+class _RopeFile:
+    """The object `rope_parameters` of transformers 5."""
+
+    rope_type: str = "default"
+    rope_theta: _Positive | None = None
+
+
+@pydantic.with_config(STRICT)
+@dataclasses.dataclass(frozen=True)
+class _ConfigFile:
+    """A config.json of transformers 4 or 5.
+
+    Sizes are never defaulted: the defaults of transformers' class are not OLMoE-1B-7B's.
+    """
+
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Annotated[int, pydantic.Field(gt=0, le=10_000)]
+    num_attention_heads: Size
+    num_experts: Annotated[int, pydantic.Field(gt=0, le=1 << 16)]
+    num_experts_per_tok: Size
+    num_key_value_heads: _Optional = None
+    head_dim: _Optional = None
+    rope_theta: _Positive | None = None
+    rope_parameters: _RopeFile | None = None
+    rms_norm_eps: Annotated[float, pydantic.Field(ge=0, le=1)] = 1e-5
+    norm_topk_prob: bool = False
+    clip_qkv: _Positive | None = None
+    tie_word_embeddings: bool = False
+    pad_token_id: Annotated[int, pydantic.Field(ge=-1, lt=2**31)] | None = None
+    initializer_range: Annotated[float, pydantic.Field(ge=0, le=1e6)] = 0.02
+    max_position_embeddings: Size = 4096
 
 
 def model_config_from_hf(config: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
-    """Reads a transformers 4 or 5 OLMoE configuration.
-
-    Sizes are never defaulted: the defaults of transformers' class are not OLMoE-1B-7B's.
+    """Returns the architecture that a transformers 4 or 5 OLMoE configuration describes.
 
     Raises:
-      UserError: another architecture, a missing field, or a feature that OLMoE does not have.
+      UserError: another architecture, a field that is missing, of another type or out of range, or
+        a feature that OLMoE does not have.
     """
     if config.get("model_type") != "olmoe":
         raise UserError(
             f"{source}: model_type is {config.get('model_type')!r}; this project trains OLMoE "
             "checkpoints (model_type 'olmoe')"
         )
-    missing = [name for name in _REQUIRED.values() if not isinstance(config.get(name), int)]
-    if missing:
-        raise UserError(f"{source}: no integer field {missing[0]!r}; write the model's value there")
-    values = {ours: config[theirs] for ours, theirs in _REQUIRED.items()}
-    heads, hidden = values["num_heads"], values["hidden_size"]
-    rope = config.get("rope_parameters") or {}
-    rope_scaling = config.get("rope_scaling")
-    rope_type = rope.get("rope_type", "default") if not rope_scaling else "scaled"
+    read = validate(_ConfigFile, dict(config), source)
+    rope = read.rope_parameters or _RopeFile()
     unsupported = {
         "hidden_act": config.get("hidden_act", "silu") != "silu",
         "attention_bias": bool(config.get("attention_bias")),
         "attention_dropout": bool(config.get("attention_dropout")),
-        "rope_scaling (rope_type)": rope_type != "default",
+        "rope_scaling (rope_type)": bool(config.get("rope_scaling")) or rope.rope_type != "default",
     }
     for field, is_set in unsupported.items():
         if is_set:
             raise UserError(f"{source}: {field} is not a feature of the OLMoE models; remove it")
     result = ModelConfig(
-        **values,
-        num_kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or hidden // heads,
-        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
-        rms_norm_eps=float(config.get("rms_norm_eps", 1e-5)),
-        norm_topk_prob=bool(config.get("norm_topk_prob", False)),
-        clip_qkv=config.get("clip_qkv"),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        pad_token_id=config.get("pad_token_id"),
-        initializer_range=float(config.get("initializer_range", 0.02)),
-        max_position_embeddings=config.get("max_position_embeddings", 4096),
+        vocab_size=read.vocab_size,
+        hidden_size=read.hidden_size,
+        intermediate_size=read.intermediate_size,
+        num_layers=read.num_hidden_layers,
+        num_heads=read.num_attention_heads,
+        num_kv_heads=read.num_key_value_heads or read.num_attention_heads,
+        head_dim=read.head_dim or read.hidden_size // read.num_attention_heads,
+        num_experts=read.num_experts,
+        num_experts_per_token=read.num_experts_per_tok,
+        rope_theta=rope.rope_theta or read.rope_theta or 10000.0,
+        rms_norm_eps=read.rms_norm_eps,
+        norm_topk_prob=read.norm_topk_prob,
+        clip_qkv=read.clip_qkv,
+        tie_word_embeddings=read.tie_word_embeddings,
+        pad_token_id=read.pad_token_id,
+        initializer_range=read.initializer_range,
+        max_position_embeddings=read.max_position_embeddings,
     )
     _check_sizes(result, source)
     return result
@@ -169,8 +200,6 @@ def _check_sizes(config: ModelConfig, source: str) -> None:
         if not condition:
             raise UserError(f"{source}: {message}")
 
-    sizes = [getattr(config, name) for name in _REQUIRED]
-    require(min(sizes) > 0, "sizes must be positive")
     require(
         config.num_heads % config.num_kv_heads == 0,
         f"num_attention_heads={config.num_heads} must be a multiple of "
@@ -181,4 +210,7 @@ def _check_sizes(config: ModelConfig, source: str) -> None:
         f"num_experts_per_tok={config.num_experts_per_token} must be at most "
         f"num_experts={config.num_experts}",
     )
-    require(config.head_dim % 2 == 0, f"head size {config.head_dim} must be even (rotary halves)")
+    require(
+        config.head_dim > 0 and config.head_dim % 2 == 0,
+        f"head size {config.head_dim} must be even (rotary halves)",
+    )

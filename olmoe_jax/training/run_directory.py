@@ -22,13 +22,14 @@ import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from olmoe_jax.checkpoints import directory
 from olmoe_jax.checkpoints.opening import CHECKPOINTS
 from olmoe_jax.checkpoints.source import MODEL_DIRECTORY
 from olmoe_jax.config import Config, first_difference, to_dict
 from olmoe_jax.errors import UserError
+from olmoe_jax.files import read_json
 from olmoe_jax.parallel import distributed
 
 CONFIG = "config.json"
@@ -79,7 +80,9 @@ def check(config: Config) -> None:
         )
     if config.train.resume == "restart":
         return
-    difference = first_difference(directory.read_json(stored), to_dict(config), ignore=FREE_FIELDS)
+    difference = first_difference(
+        read_json(dict[str, Any], stored), to_dict(config), ignore=FREE_FIELDS
+    )
     if difference:
         raise UserError(
             f"train.output_dir={output} holds another run: {difference}; write another "

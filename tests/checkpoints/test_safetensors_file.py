@@ -113,7 +113,9 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 def test_not_a_safetensors_file(tmp_path, content):
     file = tmp_path / "a.safetensors"
     file.write_bytes(content)
-    with pytest.raises(UserError, match=r"a\.safetensors: truncated or not a safetensors file"):
+    with pytest.raises(
+        UserError, match=r"a\.safetensors: (truncated or not a|header: |tensor a: )"
+    ):
         read_header(file)
 
 

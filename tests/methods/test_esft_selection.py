@@ -117,16 +117,16 @@ def test_expert_config_round_trip(tmp_path):
     [
         ({"1": [0], "2": [8]}, "layer 2 has [8]; write different ids from 0 to 7"),
         ({"1": [-1], "2": []}, "layer 1 has [-1]; write different ids from 0 to 7"),
-        ({"1": [1.0], "2": []}, "layer 1 has [1.0]; write"),
-        ({"1": [True], "2": []}, "layer 1 has [True]; write"),
-        ({"1": ["1"], "2": []}, "layer 1 has ['1']; write"),
-        ({"1": 1, "2": []}, "layer 1 has 1; write"),
+        ({"1": [1.0], "2": []}, "experts.1.0 is 1.0; it must be a whole number"),
+        ({"1": [True], "2": []}, "experts.1.0 is true; it must be a whole number"),
+        ({"1": ["1"], "2": []}, 'experts.1.0 is "1"; it must be a whole number'),
+        ({"1": 1, "2": []}, "experts.1 is 1; it must be a list"),
         ({"1": [2, 5, 2], "2": []}, "layer 1 has [2, 5, 2]; write different ids from 0 to 7"),
         ({"1": [0], "2": [1], "3": [2]}, "layer 3: this model's layers are 1 to 2"),
         ({"0": [0], "1": [1], "2": [2]}, "layer 0: this model's layers are 1 to 2"),
         ({"1": [0]}, "layer 2 is missing; write [] where a layer trains no expert"),
         ({"1": [], "2": []}, "names no expert; write ids for at least one layer"),
-        ([[0], [1]], 'needs "experts" with a list of ids for layers 1 to 2'),
+        ([[0], [1]], "experts is [[0],[1]]; it must be an object"),
     ],
 )
 def test_bad_expert_config(tmp_path, experts, expected):
@@ -139,7 +139,7 @@ def test_bad_expert_config(tmp_path, experts, expected):
 
 @pytest.mark.parametrize("content", [[], 3, {}, {"experts": None}])
 def test_not_an_expert_config(tmp_path, content):
-    with pytest.raises(UserError, match=r'needs "experts" with a list|not a JSON object'):
+    with pytest.raises(UserError, match=r"experts is missing|must be an object"):
         read_expert_config(write(tmp_path / "e.json", content), CONFIG)
 
 

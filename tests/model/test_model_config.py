@@ -75,7 +75,7 @@ def test_optional_fields_have_olmoe_values():
         ({"attention_dropout": 0.1}, ["attention_dropout"]),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_scaling"]),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, ["rope"]),
-        ({"num_hidden_layers": 0}, ["positive"]),
+        ({"num_hidden_layers": 0}, ["greater than 0"]),
         ({"num_key_value_heads": 3}, ["num_key_value_heads=3", "num_attention_heads=4"]),
         ({"num_experts_per_tok": 9}, ["num_experts_per_tok=9", "num_experts=8"]),
         ({"hidden_size": 36, "num_key_value_heads": 4}, ["head size 9"]),
