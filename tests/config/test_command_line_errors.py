@@ -182,7 +182,10 @@ def test_mesh(error_of, mesh, expected):
             {"model__config_path": "{absent}"},
             "model.config_path={absent}: no such directory or config.json; write a directory",
         ),
-        ({"model__config_path": "{nothing}"}, "{nothing}/config.json: no such file; write a dir"),
+        (
+            {"model__config_path": "{nothing}"},
+            "{nothing}/config.json: no such file or directory; check",
+        ),
         # Not silently the config.json beside it.
         (
             {"model__config_path": "{other}/mine.json"},
@@ -194,7 +197,7 @@ def test_mesh(error_of, mesh, expected):
         ),
         (
             {"model__config_path": "{incomplete}"},
-            "{incomplete}/config.json: no integer field 'num_experts'",
+            "{incomplete}/config.json: num_experts is null; it must",
         ),
         (
             {"model__grouped_matmul": "tokamax"},
