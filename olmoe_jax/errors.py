@@ -3,12 +3,12 @@
 import argparse
 import errno
 import os
+import re
 import sys
 import tempfile
 import traceback
-import unicodedata
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn, TextIO
 
 DEFECT = 70
 """The exit code of an exception that nobody foresaw: sysexits.h's EX_SOFTWARE."""
@@ -61,28 +61,24 @@ def os_reason(error: OSError) -> str:
     return f"{reason}; {hint}" if hint else reason
 
 
+_STEERING = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters, without tab and newline
+    r"\u061c\u200e\u200f\u202a-\u202e\u2066-\u206f"  # bidirectional marks
+    r"\u2028\u2029\ud800-\udfff\ufffe\uffff]"  # line separators, surrogates, no characters
+)
+
+
 def printable(text: str) -> str:
     """Returns text without characters that steer a terminal or reorder what a reader sees.
 
     A control character, a bidirectional mark, a lone surrogate and a line separator become their
     escapes (\\x1b). Newlines and tabs stay.
     """
-    return "".join(c if c in "\n\t" or _is_harmless(c) else _escape(c) for c in text)
+    return _STEERING.sub(_escape, text)
 
 
-def _is_harmless(character: str) -> bool:
-    category = unicodedata.category(character)
-    # A joiner (Cf) is part of words and of emoji; the bidirectional marks are Cf too.
-    steers = unicodedata.bidirectional(character) in _STEERING or character in _MARKS
-    return not (category in ("Cc", "Cs", "Zl", "Zp") or steers)
-
-
-_STEERING = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
-_MARKS = "\u200e\u200f\u061c"
-
-
-def _escape(character: str) -> str:
-    code = ord(character)
+def _escape(match: re.Match) -> str:
+    code = ord(match[0])
     return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
 
 
@@ -96,15 +92,58 @@ def shorten(text: str, length: int = 80) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
+_BAR = re.compile(r"\r?(\x1b\[A)*")
+"""How a progress bar begins what it writes: at the line's begin, some lines further up."""
+
+
+class _Printable:
+    """A text stream that writes `printable` text.
+
+    Args:
+      unescaped: the stream below.
+      bars: progress bars write to the stream too.
+    """
+
+    def __init__(self, unescaped: TextIO, bars: bool):
+        self.unescaped, self._bars = unescaped, bars
+
+    def write(self, text: str) -> int:
+        start = _BAR.match(text).end() if self._bars else 0
+        self.unescaped.write(text[:start] + printable(text[start:]))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.unescaped, name)
+
+
+def unescaped(stream: TextIO) -> TextIO:
+    """Returns the stream that writes text as it is, below the one that `run_command` installs."""
+    return getattr(stream, "unescaped", stream)
+
+
+def data_output() -> TextIO:
+    """Returns the standard output for data: exact, unless the output is a terminal."""
+    return sys.stdout if sys.stdout.isatty() else unescaped(sys.stdout)
+
+
 def run_command(main: Callable[[Sequence[str]], None]) -> None:
     """Runs a command line program and exits.
+
+    Standard output and error become streams that write `printable` text alone.
 
     The exit code is 0 on success, 2 with one line on a `UserError` or a refusal of the operating
     system, 130 on an interrupt. Another exception is a defect of this project: 70, one line, and
     the traceback in a file that the line names.
     """
-    for stream in (sys.stdout, sys.stderr):  # a lone surrogate in a file's name can be printed
+    for name in ("stdout", "stderr"):
+        stream = unescaped(getattr(sys, name) or open(os.devnull, "w"))  # noqa: SIM115
+        # A lone surrogate in a file's name, or in an answer, can be written.
         getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
+        setattr(sys, name, _Printable(stream, bars=name == "stderr"))
     try:
         main(sys.argv[1:])
         sys.stdout.flush()

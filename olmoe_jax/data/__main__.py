@@ -12,7 +12,7 @@ from olmoe_jax.data.formats import TokenizedExample, encode_batch
 from olmoe_jax.data.reading import read_rows
 from olmoe_jax.data.tokenized import format_row_of
 from olmoe_jax.data.tokenizer import load_tokenizer
-from olmoe_jax.errors import ArgumentParser, run_command
+from olmoe_jax.errors import ArgumentParser, printable, run_command, unescaped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,7 +94,7 @@ def _print_text(examples: Sequence[TokenizedExample], tokenizer: "PreTrainedToke
         count = int(example.trained.sum())
         fate = f"{count} to train on" if count else "dropped: none to train on"
         print(f"--- row {number}: {len(example.tokens)} tokens, {fate}")
-        print(_marked_text(example, tokenizer, marks))
+        print(_marked_text(example, tokenizer, marks), file=unescaped(sys.stdout))
     kept = [len(example.tokens) for example in examples if example.trained.any()]
     print(
         f"rows {len(examples)}, kept {len(kept)}, dropped {len(examples) - len(kept)}, "
@@ -105,11 +105,11 @@ def _print_text(examples: Sequence[TokenizedExample], tokenizer: "PreTrainedToke
 def _marked_text(
     example: TokenizedExample, tokenizer: "PreTrainedTokenizerBase", marks: tuple[str, str]
 ) -> str:
-    """Returns the text of an example with `marks` around each part that trains."""
+    """Returns the printable text of an example with `marks` around each part that trains."""
     changes = np.flatnonzero(np.diff(example.trained)) + 1
     pieces = []
     for span in np.split(np.arange(len(example.tokens)), changes):
-        text = tokenizer.decode(example.tokens[span].tolist())
+        text = printable(tokenizer.decode(example.tokens[span].tolist()))
         pieces.append(f"{marks[0]}{text}{marks[1]}" if example.trained[span].any() else text)
     return "".join(pieces)
 

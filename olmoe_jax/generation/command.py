@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from olmoe_jax.errors import ArgumentParser, UserError
+from olmoe_jax.errors import ArgumentParser, UserError, data_output
 
 EPILOG = """examples:
   python -m olmoe_jax.generate --model runs/quickstart/hf --prompt "Question: 2 + 3?
@@ -51,11 +51,12 @@ def main(arguments: Sequence[str]) -> None:
             batch_size=args.batch_size,
             progress=len(prompts) > 1,
         )
+    output = data_output()
     if len(prompts) == 1:
-        print(texts[0])
+        print(texts[0], file=output)
         return
     for prompt, text in zip(prompts, texts, strict=True):
-        print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False))
+        print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False), file=output)
 
 
 def parser() -> ArgumentParser:
