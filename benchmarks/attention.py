@@ -49,10 +49,12 @@ def all_keys(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> j
     """Attends from 512 queries at a time to all keys; the backward recomputes the probabilities.
 
     Args:
-      q, k, v: [B, S, H, d].
+      q: [B, S, H, d].
+      k, v: [B, S, G, d], with H / G heads of q for each head of k and v.
       segments: [B, S] int.
     """
     length = q.shape[1]
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     chunk = 512 if length % 512 == 0 else length
 
     def queries(start: jax.Array) -> jax.Array:
@@ -138,7 +140,13 @@ def compiled(args: argparse.Namespace) -> dict[str, dict[str, float]]:
                 check_backend(backend, topology.kind.platform, q.shape[-1], q.dtype)
             except UserError:
                 continue
-        program = _compile(forward_and_backward(backend), (q, k, v, segments, g), mesh)
+        try:
+            program = _compile(forward_and_backward(backend), (q, k, v, segments, g), mesh)
+        except RuntimeError as error:
+            # jax asks the library for its version, and loads the library only with a GPU's driver.
+            if "cuDNN not found" in str(error):
+                continue
+            raise
         result[backend] = {
             "temporaries, MiB": round(program.memory_analysis().temp_size_in_bytes / 2**20, 1),
             "largest array / length²": round(_largest_array(program) / q.shape[1] ** 2, 3),
