@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from pydantic_core import from_json
+
 # A minus after a word or a bracket subtracts and is no sign: 20-5.
 _NUMBER = re.compile(r"(?:(?<![\w)\]])-)?(?:\d*\.\d+|\d+)")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d)")
@@ -33,8 +35,8 @@ def parse_intent(text: str) -> dict[str, Any] | None:
     """Returns the JSON object on a text's first line, without code fences and a final 。"""
     lines = _FENCE.sub("", text).strip().splitlines()
     try:
-        value = json.loads(lines[0].strip().rstrip("。")) if lines else None
-    except (ValueError, RecursionError):
+        value = from_json(lines[0].strip().rstrip("。")) if lines else None
+    except ValueError:  # no JSON, or nested more than 200 deep
         return None
     return value if isinstance(value, dict) else None
 
