@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.backends import BACKENDS, DTYPES, check_backend, open_backend
-from eval.evaluation import MODEL, SETTINGS, Decoding, evaluate, settings_of
+from eval.evaluation import MODEL, RESULT, SETTINGS, Decoding, evaluate, settings_of
 from eval.outputs import open_output
 from eval.tasks import TASKS, tasks_of
+from eval.tasks.judged import JudgedTask
 from eval.tasks.task import RunPrograms, Task, Tools, read_examples
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
 from olmoe_jax.parallel.cpu import restart_with_huge_pages, use_all_cores
@@ -40,6 +41,9 @@ def main(arguments: Sequence[str]) -> None:
     examples = {task.name: read_examples(task, args.data)[: args.limit] for task in tasks}
     check_backend(args.backend, args.model, args.adapter)
     server = _judge_server(args)
+    judged = [task.name for task in tasks if isinstance(task, JudgedTask)]
+    if server and not all((args.output / name / RESULT).exists() for name in judged):
+        server.check()
     # The same content under another path is the same model.
     open_output(args.output, MODEL, _model(args), free=["model", "adapter"])
     settings = {

@@ -1,59 +1,75 @@
 """The judge: concurrent requests, each answered once and kept on disk."""
 
-import concurrent.futures
+import asyncio
 import hashlib
 import json
 import os
-import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pydantic
 from tqdm import tqdm
 
-from eval.judge.client import RequestError, Server
+from eval.judge.client import Answer, RequestError, Server, run
 from eval.judge.prompts import judge_prompt, total_of
 from eval.tasks.task import Prediction
+from olmoe_jax import files
 from olmoe_jax.errors import UserError
 
 _ANSWER_TOKENS = 150
 """Tokens that a judge writes for a request, for the estimate."""
+_BEGINNING = b'{"request": "'
+"""The beginning of each line of the cache."""
+
+
+@pydantic.with_config(files.STRICT)
+@dataclass(frozen=True)
+class _Entry(Answer):
+    request: str
 
 
 class AnswerCache:
     """Answers by the hash of their request, appended to a .jsonl file as they arrive.
 
     A line that a crash cut off is dropped, and the request is sent again.
+
+    Raises:
+      UserError: the file is damaged, or cannot be read and written.
     """
 
     def __init__(self, path: Path):
-        self._path, self._lock = path, threading.Lock()
+        self._path = path
+        content = files.read_bytes(path, 1 << 30) if os.path.lexists(path) else b""
+        *lines, cut = content.split(b"\n")
+        if not cut.startswith(_BEGINNING[: len(cut)]):
+            lines.append(cut)
         try:
-            with open(path, "a+b") as file:
-                file.seek(0)
-                content = file.read()
-                whole = content.rfind(b"\n") + 1
-                file.truncate(whole)
-        except OSError as error:
-            raise UserError(f"{path}: cannot write ({error.strerror})") from None
-        entries = map(json.loads, content[:whole].splitlines())
-        self._answers = {entry["request"]: entry for entry in entries}
+            entries = [
+                files.decode(_Entry, line, f"{path}: line {number}")
+                for number, line in enumerate(lines, 1)
+                if line.strip()
+            ]
+        except UserError as error:
+            raise UserError(f"{error}; remove the line, and its request is sent again") from None
+        self._answers: dict[str, Answer] = {entry.request: entry for entry in entries}
+        with files.os_errors(path, "write"), open(path, "ab") as file:
+            file.truncate(content.rfind(b"\n") + 1)
 
-    def get(self, request: str) -> dict[str, Any] | None:
+    def get(self, request: str) -> Answer | None:
         """Returns the answer, or None if there is none."""
         return self._answers.get(request)
 
-    def put(self, request: str, entry: Mapping[str, Any]) -> None:
+    def put(self, request: str, answer: Answer) -> None:
         """Keeps an answer, which is on disk on return."""
-        entry = {"request": request, **entry}
-        line = json.dumps(entry, ensure_ascii=False) + "\n"
-        with self._lock, open(self._path, "ab") as file:
-            # A server may answer with half a surrogate pair, whose escape is JSON.
-            file.write(line.encode("utf-8", "backslashreplace"))
+        line = json.dumps({"request": request} | asdict(answer), ensure_ascii=False) + "\n"
+        with open(self._path, "ab") as file:
+            file.write(line.encode())
             file.flush()
             os.fsync(file.fileno())
-            self._answers[request] = entry
+        self._answers[request] = answer
 
 
 class Judge:
@@ -78,9 +94,9 @@ class Judge:
         """Returns the score of each prediction, 0 to 1 or None, and counts to report.
 
         Raises:
-          UserError: the server refuses every request.
+          UserError: the server cannot be reached, or refuses every request.
         """
-        bodies = [self._body(judge_prompt(task, prediction)) for prediction in predictions]
+        bodies = [self._server.body(judge_prompt(task, prediction)) for prediction in predictions]
         keys = [self._key(body) for body in bodies]
         missing = {
             key: body
@@ -88,9 +104,9 @@ class Judge:
             if self._cache.get(key) is None
         }
         self._say(self._estimate(task, missing, len(set(keys))))
-        failures = self._ask_all(task, missing)
+        failures = run(self._ask_all(task, missing)) if missing else {}
         entries = [self._cache.get(key) for key in keys]
-        scores = [total_of(entry["answer"]) if entry else None for entry in entries]
+        scores = [total_of(entry.answer) if entry else None for entry in entries]
         unparsable = sum(
             score is None and entry is not None
             for score, entry in zip(scores, entries, strict=True)
@@ -109,13 +125,6 @@ class Judge:
             "judge_unanswered": unanswered,
         }
 
-    def _body(self, prompt: str) -> dict[str, Any]:
-        return {
-            "model": self._server.model,
-            "messages": [{"role": "user", "content": prompt}],
-            "temperature": 0,
-        }
-
     def _key(self, body: Mapping[str, Any]) -> str:
         content = json.dumps([self._server.url.rstrip("/"), body], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
@@ -129,28 +138,27 @@ class Judge:
             f"{_ANSWER_TOKENS * len(missing):,} to write"
         )
 
-    def _ask_all(self, task: str, missing: Mapping[str, Any]) -> dict[str, str]:
+    async def _ask_all(self, task: str, missing: Mapping[str, Any]) -> dict[str, str]:
         """Fills the cache. Returns why requests failed, by their key."""
-        failures = {}
-        stopped = threading.Event()
+        failures, left = {}, iter(missing.items())
 
-        def ask(key: str) -> None:
-            if not stopped.is_set():
-                self._cache.put(key, self._server.ask(missing[key], stopped))
+        async def work() -> None:
+            for key, body in left:
+                try:
+                    self._cache.put(key, await self._server.ask(client, body))
+                except RequestError as error:
+                    failures[key] = str(error)
+                bar.update()
 
-        with concurrent.futures.ThreadPoolExecutor(self._workers) as pool:
-            futures = {pool.submit(ask, key): key for key in missing}
-            try:
-                done = concurrent.futures.as_completed(futures)
-                for future in tqdm(done, f"judge {task}", len(futures), leave=False):
-                    try:
-                        future.result()
-                    except RequestError as error:
-                        failures[futures[future]] = str(error)
-            except BaseException:  # a refusal or Ctrl-C: let the waiting threads end
-                stopped.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        async with self._server.client() as client:
+            await self._server.find(client)
+            with tqdm(desc=f"judge {task}", total=len(missing), leave=False) as bar:
+                try:
+                    async with asyncio.TaskGroup() as group:
+                        for _ in range(min(self._workers, len(missing))):
+                            group.create_task(work())
+                except ExceptionGroup as errors:  # the first ended the others
+                    raise errors.exceptions[0] from None
         return failures
 
 

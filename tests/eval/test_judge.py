@@ -1,23 +1,32 @@
 """The judge against a server that delays, refuses, breaks off and talks nonsense."""
 
+import asyncio
+import base64
+import gzip
 import http.server
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from contextlib import contextmanager
+from urllib.parse import unquote
 
 import pytest
-from helpers import ROOT, message_of
+from helpers import ROOT, assert_user_error, message_of, run_module
 
-from eval.judge.client import Server
-from eval.judge.judge import Judge, estimated_tokens
+from eval.judge.client import Answer, RequestError, Server, run
+from eval.judge.judge import AnswerCache, Judge, estimated_tokens
 from eval.judge.prompts import judge_prompt, total_of
+from eval.statistics import rouge_words
 from eval.tasks.task import Example, Prediction
+from olmoe_jax.errors import UserError
+from olmoe_jax.generation.answers import last_number, parse_intent
 
 KEY = "sk-very-secret"
 
@@ -31,14 +40,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert body["model"] == "judge-model"
         prompt = body["messages"][0]["content"]
-        tag = "待评答案" if "待评答案" in prompt else "candidate"
-        candidate = prompt.split(f"<{tag}>\n")[1].split(f"\n</{tag}>")[0]
+        candidate = re.search(r"<(待评答案|candidate)>\n(.*?)\n</\1>|$", prompt, re.DOTALL)[2]
         with self.server.lock:
             number = self.server.asked[candidate]
             self.server.asked[candidate] += 1
             self.server.keys.add(self.headers.get("Authorization"))
-        action = self.server.script(candidate, number)
-        if isinstance(action, str):
+        action = self.server.probe if candidate is None else self.server.script(candidate, number)
+        if callable(action):
+            self.close_connection = True
+            action(self.wfile.write)
+        elif isinstance(action, str):
             self.send(200, {"choices": [{"message": {"content": action}}]})
             with self.server.lock:
                 self.server.answered[candidate] += 1
@@ -58,13 +69,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             self.send(action, {"error": f"wrong key {KEY}?"})
 
+    def do_GET(self):
+        assert self.path == "/v1/models"
+        self.send(404, {})
+
     def send(self, status, content):
         content = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         if status == 429:
             self.send_header("Retry-After", "0.2")
         if status == 302:
-            self.send_header("Location", "http://127.0.0.1:1/")
+            self.send_header("Location", f"http://localhost:{self.server.server_port}/elsewhere")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
@@ -73,12 +88,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
+class Listener(http.server.ThreadingHTTPServer):
+    request_queue_size = 100
+
+    def handle_error(self, *_):
+        """The client hangs up on purpose."""
+
+
 @contextmanager
 def judge_server(script):
     """Yields a server on a free port that answers script(candidate, earlier requests for it)."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = Listener(("127.0.0.1", 0), Handler)
     server.script, server.lock = script, threading.Lock()
     server.asked, server.answered, server.keys = Counter(), Counter(), set()
+    server.probe = "yes"
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
@@ -114,7 +137,7 @@ FAULTS = {
     "hangs up": [None, "总分：8.5"],
     "half a body": [-1, "总分：9"],
     "no total": ["我觉得很好。"],
-    "half a character": ["\ud83d"],
+    "half a character": ["\ud83d"] * 9,
     "never": [500] * 9,
     "refused": [400] * 9,
     "redirected": [302] * 9,
@@ -132,6 +155,7 @@ def test_every_row_is_scored_or_reported(tmp_path):
     with judge_server(play_faults) as server:
         scores, counts = make_judge(server, tmp_path, said)("law", rows)
         assert server.keys == {f"Bearer {KEY}"}
+        assert None not in server.asked
         assert server.asked["busy"] == 3
         assert server.asked["fine"] == 1  # two rows, the same question
         assert server.asked["never"] == 4
@@ -141,18 +165,261 @@ def test_every_row_is_scored_or_reported(tmp_path):
         # A second run asks only for what got no answer.
         again, counts_again = make_judge(server, tmp_path, said)("law", rows)
         more = {name for name in FAULTS if server.asked[name] > asked[name]}
-        assert more == {"never", "refused", "redirected"}
+        assert more == {"never", "half a character", "refused", "redirected"}
     expected = [SCORES.get(p.answer) for p in rows]
     assert scores == again == expected
     assert counts == counts_again
-    assert counts["judge_unparsable"] == 3
-    assert counts["judge_unanswered"] == 3
+    assert counts["judge_unparsable"] == 2
+    assert counts["judge_unanswered"] == 4
     assert said[0].startswith(f"judge: law: 14 requests to judge-model at {server.url} (0 answered")
-    assert any("3 of 16 rows have no score: unparsable" in line for line in said)
+    assert any("2 of 16 rows have no score: unparsable" in line for line in said)
     assert any("1 requests failed: 500" in line for line in said)
     written = "".join(file.read_text() for file in tmp_path.iterdir())
     assert KEY not in written + "".join(said)
     assert "wrong key ***?" in "".join(said)
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+CHAT = b'{"choices": [{"message": {"content": "Total: 1"}}], "usage": {"prompt_tokens": %s}}'
+
+
+def goes_on(start: bytes, more: bytes, pause: float = 0.001):
+    """Returns an action that writes `more` for ever."""
+
+    def action(write):
+        write(start)
+        while True:
+            write(more)
+            time.sleep(pause)
+
+    return action
+
+
+def writes(*parts: bytes):
+    """Returns an action that writes a response with this status line, headers and body."""
+    return lambda write: write(b"".join(parts))
+
+
+HOSTILE = {
+    "silent": (lambda write: time.sleep(3), "within 2 s"),
+    "header drips": (goes_on(OK + b"X: ", b"a", 0.02), "within 2 s"),
+    "body drips": (goes_on(OK + b"Content-Length: 9999\r\n\r\n", b"[", 0.02), "within 2 s"),
+    "chunks drip": (
+        goes_on(OK + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n[\r\n", 0.02),
+        "2 s",
+    ),
+    "endless 100": (goes_on(b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 999), "within 2 s"),
+    "100 drips": (goes_on(b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.02), "within 2 s"),
+    "endless header": (goes_on(OK, b"X: y\r\n" * 999), "RemoteProtocolError"),
+    "endless body": (goes_on(OK + b"\r\n", b" " * 65536), "more than 1 MiB"),
+    "huge length": (
+        goes_on(OK + b"Content-Length: 1%s\r\n\r\n" % (b"0" * 12), b" " * 65536),
+        "1 MiB",
+    ),
+    "huge chunk": (
+        goes_on(OK + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n" % 10**12, b" " * 65536),
+        "more than 1 MiB",
+    ),
+    "endless chunk size": (
+        goes_on(OK + b"Transfer-Encoding: chunked\r\n\r\n", b"1" * 999),
+        "RemoteProtocolError",
+    ),
+    "length is a lie": (
+        writes(OK, b"Content-Length: 9999\r\n\r\n", CHAT % b"1"),
+        "RemoteProtocolError",
+    ),
+    "bomb": (
+        writes(OK, b"Content-Encoding: gzip\r\n\r\n", gzip.compress(CHAT % b"1" + b" " * 10**7)),
+        "no chat completion",
+    ),
+    "no HTTP": (writes(b"SSH-2.0-OpenSSH\r\n"), "RemoteProtocolError"),
+    "hangs up": (writes(), "RemoteProtocolError"),
+    "deep": (writes(OK, b"\r\n", b"[" * 100_000), "no chat completion"),
+    "digits": (writes(OK, b"\r\n", CHAT % (b"1" * 5000)), "no chat completion"),
+    "infinite count": (writes(OK, b"\r\n", CHAT % b"1e999"), "no chat completion"),
+    "NaN count": (writes(OK, b"\r\n", CHAT % b"NaN"), "no chat completion"),
+    "negative count": (writes(OK, b"\r\n", CHAT % b"-1"), "no chat completion"),
+    "count of another type": (writes(OK, b"\r\n", CHAT % b'["1"]'), "no chat completion"),
+    "switches protocols": (writes(b"HTTP/1.1 101 X\r\nUpgrade: x\r\n\r\n"), "ProtocolError"),
+    "redirects nowhere": (writes(b"HTTP/1.1 302 X\r\nLocation: http://[\r\n\r\n"), "302 X"),
+    "control sequences": (writes(b"HTTP/1.1 400 X\r\n\r\n\x1b[2J\xe2\x80\xae"), r"\x1b[2J\u202e"),
+}
+
+
+def ask_all(server, names, **changes):
+    """Returns the answer or the exception for each name, asked for at the same time."""
+    settings = {"key": KEY, "timeout": 2, "attempts": 1} | changes
+    judge = Server(server.url, "judge-model", **settings)
+
+    async def ask(client, name):
+        try:
+            return await judge.ask(client, judge.body(f"<candidate>\n{name}\n</candidate>"))
+        except (RequestError, UserError) as error:
+            return error
+
+    async def ask_them():
+        async with judge.client() as client:
+            return await asyncio.gather(*(ask(client, name) for name in names))
+
+    return dict(zip(names, run(ask_them()), strict=True))
+
+
+def test_a_hostile_server_wastes_no_time():
+    def play(name, number):
+        return "Total: 1" if name == "fine" else HOSTILE[name][0]
+
+    with judge_server(play) as server:
+        start = time.monotonic()
+        found = ask_all(server, [*HOSTILE, "fine"])
+        assert time.monotonic() - start < 6
+    assert found.pop("fine") == Answer("Total: 1", 0, 0)
+    for name, error in found.items():
+        assert HOSTILE[name][1] in str(error), name
+        assert str(error).isprintable()
+
+
+def escaped(key: str, form: str) -> str:
+    return "".join(form % ord(c) for c in key)
+
+
+ECHOES = {
+    "plain": f"no such key: {KEY}!",
+    "other case": KEY.upper(),
+    "JSON": escaped(KEY, r"\u%04x"),
+    "JSON, upper case, twice": escaped(KEY, r"\\u%04X"),
+    "JSON, in parts": KEY[:3] + escaped(KEY[3:7], r"\u%04x") + KEY[7:],
+    "URL": escaped(KEY, "%%%02x"),
+    "URL, twice": escaped(KEY, "%%25%02X"),
+    "base64": base64.b64encode(KEY.encode()).decode(),
+    "base64 of the header": base64.b64encode(f"Bearer {KEY}".encode()).decode(),
+    "base64 of user and key": base64.b64encode(f"user:{KEY}:x".encode()).decode(),
+    "cut by us": "x" * 270 + KEY * 9,
+    "longer than we read": "x" * 16_370 + KEY,
+    "spaces": " " * 16_370 + KEY * 9,
+}
+
+
+def play_echoes(name, number):
+    kind, place = name.split("/")
+    echo = ECHOES[kind].encode()
+    return {
+        "body": writes(b"HTTP/1.1 400 Bad Request\r\n\r\n", echo),
+        "refusal": writes(b"HTTP/1.1 401 Unauthorized\r\n\r\n", echo),
+        "reason": writes(b"HTTP/1.1 500 ", echo, b"\r\n\r\n"),
+        "status line": writes(echo, b"\r\n\r\n"),
+        "header": writes(OK, echo, b"\r\n\r\n"),
+        "length": writes(OK, b"Content-Length: ", echo, b"\r\n\r\n"),
+        "chunk size": writes(OK, b"Transfer-Encoding: chunked\r\n\r\n", echo, b"\r\n"),
+        "location": writes(b"HTTP/1.1 302 X\r\nLocation: http://", echo, b":x/\r\n\r\n"),
+        "type": writes(OK, b"\r\n", json.dumps({"choices": echo.decode()}).encode()),
+        "answer": writes(
+            OK, b"\r\n", json.dumps({"choices": [{"message": {"content": echo.decode()}}]}).encode()
+        ),
+    }[place]
+
+
+@pytest.mark.parametrize("kind", ECHOES)
+def test_no_output_shows_the_key(kind):
+    places = ["body", "refusal", "reason", "status line", "header", "length", "chunk size"]
+    names = [f"{kind}/{place}" for place in [*places, "location", "type", "answer"]]
+    with judge_server(play_echoes) as server:
+        found = ask_all(server, names, timeout=5)
+    for name, shown in found.items():
+        text = f"{shown} {shown!r}"
+        for _ in range(3):
+            parts = [KEY[i : i + 5] for i in range(len(KEY) - 4)]
+            parts += [base64.b64encode(bytes(i) + KEY.encode()).decode()[4:-4] for i in range(3)]
+            assert not any(part.lower() in text.lower() for part in parts), name
+            text = re.sub(r"\\+u00(..)", lambda c: chr(int(c[1], 16)), unquote(text))
+    assert isinstance(found[f"{kind}/answer"], Answer)
+    assert "***" in str(found[f"{kind}/answer"])
+
+
+@pytest.mark.parametrize(
+    ("status", "words"), [(401, "says 401"), (404, "says 404"), (400, "answers no request: 400")]
+)
+def test_the_check_finds_a_wrong_key_or_model(status, words):
+    with judge_server(lambda name, number: "") as server:
+        server.probe = status
+        message = message_of(Server(server.url, "judge-model", KEY).check)
+        assert sum(server.asked.values()) == 1
+    assert words in message
+    assert "--judge_model" in message
+    assert KEY not in message
+
+
+def test_a_name_server_that_is_silent(monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(5))
+    start = time.monotonic()
+    message = message_of(Server("http://somewhere/v1", "m", reach=0.2).check)
+    assert "cannot be reached: no complete response within 0.2 s" in message
+    assert time.monotonic() - start < 2
+
+
+@pytest.mark.parametrize("silent", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_dead_judge_ends_the_command_before_it_decodes(silent, tmp_path, tiny_model, data_dir):
+    out = tmp_path / "out"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1] if silent else 1}/v1"
+        command = ["eval.run", "--model", tiny_model, "--data", data_dir, "--tasks", "law"]
+        command += ["--output", out, "--judge_model", "m", "--judge_url", url]
+        start = time.monotonic()
+        assert_user_error(run_module(*command), url, "cannot be reached", "--judge_url")
+        assert time.monotonic() - start < 10
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\x00\xff\n", "line 1: not JSON"),
+        (b"\x00\xff", "line 1: not JSON"),
+        (b'{"answer": "", "prompt_tokens": 1, "completion_tokens": 1}\n', "request is missing"),
+        (
+            b'{"request": "x", "answer": 1, "prompt_tokens": 1, "completion_tokens": 1}\n',
+            "answer is 1",
+        ),
+        (b"\n[]\n", "line 2: the content is []"),
+        (b"[" * 100_000 + b"\n", "line 1: not JSON"),
+        (b"null\n", "line 1: the content is null"),
+    ],
+)
+def test_a_damaged_cache(content, words, tmp_path):
+    file = tmp_path / "judge.jsonl"
+    file.write_bytes(content)
+    message = message_of(AnswerCache, file)
+    assert words in message
+    assert "remove the line" in message
+    assert file.read_bytes() == content
+
+
+def test_a_cache_that_is_no_file(tmp_path):
+    assert "a directory, not a file" in message_of(AnswerCache, tmp_path)
+    os.mkfifo(tmp_path / "fifo")
+    assert "a FIFO" in message_of(AnswerCache, tmp_path / "fifo")
+    (tmp_path / "blank").write_bytes(b"\n \n")
+    assert AnswerCache(tmp_path / "blank").get("x") is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\n" * 10**6,
+        "total" + ":" * 10**6,
+        "total:" + " " * 10**6 + "x",
+        "total: " + "1" * 10**6 + "x",
+        "total: 1" + " \n" * 500_000 + "x",
+        "1," * 500_000,
+        "-" * 10**6,
+        "." * 10**6,
+        '{"a":' * 200_000,
+    ],
+)
+def test_texts_are_parsed_in_linear_time(text):
+    start = time.monotonic()
+    for parse in (total_of, last_number, parse_intent, rouge_words):
+        parse(text)
+    assert time.monotonic() - start < 5
 
 
 def test_a_refusal_of_the_key_ends_it_at_once(tmp_path):
@@ -167,17 +434,16 @@ def test_a_refusal_of_the_key_ends_it_at_once(tmp_path):
 
 def test_no_server_and_torn_cache(tmp_path):
     said = []
+    file = tmp_path / "judge.jsonl"
     with judge_server(lambda candidate, number: "总分：10") as server:
         judge = make_judge(server, tmp_path, said)
         judge("law", predictions("a", "b"))
-    file = tmp_path / "judge.jsonl"
     content = file.read_bytes()
+    make_judge(server, tmp_path, said)("law", predictions("a", "b"))  # nothing left to ask
     file.write_bytes(content[:-5])
-    judge = make_judge(server, tmp_path, said, attempts=2)
-    scores, counts = judge("law", predictions("a", "b"))
-    assert sorted(scores, key=str) == [1.0, None]
-    assert counts["judge_unanswered"] == 1
-    assert any("refused" in line for line in said)
+    judge = make_judge(server, tmp_path, said)
+    message = message_of(judge, "law", predictions("a", "b"))
+    assert "cannot be reached: no complete response (ConnectionRefusedError" in message
     assert file.read_bytes() == content[: content.index(b"\n") + 1]
 
 
@@ -229,10 +495,23 @@ def test_judge_prompt(task, words):
     assert ("相关性" in text) == (task == "law")
 
 
-def test_server_and_estimate():
+def test_server_and_estimate(monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1")
+    assert "proxies" in message_of(Server("http://x/v1", "m").check)
     assert KEY not in repr(Server("http://x/v1", "m", KEY))
-    assert "leave user, password" in message_of(Server, "http://x/v1?api-key=1", "m")
-    assert "has characters" in message_of(Server, "http://x/v1", "m", "a\nb")
+    for bad in (
+        "http://[::1/v1",
+        "http://x/\ud800",
+        "http://a\ud800b/v1",
+        "http://x\n/v1",
+        "",
+        "x",
+    ):
+        assert "no such URL" in message_of(Server, bad, "m")
+    for bad in ("http://x/v1?api-key=1", f"http://{KEY}@x/v1", "http://x/v1#y"):
+        assert "leave user, password" in message_of(Server, bad, "m")
+    for bad in ("a\nb", "a b", "ä", "\ud800", "\x00"):
+        assert "has characters" in message_of(Server, "http://x/v1", "m", bad)
     assert estimated_tokens("four score and 你好") == 3 + 2
 
 
@@ -262,6 +541,7 @@ def test_a_killed_evaluation_asks_nothing_twice(tmp_path, tiny_model, data_dir):
             assert process.wait() == -signal.SIGKILL
         subprocess.run(command, check=True, **arguments)
         answered = server.answered
+        assert answered.pop(None) == 4  # each start asks whether the judge is there
         # Only a request that was under way at a kill was asked again: at most 2 workers, 3 kills.
         assert len(answered) == 12
         assert sum(answered.values()) - len(answered) <= 6
