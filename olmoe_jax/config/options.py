@@ -171,7 +171,10 @@ class MethodOptions:
         "router's weight stays frozen unless the expert config says non_expert_modules",
     )
     router_aux_loss_coefficient: float = option(
-        0.0, "weight of the load-balancing loss; 0: none", at_least(0)
+        0.0,
+        "weight of the load-balancing loss of the step's tokens; 0: none; above 0, a step of "
+        "several micro-batches runs their forward passes twice",
+        at_least(0),
     )
 
 

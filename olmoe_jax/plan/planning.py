@@ -129,12 +129,17 @@ def plan(
     microbatches = math.ceil(rows_per_step / rows)
     step = StepPrograms(config, model_config, settings, method, mesh)
     programs = [step.compile("accumulate", microbatches), step.compile("update", 1)]
+    counts_first = config.method.router_aux_loss_coefficient > 0 and microbatches > 1
+    if counts_first:
+        programs.append(step.compile("expert_load", microbatches))
     if config.data.eval_path or config.data.eval_fraction:
         programs.append(step.compile("evaluate", 0))
 
     # What one device computes, moves and sends in a step.
     shapes = step.shapes
     flops = step_flops_per_token(model_config, settings, step.trains, length / 2)
+    if counts_first:
+        flops = flops._replace(recomputed=flops.recomputed + flops.forward)
     gradients = {name: device_bytes(value) for name, value in shapes.trained.items()}
     tokens = rows * length / where.count
     traffic = microbatches * microbatch_traffic(model_config, settings, gradients, tokens)

@@ -63,7 +63,7 @@ class CompiledProgram:
     """One program of a run.
 
     Attributes:
-      name: "accumulate", "update" or "evaluate".
+      name: "expert_load", "accumulate", "update" or "evaluate".
       runs_per_step: how often a training step runs the program.
       memory: None if the compiler refused the program for its size.
       needs: bytes of one device at the peak, known for a refused program too.
@@ -120,7 +120,7 @@ class StepPrograms:
         self.shapes = _shapes(self.functions, config, trained, frozen, mesh)
 
     def compile(self, name: str, runs_per_step: int) -> CompiledProgram:
-        """Compiles "accumulate", "update" or "evaluate" for the mesh's devices."""
+        """Compiles the program `name` for the mesh's devices."""
         function, arguments, untouched = self._program(name)
         resident = sum(map(device_bytes, untouched))
         try:
@@ -148,20 +148,19 @@ class StepPrograms:
         functions, shapes = self.functions, self.shapes
         # The state without the trained weights, which are arguments of their own.
         moments = shapes.state._replace(parameters={})
-        if name == "accumulate":
-            arguments = (
-                shapes.trained,
-                shapes.frozen,
-                shapes.accumulated,
-                shapes.batch,
-                shapes.position,
-            )
-            return functions.accumulate, arguments, (moments,)
-        if name == "update":
-            return functions.update, (shapes.state, shapes.accumulated), (shapes.frozen,)
+        weights, micro_batch = (shapes.trained, shapes.frozen), (shapes.batch, shapes.position)
         # The gradients of the step before are still in memory.
         untouched = (moments, shapes.accumulated.gradients)
-        return functions.evaluate, (shapes.trained, shapes.frozen, shapes.batch), untouched
+        return {
+            "expert_load": (functions.expert_load, (*weights, *micro_batch), untouched),
+            "accumulate": (
+                functions.accumulate,
+                (*weights, shapes.accumulated, *micro_batch),
+                (moments,),
+            ),
+            "update": (functions.update, (shapes.state, shapes.accumulated), (shapes.frozen,)),
+            "evaluate": (functions.evaluate, (*weights, shapes.batch), untouched),
+        }[name]
 
 
 def device_bytes(tree: Any) -> int:

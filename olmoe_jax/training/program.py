@@ -35,6 +35,7 @@ class StepFunctions:
     state_shardings: TrainState  # of NamedSharding
     accumulated_shardings: Accumulated  # of NamedSharding; one for all router statistics
     zero_sums: Callable[[], Accumulated]
+    expert_load: Callable[..., jax.Array]
     accumulate: Callable[..., Accumulated]
     update: Callable[..., tuple[TrainState, StepMetrics]]
     evaluate: Callable[..., tuple[jax.Array, jax.Array]]
@@ -52,13 +53,20 @@ class Program(StepFunctions):
         self, state: TrainState, batches: Iterable[DeviceBatch], index: int
     ) -> tuple[TrainState, StepMetrics]:
         """Runs step number `index` on its micro-batches; `state` is donated."""
+        return self.update(state, self.sums(state.parameters, batches, index))
+
+    def sums(self, trained: Parameters, batches: Iterable[DeviceBatch], index: int) -> Accumulated:
+        """Returns the sums over the micro-batches of step number `index`."""
+        parts: Iterable = ((b, np.array([index, n], np.uint32)) for n, b in enumerate(batches))
+        load = None
+        if self.trainer.aux_loss_coefficient and len(parts := list(parts)) > 1:
+            # The load-balancing loss multiplies each probability with a share of the step's tokens:
+            # the counts of all micro-batches must be known before the first gradient.
+            load = sum(self.expert_load(trained, self.frozen, *part) for part in parts)
         accumulated = self.zero_sums()
-        for number, batch in enumerate(batches):
-            position = np.array([index, number], np.uint32)
-            accumulated = self.accumulate(
-                state.parameters, self.frozen, accumulated, batch, position
-            )
-        return self.update(state, accumulated)
+        for part in parts:
+            accumulated = self.accumulate(trained, self.frozen, accumulated, *part, load)
+        return accumulated
 
     def to_devices(self, batch: data.Batch) -> DeviceBatch:
         """Places this process's rows as its part of the global batch."""
@@ -128,6 +136,7 @@ def step_functions(
         zero_sums=jax.jit(
             functools.partial(trainer.zero_sums, shapes), out_shardings=accumulated_shardings
         ),
+        expert_load=jax.jit(trainer.expert_load, out_shardings=replicated),
         accumulate=jax.jit(
             trainer.accumulate, donate_argnums=2, out_shardings=accumulated_shardings
         ),

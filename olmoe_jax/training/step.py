@@ -67,7 +67,7 @@ class Trainer:
       optimizer: makes the updates.
       schedule: maps the number of an update to its learning rate.
       max_grad_norm: the global norm to which gradients are clipped; None: no clipping.
-      aux_loss_coefficient: weight of the load-balancing loss in the objective.
+      aux_loss_coefficient: weight of the load-balancing loss in the objective; 0: none.
       seed: seeds the adapters' dropout and stochastic rounding.
     """
 
@@ -90,11 +90,12 @@ class Trainer:
         frozen: Parameters,
         batch: DeviceBatch,
         dropout_key: jax.Array | None = None,
+        load: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, RouterStatistics]]:
         """Returns a micro-batch's objective, and (its loss, router statistics) [L, …].
 
-        The objective is the loss plus the weighted auxiliary loss. `dropout_key` is a scalar
-        random key; None: no dropout.
+        The objective is the loss plus the weighted load-balancing loss. `dropout_key` is a scalar
+        random key; None: no dropout. `load` is that of `accumulate`.
         """
         model: Olmoe = merge(self.graph, trained | frozen)
         hidden, statistics = model.hidden(
@@ -104,10 +105,8 @@ class Trainer:
             loss = weighted_cross_entropy(hidden, model.head(), batch.targets, batch.loss_weights)
         objective = loss
         if self.aux_loss_coefficient:
-            # A micro-batch counts by its share of the step's loss weights, which sum to 1.
-            share = jnp.sum(batch.loss_weights)
-            balance = load_balancing_loss(statistics, self.config)
-            objective += self.aux_loss_coefficient * share * balance
+            balance = load_balancing_loss(statistics, self.config, load)
+            objective += self.aux_loss_coefficient * balance
         return objective, (loss, statistics)
 
     def zero_sums(self, trained: Parameters) -> Accumulated:
@@ -124,6 +123,7 @@ class Trainer:
         accumulated: Accumulated,
         batch: DeviceBatch,
         position: jax.Array,
+        load: jax.Array | None = None,
     ) -> Accumulated:
         """Adds a micro-batch's gradients, loss and statistics to the step's sums.
 
@@ -134,13 +134,13 @@ class Trainer:
           batch: the micro-batch.
           position: [2] uint32, the step and the micro-batch in it. With the seed, they fix what
             dropout drops.
+          load: the sum of `expert_load` over the step's micro-batches, which the load-balancing
+            loss needs; None: this is the step's only micro-batch, or there is no such loss.
         """
-        key = None
-        if self.settings.lora and self.settings.lora.dropout:
-            key = self._key(*position)
+        key = self._dropout_key(position)
 
         def loss(trained: Parameters) -> tuple[jax.Array, tuple[jax.Array, RouterStatistics]]:
-            return self.loss(trained, frozen, batch, key)
+            return self.loss(trained, frozen, batch, key, load)
 
         objective, backward, sums = jax.vjp(loss, trained, has_aux=True)
         # The backward adds to the sums in place, layer by layer: a second copy of all gradients
@@ -149,6 +149,18 @@ class Trainer:
         backward.with_refs(gradients)(jnp.ones_like(objective))  # type: ignore[attr-defined]
         sums = jax.tree.map(jnp.add, (accumulated.loss, accumulated.statistics), sums)
         return Accumulated(jax.tree.map(jax.freeze, gradients), *sums)
+
+    def expert_load(
+        self, trained: Parameters, frozen: Parameters, batch: DeviceBatch, position: jax.Array
+    ) -> jax.Array:
+        """Returns how many tokens of a micro-batch choose each expert: [L, E] float32.
+
+        The arguments are those of `accumulate`.
+        """
+        model: Olmoe = merge(self.graph, trained | frozen)
+        key = self._dropout_key(position)
+        rows = batch.tokens, batch.segment_ids, batch.positions
+        return model.hidden(*rows, dropout_key=key)[1].load
 
     def update(self, state: TrainState, accumulated: Accumulated) -> tuple[TrainState, StepMetrics]:
         """Makes one AdamW update; if the loss or a gradient is not finite, changes no parameter."""
@@ -195,6 +207,11 @@ class Trainer:
         loss = weighted_cross_entropy(hidden, model.head(), batch.targets, batch.loss_weights)
         logits: Any = statistics.logits
         return loss, jax.lax.top_k(logits, self.config.num_experts_per_token)[1]
+
+    def _dropout_key(self, position: jax.Array) -> jax.Array | None:
+        """Returns the random key of a micro-batch's dropout; None: nothing is dropped."""
+        drops = self.settings.lora and self.settings.lora.dropout
+        return self._key(*position) if drops else None
 
     def _key(self, step: jax.Array, part: jax.Array | np.uint32) -> jax.Array:
         """Returns the random key of a part of a step: a micro-batch, or the update."""

@@ -27,7 +27,8 @@ ESFT = {"method__esft_score_tokens": 500, "method__esft_top_p": 0.4}
 RUNS = [
     # method, its options, mesh [data, fsdp, expert]
     ("frozen", {}, (1, 8, 1)),
-    ("conventional", {}, (2, 4, 1)),
+    # Two micro-batches a step, which share the counts of the load-balancing loss.
+    ("conventional", {"method__router_aux_loss_coefficient": 0.1}, (2, 4, 1)),
     ("densemixer", {}, (2, 2, 2)),
     ("conventional", LORA, (8, 1, 1)),
     ("densemixer", LORA, (1, 2, 4)),

@@ -86,7 +86,7 @@ def plans(tmp_path_factory):
     """{name: a plan as JSON, with "text"}; the first also has "training", what training takes."""
     path = str(tmp_path_factory.mktemp("plans"))
     (Path(path) / "config.json").write_text(json.dumps(MODEL))
-    full = configuration(path, 0.1, name="densemixer")
+    full = configuration(path, 0.1, name="densemixer", router_aux_loss_coefficient=0.1)
     planned = {
         "full": plan(full, "cpu:8", rows_per_step=40),
         "lora": plan(configuration(path, name="densemixer", lora_rank=4), "cpu:8"),
@@ -151,12 +151,12 @@ def test_steps_of_several_microbatches(plans):
     assert full["microbatches_per_step"] == 3
     assert full["tokens_per_step"] == 40 * 64
     assert full["flops_per_step"] == full["flops_per_token"] * 40 * 64
-    per_run = {"accumulate": 0, "update": 0, "evaluate": 0}
+    per_run = {"expert_load": 0, "accumulate": 0, "update": 0, "evaluate": 0}
     for entry in full["collectives"]:
         per_run[entry["program"]] += entry["bytes"]
-        runs = {"accumulate": 3, "update": 1, "evaluate": 0}
+        runs = {"expert_load": 3, "accumulate": 3, "update": 1, "evaluate": 0}
         assert entry["runs_per_step"] == runs[entry["program"]]
-    step = 3 * per_run["accumulate"] + per_run["update"]
+    step = 3 * (per_run["expert_load"] + per_run["accumulate"]) + per_run["update"]
     assert full["collective_bytes_per_step"] == step
 
 

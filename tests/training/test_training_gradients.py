@@ -41,16 +41,8 @@ class Setup:
     def accumulate(self, batches):
         program = self.program
         with jax.set_mesh(self.mesh):
-            accumulated = program.zero_sums()
-            for batch in batches:
-                accumulated = program.accumulate(
-                    program.state.parameters,
-                    program.frozen,
-                    accumulated,
-                    program.to_devices(batch),
-                    np.zeros(2, np.uint32),
-                )
-        return jax.device_get(accumulated)
+            on_devices = map(program.to_devices, batches)
+            return jax.device_get(program.sums(program.state.parameters, on_devices, 0))
 
     def gradients(self, batches) -> Gradients:
         total = self.accumulate(batches)
@@ -147,6 +139,32 @@ def test_auxiliary_loss_reaches_the_router(setup_with_auxiliary_loss, unpacked):
     router = "layers.moe.router"
     change = np.abs(ours.gradients[router] - unpacked.gradients[router]).max()
     assert change > 0.05 * np.abs(unpacked.gradients[router]).max()
+
+
+@pytest.mark.parametrize(("pack", "rows"), [(True, 4), (True, 1), (False, 2), (False, 8)])
+def test_auxiliary_loss_is_of_the_step(setup_with_auxiliary_loss, pack, rows):
+    """Packing and micro-batches do not change the balance, since it is that of all tokens."""
+    setup = setup_with_auxiliary_loss
+    whole = setup.first_step(pack=False, rows=8).batches
+    part = setup.first_step(pack=pack, rows=rows).batches
+    assert len(whole) == 1
+    assert difference(setup.gradients(part), setup.gradients(whole)) < 1e-5
+
+
+def test_auxiliary_loss_under_dropout(files, tmp_path_factory):
+    """The tokens are counted with the dropout under which the step computes."""
+    lora = {"method__lora_rank": 4, "method__lora_dropout": 0.5}
+    setup = setup_of(files, tmp_path_factory, method__router_aux_loss_coefficient=1.0, **lora)
+    program, batch = setup.program, setup.first_step(pack=False, rows=8).batches[0]
+    with jax.set_mesh(setup.mesh):
+        # The adapters' product is zero at the start, and dropout would change nothing.
+        weights = {k: v + 0.1 for k, v in program.state.parameters.items()}, program.frozen
+        rest = program.to_devices(batch), np.array([3, 1], np.uint32)
+        load = program.expert_load(*weights, *rest)
+        sums = program.accumulate(*weights, program.zero_sums(), *rest)
+        np.testing.assert_array_equal(load, sums.statistics.load)
+        other = program.expert_load(*weights, rest[0], np.zeros(2, np.uint32))
+        assert (load != other).any()
 
 
 @pytest.mark.parametrize("auxiliary", [False, True])
