@@ -1,7 +1,9 @@
 """One way to report a user's mistake: one line that says what to write instead, exit code 2."""
 
 import argparse
+import contextlib
 import errno
+import math
 import os
 import re
 import sys
@@ -41,16 +43,43 @@ class UserError(Exception):
 class ArgumentParser(argparse.ArgumentParser):
     """The parser of all commands: bad usage is one line like every other mistake.
 
-    Flags are written in full, and description and epilog are printed as they are.
+    Flags are written in full, and description and epilog are printed as they are. The types int and
+    float mean a number that fits 64 bits, and a finite one.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         kwargs.setdefault("allow_abbrev", False)
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*args, **kwargs)
+        self.register("type", int, whole_number(-_INT64))
+        self.register("type", float, _finite_number)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
+
+
+_INT64 = 2**63 - 1
+
+
+def whole_number(lowest: int, highest: int = _INT64) -> Callable[[str], int]:
+    """Returns the type of a flag whose value is a whole number from `lowest` to `highest`."""
+
+    def parse(text: str) -> int:
+        with contextlib.suppress(ValueError):  # not a number, or of more than 4,300 digits
+            if lowest <= int(text) <= highest:
+                return int(text)
+        limits = f", {lowest} or more" if highest == _INT64 else f", {lowest} to {highest}"
+        limits = limits if lowest > -_INT64 else ""
+        raise argparse.ArgumentTypeError(f"{shorten(text)}: expected a whole number{limits}")
+
+    return parse
+
+
+def _finite_number(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if math.isfinite(float(text)):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{shorten(text)}: expected a number")
 
 
 def os_reason(error: OSError) -> str:
@@ -90,6 +119,14 @@ def one_line(text: str) -> str:
 def shorten(text: str, length: int = 80) -> str:
     """Returns text of at most `length` characters; what is cut becomes "…"."""
     return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def text_of(value: Any, to_text: Callable[[Any], str] = str) -> str:
+    """Returns `to_text(value)`, or the name of the value's type where that fails."""
+    try:
+        return to_text(value)
+    except Exception:  # an int of more than 4,300 digits, or a user's class
+        return f"<{type(value).__name__}>"
 
 
 _BAR = re.compile(r"\r?(\x1b\[A)*")
@@ -133,11 +170,8 @@ def data_output() -> TextIO:
 def run_command(main: Callable[[Sequence[str]], None]) -> None:
     """Runs a command line program and exits.
 
-    Standard output and error become streams that write `printable` text alone.
-
-    The exit code is 0 on success, 2 with one line on a `UserError` or a refusal of the operating
-    system, 130 on an interrupt. Another exception is a defect of this project: 70, one line, and
-    the traceback in a file that the line names.
+    Standard output and error become streams that write `printable` text alone. The exit code is 0
+    on success, and that of `outcome` on an error.
     """
     for name in ("stdout", "stderr"):
         stream = unescaped(getattr(sys, name) or open(os.devnull, "w"))  # noqa: SIM115
@@ -145,36 +179,57 @@ def run_command(main: Callable[[Sequence[str]], None]) -> None:
         getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
         setattr(sys, name, _Printable(stream, bars=name == "stderr"))
     try:
+        for argument in sys.argv[1:]:
+            if _HALF.search(argument):
+                raise UserError(f"{argument}: is not UTF-8 text; write another")
         main(sys.argv[1:])
         sys.stdout.flush()
-    except UserError as error:
-        _exit(2, f"error: {one_line(str(error))}")
-    except KeyboardInterrupt:
-        _exit(130, "interrupted")
     except BrokenPipeError:
         # The reader of the output, `head` for example, has gone. Python would complain at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:
-        if error.filename is None and error.errno not in _HINTS:
-            _exit(DEFECT, _defect(error))
+    except (Exception, KeyboardInterrupt) as error:
+        code, line = outcome(error)
+        print(line, file=sys.stderr)
+        sys.exit(code)
+
+
+_HALF = re.compile("[\ud800-\udfff]")
+"""Half a character: Python's reading of a byte that is not UTF-8."""
+
+
+def outcome(error: BaseException) -> tuple[int, str]:
+    """Returns the exit code of a command that ends by an error, and the line to print.
+
+    The code is 2 for a `UserError`, a refusal of the operating system and too little memory, and
+    130 for an interrupt. Another exception is a defect of this project: 70, and the line names a
+    file that has the traceback.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    if isinstance(error, UserError):
+        return 2, f"error: {_message(str(error))}"
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in _HINTS):
         name = "" if error.filename is None else f"{error.filename}: "
-        _exit(2, f"error: {one_line(name + os_reason(error))}")
-    except Exception as error:
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            _exit(2, f"error: {_MEMORY} ({shorten(one_line(str(error)), 200)})")
-        _exit(DEFECT, _defect(error))
+        return 2, f"error: {_message(name + os_reason(error))}"
+    what = one_line(f"{type(error).__name__}: {text_of(error)}")
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in what:
+        return 2, f"error: {_MEMORY} ({shorten(what, 200)})"
+    return DEFECT, _defect(error, shorten(what, 300))
 
 
-def _exit(code: int, message: str) -> NoReturn:
-    print(message, file=sys.stderr)
-    sys.exit(code)
+def _message(text: str) -> str:
+    """Returns one line of at most 1,200 characters: the thing at its begin, the advice at its end.
+
+    What a user wrote may be long.
+    """
+    line = one_line(text)
+    return line if len(line) <= 1200 else f"{line[:800]} … {line[-397:]}"
 
 
-def _defect(error: Exception) -> str:
+def _defect(error: BaseException, what: str) -> str:
     """Keeps the traceback in a file, and returns the line that says so."""
     text = "".join(traceback.format_exception(error))
-    what = shorten(one_line(f"{type(error).__name__}: {error}"), 300)
     try:
         with tempfile.NamedTemporaryFile(
             "w", prefix="olmoe_jax-", suffix=".txt", delete=False, errors="backslashreplace"

@@ -5,12 +5,13 @@ This module imports no jax: most runs are one process, and a command's --help mu
 """
 
 import re
+from argparse import ArgumentTypeError
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from olmoe_jax.errors import UserError
+from olmoe_jax.errors import UserError, whole_number
 
 HEARTBEAT_TIMEOUT = 30
 """Seconds without a heartbeat after which a process counts as dead."""
@@ -122,10 +123,10 @@ def _parse(name: str, text: str) -> str | int:
         if not re.fullmatch(r".+:\d+", text):
             raise UserError(f"{name}={text}: expected HOST:PORT; write e.g. node1:9876")
         return text
-    lowest = _LOWEST[name]
-    if not text.isascii() or not text.isdigit() or int(text) < lowest:
-        raise UserError(f"{name}={text}: expected a whole number, {lowest} or more")
-    return int(text)
+    try:
+        return whole_number(_LOWEST[name])(text)
+    except ArgumentTypeError as error:
+        raise UserError(f"{name}={error}") from None
 
 
 def _launched(environment: Mapping[str, str]) -> dict[str, Any]:

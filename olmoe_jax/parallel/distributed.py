@@ -12,11 +12,10 @@ import os
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
-from olmoe_jax.errors import UserError
+from olmoe_jax.errors import UserError, one_line, outcome, shorten
 from olmoe_jax.parallel.cluster import Cluster, find_cluster
 
 WAIT_TIMEOUT = 3600
@@ -114,8 +113,8 @@ def is_lost_contact(error: BaseException) -> bool:
     return _client() is not None and any(word in str(error) for word in words)
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+def _reason(error: BaseException) -> str:
+    return shorten(one_line(str(error)), 200)
 
 
 def _numbered(name: str) -> str:
@@ -170,8 +169,8 @@ def _connect(cluster: Cluster) -> bool:
         raise UserError(
             f"process {cluster.process_id} of {cluster.num_processes} cannot join at "
             f"{cluster.coordinator_address or 'the address that jax found'} "
-            f"({_one_line(error)[:200]}); all processes must start within {_JOIN_TIMEOUT} s, each "
-            "with its own process_id, and reach that host and port"
+            f"({_reason(error)}); all processes must start within {_JOIN_TIMEOUT} s, each with its "
+            "own process_id, and reach that host and port"
         ) from error
     return jax.process_count() > 1
 
@@ -205,20 +204,16 @@ def _fail(error: BaseException) -> NoReturn:
     """Ends all processes because of this process's error."""
     if isinstance(error, SystemExit):
         _end_all(error.code if isinstance(error.code, int) else 1, "")
-    if isinstance(error, KeyboardInterrupt):
-        _end_all(130, "interrupted")
-    if isinstance(error, UserError):
-        _end_all(2, f"error: {_one_line(error)}")
-    if is_lost_contact(error):
+    if is_lost_contact(error) and not isinstance(error, UserError):
         # Most often another process failed first and is about to say why: let the watching thread
         # find its code.
         time.sleep(5 * _BEAT)
         _end_all(
             1,
-            f"error: a process does not answer ({_one_line(error)[:200]}); look at its output; "
+            f"error: a process does not answer ({_reason(error)}); look at its output; "
             "the same command continues from the last checkpoint",
         )
-    _end_all(1, "".join(traceback.format_exception(error)).rstrip())
+    _end_all(*outcome(error))
 
 
 def _end_all(code: int, message: str) -> NoReturn:
