@@ -49,11 +49,7 @@ def expand(path: str) -> str:
     """
     if not path.strip():
         raise UserError("a path is empty: write a file or directory")
-    try:
-        os.fsencode(path)
-    except UnicodeEncodeError:
-        raise UserError(f"{path}: has a character that no path can have; write another") from None
-    if "\0" in path:
+    if re.search("[\0\ud800-\udfff]", path):
         raise UserError(f"{path}: has a character that no path can have; write another")
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):

@@ -9,7 +9,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from olmoe_jax.errors import UserError
+from olmoe_jax.errors import UserError, text_of
+from olmoe_jax.files import expand
+
+_LIMIT = 2**32
+"""A bound of all numbers, since no field means one so large."""
 
 
 @dataclass(frozen=True)
@@ -20,11 +24,13 @@ class Rule:
       requirement: the range in words: "must be ...".
       test: returns whether a value lies in the range.
       example: a value in the range, as the command line spells it.
+      is_path: whether the value is a path or a hub id, in which ~ means the home directory.
     """
 
     requirement: str
     test: Callable[[Any], bool]
     example: str
+    is_path: bool = False
 
 
 def at_least(minimum: int) -> Rule:
@@ -32,16 +38,23 @@ def at_least(minimum: int) -> Rule:
     return Rule(f"must be {minimum} or more", lambda value: value >= minimum, str(minimum))
 
 
-def not_empty(example: str = "PATH") -> Rule:
-    """Returns the rule of texts that are not empty."""
-    return Rule("must not be empty", bool, example)
+def between(minimum: int, maximum: int) -> Rule:
+    """Returns the rule of numbers from `minimum` to `maximum`."""
+    words = f"must be from {minimum} to {maximum}"
+    return Rule(words, lambda value: minimum <= value <= maximum, str(minimum))
 
 
+def path_or_id(example: str = "PATH") -> Rule:
+    """Returns the rule of paths, and of hub ids where the field accepts them."""
+    return Rule("must not be empty", bool, example, is_path=True)
+
+
+NAME = Rule("must be a name", lambda value: value.strip() and value.isprintable(), "olmoe")
 POSITIVE = Rule("must be positive", lambda value: value > 0, "1")
-SHARE = Rule("must be from 0 to 1", lambda value: 0 <= value <= 1, "0")
+SHARE = between(0, 1)
 SHARE_ABOVE_ZERO = Rule("must be above 0 and at most 1", lambda value: 0 < value <= 1, "0.2")
 SHARE_BELOW_ONE = Rule("must be 0 or more and below 1", lambda value: 0 <= value < 1, "0")
-UINT32 = Rule("must be from 0 to 4294967295", lambda value: 0 <= value < 2**32, "0")
+UINT32 = between(0, 2**32 - 1)
 AXIS_OR_REST = Rule("must be positive, or -1", lambda value: value == -1 or value > 0, "-1")
 LORA_TARGETS = Rule(
     "must be some of q,k,v,o,gate,up,down, separated by commas",
@@ -107,21 +120,34 @@ class Field:
         return self.check_type(value, shown=text)
 
     def check_type(self, value: Any, shown: str | None = None) -> Any:
-        """Returns `value`, an int of a float field as a float; a `UserError` on another type."""
+        """Returns `value`, an int of a float field as a float, a path with ~ replaced.
+
+        Raises:
+          UserError: the value has another type, or is a path that cannot be.
+        """
         if value is None and self.optional:
             return None
-        if self.kind is float and type(value) is int:
+        if self.kind is float and type(value) is int and abs(value) < _LIMIT:
             value = float(value)
         if type(value) is not self.kind or (self.choices and value not in self.choices):
-            raise self._wrong_type(repr(value) if shown is None else shown)
+            raise self._wrong_type(text_of(value, repr) if shown is None else shown)
+        if self.rule and self.rule.is_path and value:
+            try:
+                return expand(value)
+            except UserError as error:
+                raise UserError(f"{self.path}={error}") from None
         return value
 
     def check_range(self, value: Any) -> None:
         """Raises a `UserError` if `value`, of the right type, is out of range."""
-        finite = not isinstance(value, float) or math.isfinite(value)
-        if finite and (value is None or self.rule is None or self.rule.test(value)):
+        if isinstance(value, float) and not math.isfinite(value):
+            requirement = "must be finite"
+        elif value is not None and self.rule and not self.rule.test(value):
+            requirement = self.rule.requirement
+        elif isinstance(value, int) and abs(value) >= _LIMIT:
+            requirement = f"must be below {_LIMIT}"
+        else:
             return
-        requirement = self.rule.requirement if finite and self.rule else "must be finite"
         raise UserError(f"{self.path}={show(value)}: {requirement}; write e.g. {self.example}")
 
     def _wrong_type(self, shown: str) -> UserError:
@@ -163,11 +189,13 @@ def _read_annotation(annotation: Any) -> tuple[type, tuple[str, ...], bool]:
 
 def show(value: Any) -> str:
     """Returns `value` as the command line spells it."""
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+    text = text_of(value)
+    return text.lower() if value is None or isinstance(value, bool) else text
 
 
 def nearest(given: str, candidates: Iterable[str]) -> str:
     """Returns the candidate that is most like `given`, as a whole or in its last dotted part."""
+    given = given[:200]
 
     def likeness(candidate: str) -> tuple[float, float]:
         whole = _ratio(given, candidate)

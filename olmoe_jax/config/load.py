@@ -12,7 +12,8 @@ from pathlib import Path
 from olmoe_jax.config.fields import nearest, show
 from olmoe_jax.config.options import FIELDS, SECTIONS, Config
 from olmoe_jax.config.values import apply_overrides, check_types, unknown_field
-from olmoe_jax.errors import UserError
+from olmoe_jax.errors import UserError, one_line, shorten, text_of
+from olmoe_jax.files import read_text, user_path
 
 _INDENT = " " * 6
 EXAMPLE = "--config configs/densemixer_gsm.py"
@@ -106,15 +107,16 @@ def load_config(path: str | Path) -> Config:
     Raises:
       UserError: the file is missing, fails, or defines no Config.
     """
-    path = Path(path)
-    if not path.is_file():
+    path = user_path(str(path))
+    if not path.exists():
         raise UserError(_missing_file(path))
+    read_text(path)  # nothing that is no text runs
     try:
         get_config = runpy.run_path(str(path)).get("get_config")
         config = get_config() if callable(get_config) else None
     except UserError:
         raise
-    except Exception as error:
+    except BaseException as error:  # SystemExit too, which would end the command with success
         raise UserError(_failure(path, error)) from error
     if not callable(get_config):
         raise UserError(f"{path}: define get_config() in it, a function that returns a Config")
@@ -127,8 +129,6 @@ def load_config(path: str | Path) -> Config:
 
 
 def _missing_file(path: Path) -> str:
-    if path.is_dir():
-        return f"{path} is a directory: name one of the config files in it"
     if not path.parent.is_dir():
         return f"{path}: there is no directory {path.parent}"
     present = sorted(file.name for file in path.parent.glob("*.py"))
@@ -137,16 +137,17 @@ def _missing_file(path: Path) -> str:
     return f"{path}: no such file; {hint}"
 
 
-def _failure(path: Path, error: Exception) -> str:
+def _failure(path: Path, error: BaseException) -> str:
     """Returns what went wrong in a config file, and on which of its lines."""
-    message = f"{type(error).__name__}: {error}"
+    text = shorten(one_line(text_of(error)), 300)
+    message = f"{type(error).__name__}: {text}" if text else type(error).__name__
     frames = [
         f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)
     ]
     line = frames[-1] if frames else None
     if isinstance(error, SyntaxError):
         line, message = error.lineno, f"SyntaxError: {error.msg}"
-    elif unknown := re.search(r"(\w+)\.__init__\(\) got .* keyword argument '(\w+)'", str(error)):
+    elif unknown := re.search(r"(\w+)\.__init__\(\) got .* keyword argument '(\w+)'", text):
         section = next((name for name, cls in SECTIONS.items() if cls.__name__ == unknown[1]), None)
         message = str(unknown_field(f"{section}.{unknown[2]}")) if section else message
     return f"{path}:{line}: {message}" if line else f"{path}: {message}"

@@ -11,6 +11,7 @@ from typing import Literal
 from olmoe_jax.config.fields import (
     AXIS_OR_REST,
     LORA_TARGETS,
+    NAME,
     POSITIVE,
     SHARE,
     SHARE_ABOVE_ZERO,
@@ -18,8 +19,9 @@ from olmoe_jax.config.fields import (
     UINT32,
     Field,
     at_least,
-    not_empty,
+    between,
     option,
+    path_or_id,
     read_fields,
 )
 from olmoe_jax.config.methods import METHODS
@@ -33,7 +35,7 @@ class ModelOptions:
         "allenai/OLMoE-1B-7B-0125",
         "hub id or directory of the base model: a Hugging Face checkpoint or the output of "
         "convert.from_hf; with init=random this field only names the tokenizer",
-        not_empty("allenai/OLMoE-1B-7B-0125"),
+        path_or_id("allenai/OLMoE-1B-7B-0125"),
     )
     init: Literal["pretrained", "random"] = option(
         "pretrained", "source of the weights: model.path, or random numbers (for tests)"
@@ -42,7 +44,7 @@ class ModelOptions:
         None,
         "the network's config.json, or a directory that holds one; required with init=random, "
         "refused with init=pretrained",
-        not_empty(),
+        path_or_id(),
     )
     compute_dtype: Literal["bfloat16", "float32"] = option(
         "bfloat16", "type of activations and matmuls"
@@ -77,13 +79,13 @@ class DataOptions:
         "",
         "training examples: a local .jsonl, .json or .parquet file, or OWNER/NAME:FILE on the hub; "
         "must be set",
-        not_empty("RoxanneWsyw/gsm:train.jsonl"),
+        path_or_id("RoxanneWsyw/gsm:train.jsonl"),
     )
     eval_path: str | None = option(
         None,
         "evaluation examples, named like train_path; default: eval_fraction of the training "
         "examples",
-        not_empty(),
+        path_or_id(),
     )
     eval_fraction: float = option(
         0.1,
@@ -92,10 +94,10 @@ class DataOptions:
         SHARE_BELOW_ONE,
     )
     tokenizer_path: str | None = option(
-        None, "hub id or directory of the tokenizer; default: model.path", not_empty()
+        None, "hub id or directory of the tokenizer; default: model.path", path_or_id()
     )
     max_seq_length: int = option(
-        4096, "tokens per row; a longer example loses its end", at_least(2)
+        4096, "tokens per row; a longer example loses its end", between(2, 2**20)
     )
     pack: bool = option(
         True, "put several examples into one row; changes the speed, not the mathematics"
@@ -128,7 +130,7 @@ class MethodOptions:
         None,
         "train adapters of this rank instead of the weights (and, unless name=frozen, the router "
         "itself); default: full fine-tuning",
-        at_least(1),
+        between(1, 2**16),
     )
     lora_alpha: float = option(
         16.0, "alpha: the adapters' product is multiplied by alpha / rank", POSITIVE
@@ -145,13 +147,13 @@ class MethodOptions:
         None,
         "PEFT adapter directory to start from (with its router.safetensors, if there is one), of "
         "this config's rank, alpha and targets; default: new adapters",
-        not_empty(),
+        path_or_id(),
     )
     experts_path: str | None = option(
         None,
         "esft_*: expert config JSON that names the tuned experts; default: the run scores the base "
         "on the training data, chooses them, and writes OUTPUT_DIR/experts.json",
-        not_empty(),
+        path_or_id(),
     )
     esft_top_p: float | None = option(
         None,
@@ -221,7 +223,7 @@ class TrainOptions:
         "",
         "directory of checkpoints, metrics and exports; must be set (configs/ use "
         "runs/METHOD_DATASET)",
-        not_empty("runs/densemixer_gsm"),
+        path_or_id("runs/densemixer_gsm"),
     )
     batch_size: int = option(256, "examples per step", at_least(1))
     epochs: int = option(4, "passes over the training examples", at_least(1))
@@ -240,7 +242,7 @@ class TrainOptions:
         at_least(1),
     )
     rows_per_device: int = option(
-        1, "rows of data.max_seq_length tokens that a device processes at once", at_least(1)
+        1, "rows of data.max_seq_length tokens that a device processes at once", between(1, 2**12)
     )
     eval_every: int | None = option(
         None, "steps between evaluations; each epoch ends with one in any case", at_least(1)
@@ -269,7 +271,7 @@ class TrainOptions:
         None,
         "Weights & Biases project that gets what TensorBoard gets (pip install wandb; the key is "
         "read from $WANDB_API_KEY); default: none",
-        not_empty("olmoe"),
+        NAME,
     )
     resume: Literal["auto", "restart"] = option(
         "auto",

@@ -1,6 +1,5 @@
 """Configs from values and from text: building, checking and comparing them."""
 
-import dataclasses
 import operator
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from olmoe_jax.config.conflicts import conflicts
 from olmoe_jax.config.fields import Field, nearest, show
 from olmoe_jax.config.options import FIELDS, REMOVED, SECTIONS, Config
-from olmoe_jax.errors import UserError
+from olmoe_jax.errors import UserError, text_of
 
 
 def get_field(path: str) -> Field:
@@ -56,13 +55,15 @@ def check_types(config: Config) -> Config:
     """Returns `config` after a check of every value's type; `validate` checks ranges too."""
     for name, cls in SECTIONS.items():
         if not isinstance(getattr(config, name), cls):
-            raise UserError(f"{name}={getattr(config, name)!r}: expected a {cls.__name__}")
+            shown = text_of(getattr(config, name), repr)
+            raise UserError(f"{name}={shown}: expected a {cls.__name__}")
     return from_dict(to_dict(config))
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     """Returns {section: {field: value}}, which JSON can hold."""
-    return dataclasses.asdict(config)
+    # dataclasses.asdict would copy values, which may be of any type before `check_types`.
+    return {section: dict(vars(getattr(config, section))) for section in SECTIONS}
 
 
 def from_dict(values: Mapping[str, Mapping[str, Any]]) -> Config:
@@ -76,7 +77,7 @@ def from_dict(values: Mapping[str, Mapping[str, Any]]) -> Config:
         if section not in SECTIONS:
             get_field(section)
         if not isinstance(inside, Mapping):
-            raise UserError(f"{section}={inside!r}: expected a section with fields")
+            raise UserError(f"{section}={text_of(inside, repr)}: expected a section with fields")
         checked = {n: get_field(f"{section}.{n}").check_type(value) for n, value in inside.items()}
         sections[section] = SECTIONS[section](**checked)
     return Config(**sections)

@@ -14,6 +14,7 @@ from olmoe_jax.config import (
     DataOptions,
     MeshOptions,
     MethodOptions,
+    ModelOptions,
     OptimizerOptions,
     TrainOptions,
     apply_overrides,
@@ -24,6 +25,7 @@ from olmoe_jax.config import (
 )
 from olmoe_jax.config.methods import METHODS, readers
 from olmoe_jax.config.options import REMOVED
+from olmoe_jax.config.values import check_types
 
 GSM = experiment("densemixer", "gsm")
 
@@ -148,13 +150,13 @@ def test_a_section_is_not_a_field():
         ("optimizer.epsilon", "0.0", "must be positive; write e.g. 1e-08"),
         ("optimizer.max_grad_norm", "0.0", "must be positive; write e.g. 1.0"),
         ("data.eval_fraction", "1.0", "must be 0 or more and below 1; write e.g. 0.1"),
-        ("data.max_seq_length", "1", "must be 2 or more; write e.g. 4096"),
+        ("data.max_seq_length", "1", "must be from 2 to 1048576; write e.g. 4096"),
         ("data.train_path", "", "must not be empty; write e.g. RoxanneWsyw/gsm:train.jsonl"),
         ("data.eval_path", "", "must not be empty; write e.g. PATH or none"),
         ("model.path", "", "must not be empty; write e.g. allenai/OLMoE-1B-7B-0125"),
         ("method.router_gradient_experts", "0", "must be 1 or more; write e.g. 1 or none"),
         ("method.router_aux_loss_coefficient", "-0.1", "must be 0 or more; write e.g. 0.0"),
-        ("method.lora_rank", "0", "must be 1 or more; write e.g. 1 or none"),
+        ("method.lora_rank", "0", "must be from 1 to 65536; write e.g. 1 or none"),
         ("method.lora_alpha", "0.0", "must be positive; write e.g. 16.0"),
         ("method.lora_dropout", "1.0", "must be 0 or more and below 1; write e.g. 0.1"),
         (
@@ -174,7 +176,9 @@ def test_a_section_is_not_a_field():
         ("train.seed", "-1", "must be from 0 to 4294967295; write e.g. 0"),
         ("train.seed", "4294967296", "must be from 0 to 4294967295; write e.g. 0"),
         ("train.microbatch_examples", "0", "must be 1 or more; write e.g. 4"),
-        ("train.rows_per_device", "0", "must be 1 or more; write e.g. 1"),
+        ("train.rows_per_device", "0", "must be from 1 to 4096; write e.g. 1"),
+        ("train.epochs", "4294967296", "must be below 4294967296; write e.g. 4"),
+        ("train.wandb_project", " ", "must be a name; write e.g. olmoe or none"),
         ("train.eval_every", "0", "must be 1 or more; write e.g. 1 or none"),
         ("train.checkpoint_every", "-5", "must be 1 or more; write e.g. 100"),
         ("train.keep_checkpoints", "0", "must be 1 or more; write e.g. 2"),
@@ -187,6 +191,20 @@ def test_a_section_is_not_a_field():
 )
 def test_range(path, text, expected):
     assert override_error(path, text) == f"{path}={text}: {expected}"
+
+
+def test_home_in_every_path(monkeypatch):
+    """In a flag, in a config file, in Python; `~` elsewhere in a path is a character."""
+    monkeypatch.setenv("HOME", "/home/me")
+    paths = [path for path, field in FIELDS.items() if field.rule and field.rule.is_path]
+    named = [path for path in FIELDS if path.endswith(("path", "_dir"))]
+    assert sorted(paths) == sorted(named)
+    for path in paths:
+        section, name = path.split(".")
+        assert FIELDS[path].parse("~/a~/b") == "/home/me/a~/b"
+        changed = dataclasses.replace(getattr(GSM, section), **{name: "~"})
+        config = check_types(dataclasses.replace(GSM, **{section: changed}))
+        assert getattr(getattr(config, section), name) == "/home/me"
 
 
 def test_every_number_has_a_range():
@@ -315,6 +333,20 @@ def test_the_defaults_leave_only_the_paths_open():
         ("optimizer", OptimizerOptions(beta1="0.9"), "optimizer.beta1='0.9': expected float"),
         ("method", MethodOptions(name="lora"), "method.name='lora': expected one of frozen, "),
         ("mesh", {"data": 2}, "mesh={'data': 2}: expected a MeshOptions"),
+        (
+            "train",
+            TrainOptions("x", epochs=10**5000),
+            "train.epochs=<int>: must be below 4294967296",
+        ),
+        (
+            "optimizer",
+            OptimizerOptions(learning_rate=10**400),
+            f"optimizer.learning_rate={10**400}: expected float",
+        ),
+        ("data", DataOptions(pack=(x for x in ())), "data.pack=<generator object"),
+        ("model", ModelOptions(path="a\0b"), "model.path=a\0b: has a character that no path can"),
+        ("data", DataOptions("\ud800"), "data.train_path=\ud800: has a character that no path can"),
+        ("train", TrainOptions("~none_/x"), "train.output_dir=~none_/x: there is no user 'none_'"),
     ],
 )
 def test_wrong_type_from_python(section, values, expected):

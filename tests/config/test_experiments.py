@@ -1,5 +1,6 @@
 """The experiments' table and the files of configs/; config files that are broken."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -129,4 +130,26 @@ def test_missing_config_files(tmp_path):
     assert message_of(load_config, tmp_path / "no/b.py").endswith(
         f"there is no directory {tmp_path}/no"
     )
-    assert "is a directory" in message_of(load_config, tmp_path)
+    assert "a directory, not a file" in message_of(load_config, tmp_path)
+    os.mkfifo(tmp_path / "fifo")
+    assert "a FIFO or device, not a file" in message_of(load_config, tmp_path / "fifo")
+    (tmp_path / "latin").write_bytes("# ä".encode("latin-1"))
+    assert message_of(load_config, tmp_path / "latin").endswith("save it as UTF-8")
+    assert "no user 'nobody_'" in message_of(load_config, "~nobody_/a.py")
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("raise BaseException('x')", ":2: BaseException: x"),
+        ("raise SystemExit(0)", ":2: SystemExit: 0"),
+        ("raise KeyboardInterrupt", ":2: KeyboardInterrupt"),
+        ("raise ValueError('a\\nb' * 10**6)", ":2: ValueError: a ba ba b"),
+        ("class E(Exception): __str__ = None\n    raise E", ":3: E: <E>"),
+        ("get_config()", ":2: RecursionError: maximum recursion depth exceeded"),
+        ("yield 1", ": get_config() returned a generator; it must return a "),
+        ("import dataclasses; return dataclasses", ": get_config() returned a module; it must"),
+    ],
+)
+def test_config_files_that_misbehave(tmp_path, body, expected):
+    assert config_error(tmp_path, f"def get_config():\n    {body}\n").startswith(expected)
