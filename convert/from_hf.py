@@ -1,13 +1,13 @@
 """Converts a Hugging Face OLMoE checkpoint to the layout that this project trains in."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from olmoe_jax.checkpoints import directory
 from olmoe_jax.checkpoints.huggingface import HFCheckpoint, write_config
 from olmoe_jax.checkpoints.orbax import write_weights
 from olmoe_jax.checkpoints.source import MODEL_DIRECTORY
 from olmoe_jax.errors import ArgumentParser, run_command
+from olmoe_jax.files import expand, user_path
 
 EXAMPLE = """example:
   python -m convert.from_hf --model allenai/OLMoE-1B-7B-0125 --output olmoe_1b_7b
@@ -24,11 +24,12 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--model",
         required=True,
+        type=expand,
         metavar="DIR_OR_HUB_ID",
         help="Hugging Face checkpoint, with one tensor per expert or fused ones",
     )
     parser.add_argument(
-        "--output", required=True, type=Path, metavar="DIR", help="directory to make"
+        "--output", required=True, type=user_path, metavar="DIR", help="directory to make"
     )
     args = parser.parse_args(arguments)
     checkpoint = HFCheckpoint(directory.resolve(args.model))

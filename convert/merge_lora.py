@@ -1,7 +1,6 @@
 """Merges a PEFT LoRA adapter, or an ESFT run's trained tensors, into the base model."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from olmoe_jax.checkpoints import directory
 from olmoe_jax.checkpoints.export import export_hf
@@ -11,6 +10,7 @@ from olmoe_jax.checkpoints.opening import open_source
 from olmoe_jax.checkpoints.overrides import WEIGHTS_FILE, OverriddenSource
 from olmoe_jax.checkpoints.source import Source
 from olmoe_jax.errors import ArgumentParser, run_command
+from olmoe_jax.files import expand, user_path
 
 EXAMPLE = """example:
   python -m convert.merge_lora --model allenai/OLMoE-1B-7B-0125 \\
@@ -30,16 +30,21 @@ def main(arguments: Sequence[str]) -> None:
         prog="python -m convert.merge_lora", description=__doc__, epilog=EXAMPLE
     )
     parser.add_argument(
-        "--model", required=True, metavar="DIR_OR_HUB_ID", help="the base that the adapter changes"
+        "--model",
+        required=True,
+        type=expand,
+        metavar="DIR_OR_HUB_ID",
+        help="the base that the adapter changes",
     )
     parser.add_argument(
         "--adapter",
         required=True,
+        type=expand,
         metavar="DIR",
         help="a PEFT adapter, a LoRA run that has ended, or an ESFT run's trained tensors",
     )
     parser.add_argument(
-        "--output", required=True, type=Path, metavar="DIR", help="directory to make"
+        "--output", required=True, type=user_path, metavar="DIR", help="directory to make"
     )
     parser.add_argument(
         "--dtype", choices=sorted(DTYPES), help="dtype of the weights (default: the base's)"

@@ -15,7 +15,8 @@ from olmoe_jax.checkpoints.opening import open_source
 from olmoe_jax.checkpoints.peft import read_adapter, to_peft
 from olmoe_jax.config import MethodOptions
 from olmoe_jax.config.methods import METHODS
-from olmoe_jax.errors import ArgumentParser, UserError, run_command
+from olmoe_jax.errors import ArgumentParser, UserError, run_command, whole_number
+from olmoe_jax.files import expand, user_path
 from olmoe_jax.methods import Base, implementation
 from olmoe_jax.methods.expert_tuning import ExpertTuning
 from olmoe_jax.methods.lora import Lora
@@ -45,31 +46,35 @@ grad_norm, lr [updates] and param.NAME after the last update.
 def main(arguments: Sequence[str]) -> None:
     """The command line."""
     parser = ArgumentParser(prog="python -m convert.parity", description=__doc__, epilog=EXAMPLE)
-    parser.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID")
-    parser.add_argument("--batch", required=True, type=Path, metavar="FILE")
+    parser.add_argument("--model", required=True, type=expand, metavar="DIR_OR_HUB_ID")
+    parser.add_argument("--batch", required=True, type=user_path, metavar="FILE")
     parser.add_argument("--method", required=True, choices=FULL)
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE")
-    parser.add_argument("--adapter", type=Path, metavar="PEFT_DIR", help="train this LoRA adapter")
+    parser.add_argument("--output", required=True, type=user_path, metavar="FILE")
+    parser.add_argument(
+        "--adapter", type=user_path, metavar="PEFT_DIR", help="train this LoRA adapter"
+    )
     parser.add_argument("--router", choices=["frozen", "trained"], help="with --adapter")
     parser.add_argument(
-        "--experts", type=Path, metavar="JSON", help="ESFT: train what this expert config names"
+        "--experts",
+        type=user_path,
+        metavar="JSON",
+        help="ESFT: train what this expert config names",
     )
-    parser.add_argument("--optimizer_steps", type=int, metavar="N", help="train N updates instead")
+    parser.add_argument(
+        "--optimizer_steps", type=whole_number(1), metavar="N", help="train N updates instead"
+    )
     parser.add_argument("--learning_rate", type=float, default=1e-6)
     parser.add_argument("--weight_decay", type=float, default=0.0)
-    parser.add_argument("--warmup_steps", type=int, default=0)
+    parser.add_argument("--warmup_steps", type=whole_number(0), default=0)
     args = parser.parse_args(arguments)
-    with jax.default_matmul_precision("highest"):
-        tensors = compute(args)
-    directory.write_file_atomically(args.output, lambda f: safetensors_file.save(f, tensors))
+    with directory.new_file(args.output) as partial, jax.default_matmul_precision("highest"):
+        safetensors_file.save(partial, compute(args))
 
 
 def compute(args: argparse.Namespace) -> dict[str, np.ndarray]:
     """Everything that the command writes, by name."""
     source = open_source(args.model)
     config = source.config
-    if args.optimizer_steps is not None and args.optimizer_steps < 1:
-        raise UserError(f"--optimizer_steps {args.optimizer_steps}: write 1 or more")
     dimensions = 2 if args.optimizer_steps is None else 4
     arrays = _read_batch(args.batch, dimensions, config.vocab_size)
     parameters = load_parameters(source, make_mesh(devices=jax.devices()[:1]))

@@ -7,7 +7,8 @@ from pathlib import Path
 from olmoe_jax.checkpoints.export import export_adapter, export_hf
 from olmoe_jax.checkpoints.huggingface import DTYPES
 from olmoe_jax.checkpoints.opening import RunCheckpoint, open_source
-from olmoe_jax.errors import ArgumentParser, UserError, run_command
+from olmoe_jax.errors import ArgumentParser, UserError, run_command, whole_number
+from olmoe_jax.files import expand, user_path
 from olmoe_jax.training.best import best_step
 
 EXAMPLE = """example:
@@ -28,11 +29,12 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--checkpoint",
         required=True,
+        type=expand,
         metavar="DIR",
         help="a run's train.output_dir, convert.from_hf's output, or a Hugging Face checkpoint",
     )
     parser.add_argument(
-        "--output", required=True, type=Path, metavar="DIR", help="directory to make"
+        "--output", required=True, type=user_path, metavar="DIR", help="directory to make"
     )
     parser.add_argument(
         "--adapter",
@@ -70,12 +72,12 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _step(text: str) -> int | str:
-    return BEST if text == BEST else int(text)
+    return BEST if text == BEST else whole_number(0)(text)
 
 
 def parse_size(text: str) -> int:
     """Returns the bytes of a size such as 5GB, 500MB or 1000000."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?B?)", text.strip().upper())
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([KMG]?B?)", text.strip().upper())
     if not match or float(match[1]) <= 0:
         raise UserError(f"--max_shard_size={text}: write a size such as 5GB or 500MB")
     unit = match[2] if match[2] in _UNITS else match[2].rstrip("B") + "B"

@@ -90,9 +90,8 @@ def evaluate(
         for text in [outputs[index, sample]]
     ]
     scores = task.score(predictions, tools)
-    directory.write_file_atomically(
-        path / ROWS, lambda file: _write_rows(file, predictions, scores)
-    )
+    with directory.new_file(path / ROWS) as partial:
+        _write_rows(partial, predictions, scores)
     result = {
         "model": read_json(dict[str, Any], output / MODEL),
         "settings": dict(settings),

@@ -21,8 +21,6 @@ def open_output(path: Path, file: str, asked: Mapping[str, Any], free: Sequence[
     Raises:
       UserError: a value differs (named), or the directory is of something else.
     """
-    if path.exists() and not path.is_dir():
-        raise UserError(f"--output {path}: is a file; write a directory")
     if (path / file).exists():
         kept = read_json(dict[str, Any], path / file)
         for name, value in asked.items():
@@ -36,8 +34,5 @@ def open_output(path: Path, file: str, asked: Mapping[str, Any], free: Sequence[
         raise UserError(
             f"--output {path}: holds other files and no {file}; write an empty or new directory"
         )
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        directory.write_json(path / file, dict(asked))
-    except OSError as error:
-        raise UserError(f"--output {path}: cannot write there ({error.strerror})") from None
+    path.mkdir(parents=True, exist_ok=True)
+    directory.write_json(path / file, dict(asked))

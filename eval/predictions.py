@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from olmoe_jax.errors import UserError
+from olmoe_jax.files import os_errors
 
 
 class PredictionFile:
@@ -43,8 +44,6 @@ class PredictionFile:
                 f"{self._path}: another evaluation is writing the file; wait for its end or write "
                 "another --output"
             ) from None
-        except OSError as error:
-            raise UserError(f"{self._path}: cannot write ({error.strerror})") from None
         self._cut_to_whole_batches()
         return self
 
@@ -54,9 +53,10 @@ class PredictionFile:
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
         """Writes the next batch, which is on disk on return."""
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        self._file.write(text.encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with os_errors(self._path, "write"):
+            self._file.write(text.encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self.rows += rows
         self.batches += 1
 

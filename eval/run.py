@@ -5,7 +5,6 @@ import functools
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.backends import BACKENDS, DTYPES, check_backend, open_backend
@@ -14,7 +13,9 @@ from eval.outputs import open_output
 from eval.tasks import TASKS, tasks_of
 from eval.tasks.judged import JudgedTask
 from eval.tasks.task import RunPrograms, Task, Tools, read_examples
-from olmoe_jax.errors import ArgumentParser, UserError, run_command
+from olmoe_jax.checkpoints import directory
+from olmoe_jax.errors import SEED, ArgumentParser, UserError, run_command, whole_number
+from olmoe_jax.files import expand, user_path
 from olmoe_jax.parallel.cpu import restart_with_huge_pages, use_all_cores
 
 if TYPE_CHECKING:
@@ -34,9 +35,9 @@ The same command continues an evaluation that was interrupted.
 def main(arguments: Sequence[str]) -> None:
     """Runs the command line."""
     args = parser().parse_args(arguments)
+    directory.check_writable(args.output)
     tasks = tasks_of(args.tasks)
     decoding = _decoding(args)
-    _check_positive(args, "limit", "judge_workers")
     tools = Tools(run_programs=_sandbox(args, tasks))
     examples = {task.name: read_examples(task, args.data)[: args.limit] for task in tasks}
     check_backend(args.backend, args.model, args.adapter)
@@ -74,29 +75,38 @@ def parser() -> ArgumentParser:
     add(
         "--model",
         required=True,
+        type=expand,
         metavar="DIR_OR_HUB_ID",
         help="a Hugging Face checkpoint, a training run or a converted checkpoint",
     )
     add(
         "--adapter",
+        type=expand,
         metavar="DIR",
         help="a PEFT adapter of that model, or the LoRA run that made the adapter",
     )
     add("--tasks", required=True, metavar="NAMES", help=f"some of {','.join(TASKS)}")
-    add("--output", required=True, type=Path, metavar="DIR")
+    add("--output", required=True, type=user_path, metavar="DIR")
     add("--backend", choices=BACKENDS, default="jax")
-    add("--data", metavar="DIR", help="local data files (docs/evaluation.md); default: the hub")
-    add("--limit", type=int, metavar="N", help="only the first N rows of each task")
+    add(
+        "--data",
+        type=expand,
+        metavar="DIR",
+        help="local data files (docs/evaluation.md); default: the hub",
+    )
+    add("--limit", type=whole_number(1), metavar="N", help="only the first N rows of each task")
     add("--compute_dtype", choices=DTYPES, default="float32")
-    add("--batch_size", type=int, default=16, metavar="N", help="prompts decoded together")
-    add("--max_new_tokens", type=int, metavar="N", help="default: each task's own")
+    add("--batch_size", type=whole_number(1), default=16, metavar="N", help="prompts together (16)")
+    add("--max_new_tokens", type=whole_number(1), metavar="N", help="default: each task's own")
     code = result.add_argument_group("humaneval and mbpp")
     code.add_argument(
         "--allow_code_execution", action="store_true", help="run what the model wrote, in a sandbox"
     )
-    code.add_argument("--samples", type=int, default=1, metavar="N", help="for pass@k, k <= N")
+    code.add_argument(
+        "--samples", type=whole_number(1, 10_000), default=1, metavar="N", help="for pass@k, k <= N"
+    )
     code.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: greedy")
-    code.add_argument("--seed", type=int, default=0, help="of the samples")
+    code.add_argument("--seed", type=SEED, default=0, help="of the samples")
     judge = result.add_argument_group(
         "judge of law, summary and translation", "JUDGE_API_KEY holds the key"
     )
@@ -107,7 +117,7 @@ def parser() -> ArgumentParser:
         help="an OpenAI-compatible server, up to /v1; default: $JUDGE_BASE_URL",
     )
     judge.add_argument(
-        "--judge_workers", type=int, default=8, metavar="N", help="requests at once (8)"
+        "--judge_workers", type=whole_number(1), default=8, metavar="N", help="requests at once (8)"
     )
     return result
 
@@ -126,16 +136,8 @@ def _model(args: argparse.Namespace) -> dict[str, str | None]:
     }
 
 
-def _check_positive(args: argparse.Namespace, *names: str) -> None:
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name}={value}: must be 1 or more")
-
-
 def _decoding(args: argparse.Namespace) -> Decoding:
-    _check_positive(args, "batch_size", "max_new_tokens", "samples")
-    if not 0 <= args.temperature < float("inf"):
+    if args.temperature < 0:
         raise UserError(f"--temperature={args.temperature}: must be 0 or more")
     if args.samples > 1 and args.temperature == 0:
         raise UserError(

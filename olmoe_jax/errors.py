@@ -75,6 +75,10 @@ def whole_number(lowest: int, highest: int = _INT64) -> Callable[[str], int]:
     return parse
 
 
+SEED = whole_number(0, 2**32 - 1)
+"""The type of a flag whose value seeds random numbers; jax and numpy take 32 bits."""
+
+
 def _finite_number(text: str) -> float:
     with contextlib.suppress(ValueError):
         if math.isfinite(float(text)):

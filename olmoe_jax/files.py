@@ -90,10 +90,10 @@ def read_bytes(file: Path, limit: int = SIZE_LIMIT) -> bytes:
         `limit` bytes, or cannot be read.
     """
     with os_errors(file, "read"), open_regular(file) as stream:
-        content = stream.read(limit + 1)
-    if len(content) > limit:
-        raise UserError(f"{file}: larger than {limit >> 20} MiB, which no such file is; check it")
-    return content
+        # Not read(limit + 1), which takes memory for `limit` bytes.
+        if os.fstat(stream.fileno()).st_size <= limit:
+            return stream.read()
+    raise UserError(f"{file}: larger than {limit >> 20} MiB, which no such file is; check it")
 
 
 @contextlib.contextmanager

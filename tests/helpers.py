@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from olmoe_jax.errors import UserError
+from olmoe_jax.errors import UserError, outcome
 from olmoe_jax.model.config import ModelConfig
 
 ROOT = Path(__file__).parents[1]
@@ -181,8 +181,10 @@ def run_module(*arguments, timeout: float = 300) -> tuple[int, str, str]:
 
 def message_of(function, *arguments) -> str:
     """The line that a function complains with."""
-    with pytest.raises(UserError) as caught:
+    with pytest.raises((UserError, OSError)) as caught:
         function(*arguments)
+    if isinstance(caught.value, OSError):
+        return outcome(caught.value)[1].removeprefix("error: ")
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

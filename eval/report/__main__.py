@@ -7,7 +7,8 @@ from eval.report.contents import report
 from eval.report.document import Pictures, to_html, to_markdown
 from eval.report.inputs import read_inputs
 from olmoe_jax.checkpoints import directory
-from olmoe_jax.errors import ArgumentParser, UserError, run_command
+from olmoe_jax.errors import ArgumentParser, run_command, whole_number
+from olmoe_jax.files import user_path
 
 MARKDOWN, HTML = "report.md", "report.html"
 EXAMPLE = """example:
@@ -24,20 +25,18 @@ def main(arguments: Sequence[str]) -> None:
     """Runs the command line."""
     parser = ArgumentParser(prog="python -m eval.report", description=__doc__, epilog=EXAMPLE)
     parser.add_argument("runs", nargs="+", metavar="RUNS", help="DIR or NAME=DIR")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--output", required=True, type=user_path, metavar="DIR")
     parser.add_argument(
-        "--samples", type=int, default=3, metavar="N", help="rows of each task to show (3)"
+        "--samples",
+        type=whole_number(0),
+        default=3,
+        metavar="N",
+        help="rows of each task to show (3)",
     )
     args = parser.parse_args(arguments)
-    if args.samples < 0:
-        raise UserError(f"--samples={args.samples}: must be 0 or more")
+    directory.check_writable(args.output)
     blocks = report(read_inputs(args.runs), args.samples)
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"--output {args.output}: cannot write there ({error.strerror}); write a directory"
-        ) from None
+    args.output.mkdir(parents=True, exist_ok=True)
     for block in blocks:
         for picture in block.pictures if isinstance(block, Pictures) else ():
             _write(args.output / picture.name, picture.content)
@@ -47,7 +46,8 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _write(file: Path, content: bytes) -> None:
-    directory.write_file_atomically(file, lambda partial: partial.write_bytes(content))
+    with directory.new_file(file) as partial:
+        partial.write_bytes(content)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ model. The row is then that run's method. The base model of a run is "base"; any
 name of the evaluation's directory. NAME=DIR names a row.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from eval.report.harness import harness_directories, read_harness
 from eval.report.results import Evaluation, Result, is_evaluation, read_evaluation
 from olmoe_jax.config import ModelOptions
 from olmoe_jax.errors import UserError
-from olmoe_jax.files import read_json
+from olmoe_jax.files import expand, read_json
 from olmoe_jax.training.run_directory import CONFIG, METRICS, read_metrics
 
 BASE = "base"
@@ -160,11 +161,12 @@ def data_name(train_path: str) -> str:
 def _split(argument: str) -> tuple[str | None, Path]:
     """Returns name and directory of NAME=DIR or DIR."""
     name, equals, path = argument.partition("=")
-    if Path(argument).exists() or not equals:
+    if os.path.exists(argument) or not equals:
         name, path = "", argument
     elif not name:
         raise UserError(f"{argument}: the name before = is empty; write NAME=DIR, or DIR alone")
-    if not Path(path).is_dir():
+    path = expand(path)
+    if not os.path.isdir(path):
         raise UserError(
             f"{path}: no such directory; write one that eval.run or train.py wrote, or NAME=DIR"
         )

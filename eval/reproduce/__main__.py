@@ -19,6 +19,7 @@ from eval.reproduce.runner import Runner
 from eval.run import parser as eval_parser
 from olmoe_jax.config import ModelOptions
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
+from olmoe_jax.files import expand, user_path
 
 ASKED = "reproduce.json"
 _OWN_FLAGS = ("model", "tasks", "output", "data")
@@ -78,13 +79,18 @@ def parser() -> ArgumentParser:
     """Returns the parser of this command's own flags."""
     result = ArgumentParser(prog="python -m eval.reproduce", description=__doc__, epilog=EXAMPLE)
     add = result.add_argument
-    add("--output", required=True, type=Path, metavar="DIR")
+    add("--output", required=True, type=user_path, metavar="DIR")
     add("--methods", metavar="NAMES", help=f"some of {','.join(METHODS)}; default: all")
     add("--datasets", metavar="NAMES", help=f"some of {','.join(DATASETS)}; default: all")
-    add("--model", metavar="DIR_OR_HUB_ID", help=f"to start from; default: {ModelOptions().path}")
+    add(
+        "--model",
+        type=expand,
+        metavar="DIR_OR_HUB_ID",
+        help=f"to start from; default: {ModelOptions().path}",
+    )
     add(
         "--data",
-        type=Path,
+        type=user_path,
         metavar="DIR",
         help="local data files (docs/reproduce.md); default: the hub",
     )

@@ -1,10 +1,12 @@
 """Directories of checkpoints: finding one, its small files, and writing one in one piece."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,36 +75,75 @@ def new_directory(output: str | Path) -> Iterator[Path]:
       The directory to write into, under another name until then. An error removes it.
 
     Raises:
-      UserError: something is there already, or the disk is full.
+      UserError: something is there already.
+      OSError: the directory cannot be made, before the block, or written.
     """
     output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if os.path.lexists(output) and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: exists already; write another --output or remove it")
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    partial = _partial(output)
+    missing = [parent for parent in partial.parents if not parent.exists()]
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        if output.exists():
-            output.rmdir()
-        partial.rename(output)
-    except OSError as error:
-        raise UserError(f"{output}: cannot write ({error.strerror or error})") from None
+        with _named(output, partial):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            yield partial
+            if output.exists():
+                output.rmdir()
+            partial.rename(output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for parent in missing:
+            with contextlib.suppress(OSError):  # there is no error: the parent holds the output
+                parent.rmdir()
 
 
-def write_file_atomically(file: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` with a temporary path beside `file`, then renames it to `file`.
+@contextlib.contextmanager
+def new_file(file: Path) -> Iterator[Path]:
+    """Makes a file that appears under its name when the block ends without an error.
+
+    Yields:
+      The file to write, under another name until then. An error removes it.
 
     Raises:
-      UserError: the file cannot be written.
+      OSError: the file cannot be made, before the block, or written.
     """
-    partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
+    partial = _partial(file)
+    with _named(file, partial):
+        if file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
+        partial.touch()
+        try:
+            yield partial
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def check_writable(output: Path) -> None:
+    """Raises the OSError that making the directory `output` would raise. Leaves nothing behind."""
+    existing = output
+    while not os.path.lexists(existing):
+        existing = existing.parent
+    with (
+        _named(output, existing),
+        tempfile.TemporaryDirectory(prefix=".olmoe_jax-", dir=existing) as probe,
+    ):
+        (Path(probe) / output.relative_to(existing)).mkdir(parents=True, exist_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    """Returns the name, beside `path`, under which it is written."""
+    path = path.absolute()
+    return path.with_name(f".{path.name}.partial-{os.getpid()}")
+
+
+@contextlib.contextmanager
+def _named(path: Path, partial: Path) -> Iterator[None]:
+    """Gives an OSError that names no file, or one of `partial`, the name that the user knows."""
     try:
-        write(partial)
-        partial.replace(file)
+        yield
     except OSError as error:
-        raise UserError(f"{file}: cannot write ({error.strerror or error})") from None
-    finally:
-        partial.unlink(missing_ok=True)
+        if error.filename is None or str(error.filename).startswith(str(partial)):
+            error.filename = str(path)
+        raise

@@ -1,6 +1,5 @@
 """The command `python -m olmoe_jax.data preview`, which shows a data file as the model sees it."""
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -12,7 +11,8 @@ from olmoe_jax.data.formats import TokenizedExample, encode_batch
 from olmoe_jax.data.reading import read_rows
 from olmoe_jax.data.tokenized import format_row_of
 from olmoe_jax.data.tokenizer import load_tokenizer
-from olmoe_jax.errors import ArgumentParser, printable, run_command, unescaped
+from olmoe_jax.errors import ArgumentParser, printable, run_command, unescaped, whole_number
+from olmoe_jax.files import expand
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,22 +59,17 @@ def _parser() -> ArgumentParser:
     preview.add_argument(
         "--data",
         required=True,
+        type=expand,
         metavar="FILE_OR_HUB_ID",
         help=".jsonl, .json or .parquet file, or owner/name, or owner/name:file.jsonl",
     )
-    preview.add_argument("--tokenizer", required=True, metavar="DIR_OR_HUB_ID")
-    preview.add_argument("--max_seq_length", required=True, type=_positive, metavar="N")
-    preview.add_argument("--rows", type=_positive, default=5, metavar="N", help="default: 5")
+    preview.add_argument("--tokenizer", required=True, type=expand, metavar="DIR_OR_HUB_ID")
+    preview.add_argument("--max_seq_length", required=True, type=whole_number(1), metavar="N")
+    preview.add_argument("--rows", type=whole_number(1), default=5, metavar="N", help="default: 5")
     preview.add_argument(
         "--json", action="store_true", help="one JSON line a row: kept, input_ids, labels"
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
 
 
 def _as_json(example: TokenizedExample) -> str:

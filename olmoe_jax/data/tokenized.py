@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from olmoe_jax.data.formats import (
 )
 from olmoe_jax.data.reading import content_digest, read_rows, row_location
 from olmoe_jax.errors import UserError
+from olmoe_jax.files import user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -125,7 +125,7 @@ def tokenize_dataset(
         "rules": RULES_VERSION,
     }
     root = os.environ.get("OLMOE_JAX_CACHE") or "~/.cache/olmoe_jax"
-    directory = Path(root).expanduser() / "tokenized" / _hash([_CACHE_VERSION, origin])
+    directory = user_path(root) / "tokenized" / _hash([_CACHE_VERSION, origin])
     cached = load_arrays(directory)
     if cached is None:
         arrays, info = _tokenize(path, read_rows(path, split), tokenizer, max_seq_length)

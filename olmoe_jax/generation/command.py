@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from olmoe_jax.errors import ArgumentParser, UserError, data_output
+from olmoe_jax.errors import SEED, ArgumentParser, UserError, data_output, whole_number
+from olmoe_jax.files import expand
 
 EPILOG = """examples:
   python -m olmoe_jax.generate --model runs/quickstart/hf --prompt "Question: 2 + 3?
@@ -70,22 +71,24 @@ def parser() -> ArgumentParser:
     add(
         "--model",
         required=True,
+        type=expand,
         metavar="DIR_OR_HUB_ID",
         help="a Hugging Face checkpoint, a training run or a converted checkpoint",
     )
     add(
         "--adapter",
+        type=expand,
         metavar="DIR",
         help="a PEFT adapter of this model, or the LoRA run that made it",
     )
     add("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
-    add("--prompts", metavar="FILE", help="a prompt per line; -: standard input")
-    add("--max_new_tokens", type=int, default=256, metavar="N", help="default 256")
+    add("--prompts", type=expand, metavar="FILE", help="a prompt per line; -: standard input")
+    add("--max_new_tokens", type=whole_number(1), default=256, metavar="N", help="default 256")
     add("--temperature", type=float, default=0.0, metavar="T", help="0 (default): greedy")
     add("--top_p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens only")
     add("--stop", action="append", default=[], metavar="TEXT", help="ends a text; may be repeated")
-    add("--seed", type=int, default=0, metavar="N", help="seeds the draws")
-    add("--batch_size", type=int, default=16, metavar="N", help="prompts decoded together")
+    add("--seed", type=SEED, default=0, metavar="N", help="seeds the draws")
+    add("--batch_size", type=whole_number(1), default=16, metavar="N", help="prompts together (16)")
     add("--compute_dtype", choices=("float32", "bfloat16"), default="float32")
     return result
 

@@ -8,7 +8,8 @@ import numpy as np
 
 from olmoe_jax.checkpoints import directory
 from olmoe_jax.checkpoints.expert_config import ExpertConfig
-from olmoe_jax.errors import ArgumentParser, UserError
+from olmoe_jax.errors import SEED, ArgumentParser, whole_number
+from olmoe_jax.files import expand, user_path
 from olmoe_jax.methods.selection import FUNCTIONS, check_top_p, read_scores, select, write_scores
 
 EXAMPLE = """examples:
@@ -25,19 +26,21 @@ def main(arguments: Sequence[str]) -> None:
     parser = ArgumentParser(prog="python -m olmoe_jax.esft", description=__doc__, epilog=EXAMPLE)
     commands = parser.add_subparsers(dest="command", required=True)
     score = commands.add_parser("score", help="score the experts on data")
-    score.add_argument("--model", required=True, metavar="DIR_OR_HUB_ID")
-    score.add_argument("--data", required=True, metavar="FILE_OR_HUB_ID")
-    score.add_argument("--output", required=True, type=Path, metavar="DIR")
-    score.add_argument("--tokenizer", metavar="DIR_OR_HUB_ID", help="default: the model's")
-    score.add_argument("--max_tokens", type=int, default=300_000, metavar="N")
-    score.add_argument("--max_seq_length", type=int, default=4096, metavar="N")
+    score.add_argument("--model", required=True, type=expand, metavar="DIR_OR_HUB_ID")
+    score.add_argument("--data", required=True, type=expand, metavar="FILE_OR_HUB_ID")
+    score.add_argument("--output", required=True, type=user_path, metavar="DIR")
+    score.add_argument(
+        "--tokenizer", type=expand, metavar="DIR_OR_HUB_ID", help="default: the model's"
+    )
+    score.add_argument("--max_tokens", type=whole_number(1), default=300_000, metavar="N")
+    score.add_argument("--max_seq_length", type=whole_number(1), default=4096, metavar="N")
     score.add_argument("--compute_dtype", choices=["float32", "bfloat16"], default="float32")
-    score.add_argument("--seed", type=int, default=0, help="seeds the sample of examples")
+    score.add_argument("--seed", type=SEED, default=0, help="seeds the sample of examples")
     choose = commands.add_parser("select", help="write an expert config")
-    choose.add_argument("--scores", required=True, type=Path, metavar="JSON")
+    choose.add_argument("--scores", required=True, type=user_path, metavar="JSON")
     choose.add_argument("--function", required=True, choices=FUNCTIONS)
     choose.add_argument("--top_p", required=True, type=float, metavar="P")
-    choose.add_argument("--output", required=True, type=Path, metavar="JSON")
+    choose.add_argument("--output", required=True, type=user_path, metavar="JSON")
     choose.add_argument(
         "--normalization", choices=["within_layer", "across_layers"], default="within_layer"
     )
@@ -45,11 +48,17 @@ def main(arguments: Sequence[str]) -> None:
         "--non_expert_modules", action="store_true", help="train everything outside the experts too"
     )
     args = parser.parse_args(arguments)
-    run_score(args) if args.command == "score" else run_select(args)
+    if args.command == "score":
+        with directory.new_directory(args.output) as output:
+            said = run_score(args, output)
+    else:
+        with directory.new_file(args.output) as output:
+            said = run_select(args, output)
+    print(f"{said}; wrote {args.output}")
 
 
-def run_score(args: argparse.Namespace) -> None:
-    """Scores the experts; writes scores.json and scores.png."""
+def run_score(args: argparse.Namespace, output: Path) -> str:
+    """Scores the experts; writes scores.json and scores.png. Returns what to say."""
     import jax.numpy as jnp
 
     from olmoe_jax import data
@@ -60,51 +69,41 @@ def run_score(args: argparse.Namespace) -> None:
     from olmoe_jax.model.decoder import graph_of
     from olmoe_jax.parallel import sharding
 
-    for name in ("max_tokens", "max_seq_length"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name}={getattr(args, name)}: must be 1 or more")
     source = open_source(args.model)
     dtype = jnp.dtype(args.compute_dtype)
     tokenizer = data.load_tokenizer(args.tokenizer or str(source.files))
     dataset = data.tokenize_dataset(args.data, tokenizer, args.max_seq_length)
-    with directory.new_directory(args.output) as partial:
-        mesh = sharding.make_mesh()
-        scores, tokens = expert_scores(
-            graph_of(source.config, ModelSettings(compute_dtype=dtype)),
-            load_parameters(source, mesh, lambda name: dtype),
-            source.config,
-            mesh,
-            dataset,
-            max_tokens=args.max_tokens,
-            seed=args.seed,
-            layout={
-                "max_seq_length": args.max_seq_length,
-                "pack": True,
-                "rows_per_batch": mesh.size,
-                "pad_id": tokenizer.eos_token_id,
-                "process_index": 0,
-                "process_count": 1,
-            },
-        )
-        write_scores(scores, partial)
+    mesh = sharding.make_mesh()
+    scores, tokens = expert_scores(
+        graph_of(source.config, ModelSettings(compute_dtype=dtype)),
+        load_parameters(source, mesh, lambda name: dtype),
+        source.config,
+        mesh,
+        dataset,
+        max_tokens=args.max_tokens,
+        seed=args.seed,
+        layout={
+            "max_seq_length": args.max_seq_length,
+            "pack": True,
+            "rows_per_batch": mesh.size,
+            "pad_id": tokenizer.eos_token_id,
+            "process_index": 0,
+            "process_count": 1,
+        },
+    )
+    write_scores(scores, output)
     share = np.sort(scores["gate"], axis=1)[:, ::-1][:, : source.config.num_experts_per_token]
-    print(
+    return (
         f"scored {tokens:,} tokens; the {share.shape[1]} best of {source.config.num_experts} "
-        f"experts hold {share.sum(axis=1).mean():.0%} of a layer's gate score on average; "
-        f"wrote {args.output}/scores.json and scores.png"
+        f"experts hold {share.sum(axis=1).mean():.0%} of a layer's gate score on average"
     )
 
 
-def run_select(args: argparse.Namespace) -> None:
-    """Selects experts by their scores; writes the expert config."""
+def run_select(args: argparse.Namespace, output: Path) -> str:
+    """Selects experts by their scores; writes the expert config. Returns what to say."""
     check_top_p(args.top_p, "--top_p")
     chosen = select(read_scores(args.scores, args.function), args.top_p, args.normalization)
     chosen = ExpertConfig(chosen.experts, args.non_expert_modules)
-    directory.write_file_atomically(
-        args.output, lambda file: directory.write_json(file, chosen.to_json())
-    )
+    directory.write_json(output, chosen.to_json())
     counts = [len(ids) for ids in chosen.experts]
-    print(
-        f"selected {sum(counts)} experts, {min(counts)} to {max(counts)} a layer; "
-        f"wrote {args.output}"
-    )
+    return f"selected {sum(counts)} experts, {min(counts)} to {max(counts)} a layer"

@@ -1,11 +1,10 @@
 """The command `python -m olmoe_jax.plan`."""
 
-import argparse
 import json
 from collections.abc import Sequence
 
 from olmoe_jax.config.load import parse_config
-from olmoe_jax.errors import ArgumentParser, run_command
+from olmoe_jax.errors import ArgumentParser, run_command, whole_number
 from olmoe_jax.plan.devices import parse_topology, prepare_environment
 
 _EPILOG = """\
@@ -56,29 +55,18 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--rows_per_step",
-        type=_positive,
+        type=whole_number(1),
         metavar="N",
         help="rows of data.max_seq_length tokens in a step (default: one micro-batch)",
     )
     parser.add_argument(
         "--esft_experts",
-        type=_positive,
+        type=whole_number(1),
         metavar="N",
         help="tuned experts in each layer of an ESFT run without method.experts_path (default: 4)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
-
-
-def _positive(text: str) -> int:
-    """Returns the number that a flag gives. Raises argparse's error for anything below 1."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return value
 
 
 if __name__ == "__main__":

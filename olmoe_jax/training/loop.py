@@ -1,7 +1,6 @@
 """The run: steps, evaluations, checkpoints, reports, and at the end the export."""
 
 import dataclasses
-import errno
 import json
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 from olmoe_jax import data
 from olmoe_jax.checkpoints import opening
 from olmoe_jax.config import Config, first_difference, to_dict, validate
-from olmoe_jax.errors import UserError
+from olmoe_jax.errors import UserError, os_reason
 from olmoe_jax.methods import Preparation
 from olmoe_jax.model.flops import step_flops_per_token
 from olmoe_jax.parallel import distributed, sharding
@@ -84,7 +83,7 @@ def train(config: Config) -> TrainResult:
             if result.finished and distributed.is_writer():
                 finish(config, model.method, output, result.step)
     except OSError as error:
-        raise _cannot_write(Path(config.train.output_dir), error) from error
+        raise _refused(Path(config.train.output_dir), error) from error
     return result
 
 
@@ -110,13 +109,11 @@ def _check_same_everywhere(config: Config, datasets: Datasets) -> None:
             )
 
 
-def _cannot_write(output: Path, error: OSError) -> UserError:
+def _refused(output: Path, error: OSError) -> UserError:
     saved = opening.steps(output)
     kept = f"the checkpoint of step {saved[-1]} is intact" if saved else "no checkpoint yet"
-    reason = "no space left on the disk" if error.errno == errno.ENOSPC else error.strerror or error
     return UserError(
-        f"{output}: cannot write {error.filename or 'a file'} ({reason}); {kept}; free space, or "
-        "mend what is wrong, and run the same command again"
+        f"{error.filename or output}: {os_reason(error)}; {kept}; then run the same command again"
     )
 
 

@@ -60,18 +60,15 @@ FREE_FIELDS = {
 
 
 def check(config: Config) -> None:
-    """Refuses an output directory that this run must not write into. Writes nothing.
+    """Refuses an output directory that this run must not write into. Leaves nothing behind.
 
     Raises:
       UserError: the directory holds another run (the message names the first field that differs),
         or something else.
     """
     output = Path(config.train.output_dir)
-    if not output.exists():
-        return
-    if not output.is_dir():
-        raise UserError(f"train.output_dir={output}: is a file; write a directory")
-    if all(entry.name in UNFINISHED_START for entry in output.iterdir()):
+    directory.check_writable(output)
+    if not output.exists() or all(entry.name in UNFINISHED_START for entry in output.iterdir()):
         return
     stored = output / CONFIG
     if not stored.exists():
@@ -81,7 +78,7 @@ def check(config: Config) -> None:
     if config.train.resume == "restart":
         return
     difference = first_difference(
-        read_json(dict[str, Any], stored), to_dict(config), ignore=FREE_FIELDS
+        read_json(dict[str, dict[str, Any]], stored), to_dict(config), ignore=FREE_FIELDS
     )
     if difference:
         raise UserError(
@@ -117,22 +114,14 @@ def opened(config: Config, model_files: Path, tokenizer_files: Path) -> Iterator
 
 
 def _create(config: Config, output: Path, model_files: Path, tokenizer_files: Path) -> TextIO:
-    try:
+    lock = _locked(output)
+    if config.train.resume == "restart" and any(entry.name != LOCK for entry in output.iterdir()):
+        _set_aside(output)
         lock = _locked(output)
-        if config.train.resume == "restart" and any(
-            entry.name != LOCK for entry in output.iterdir()
-        ):
-            _set_aside(output)
-            lock = _locked(output)
-        # Until there is a checkpoint (be it a damaged one), nothing depends on the files of an
-        # earlier attempt.
-        if not any((output / CHECKPOINTS).glob("[0-9]*")):
-            _write_small_files(output, config, model_files, tokenizer_files)
-    except OSError as error:
-        raise UserError(
-            f"train.output_dir={output}: cannot write there ({error.strerror}); write a "
-            "directory with space, one that you may write to"
-        ) from error
+    # Until there is a checkpoint (be it a damaged one), nothing depends on the files of an earlier
+    # attempt.
+    if not any((output / CHECKPOINTS).glob("[0-9]*")):
+        _write_small_files(output, config, model_files, tokenizer_files)
     return lock
 
 

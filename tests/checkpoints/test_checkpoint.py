@@ -1,6 +1,9 @@
 """Opening checkpoints: both of Hugging Face's layouts read alike, messages name what is wrong."""
 
+import contextlib
+import errno
 import json
+import os
 import shutil
 
 import ml_dtypes
@@ -221,34 +224,71 @@ def test_new_directory(tmp_path):
 @pytest.mark.parametrize(
     ("error", "raised"),
     [
-        (OSError(28, "No space left on device"), UserError),
+        (OSError(28, "No space left on device"), OSError),
         (ValueError("a bug"), ValueError),
         (KeyboardInterrupt(), KeyboardInterrupt),
     ],
 )
 def test_new_directory_leaves_nothing_after_an_error(tmp_path, error, raised):
     def write():
-        with directory.new_directory(tmp_path / "output") as partial:
+        with directory.new_directory(tmp_path / "new" / "output") as partial:
             (partial / "file").write_text("x")
             raise error
 
-    with pytest.raises(raised, match="No space left" if raised is UserError else None):
+    with pytest.raises(raised, match="/new/output" if raised is OSError else None):
         write()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_write_file_atomically(tmp_path):
+def test_new_file(tmp_path):
     file = tmp_path / "out.safetensors"
-    directory.write_file_atomically(file, lambda path: path.write_text("old"))
+    with directory.new_file(file) as partial:
+        partial.write_text("old")
 
-    def fail(path):
-        path.write_text("half")
-        raise OSError(28, "No space left on device")
+    def fail():
+        with directory.new_file(file) as partial:
+            partial.write_text("half")
+            raise OSError(28, "No space left on device")
 
-    with pytest.raises(UserError, match=r"out\.safetensors: cannot write \(No space left"):
-        directory.write_file_atomically(file, fail)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/out\.safetensors'"):
+        fail()
     assert file.read_text() == "old"
     assert list(tmp_path.iterdir()) == [file]
+
+
+REFUSED = {
+    "a" * 300: errno.ENAMETOOLONG,
+    f"new/{'a' * 300}": errno.ENAMETOOLONG,
+    "file/new": errno.ENOTDIR,
+    "loop/new": errno.ELOOP,
+    "../../../../../../../../proc/new": errno.ENOENT,
+}
+"""What the operating system has against writing there."""
+
+
+@pytest.mark.parametrize("write", ["new_directory", "new_file", "check_writable"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refusal_comes_first_and_names_the_path(tmp_path, write, name):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    if name.startswith("new/") and write == "new_file":
+        (tmp_path / "new").mkdir()
+    with pytest.raises(OSError, match=os.strerror(REFUSED[name])) as caught:
+        contextlib.ExitStack().enter_context(getattr(directory, write)(tmp_path / name))
+    assert str(caught.value.filename) == str(tmp_path / name)
+    assert {p.name for p in tmp_path.iterdir()} <= {"file", "loop", "new"}
+    assert not (tmp_path / "new").exists() or write == "new_file"
+
+
+def test_new_file_over_a_directory(tmp_path):
+    with pytest.raises(IsADirectoryError), directory.new_file(tmp_path):
+        pytest.fail("a directory must not be replaced")
+
+
+def test_check_writable_leaves_nothing(tmp_path):
+    for name in (".", "new", "new/er"):
+        directory.check_writable(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("prefix", ["tuned", "selected"])

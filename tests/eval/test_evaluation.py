@@ -115,7 +115,7 @@ def test_other_settings_are_refused_by_name(tmp_path, data_dir):
     assert "fingerprint=f, now it is g" in message_of(open_output, tmp_path, MODEL, other)
     open_output(tmp_path, MODEL, {"model": "moved", "fingerprint": "f"}, free=["model"])
     assert "and no model.json" in message_of(open_output, tmp_path / "gsm", MODEL, other)
-    assert "is a file" in message_of(open_output, tmp_path / "model.json", MODEL, other)
+    assert "not a directory" in message_of(open_output, tmp_path / "model.json", MODEL, other)
 
 
 def test_fingerprint_is_the_content(tmp_path):
@@ -160,8 +160,11 @@ COMMON = ["--model", "nowhere", "--output", "out", "--tasks"]
     ("arguments", "expected"),
     [
         ([*COMMON, "gms"], "did you mean gsm?"),
-        ([*COMMON, "gsm", "--limit", "0"], "--limit=0: must be 1 or more"),
-        ([*COMMON, "gsm", "--batch_size", "0"], "--batch_size=0"),
+        (
+            [*COMMON, "gsm", "--limit", "0"],
+            "argument --limit: 0: expected a whole number, 1 or more",
+        ),
+        ([*COMMON, "gsm", "--batch_size", "0"], "--batch_size: 0: expected"),
         ([*COMMON, "gsm", "--temperature", "-1"], "--temperature=-1.0"),
         ([*COMMON, "gsm", "--samples", "3"], "add e.g. --temperature 0.8"),
         ([*COMMON, "gsm", "--backend", "tf"], "invalid choice: 'tf'"),

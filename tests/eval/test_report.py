@@ -323,8 +323,8 @@ def test_errors_are_one_line(tmp_path, runs):
     (twice / "gsm/result.json").write_text('{"metrics": {"exact_match": {"value": 1}}}')
     assert "damaged (KeyError" in message_of(read_inputs, [str(twice)])
     (tmp_path / "file").touch()
-    assert "cannot write there" in message_of(main, [*runs, "--output", str(tmp_path / "file")])
-    assert "must be 0 or more" in message_of(main, [*runs, "--output", "x", "--samples", "-1"])
+    assert "not a directory" in message_of(main, [*runs, "--output", str(tmp_path / "file")])
+    assert "number, 0 or more" in message_of(main, [*runs, "--output", "x", "--samples", "-1"])
 
 
 def test_names_of_data():

@@ -360,7 +360,7 @@ def test_a_read_only_output(sums, nursery, read_only, tmp_path, count):
     code, said = nursery.run(arguments(sums, read_only / "run"), tmp_path / "log")
     assert code == 2
     assert said.count("\n") == 1
-    assert f"error: train.output_dir={read_only / 'run'}: cannot write there" in said
+    assert f"error: {read_only / 'run'}: " in said
     count("read-only output", survived=1)
 
 
