@@ -36,8 +36,11 @@ _HINTS = {
 _MEMORY = "not enough memory; `python -m olmoe_jax.plan` says what a run needs and what needs less"
 
 
-class UserError(Exception):
-    """Bad usage or bad input. The message is one line and says what to do about it."""
+class UserError(argparse.ArgumentTypeError):
+    """Bad usage or bad input. The message is one line and says what to do about it.
+
+    The type of a flag may raise it: argparse then names the flag.
+    """
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -70,7 +73,7 @@ def whole_number(lowest: int, highest: int = _INT64) -> Callable[[str], int]:
                 return int(text)
         limits = f", {lowest} or more" if highest == _INT64 else f", {lowest} to {highest}"
         limits = limits if lowest > -_INT64 else ""
-        raise argparse.ArgumentTypeError(f"{shorten(text)}: expected a whole number{limits}")
+        raise UserError(f"{shorten(text)}: expected a whole number{limits}")
 
     return parse
 
@@ -83,7 +86,7 @@ def _finite_number(text: str) -> float:
     with contextlib.suppress(ValueError):
         if math.isfinite(float(text)):
             return float(text)
-    raise argparse.ArgumentTypeError(f"{shorten(text)}: expected a number")
+    raise UserError(f"{shorten(text)}: expected a number")
 
 
 def os_reason(error: OSError) -> str:

@@ -7,6 +7,7 @@ import pytest
 
 from olmoe_jax import errors
 from olmoe_jax.errors import ArgumentParser, UserError, outcome, run_command, whole_number
+from olmoe_jax.files import user_path
 
 
 def flags(*arguments: str, kind=int):
@@ -32,6 +33,11 @@ def test_numbers_of_flags(text, kind, expected):
     with pytest.raises(UserError) as caught:
         flags(f"--flag={text}", kind=kind)
     assert str(caught.value).startswith(expected)
+
+
+def test_paths_of_flags():
+    with pytest.raises(UserError, match="argument --flag: a path is empty: write a file or dir"):
+        flags("--flag=", kind=user_path)
 
 
 def test_good_numbers_of_flags():

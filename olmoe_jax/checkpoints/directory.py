@@ -108,10 +108,10 @@ def new_file(file: Path) -> Iterator[Path]:
     Raises:
       OSError: the file cannot be made, before the block, or written.
     """
+    if file.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
     partial = _partial(file)
     with _named(file, partial):
-        if file.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
         partial.touch()
         try:
             yield partial

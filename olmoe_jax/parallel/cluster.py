@@ -5,7 +5,6 @@ This module imports no jax: most runs are one process, and a command's --help mu
 """
 
 import re
-from argparse import ArgumentTypeError
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +124,7 @@ def _parse(name: str, text: str) -> str | int:
         return text
     try:
         return whole_number(_LOWEST[name])(text)
-    except ArgumentTypeError as error:
+    except UserError as error:
         raise UserError(f"{name}={error}") from None
 
 

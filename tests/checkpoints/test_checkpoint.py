@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -281,8 +282,9 @@ def test_a_refusal_comes_first_and_names_the_path(tmp_path, write, name):
 
 
 def test_new_file_over_a_directory(tmp_path):
-    with pytest.raises(IsADirectoryError), directory.new_file(tmp_path):
-        pytest.fail("a directory must not be replaced")
+    for path in (tmp_path, Path("/")):
+        with pytest.raises(IsADirectoryError), directory.new_file(path):
+            pytest.fail("a directory must not be replaced")
 
 
 def test_check_writable_leaves_nothing(tmp_path):
