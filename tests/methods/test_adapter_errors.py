@@ -288,7 +288,7 @@ def test_start_from_an_adapter_that_does_not_fit(run_files, base, tmp_path):
             {"method__lora_rank": 4, "method__lora_targets": ""},
             "method.lora_targets=: must be some of q,k,v,o,gate,up,down",
         ),
-        ({"method__lora_rank": 0}, "method.lora_rank=0: must be 1 or more"),
+        ({"method__lora_rank": 0}, "method.lora_rank=0: must be from 1 to 65536"),
         ({"method__lora_rank": 4, "method__lora_dropout": 1.0}, "method.lora_dropout=1.0: must be"),
         ({"method__name": "esft_gate", "method__esft_top_p": 1.1}, "method.esft_top_p=1.1: must"),
         ({"method__name": "esft_token", "method__esft_top_p": 0.0}, "method.esft_top_p=0.0: must"),
