@@ -21,6 +21,8 @@ from olmoe_jax.errors import UserError
 
 _ANSWER_TOKENS = 150
 """Tokens that a judge writes for a request, for the estimate."""
+_REASONS = 3
+"""Reasons of failed requests that are said, the most frequent first."""
 _BEGINNING = b'{"request": "'
 """The beginning of each line of the cache."""
 
@@ -115,8 +117,13 @@ class Judge:
         for name, count in (("unparsable", unparsable), ("unanswered", unanswered)):
             if count:
                 self._say(f"judge: {task}: {count} of {len(keys)} rows have no score: {name}")
-        for reason, count in Counter(failures.values()).most_common(3):
+        # In the order of the requests: which of them failed first is chance.
+        reasons = Counter(failures[key] for key in missing if key in failures)
+        for reason, count in reasons.most_common(_REASONS):
             self._say(f"judge: {task}: {count} requests failed: {reason}")
+        if len(reasons) > _REASONS:
+            others = sum(count for _, count in reasons.most_common()[_REASONS:])
+            self._say(f"judge: {task}: {others} requests failed for other reasons")
         if unanswered:
             self._say("judge: the same command sends the failed requests again")
         return scores, {

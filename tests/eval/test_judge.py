@@ -173,7 +173,10 @@ def test_every_row_is_scored_or_reported(tmp_path):
     assert counts["judge_unanswered"] == 4
     assert said[0].startswith(f"judge: law: 14 requests to judge-model at {server.url} (0 answered")
     assert any("2 of 16 rows have no score: unparsable" in line for line in said)
-    assert any("1 requests failed: 500" in line for line in said)
+    failed = [line.split("failed")[1] for line in said if "requests failed" in line]
+    reasons = [": no chat completion", ": 500 ", ": 400 ", " for other reasons"] * 2
+    assert all(map(str.startswith, failed, reasons))
+    assert len(failed) == len(reasons)
     written = "".join(file.read_text() for file in tmp_path.iterdir())
     assert KEY not in written + "".join(said)
     assert "wrong key ***?" in "".join(said)
