@@ -121,14 +121,14 @@ def predictions(*answers: str) -> list[Prediction]:
 
 
 def make_judge(server, path, said, **changes) -> Judge:
-    settings = {"key": KEY, "timeout": 0.5, "attempts": 4, "first_wait": 0.01} | changes
+    settings = {"key": KEY, "timeout": 1, "attempts": 4, "first_wait": 0.01} | changes
     settings = Server(server.url, "judge-model", **settings)
     return Judge(settings, path / "judge.jsonl", workers=8, say=said.append)
 
 
 FAULTS = {
     "fine": ["总分：7"],
-    "slow": [0.7, "总分：6"],
+    "slow": [1.3, "总分：6"],
     "busy": [429, 429, "总分：5"],
     "broken": [500, 503, "总分：4"],
     "no json": [b"<html>", "总分：3"],
@@ -209,7 +209,7 @@ HOSTILE = {
     "body drips": (goes_on(OK + b"Content-Length: 9999\r\n\r\n", b"[", 0.02), "within 2 s"),
     "chunks drip": (
         goes_on(OK + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n[\r\n", 0.02),
-        "2 s",
+        "within 2 s",
     ),
     "endless 100": (goes_on(b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 999), "within 2 s"),
     "100 drips": (goes_on(b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.02), "within 2 s"),
@@ -271,10 +271,14 @@ def test_a_hostile_server_wastes_no_time():
     def play(name, number):
         return "Total: 1" if name == "fine" else HOSTILE[name][0]
 
+    late = [name for name, (_, words) in HOSTILE.items() if words == "within 2 s"]
+    others = [name for name in HOSTILE if name not in late]
     with judge_server(play) as server:
         start = time.monotonic()
-        found = ask_all(server, [*HOSTILE, "fine"])
+        found = ask_all(server, late)
         assert time.monotonic() - start < 6
+        # These end without a deadline, which would come first on a busy machine.
+        found |= ask_all(server, [*others, "fine"], timeout=60)
     assert found.pop("fine") == Answer("Total: 1", 0, 0)
     for name, error in found.items():
         assert HOSTILE[name][1] in str(error), name
