@@ -166,7 +166,7 @@ def get_config():
 def _values(case: Path) -> dict[str, object]:
     """Returns {field: value} of a run in `case` with a checkpoint in its middle."""
     files = Files(case / "model", case / "tokenizer", case / "train.jsonl", case / "eval.jsonl")
-    changes = {"model__path": str(case / "base"), "train__save_every": 2}
+    changes = {"model__path": str(case / "base"), "train__checkpoint_every": 2}
     return files.values(case / "run", **(SHORT | changes))
 
 

@@ -114,7 +114,7 @@ def fuzz(server: Server, kind: Kind, directory: Path, base: Path, inputs) -> Non
     end = time.monotonic() + SECONDS
 
     def run(damage: Damage | None, change: tuple[int, str] | None) -> None:
-        if time.monotonic() > end:
+        if counts and time.monotonic() > end:
             return
         case, out = directory / "case", directory / "out"
         _remove(case), _remove(out)
@@ -145,6 +145,8 @@ def fuzz(server: Server, kind: Kind, directory: Path, base: Path, inputs) -> Non
                 _keep(case, f"{len(found)}", f"{arguments}\n{damage and damage.file}\n{answer}")
         _remove(scratch)
 
+    run(None, None)
+    assert counts == {"exit code 0": 1}, f"the good input: {counts} {found}"
     for seed in itertools.count(SEED):
         if time.monotonic() > end:
             break
