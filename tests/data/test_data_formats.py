@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,20 +40,18 @@ def test_the_rule_that_masks_a_prompt(prefix, tokens, before):
     assert tokens_before(prefix, tokens) == before
 
 
-@pytest.mark.parametrize(
-    ("merged", "trained"),
-    [
-        (None, "So." + EOS),
-        (":S", "o." + EOS),  # in the place of ":": only this token does not train
-        ("er:S", EOS),  # in the place of "e", "r" and ":": two more do not train
-    ],
-)
-def test_a_token_that_straddles_prompt_and_answer(merged, trained, tokenizer_dir):
+STRADDLING = json.loads(Path(__file__).with_name("straddling_tokens.json").read_text())
+"""Rows whose border between prompt and answer lies inside a token, and the text that trains."""
+
+
+@pytest.mark.parametrize("case", STRADDLING, ids=lambda case: case["case"])
+def test_a_token_that_straddles_prompt_and_answer(case, tokenizer_dir):
     tokenizer = load_tokenizer(str(tokenizer_dir))
-    tokenizer.add_tokens([merged] if merged else [])
-    row = {"question": "Why?", "answer": "So."}
-    assert trained_text(row, tokenizer) == ("Question: Why?\nAnswer:So." + EOS, trained)
-    assert encode(row, tokenizer).prompt_length == len("Question: Why?\nAnswer:")
+    tokenizer.add_tokens(case["merged"])
+    text, trained = trained_text(case["row"], tokenizer)
+    assert text == format_row(case["row"], EOS).text
+    assert trained == case["trained"]
+    assert encode(case["row"], tokenizer).prompt_length == case["prompt_tokens"]
 
 
 @pytest.mark.parametrize(
