@@ -25,7 +25,7 @@ from olmoe_jax.model.decoder import parameter_specs
 from olmoe_jax.model.flops import StepFlops, step_flops_per_token
 from olmoe_jax.plan.devices import KINDS
 from olmoe_jax.plan.known import OLMOE_1B_7B as MODEL
-from olmoe_jax.plan.planning import ESFT_EXPERTS
+from olmoe_jax.plan.planning import TUNED_EXPERTS
 from olmoe_jax.training.base_model import compute_settings
 
 H100 = KINDS["h100"]
@@ -83,9 +83,9 @@ def row(name: str, hours: list[float]) -> str:
 
 
 def step_flops(method: str, dataset: str) -> StepFlops:
-    """Returns a run's FLOPs per token; ESFT is assumed to tune ESFT_EXPERTS experts per layer."""
+    """Returns a run's FLOPs per token; ESFT is assumed to tune TUNED_EXPERTS experts per layer."""
     config = experiment(method, dataset)
-    chosen, _ = methods.build(config.method, MODEL).for_plan(ESFT_EXPERTS)
+    chosen, _ = methods.build(config.method, MODEL).for_plan(0, TUNED_EXPERTS)
     settings = chosen.model_settings(compute_settings(config))
     size = TRAINING[dataset]
     # Positions attend to half of their example on average.

@@ -1,4 +1,4 @@
-"""The agreement of cheaper router gradients with exact DenseMixer's, on held-out rows.
+"""The agreement of cheaper router gradients with full DenseMixer's, on held-out rows.
 
     python -m benchmarks.router_cosine --model RUN/hf --inputs DIRECTORY
 
@@ -24,7 +24,7 @@ from olmoe_jax.training.step import Trainer
 
 
 def router_cosines(model: Olmoe, batch: DeviceBatch) -> dict[str, float]:
-    """Returns the cosine of the router gradient of m experts with the exact one, by m.
+    """Returns the cosine of the router gradient of m experts with the full one, by m.
 
     m is K, 2K, 4K and E, where a token selects K of E experts; m = K is the conventional gradient.
     All layers' router weights together form one vector.
@@ -32,18 +32,18 @@ def router_cosines(model: Olmoe, batch: DeviceBatch) -> dict[str, float]:
     per_token, experts = model.config.num_experts_per_token, model.config.num_experts
     limits = sorted({min(per_token * factor, experts) for factor in (1, 2, 4)} | {experts})
     gradients = {limit: _router_gradient(model, batch, limit) for limit in limits}
-    exact = gradients[experts]
-    return {str(m): _cosine(gradient, exact) for m, gradient in gradients.items()}
+    full = gradients[experts]
+    return {str(m): _cosine(gradient, full) for m, gradient in gradients.items()}
 
 
 def precision_cosines(model: Olmoe, batch: DeviceBatch) -> dict[str, float]:
-    """Returns the cosine of the gradient in lower precision with the exact one, by dtype.
+    """Returns the cosine of the gradient in lower precision with the full one, by dtype.
 
     The dtypes are those of `method.router_gradient_dtype`.
     """
-    exact = _router_gradient(model, batch)
+    full = _router_gradient(model, batch)
     return {
-        dtype: _cosine(_router_gradient(model, batch, dtype=dtype), exact)
+        dtype: _cosine(_router_gradient(model, batch, dtype=dtype), full)
         for dtype in ("bfloat16", "float8_e4m3fn")
     }
 
@@ -60,7 +60,7 @@ def _router_gradient(
     router = {ROUTER: frozen.pop(ROUTER)}
     trainer = _trainer(
         model,
-        router_gradient="all",
+        dense_router_gradient=True,
         router_gradient_experts=limit,
         router_gradient_dtype=dtype,
     )

@@ -175,7 +175,7 @@ def build(args: argparse.Namespace, shape: Shape, mesh: Mesh) -> tuple[Program, 
         **{backend: getattr(args, backend) for backend in BACKENDS},
     )
     config = model_config_from_hf(shape.hf_config(), f"--shape={args.shape}")
-    chosen, _ = methods.build(method, config).for_plan(args.tuned_experts)
+    chosen, _ = methods.build(method, config).for_plan(0, args.tuned_experts)
     model = BaseModel(config, settings, chosen, None, None, None)
     options = Config(model=ModelOptions(init="random"), method=method)
     program = build_program(options, model, mesh, total_steps=1000)

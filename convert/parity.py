@@ -84,9 +84,9 @@ def compute(args: argparse.Namespace) -> dict[str, np.ndarray]:
         parameters |= adapter
         method = Lora(method, lora, router_trains=args.router == "trained")
     elif args.experts:
-        router_gradient, experts = method.router_gradient, read_expert_config(args.experts, config)
+        dense, experts = method.dense_router_gradient, read_expert_config(args.experts, config)
         method = ExpertTuning(method.options, config, experts)
-        method.router_gradient = router_gradient
+        method.trains_head, method.dense_router_gradient = True, dense
         parameters |= method.added_parameters(Base(None, parameters, lambda wanted: {}))
     settings = method.model_settings(ModelSettings())
     trained, frozen = split_trained(method.trains, parameters)
@@ -127,7 +127,7 @@ def _read_batch(file: Path, dimensions: int, vocab_size: int) -> dict[str, np.nd
 
 
 def padded_batch(input_ids, attention_mask, labels, micro_batches: int = 1) -> DeviceBatch:
-    """A right-padded micro-batch [R, S] as ours: the loss is the mean of micro-batches' means."""
+    """A right-padded micro-batch [B, S] as ours: the loss is the mean of micro-batches' means."""
     targets = np.concatenate([labels[:, 1:], np.full_like(labels[:, :1], IGNORED)], axis=1)
     counted = targets != IGNORED
     weights = counted / (max(1, counted.sum()) * micro_batches)

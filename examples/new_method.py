@@ -19,8 +19,6 @@ from olmoe_jax.methods import Method
 class AttentionOnly(Method):
     """Only the attention's weights train; gradient passes through the experts and the router."""
 
-    router_trains = False
-
     def trains(self, name: str) -> bool:
         return ".attention." in name
 

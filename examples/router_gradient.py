@@ -43,7 +43,7 @@ def main() -> tuple[jax.Array, jax.Array, jax.Array]:
         if densemixer:
             experts = ExpertWeights(Linear(gate), Linear(up), Linear(down))
             others = jnp.where(is_chosen, 0, p)
-            y += router_gradient(None, None, others, x, experts, None)
+            y += router_gradient(x, others, experts, None, None, None)
         return jnp.sum(g * y)
 
     return by_hand, jax.grad(loss)(router, True), jax.grad(loss)(router, False)

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 ROUTER_SETTINGS = {
     "conventional": {},
     "frozen": {"router_trains": False},
-    "densemixer": {"router_gradient": "all"},
+    "densemixer": {"dense_router_gradient": True},
 }
 """The fields of ModelSettings that say how a method's router learns."""
 RUN_ON_CPU = ("blocked", "ragged_dot")

@@ -20,13 +20,16 @@ class ExpertConfig:
     """The modules that ESFT trains.
 
     Attributes:
-      experts: experts[l] are the ids of the tuned experts of layer l (from 0), in any order;
-        `read_expert_config` sorts them.
+      experts: experts[l] are the ids of the tuned experts of layer l (from 0), sorted whatever
+        order was given. This is the order of every checkpoint's stack.
       non_expert_modules: whether all weights outside the experts train too.
     """
 
     experts: tuple[tuple[int, ...], ...]
     non_expert_modules: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "experts", tuple(tuple(sorted(ids)) for ids in self.experts))
 
     def to_json(self) -> dict[str, Any]:
         """Returns the content of the file."""
@@ -79,7 +82,7 @@ def read_expert_config(file: Path, config: ModelConfig) -> ExpertConfig:
                 f"{file}: layer {layer} has {ids}; write different ids from 0 to "
                 f"{config.num_experts - 1}"
             )
-        tuned.append(tuple(sorted(ids)))
+        tuned.append(tuple(ids))
     if not any(tuned):
         raise UserError(f"{file}: names no expert; write ids for at least one layer")
     return ExpertConfig(tuple(tuned), content.non_expert_modules)

@@ -50,7 +50,7 @@ METHODS = {
         ),
         MethodDeclaration(
             "conventional", "all weights; the router learns through each token's top-k experts",
-            "olmoe_jax.methods.full:Conventional", ADAPTERS,
+            "olmoe_jax.methods.method:Method", ADAPTERS,
         ),
         MethodDeclaration(
             "densemixer", "all weights; the router learns through all experts",

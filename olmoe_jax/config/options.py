@@ -116,8 +116,8 @@ class MethodOptions:
     router_gradient_experts: int | None = option(
         None,
         "densemixer, and esft_* with esft_densemixer: how many of the most probable experts get "
-        "their exact term of the router gradient, at least a token's top k; default: all experts, "
-        "which is exact DenseMixer",
+        "their router gradient, at least a token's top k; default: all experts, which is full "
+        "DenseMixer",
         at_least(1),
     )
     router_gradient_dtype: Literal["bfloat16", "float8_e4m3fn"] | None = option(

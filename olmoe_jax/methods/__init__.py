@@ -22,11 +22,11 @@ def build(options: MethodOptions, config: ModelConfig) -> Method:
     Raises:
       UserError: the options do not fit the model, or an expert config cannot be read.
     """
-    m, per_token = options.router_gradient_experts, config.num_experts_per_token
-    if m is not None and m < per_token:
+    m, num_chosen = options.router_gradient_experts, config.num_experts_per_token
+    if m is not None and m < num_chosen:
         raise UserError(
-            f"method.router_gradient_experts={m}: the model's tokens go to {per_token} experts "
-            f"each, whose gradient is always exact; write {per_token} (as conventional) or more"
+            f"method.router_gradient_experts={m}: a token goes to {num_chosen} experts, whose "
+            f"probabilities always get a gradient; write {num_chosen} (as conventional) or more"
         )
     method = implementation(options.name)(options, config)
     if (lora := LoraSettings.of_method(vars(options))) is not None:

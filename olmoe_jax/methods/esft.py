@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from olmoe_jax.checkpoints.expert_config import ExpertConfig, read_expert_config
 from olmoe_jax.checkpoints.loading import load_parameters, random_parameters
 from olmoe_jax.config import MethodOptions
+from olmoe_jax.errors import UserError
 from olmoe_jax.methods.expert_tuning import ExpertTuning
 from olmoe_jax.methods.method import Preparation
 from olmoe_jax.methods.scoring import expert_scores
@@ -34,13 +35,15 @@ class Esft(ExpertTuning):
         given = read_expert_config(Path(path), config) if path else None
         super().__init__(options, config, given)
         self.trains_head = options.esft_train_head
-        if options.esft_densemixer:
-            self.router_gradient = "all"
+        self.dense_router_gradient = options.esft_densemixer
+        if given and given.non_expert_modules and not self.trains_head:
+            raise UserError(
+                f"method.esft_train_head=false: {path} says non_expert_modules, which trains the "
+                "head too; write method.esft_train_head=true, or false in the file"
+            )
 
-    def choose(self, run: Preparation | None) -> ExpertConfig | None:
+    def choose_by_data(self, run: Preparation) -> ExpertConfig:
         """Scores the base's experts on the training data; writes scores.json and scores.png."""
-        if run is None:
-            return None
         dtype = run.settings.compute_dtype
         if run.source:
             parameters = load_parameters(run.source, run.mesh, lambda name: dtype)

@@ -22,10 +22,10 @@ from olmoe_jax.parallel import distributed
 
 
 class ExpertTuning(Method):
-    """Trains the tuned experts and the output head.
+    """Trains the tuned experts; everything else keeps its weights, the router too.
 
-    The router keeps its weight, unless the expert config lets all modules but the experts train.
-    A subclass says which experts are tuned: `choose`.
+    A subclass says which experts are tuned: `choose`, or `choose_by_data`. An expert config may say
+    that all modules but the experts train too (`non_expert_modules`), the router among them.
 
     Args:
       options: see `Method`.
@@ -33,7 +33,7 @@ class ExpertTuning(Method):
       experts: the tuned experts; None: the method chooses them when the run is prepared.
     """
 
-    trains_head: bool = True
+    trains_head = False
     """True if the output head trains too (with tied embeddings, the embedding)."""
 
     def __init__(
@@ -41,22 +41,23 @@ class ExpertTuning(Method):
     ):
         super().__init__(options, config)
         self.experts = experts
-        # The router is one of the modules that are not experts.
-        self.router_trains = experts is not None and experts.non_expert_modules
 
-    def choose(self, run: Preparation | None) -> ExpertConfig | None:
-        """Chooses the tuned experts of a run that was given none.
+    def choose(self, seed: int) -> ExpertConfig | None:
+        """Chooses the tuned experts of a run that was given none, by the run's seed.
 
-        Args:
-          run: what the choice may depend on; None in a plan, which has no data. Then a method whose
-            choice depends on data returns None.
+        Returns:
+          The experts; None: the choice depends on data, see `choose_by_data`.
         """
         return None
+
+    def choose_by_data(self, run: Preparation) -> ExpertConfig:
+        """Chooses the tuned experts where `choose` leaves that to the data."""
+        raise NotImplementedError(f"{self.options.name}: write choose or choose_by_data")
 
     def with_experts(self, experts: ExpertConfig) -> Self:
         """Returns the method with these tuned experts."""
         method = copy.copy(self)
-        method.experts, method.router_trains = experts, experts.non_expert_modules
+        method.experts = experts
         return method
 
     def model_settings(self, settings: ModelSettings) -> ModelSettings:
@@ -67,7 +68,8 @@ class ExpertTuning(Method):
         head = "embed" if self.config.tie_word_embeddings else "lm_head"
         if name.startswith("tuned.") or (name == head and self.trains_head):
             return True
-        return self._tuned.non_expert_modules and ".experts." not in name
+        others_train = self.experts is not None and self.experts.non_expert_modules
+        return others_train and ".experts." not in name
 
     def prepare(self, run: Preparation) -> Self:
         """Settles the tuned experts: chosen by this run before, given, or chosen now."""
@@ -75,17 +77,14 @@ class ExpertTuning(Method):
         chosen_before = file.exists()
         distributed.barrier("look for experts.json")
         if not chosen_before:
-            experts = self.experts or self.choose(run)
-            if experts is None:
-                raise ValueError(f"{self.options.name}: chose no experts")
+            experts = self.experts or self.choose(run.seed) or self.choose_by_data(run)
             if distributed.is_writer():
                 directory.write_json(file, experts.to_json())
         distributed.barrier("experts.json")
-        # From the file in any case: the order in it (by id) is that of every checkpoint's stack.
         return self.with_experts(read_expert_config(file, self.config))
 
-    def for_plan(self, experts_per_layer: int) -> tuple[Self, int | None]:
-        if experts := self.experts or self.choose(None):
+    def for_plan(self, seed: int, experts_per_layer: int) -> tuple[Self, int | None]:
+        if experts := self.experts or self.choose(seed):
             return self.with_experts(experts), None
         number = min(experts_per_layer, self.config.num_experts)
         experts = ExpertConfig((tuple(range(number)),) * self.config.num_layers)

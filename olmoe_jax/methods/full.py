@@ -1,19 +1,17 @@
-"""Full fine-tuning: three ways for the router to learn."""
+"""Full fine-tuning with another router than `conventional`, which is `Method` itself."""
 
 from olmoe_jax.methods.method import Method
+from olmoe_jax.model.parameters import ROUTER
 
 
 class Frozen(Method):
     """The router keeps its weight; every other weight trains."""
 
-    router_trains = False
-
-
-class Conventional(Method):
-    """The router learns through each token's top-k experts: plain differentiation."""
+    def trains(self, name: str) -> bool:
+        return name != ROUTER
 
 
 class DenseMixer(Method):
     """The router learns through all experts (see `olmoe_jax.ops.router_gradient`)."""
 
-    router_gradient = "all"
+    dense_router_gradient = True

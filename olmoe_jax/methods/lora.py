@@ -32,8 +32,8 @@ class Lora(Method):
     def __init__(self, full: Method, lora: LoraSettings, router_trains: bool | None = None):
         super().__init__(full.options, full.config)
         self.lora = lora
-        self.router_gradient = full.router_gradient
-        self.router_trains = full.router_trains if router_trains is None else router_trains
+        self.dense_router_gradient = full.dense_router_gradient
+        self.router_trains = full.trains(ROUTER) if router_trains is None else router_trains
 
     def model_settings(self, settings: ModelSettings) -> ModelSettings:
         return dataclasses.replace(super().model_settings(settings), lora=self.lora)

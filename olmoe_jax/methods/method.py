@@ -1,16 +1,15 @@
-"""The decisions of a method in a run: the protocol that all methods share.
+"""The decisions of a method in a run: the base class of all methods, which is `conventional`.
 
-A run asks its method: how does the router learn and which parameters are added
-(`model_settings`), what trains (`trains`), what must hold (`check`), what comes first (`prepare`;
-`for_plan`, where there is no data), where do added parameters start (`added_parameters`), what is
-reported (`describe`), and what is written at the end (`export`). No other code asks for a method's
-name.
+A run asks its method: what trains (`trains`), how does the router learn and which parameters are
+added (`model_settings`), what must hold (`check`), what comes first (`prepare`; `for_plan`, where
+there is no data), where do added parameters start (`added_parameters`), what is reported
+(`describe`), and what is written at the end (`export`). No other code asks for a method's name.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
@@ -57,19 +56,17 @@ class Preparation:
 
 
 class Method:
-    """Full fine-tuning: every weight trains, the router through each token's top-k experts.
+    """Conventional full fine-tuning: every weight trains, the router through the top-k experts.
 
-    Subclasses change one decision or another.
+    A subclass says what differs.
 
     Args:
       options: the section `method` of the run's configuration.
       config: the model's architecture.
     """
 
-    router_trains = True
-    """True if the router's weight trains. Gradient reaches x through the router in any case."""
-    router_gradient: Literal["top_k", "all"] = "top_k"
-    """The experts whose probabilities get a gradient (see `ModelSettings`)."""
+    dense_router_gradient = False
+    """True if every expert's probability gets a gradient, not those of the top-k experts alone."""
     export_name: str = "hf"
     """The folder of a run's directory that `export` writes."""
 
@@ -80,15 +77,19 @@ class Method:
         """Returns the settings with everything that the method decides."""
         return dataclasses.replace(
             settings,
-            router_trains=self.router_trains,
-            router_gradient=self.router_gradient,
+            router_trains=self.trains(ROUTER),
+            dense_router_gradient=self.dense_router_gradient,
             router_gradient_experts=self.options.router_gradient_experts,
             router_gradient_dtype=self.options.router_gradient_dtype,
         )
 
     def trains(self, name: str) -> bool:
-        """Returns whether the parameter `name` trains."""
-        return name != ROUTER or self.router_trains
+        """Returns whether the parameter `name` trains.
+
+        The router's weight is the parameter `ROUTER`. If it does not train, gradient still reaches
+        x through the router.
+        """
+        return True
 
     def check(self) -> None:
         """Checks the files that the options name, before anything is written.
@@ -101,10 +102,11 @@ class Method:
         """Returns the method, ready to train; called once, with the run's directory open."""
         return self
 
-    def for_plan(self, experts_per_layer: int) -> tuple[Self, int | None]:
+    def for_plan(self, seed: int, experts_per_layer: int) -> tuple[Self, int | None]:
         """Returns the method as a plan sees it, which prepares nothing.
 
         Args:
+          seed: the run's.
           experts_per_layer: tuned experts to assume where only data can tell which they are.
 
         Returns:

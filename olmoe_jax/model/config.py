@@ -83,10 +83,10 @@ class ModelSettings:
       compute_dtype: dtype of activations and matmuls; router, norms and softmaxes are float32.
       router_trains: False stops the gradient at the router's weight. x still gets its gradient
         through the router.
-      router_gradient: which experts' probabilities get a gradient: the chosen ones ("top_k"), or
-        every expert's ("all", DenseMixer; see `olmoe_jax.ops.router_gradient`).
-      router_gradient_experts: with "all", only the m most probable experts get their exact term;
-        None: every expert gets it.
+      dense_router_gradient: whether every expert's probability gets a gradient (DenseMixer, see
+        `olmoe_jax.ops.router_gradient`), or those of a token's K experts alone.
+      router_gradient_experts: with a dense router gradient, only the m most probable experts get
+        theirs; None: every expert gets it.
       router_gradient_dtype: dtype of DenseMixer's extra matmuls; None: compute_dtype.
       remat: what the backward recomputes of a layer (see `olmoe_jax.ops.remat`).
       lora: adapters beside the weights; None: no adapters.
@@ -98,7 +98,7 @@ class ModelSettings:
 
     compute_dtype: Any = jnp.float32
     router_trains: bool = True
-    router_gradient: Literal["top_k", "all"] = "top_k"
+    dense_router_gradient: bool = False
     router_gradient_experts: int | None = None
     router_gradient_dtype: str | None = None
     remat: Literal["full", "selective", "none"] = "none"

@@ -75,7 +75,7 @@ def step_flops_per_token(
     if settings.remat == "full":
         head = config.hidden_size * config.vocab_size
         recomputed += 2.0 * (weights - head - not_recomputed + attention)
-    if settings.router_gradient == "all":
+    if settings.dense_router_gradient:
         one_expert = 2.0 * config.num_layers * 3 * config.hidden_size * config.intermediate_size
         selected, terms = config.num_experts_per_token, settings.router_gradient_experts
         if terms is None or terms >= config.num_experts:

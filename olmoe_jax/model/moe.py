@@ -191,7 +191,7 @@ def moe_block(
     Returns:
       [B, S, D] and the router's statistics of these tokens.
     """
-    num_experts, per_token = experts.gate.weight.shape[-3], config.num_experts_per_token
+    num_own, num_chosen = experts.gate.weight.shape[-3], config.num_experts_per_token
     tokens, is_real = x.reshape(-1, x.shape[-1]), is_token.reshape(-1)  # [T, D], [T]
 
     with jax.named_scope("route"):
@@ -200,38 +200,38 @@ def moe_block(
             # step differentiates trained parameters alone; this holds for whoever differentiates
             # all of them.
             router = jax.lax.stop_gradient(router)
-        routing = route(tokens, router, is_real, per_token, config.norm_topk_prob)
-        own = own_experts(routing.chosen, first_expert, num_experts)  # [T, K]
+        routing = route(tokens, router, is_real, num_chosen, config.norm_topk_prob)
+        own = own_experts(routing.chosen, first_expert, num_own)  # [T, K]
     if layer is not None:
         y = decoding.experts(tokens, routing.weights, own, experts, layer, config.num_experts)
         return y.reshape(x.shape), router_statistics(routing, is_real)
 
     with jax.named_scope("dispatch"):
-        order, inverse, group_sizes = map(keep, sort_by_expert(own, num_experts))
-        rows = dispatch(tokens, order, inverse, per_token)  # [T*K, D]
+        order, inverse, group_sizes = map(keep, sort_by_expert(own, num_own))
+        rows = dispatch(tokens, order, inverse, num_chosen)  # [T*K, D]
         # One draw per token serves gate and up and all its experts; PEFT draws for each.
         dropped = dropout(x, dropout_keys, settings.lora, "gate").reshape(tokens.shape)
-        dropped = dispatch(dropped, order, inverse, per_token)
+        dropped_rows = dispatch(dropped, order, inverse, num_chosen)
         # The weights multiply what goes into `down`, not what comes out: then no gradient needs
         # the output of `down`, which is neither kept nor recomputed.
-        weights = permute(routing.weights.reshape(-1, 1), order, inverse)  # [T*K, 1]
+        row_weights = permute(routing.weights.reshape(-1, 1), order, inverse)  # [T*K, 1]
 
     with jax.named_scope("compute"):
         backend = settings.grouped_matmul
-        gate = keep(grouped_linear(rows, experts.gate, dropped, group_sizes, backend))
-        up = keep(grouped_linear(rows, experts.up, dropped, group_sizes, backend))
-        hidden = (jax.nn.silu(gate) * up * weights).astype(x.dtype)  # [T*K, F]
-        dropped = hidden
+        gate = keep(grouped_linear(rows, experts.gate, dropped_rows, group_sizes, backend))
+        up = keep(grouped_linear(rows, experts.up, dropped_rows, group_sizes, backend))
+        hidden = (jax.nn.silu(gate) * up * row_weights).astype(x.dtype)  # [T*K, F]
+        dropped_hidden = hidden
         if dropout_keys is not None:
             # Drawn in the order of the tokens, which does not depend on the routing.
             by_token = permute(hidden, inverse, order).reshape(len(x), -1, hidden.shape[1])
-            dropped = dropout(by_token, dropout_keys, settings.lora, "down").reshape(hidden.shape)
-            dropped = permute(dropped, order, inverse)
-        rows = grouped_linear(hidden, experts.down, dropped, group_sizes, backend)  # [T*K, D]
+            by_token = dropout(by_token, dropout_keys, settings.lora, "down")
+            dropped_hidden = permute(by_token.reshape(hidden.shape), order, inverse)
+        outputs = grouped_linear(hidden, experts.down, dropped_hidden, group_sizes, backend)
 
     with jax.named_scope("combine"):
-        y = combine(rows, order, inverse, per_token)  # [T, D]
-        if settings.router_gradient == "all":
+        y = combine(outputs, order, inverse, num_chosen)  # [T*K, D] -> [T, D]
+        if settings.dense_router_gradient:
             y = y + dense_router_term(
                 tokens,
                 routing,

@@ -1,6 +1,6 @@
 """Linear maps: one matrix or one per expert, perhaps with a low-rank adapter or tuned experts.
 
-Shapes: N rows, D in, F out, E experts, R rank, n tuned experts. LoRA
+Shapes: N rows, D in, F out, E experts, R rank, u tuned experts of a layer. LoRA
 (https://arxiv.org/abs/2106.09685): the adapted matrix is W + scale * A B, with A [D, R] and
 B [R, F]; W never changes.
 """
@@ -8,7 +8,7 @@ B [R, F]; W never changes.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +30,8 @@ class Linear:
       weight: [..., D, F].
       a: [..., D, R], the adapter's first factor; None: no adapter.
       b: [..., R, F], the adapter's second factor.
-      tuned: [n, D, F], matrices that replace `weight[indices]` and get the gradient (ESFT).
-      indices: [n] int32, the experts that `tuned` replaces; E stands for none.
+      tuned: [u, D, F], matrices that replace `weight[indices]` and get the gradient (ESFT).
+      indices: [u] int32, the experts that `tuned` replaces; E stands for none.
       scale: factor of the adapter's product.
     """
 
@@ -54,12 +54,16 @@ class ExpertWeights(NamedTuple):
 def transposed(map_: Linear) -> Linear:
     """Returns the map by the transposed matrix: (W + scale A B)^T = W^T + scale B^T A^T."""
 
-    def swap(matrix: jax.Array) -> jax.Array:
-        return jnp.swapaxes(matrix, -1, -2)
+    def swap(matrix: Any) -> Any:
+        return None if matrix is None else jnp.swapaxes(matrix, -1, -2)
 
-    if map_.a is None or map_.b is None:
-        return Linear(swap(map_.weight))
-    return Linear(swap(map_.weight), swap(map_.b), swap(map_.a), scale=map_.scale)
+    return dataclasses.replace(
+        map_,
+        weight=swap(map_.weight),
+        a=swap(map_.b),
+        b=swap(map_.a),
+        tuned=swap(map_.tuned),
+    )
 
 
 def with_tuned(map_: Linear) -> Linear:

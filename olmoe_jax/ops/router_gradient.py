@@ -3,10 +3,12 @@
 Shapes: T tokens, D model width, F expert width, E experts, K experts per token, m experts with a
 router gradient. The straight-through estimator of DenseMixer
 (https://fengyao.notion.site/moe-posttraining, github.com/yaof20/DenseMixer) gives each router
-probability, chosen or not, the gradient dL/dp_e = <g, E_e(x)> with g the gradient of the MoE
-block's output. A zero-valued term (the form of Levanter's `dense_router_delta`) carries this
-gradient; the experts that the forward did not run are run only in the backward. A loop over all
-E experts computes the chosen ones once more; their masked probabilities drop that.
+weight w_e, of a chosen expert or not, the gradient dL/dw_e = <g, E_e(x)> with g the gradient of the
+MoE block's output. The weight w_e is the probability p_e; with `norm_topk_prob` it is p_e / c, c
+being the sum of the chosen probabilities, and a constant in the weights of the other experts. A
+zero-valued term (the form of Levanter's `dense_router_delta`) carries this gradient; the experts
+that the forward did not run are run only in the backward. A loop over all E experts computes the
+chosen ones once more; their masked weights drop that.
 """
 
 import functools
@@ -41,7 +43,7 @@ def dense_router_term(
 ) -> jax.Array:
     """Returns zeros [T, D] that carry the router gradient of the experts that were not chosen.
 
-    The chosen experts already have their exact gradient from the block's own backward.
+    The chosen experts already have their gradient from the block's own backward.
 
     Args:
       x: [T, D], the block's input.
@@ -50,62 +52,65 @@ def dense_router_term(
       experts: the consecutive experts at hand, the first of which has the number `first_expert`.
       first_expert: see `experts`.
       normalize: whether the chosen experts' weights are divided by their sum (`norm_topk_prob`).
-      router_gradient_experts: m, the most probable experts that get their exact term (the K chosen
-        ones among them); None: all E.
+      router_gradient_experts: m, the most probable experts that get a gradient (the K chosen ones
+        among them); None: all E.
       dtype: see `router_gradient`.
       backend: see `router_gradient`.
     """
-    total, count = routing.probabilities.shape[1], experts.gate.weight.shape[0]
-    is_chosen = jax.nn.one_hot(routing.chosen, total, dtype=bool).any(axis=1)  # [T, E]
-    others = jnp.where(is_chosen | ~is_token[:, None], 0.0, routing.probabilities)
+    num_experts, num_own = routing.probabilities.shape[1], experts.gate.weight.shape[0]
+    is_chosen = jax.nn.one_hot(routing.chosen, num_experts, dtype=bool).any(axis=1)  # [T, E]
+    other_weights = jnp.where(is_chosen | ~is_token[:, None], 0.0, routing.probabilities)
     if normalize:
         chosen_sum = jnp.sum(jnp.where(is_chosen, routing.probabilities, 0.0), -1, keepdims=True)
         # Padding chooses nothing; its sum must not divide by zero.
         chosen_sum = jnp.where(is_token[:, None], chosen_sum, 1.0)
-        others = others / jax.lax.stop_gradient(chosen_sum)
-    if count < total:
-        others = jax.lax.dynamic_slice_in_dim(others, first_expert, count, axis=1)
-    if router_gradient_experts is None or router_gradient_experts >= total:
-        return router_gradient(dtype, backend, others, x, experts, None)
-    per_token = routing.chosen.shape[1]
+        other_weights = other_weights / jax.lax.stop_gradient(chosen_sum)
+    if num_own < num_experts:
+        other_weights = jax.lax.dynamic_slice_in_dim(other_weights, first_expert, num_own, axis=1)
+    if router_gradient_experts is None or router_gradient_experts >= num_experts:
+        return router_gradient(x, other_weights, experts, None, dtype, backend)
+    num_chosen = routing.chosen.shape[1]
     # In `route`'s order, so that the first K are the chosen ones.
-    candidates = jax.lax.top_k(routing.probabilities, router_gradient_experts)[1][:, per_token:]
-    candidates = jnp.where(is_token[:, None], candidates, total)
-    candidates = own_experts(candidates, first_expert, count)  # [T, m - K]
-    return router_gradient(dtype, backend, others, x, experts, candidates)
+    candidates = jax.lax.top_k(routing.probabilities, router_gradient_experts)[1][:, num_chosen:]
+    candidates = jnp.where(is_token[:, None], candidates, num_experts)
+    candidates = own_experts(candidates, first_expert, num_own)  # [T, m - K]
+    return router_gradient(x, other_weights, experts, candidates, dtype, backend)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def router_gradient(
-    dtype: str | None,
-    backend: str | None,
-    probabilities: jax.Array,
     x: jax.Array,
+    other_weights: jax.Array,
     experts: ExpertWeights,
     candidates: jax.Array | None,
+    dtype: str | None,
+    backend: str | None,
 ) -> jax.Array:
-    """Returns zeros [T, D] whose gradient for `probabilities` is <g_t, E_e(x_t)>, else zero.
+    """Returns zeros [T, D] whose gradient for `other_weights` is <g_t, E_e(x_t)>.
+
+    x, the experts and their adapters get no gradient here: it reaches them through the chosen
+    experts alone, as in the straight-through estimator.
 
     Args:
+      x: [T, D], the block's input.
+      other_weights: [T, E] float32, the weights of the experts that were not chosen. The caller
+        masks entries whose gradient must not count.
+      experts: in x's dtype; with adapters, the adapted experts count, without dropout.
+      candidates: [T, m - K] int32, the experts to compute, E means "none"; None: all experts.
       dtype: of the factors of the backward's matmuls, which add up in float32; None: x's;
         "float8_e4m3fn", for all experts only: scaled to its range, rows and matrix columns alone.
       backend: of the grouped matmul (used with candidates).
-      probabilities: [T, E] float32, the weights of the experts that were not chosen. The caller
-        masks entries whose gradient must not count.
-      x: [T, D], the block's input.
-      experts: in x's dtype; with adapters, the adapted experts count (without dropout).
-      candidates: [T, m - K] int32, the experts to compute, E means "none"; None: all experts.
     """
     return jnp.zeros_like(x)
 
 
 def _forward(
-    dtype: str | None,
-    backend: str | None,
-    probabilities: jax.Array,
     x: jax.Array,
+    other_weights: jax.Array,
     experts: ExpertWeights,
     candidates: jax.Array | None,
+    dtype: str | None,
+    backend: str | None,
 ) -> tuple[jax.Array, tuple]:
     return jnp.zeros_like(x), (x, experts, candidates)
 
@@ -115,7 +120,7 @@ def _backward(
     backend: str | None,
     residuals: tuple,
     g: jax.Array,
-) -> tuple[jax.Array, None, None, None]:
+) -> tuple[None, jax.Array, None, None]:
     x, experts, candidates = residuals
     experts = ExpertWeights(*map(with_tuned, experts))
     if dtype == "bfloat16":
@@ -124,7 +129,7 @@ def _backward(
         scores = all_expert_scores(x, g, experts, float8=dtype == "float8_e4m3fn")
     else:
         scores = candidate_scores(x, g, experts, candidates, backend)
-    return scores, None, None, None
+    return None, scores, None, None
 
 
 router_gradient.defvjp(_forward, _backward)
@@ -139,30 +144,30 @@ def _scores(x: Any, g: Any, multiply: Callable[[Any, str], jax.Array]) -> jax.Ar
 def all_expert_scores(
     x: jax.Array, g: jax.Array, experts: ExpertWeights, float8: bool = False
 ) -> jax.Array:
-    """Returns s[t, e] = <g_t, E_e(x_t)>, [T, E] float32.
+    """Returns the scores s[t, e] = <g_t, E_e(x_t)>, [T, E] float32.
 
     Runs one expert at a time: no array of [T, E, F] or [T, E, D] ever exists. With `float8` the
     matmuls' factors are rounded to 8 bits (see `_to_float8`).
     """
     # In 8 bits, x and g are pairs of values and scales.
-    rows, g_rows = (_to_float8(x, axis=1), _to_float8(g, axis=1)) if float8 else (x, g)
+    factor, g_factor = (_to_float8(x, axis=1), _to_float8(g, axis=1)) if float8 else (x, g)
 
     def one_expert(_: None, expert: ExpertWeights) -> tuple[None, jax.Array]:
         def multiply(rows: Any, name: str) -> jax.Array:
             # down is [F, D]: contracting its D applies the transpose without making it.
             contract = 1 if name == "down" else 0
             weight = merged_weight(getattr(expert, name))
-            multiply = functools.partial(
+            dot = functools.partial(
                 jax.lax.dot_general,
                 dimension_numbers=(((1,), (contract,)), ((), ())),
                 preferred_element_type=jnp.float32,
             )
             if not float8:
-                return multiply(rows, weight)
-            (rows, row_scales), (weight, scales) = rows, _to_float8(weight, axis=contract)
-            return multiply(rows, weight) * row_scales * scales.reshape(1, -1)
+                return dot(rows, weight)
+            (values, row_scales), (weight, scales) = rows, _to_float8(weight, axis=contract)
+            return dot(values, weight) * row_scales * scales.reshape(1, -1)
 
-        return None, _scores(rows, g_rows, multiply)
+        return None, _scores(factor, g_factor, multiply)
 
     return jax.lax.scan(one_expert, None, experts)[1].T
 
@@ -188,10 +193,10 @@ def candidate_scores(
     backend: str | None,
 ) -> jax.Array:
     """Returns `all_expert_scores` for each token's `candidates` [T, m - K]; 0 elsewhere."""
-    num_tokens, per_token = candidates.shape
+    num_tokens, num_candidates = candidates.shape
     num_experts = experts.gate.weight.shape[0]
     order, _, group_sizes = sort_by_expert(candidates, num_experts)
-    token = order // per_token
+    token = order // num_candidates
     experts = experts._replace(down=transposed(experts.down))
 
     def multiply(rows: jax.Array, name: str) -> jax.Array:

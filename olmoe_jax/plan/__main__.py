@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> None:
             config,
             options.topology,
             rows_per_step=options.rows_per_step,
-            esft_experts=options.esft_experts,
+            tuned_experts=options.tuned_experts,
         )
     )
     print(json.dumps(result) if options.json else to_text(result))
@@ -60,10 +60,10 @@ def _parser() -> ArgumentParser:
         help="rows of data.max_seq_length tokens in a step (default: one micro-batch)",
     )
     parser.add_argument(
-        "--esft_experts",
+        "--tuned_experts",
         type=whole_number(1),
         metavar="N",
-        help="tuned experts in each layer of an ESFT run without method.experts_path (default: 4)",
+        help="tuned experts in each layer, where the run's data decide which they are (default: 4)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

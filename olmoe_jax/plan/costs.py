@@ -59,7 +59,7 @@ def microbatch_traffic(
     """
     size = settings.compute_dtype.itemsize
     passes = 2 + (settings.remat == "full")  # forward, backward, recomputation
-    dense_router = settings.router_gradient == "all"
+    dense_router = settings.dense_router_gradient
     weights = gradient_bytes = 0.0
     for name, spec in parameter_specs(config, settings).items():
         numbers = math.prod(spec.shape)

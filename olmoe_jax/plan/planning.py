@@ -19,8 +19,8 @@ from olmoe_jax.plan.known import KNOWN, known_config
 from olmoe_jax.plan.programs import CompiledProgram, StepPrograms, device_bytes
 from olmoe_jax.training.base_model import compute_settings, with_backends
 
-ESFT_EXPERTS = 4
-"""Tuned experts per layer that a plan assumes for an ESFT run without an expert config."""
+TUNED_EXPERTS = 4
+"""Tuned experts per layer that a plan assumes for a run whose data decide which they are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ def plan(
     topology: str,
     *,
     rows_per_step: int | None = None,
-    esft_experts: int | None = None,
+    tuned_experts: int | None = None,
 ) -> RunPlan:
     """Plans a run; reads neither weights nor data, and needs no devices.
 
@@ -97,8 +97,8 @@ def plan(
       topology: KIND:COUNT or KIND:SHAPE, e.g. "h100:8", "v5e:2x4", "cpu:8".
       rows_per_step: rows of data.max_seq_length tokens that the train.batch_size examples of a
         step fill; None: one micro-batch, train.rows_per_device on every device.
-      esft_experts: tuned experts per layer to assume of a run whose data decide which they are;
-        None: ESFT_EXPERTS.
+      tuned_experts: tuned experts per layer to assume of a run whose data decide which they are;
+        None: TUNED_EXPERTS.
 
     Raises:
       UserError: a mistake in the configuration, an unknown topology or architecture, or the
@@ -110,11 +110,11 @@ def plan(
     # The model, as training would set it up on these devices.
     model_config = _architecture(config)
     method, assumed = methods.build(config.method, model_config).for_plan(
-        esft_experts or ESFT_EXPERTS
+        config.train.seed, tuned_experts or TUNED_EXPERTS
     )
-    if esft_experts and assumed is None:
+    if tuned_experts and assumed is None:
         raise UserError(
-            f"--esft_experts={esft_experts}: {config.method.name} needs no assumption about its "
+            f"--tuned_experts={tuned_experts}: {config.method.name} needs no assumption about its "
             "tuned experts; leave the flag out"
         )
     compute = with_backends(compute_settings(config), model_config, where.kind.platform)

@@ -93,7 +93,7 @@ def _assumptions(plan: RunPlan) -> Iterator[str]:
     )
     if plan.experts_assumed:
         yield (
-            f"{plan.experts_assumed} tuned experts in each layer (--esft_experts, or "
+            f"{plan.experts_assumed} tuned experts in each layer (--tuned_experts, or "
             "method.experts_path)"
         )
     for program in plan.programs:

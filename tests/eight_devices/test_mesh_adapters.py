@@ -26,9 +26,9 @@ from olmoe_jax.training.step import Trainer
 EXPERTS = ((1, 4, 7), (0,))
 LORA = LoraSettings(4, 8.0, dropout=0.3)
 KINDS = {
-    "lora": ModelSettings(router_gradient="all", remat="full", lora=LORA),
-    "nf4": ModelSettings(router_gradient="all", remat="full", lora=LORA),
-    "esft": ModelSettings(router_gradient="all", tuned_experts=EXPERTS),
+    "lora": ModelSettings(dense_router_gradient=True, remat="full", lora=LORA),
+    "nf4": ModelSettings(dense_router_gradient=True, remat="full", lora=LORA),
+    "esft": ModelSettings(dense_router_gradient=True, tuned_experts=EXPERTS),
 }
 MESHES = {"data=2,fsdp=4": (2, 4), "fsdp=8": (1, 8)}
 

@@ -33,7 +33,7 @@ def run(config: ModelConfig, mesh: Mesh) -> tuple[dict[str, np.ndarray], int]:
     specs = parameter_specs(config)
     shardings = sharding.parameter_shardings(specs, mesh)
     batch_sharding = NamedSharding(mesh, sharding.BATCH)
-    graph = graph_of(config, ModelSettings(router_gradient="all", remat="full"))
+    graph = graph_of(config, ModelSettings(dense_router_gradient=True, remat="full"))
 
     def loss(parameters, tokens, segments):
         model = merge(graph, parameters)

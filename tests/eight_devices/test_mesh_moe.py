@@ -34,12 +34,12 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "one expert takes all": Case({"router_gradient": "all"}, one_takes_all=True),
+    "one expert takes all": Case({"dense_router_gradient": True}, one_takes_all=True),
     "adapters": Case({"lora": LoraSettings(2, 4.0, dropout=0.3)}),
     "frozen router, ragged_dot": Case({"router_trains": False, "grouped_matmul": "ragged_dot"}),
-    "densemixer": Case({"router_gradient": "all"}),
-    "densemixer of 4": Case({"router_gradient": "all", "router_gradient_experts": 4}),
-    "tuned experts": Case({"router_gradient": "all"}, tuned=True),
+    "densemixer": Case({"dense_router_gradient": True}),
+    "densemixer of 4": Case({"dense_router_gradient": True, "router_gradient_experts": 4}),
+    "tuned experts": Case({"dense_router_gradient": True}, tuned=True),
 }
 
 

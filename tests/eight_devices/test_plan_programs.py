@@ -90,7 +90,7 @@ def plans(tmp_path_factory):
     planned = {
         "full": plan(full, "cpu:8", rows_per_step=40),
         "lora": plan(configuration(path, name="densemixer", lora_rank=4), "cpu:8"),
-        "esft": plan(configuration(path, name="esft_gate"), "cpu:8", esft_experts=2),
+        "esft": plan(configuration(path, name="esft_gate"), "cpu:8", tuned_experts=2),
     }
     quantized = configuration(path, name="densemixer", lora_rank=4)
     base = dataclasses.replace(

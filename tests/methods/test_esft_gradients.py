@@ -102,12 +102,12 @@ def gradients_of(names, weights, config=CONFIG, **settings):
 @pytest.mark.parametrize(
     ("experts", "settings", "changes"),
     [
-        pytest.param(EXPERTS, {"router_gradient": "all"}, {}, marks=pytest.mark.slow),
+        pytest.param(EXPERTS, {"dense_router_gradient": True}, {}, marks=pytest.mark.slow),
         pytest.param(EXPERTS, {}, {}, marks=pytest.mark.slow),
         pytest.param(((), (2, 6)), {"remat": "full"}, {}, marks=pytest.mark.slow),
         pytest.param(
             EXPERTS,
-            {"router_gradient": "all", "router_gradient_experts": 4},
+            {"dense_router_gradient": True, "router_gradient_experts": 4},
             {"norm_topk_prob": True, "tie_word_embeddings": True},
             marks=pytest.mark.slow,
         ),

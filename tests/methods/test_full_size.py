@@ -60,7 +60,7 @@ def test_the_numbers_by_hand():
 @functools.cache
 def built(options):
     """(trained shapes, frozen shapes, gradient shapes, state shapes) of a run's programs."""
-    method, assumed = methods.build(options, OLMOE_1B_7B).for_plan(1)
+    method, assumed = methods.build(options, OLMOE_1B_7B).for_plan(0, 1)
     if assumed:
         method = method.with_experts(ExpertConfig(EXPERTS))
     settings = method.model_settings(ModelSettings(compute_dtype=jnp.bfloat16))

@@ -195,7 +195,7 @@ def method_results(method):
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", ["full", "selective"])
 def test_remat_changes_nothing(remat):
-    actual = loss_and_gradients(router_gradient="all", remat=remat)
+    actual = loss_and_gradients(dense_router_gradient=True, remat=remat)
     assert_close(actual, method_results("densemixer"), 1e-6)
 
 
@@ -206,7 +206,7 @@ def test_what_remat_computes_twice(lora):
     config = tiny_config()
 
     def matmuls(remat, differentiate):
-        settings = ModelSettings(router_gradient="all", remat=remat, lora=lora)
+        settings = ModelSettings(dense_router_gradient=True, remat=remat, lora=lora)
         graph, specs = graph_of(config, settings), parameter_specs(config, settings)
         shapes = {name: jax.ShapeDtypeStruct(s.shape, jnp.float32) for name, s in specs.items()}
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import array_sizes, count_matmuls, relative_error
 
-from olmoe_jax.ops.linear import ExpertWeights, Linear
+from olmoe_jax.ops.linear import ExpertWeights, Linear, merged_weight, transposed, with_tuned
 from olmoe_jax.ops.router_gradient import router_gradient
 
 # Distinct primes: the size of an array tells which dimensions it has, however it is arranged.
@@ -34,7 +34,7 @@ def run(m, probabilities, arrays, backend=None, dtype=None):
 
     def term(probabilities, x, gate, up, down):
         experts = ExpertWeights(Linear(gate), Linear(up), Linear(down))
-        return router_gradient(dtype, backend, probabilities, x, experts, candidates)
+        return router_gradient(x, probabilities, experts, candidates, dtype, backend)
 
     @jax.jit
     def value_and_gradients(g, *inputs):
@@ -127,7 +127,7 @@ def test_memory_and_work(m):
     def term(*inputs):
         probabilities, x, *weights = inputs
         experts = ExpertWeights(*map(Linear, weights))
-        return router_gradient(None, "blocked", probabilities, x, experts, candidates)
+        return router_gradient(x, probabilities, experts, candidates, None, "blocked")
 
     def backward(g, *inputs):
         return jax.vjp(term, *inputs)[1](g)
@@ -137,3 +137,15 @@ def test_memory_and_work(m):
     for size in array_sizes(backward, arrays["g"], *inputs):
         assert size == 0 or size % (T * E * D)
         assert size == 0 or size % (T * E * F)
+
+
+def test_a_transposed_map_keeps_every_part():
+    """Adapter and tuned experts: x times the transpose is the product with the whole matrix."""
+    random = np.random.default_rng(0)
+    parts = {"weight": (E, D, F), "a": (E, D, 2), "b": (E, 2, F), "tuned": (1, D, F)}
+    arrays = {
+        name: jnp.asarray(random.normal(size=shape), jnp.float32) for name, shape in parts.items()
+    }
+    map_ = Linear(**arrays, indices=jnp.asarray([2]), scale=0.5)
+    expected = jnp.swapaxes(merged_weight(with_tuned(map_)), -1, -2)
+    assert relative_error(merged_weight(with_tuned(transposed(map_))), expected) < 1e-6

@@ -46,7 +46,7 @@ def test_full_fine_tuning():
 
 @pytest.mark.parametrize("limit", [None, 8, 16, 64])
 def test_densemixer_adds_a_forward_of_the_experts_that_were_not_selected(limit):
-    densemixer = flops(router_gradient="all", router_gradient_experts=limit)
+    densemixer = flops(dense_router_gradient=True, router_gradient_experts=limit)
     expert = 3 * 2048 * 1024
     added = 2 * 16 * ((limit or 64) - 8) * expert / 1e9
     assert densemixer.model == pytest.approx(flops().model + added)
@@ -72,7 +72,7 @@ def test_lora_has_no_gradients_of_the_frozen_weights():
 
 def test_esft_has_gradients_of_its_tuned_experts():
     tuned = ((0, 1, 2, 3),) * 16
-    trains = method("esft_gate").for_plan(4)[0].trains
+    trains = method("esft_gate").for_plan(0, 4)[0].trains
     esft, full = flops(trains, tuned_experts=tuned), flops()
     # 4 of 64 experts see, on average, half an expert's worth of a token's 8.
     weights = 2 * (50304 * 2048 + 16 * 0.5 * 3 * 2048 * 1024) / 1e9

@@ -117,8 +117,8 @@ def grouped_matmul_tuned(
 
     Args:
       x, w, group_sizes, backend: those of `grouped_matmul`.
-      tuned: [n, D, F], the replacements.
-      indices: [n] int32, the groups that they replace. E or more replaces none (padding).
+      tuned: [u, D, F], the replacements.
+      indices: [u] int32, the groups that they replace. E or more replaces none (padding).
     """
     return grouped_matmul(x, replace(w, tuned, indices), group_sizes, backend)
 
