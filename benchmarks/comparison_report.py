@@ -60,7 +60,7 @@ def _row(columns: list[str]) -> str:
 
 
 def cosine_table(cells: Cells) -> str:
-    """Returns a table of the cosines of the router gradient of m experts with the exact one."""
+    """Returns a table of the cosines of the router gradient of m experts with the full one."""
     known = next((cell["cosines"] for cell in cells.values() if "cosines" in cell), {})
     limits = [int(limit) for limit in known]
     head = " | ".join(f"m = {limit}" for limit in limits)
@@ -85,10 +85,10 @@ def spread(values: list[float], form: str, unit: str = "") -> str:
 
 
 def own_cosine(method: str, found: list[dict]) -> str:
-    """Returns the cosine of the router gradient that trained the method with the exact one."""
+    """Returns the cosine of the router gradient that trained the method with the full one."""
     if "conventional" in method:
         return spread([next(iter(cell["cosines"].values())) for cell in found], "{:.3f}")
-    return "1 (exact)" if "densemixer" in method else "–"
+    return "1 (full)" if "densemixer" in method else "–"
 
 
 def step_seconds(cells: Cells, method: str) -> float | None:

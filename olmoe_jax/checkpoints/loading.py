@@ -164,7 +164,7 @@ def load_tuned(source: Source, tuned_experts: tuple[tuple[int, ...], ...]) -> di
     """Reads the first values of ESFT's tuned experts from the base, float32 on the host.
 
     Returns:
-      `tuned.gate`, `tuned.up` [N, D, F] and `tuned.down` [N, F, D], the N experts of all layers.
+      `tuned.gate`, `tuned.up` [U, D, F] and `tuned.down` [U, F, D], the U experts of all layers.
     """
 
     def read(weight: Weight, layer: int, expert: int) -> np.ndarray:

@@ -142,7 +142,7 @@ def tuned_to_hf(
     """Yields Hugging Face's names and tensors (views) of ESFT's tuned experts (`tuned_name`).
 
     Args:
-      parameters: `tuned.gate`, `tuned.up` [N, D, F] and `tuned.down` [N, F, D], N experts of all
+      parameters: `tuned.gate`, `tuned.up` [U, D, F] and `tuned.down` [U, F, D], U experts of all
         layers one after the other; other parameters are left out.
       tuned_experts: the ids of each layer's tuned experts.
     """

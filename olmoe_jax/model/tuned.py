@@ -1,7 +1,7 @@
 """Tuned experts: the experts that ESFT trains, stacked beside the frozen base.
 
-Shapes: N tuned experts over all layers, n the most in one layer, L layers, E experts, D model
-width, F expert width. Only the stack [N, …] trains, so that gradients, master copies and moments
+Shapes: U tuned experts over all layers, u the most in one layer, L layers, E experts, D model
+width, F expert width. Only the stack [U, …] trains, so that gradients, master copies and moments
 exist for the tuned experts alone.
 """
 
@@ -22,10 +22,10 @@ NAMES = ("gate", "up", "down")
 class LayerTunedExperts(NamedTuple):
     """The tuned experts of one layer (stacked [L, …] for a model), in the compute dtype."""
 
-    indices: jax.Array  # [n] int32; E where the layer has fewer than n
-    gate: jax.Array  # [n, D, F]
-    up: jax.Array  # [n, D, F]
-    down: jax.Array  # [n, F, D]
+    indices: jax.Array  # [u] int32; E where the layer has fewer than u
+    gate: jax.Array  # [u, D, F]
+    up: jax.Array  # [u, D, F]
+    down: jax.Array  # [u, F, D]
 
 
 def places(tuned_experts: tuple[tuple[int, ...], ...]) -> list[tuple[int, int]]:
@@ -34,7 +34,7 @@ def places(tuned_experts: tuple[tuple[int, ...], ...]) -> list[tuple[int, int]]:
 
 
 class TunedExperts(nnx.Module):
-    """The stack: gate, up [N, D, F] and down [N, F, D]."""
+    """The stack: gate, up [U, D, F] and down [U, F, D]."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class TunedExperts(nnx.Module):
             setattr(self, name, weight(rngs, outward if name == "down" else inward, std))
 
     def by_layer(self, num_experts: int, dtype: DTypeLike) -> LayerTunedExperts:
-        """Cuts the stack into layers, each filled up to the longest: [L, n, …]."""
+        """Cuts the stack into layers, each filled up to the longest: [L, u, …]."""
         total, most = len(places(self.experts)), max(map(len, self.experts))
         slots = np.full((len(self.experts), most), total, np.int32)
         indices = np.full((len(self.experts), most), num_experts, np.int32)

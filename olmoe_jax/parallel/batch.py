@@ -30,7 +30,7 @@ class HostRows(Protocol):
 
 
 class DeviceBatch(NamedTuple):
-    """A micro-batch on the devices; every array is [R, S], R rows of S positions."""
+    """A micro-batch on the devices; every array is [B, S], B rows of S positions."""
 
     tokens: jax.Array  # int32
     targets: jax.Array  # int32: what each position predicts

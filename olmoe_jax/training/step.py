@@ -3,7 +3,7 @@
 A step's loss is a SUM over its tokens. The data pipeline makes each token's weight, which holds
 the division, so that micro-batches and devices only add.
 
-Shapes: R rows, S positions, L layers, E experts, K experts per token.
+Shapes: B rows, S positions, L layers, E experts, K experts per token.
 """
 
 import dataclasses
@@ -199,7 +199,7 @@ class Trainer:
     def evaluate(
         self, trained: Parameters, frozen: Parameters, batch: DeviceBatch
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns a batch's loss, and the chosen experts [L, R, S, K] int32, the best first."""
+        """Returns a batch's loss, and the chosen experts [L, B, S, K] int32, the best first."""
         model: Olmoe = merge(self.graph, trained | frozen)
         hidden, statistics = model.hidden(
             batch.tokens, batch.segment_ids, batch.positions, with_router_logits=True
@@ -229,9 +229,9 @@ def changed_choices(chosen: jax.Array, before: jax.Array, segment_ids: jax.Array
     """Returns the share of the tokens' experts that were not among their experts before.
 
     Args:
-      chosen: [L, R, S, K] int32.
-      before: [L, R, S, K] int32, of the same tokens.
-      segment_ids: [R, S] int32, 0 for padding, which does not count.
+      chosen: [L, B, S, K] int32.
+      before: [L, B, S, K] int32, of the same tokens.
+      segment_ids: [B, S] int32, 0 for padding, which does not count.
     """
     is_new = ~(chosen[..., :, None] == before[..., None, :]).any(-1)
     is_token = jnp.broadcast_to((segment_ids > 0)[..., None], is_new.shape)

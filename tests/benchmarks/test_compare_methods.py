@@ -39,7 +39,7 @@ def test_table_shows_mean_and_spread():
         "`densemixer`",
         "1.500 (1.000–2.000)",
         "12.5% (0.0–25.0)",
-        "1 (exact)",
+        "1 (full)",
         "2.00M",
         "2.00 s (2.00x)",
         "2.00 GiB",
