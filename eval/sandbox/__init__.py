@@ -4,8 +4,7 @@
 launcher with an empty environment, reads its pipes up to a limit, and kills it when the time is
 over.
 
-Not covered: a program that inspects the frames of its own interpreter can find the token that says
-"passed". The program gains nothing by that but its own score.
+Not covered: a program can cheat on its own score in many ways, which docs/evaluation.md lists.
 """
 
 import concurrent.futures
@@ -22,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
+from eval.sandbox import seccomp
 from olmoe_jax.errors import UserError
 
 _LAUNCHER = Path(__file__).with_name("launcher.py")
@@ -39,16 +39,17 @@ _ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one program. Memory and CPU time are per process, and the processes are few."""
+    """Limits of one program, which is one process."""
 
     cpu_seconds: int = 20
     """The slowest canonical solution takes 5.4 s on a slow machine."""
     wall_seconds: float = 90.0
-    memory_bytes: int = 512 << 20
+    memory_bytes: int = 300 << 20
+    """Address space; what the kernel needs for it comes on top (`launcher.py`)."""
     tmp_bytes: int = 16 << 20
     """All files in /tmp together, and each file."""
-    processes: int = 6
-    """The supervisor and threads count."""
+    threads: int = 6
+    """The supervisor counts."""
     output_bytes: int = 1 << 20
 
 
@@ -58,8 +59,11 @@ def check() -> None:
     Raises:
       UserError: this machine cannot, and why.
     """
-    if sys.platform != "linux":
-        raise UserError("--allow_code_execution: the sandbox needs Linux; leave out the code tasks")
+    if sys.platform != "linux" or os.uname().machine not in seccomp.MACHINES:
+        raise UserError(
+            "--allow_code_execution: the sandbox needs Linux on x86_64 or aarch64; leave out the "
+            "code tasks"
+        )
     failure = run("answer = 42", "assert answer == 42")
     if failure:
         raise UserError(f"--allow_code_execution: the sandbox does not work here ({failure})")
@@ -88,6 +92,7 @@ def run(program: str, tests: str, limits: Limits = Limits()) -> str | None:
         "program": f"{program}\n\n{tests}",
         "limits": asdict(limits),
         "readable": _readable_directories(),
+        "filter": seccomp.program(os.uname().machine).hex(),
     }
     result_read, result_write = os.pipe()
     try:

@@ -1,7 +1,12 @@
 """The sandbox: programs that pass and fail, and attacks that change nothing outside."""
 
+import concurrent.futures
+import contextlib
+import errno
 import json
 import os
+import re
+import struct
 import subprocess
 import sys
 import time
@@ -11,7 +16,7 @@ import pytest
 from helpers import message_of
 
 from eval import sandbox
-from eval.sandbox import Limits
+from eval.sandbox import Limits, seccomp
 from eval.tasks import TASKS
 from eval.tasks.code import Mbpp
 from eval.tasks.task import Prediction
@@ -42,11 +47,7 @@ ADVERSARIES = {
     "sleep": ("import time; time.sleep(1000)", "took too long"),
     "fork bomb": (
         "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
-        ("took too long", "ended by SIGKILL"),
-    ),
-    "fork bomb of sleepers": (
-        "import os, time\nwhile True:\n    if not os.fork():\n        os.setsid(); time.sleep(99)",
-        "BlockingIOError",
+        "ended by SIGKILL",
     ),
     "threads": (
         "import threading, time\n"
@@ -83,7 +84,7 @@ ADVERSARIES = {
     "write to devices": ("open('/dev/sda', 'wb')", ("OSError: [Errno 30]", "PermissionError")),
     "connect": (
         "import socket; socket.create_connection(('127.0.0.1', PORT), 2)",
-        "OSError: [Errno 101]",
+        "PermissionError",
     ),
     "look up a name": (
         "import socket; socket.getaddrinfo('example.com', 80)",
@@ -103,17 +104,97 @@ ADVERSARIES = {
     "new namespaces": (
         "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
         "if libc.unshare(0x10000000): raise OSError(ctypes.get_errno(), 'unshare')",
-        "OSError: [Errno 28]",
+        "PermissionError: [Errno 1]",
     ),
     "unmount": (
         "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
         "if libc.umount2(b'/usr', 2): raise PermissionError(ctypes.get_errno(), 'umount')",
         "PermissionError: [Errno 1]",
     ),
-    "run a program": ("import subprocess; subprocess.run(['/usr/bin/kill', '-9', 'PARENT'])", None),
+    "run a program": ("import subprocess; subprocess.run(['true'])", "PermissionError"),
 }
-ENDLESS = ("sleep", "fork bomb")
+ENDLESS = ("sleep",)
 FAST = ("exit", "exit at once", "infinite loop", "delete outside", "connect", "read the keys")
+
+# What each door lets a program do; the arguments are those with which it opens.
+DOORS = {
+    "memfd_create": "b'x', 0",
+    "shmget": "0, 4096, 0o1600",
+    "semget": "0, 1, 0o1600",
+    "msgget": "0, 0o1600",
+    "mq_open": "b'x', 0o102, 0o600, 0",
+    "vmsplice": "PIPE, VECTOR, 1, 0",
+    "splice": "FILE, 0, PIPE, 0, 1, 0",
+    "tee": "PIPE, PIPE, 1, 0",
+    "sendfile": "PIPE, FILE, 0, 1",
+    "io_setup": "1, ZEROS",
+    "setxattr": "b'/tmp', b'user.a', b'b', 1, 0",
+    "socket": "1, 1, 0",  # AF_UNIX
+    "socket inet": "2, 1, 0",
+    "socket inet6": "10, 1, 0",
+    "socket netlink": "16, 3, 0",
+    "socket alg": "38, 5, 0",
+    "socket vsock": "40, 1, 0",
+    "socketpair": "1, 2, 0, ZEROS",  # of datagrams
+    "setsockopt": "SOCKET, 1, 7, ONE, 4",
+    "sendmsg": "SOCKET, ZEROS, 0",
+    "ptrace": "0, 0, 0, 0",
+    "process_vm_readv": "PID, VECTOR, 1, VECTOR, 1, 0",
+    "kcmp": "PID, PID, 2, 0, 0",
+    "unshare": "0x400",
+    "setns": "FILE, 0",
+    "sync": "",
+    "add_key": "b'user', b'a', b'b', 1, -2",
+    "request_key": "b'user', b'a', 0, 0",
+    "keyctl": "0, -2, 1",
+    "inotify_init1": "0",
+    "fanotify_init": "0x200, 0",
+    "perf_event_open": "ZEROS, 0, -1, -1, 0",
+    "userfaultfd": "1",
+    "seccomp": "2, 0, ZEROS",
+    "modify_ldt": "0, ZEROS, 16",
+    "personality": "0xffffffff",
+    "mbind": "0, 0, 0, 0, 0, 0",
+    "io_uring_setup": "1, ZEROS",
+    "pidfd_open": "PID, 0",
+    "landlock_create_ruleset": "0, 0, 1",
+    "mmap": "0, 4096, 3, 0x21, -1, 0",
+    "prctl huge pages": "41, 0, 0, 0, 0",
+    "prctl futexes": "78, 1, 1024, 0, 0",
+    "ioctl": "FILE, 0x80086601, ZEROS",
+    "fcntl pipe": "PIPE, 1031, 8192",
+    "fcntl notify": "FOLDER, 1026, 1",
+    "fcntl lease": "FILE, 1024, 0",
+}
+PROCESSES = {
+    "fork": "",
+    "vfork": "",
+    "clone": "17, 0, 0, 0, 0",
+    "clone3": "(ctypes.c_uint64 * 11)(0, 0, 0, 0, 17), 88",
+    "execve": "b'/usr/bin/true', 0, 0",
+    "execveat": "-100, b'/usr/bin/true', 0, 0, 0",
+}
+OPENERS = """
+import ctypes, os, socket
+libc = ctypes.CDLL(None, use_errno=True)
+ZEROS, ONE, PID = ctypes.create_string_buffer(256), ctypes.byref(ctypes.c_int(1)), os.getpid()
+VECTOR = (ctypes.c_void_p * 2)(ctypes.addressof(ZEROS), 8)
+PIPE, FOLDER = os.pipe()[1], os.open("/tmp", os.O_DIRECTORY)
+open("file", "w").write("content")
+FILE, ends = os.open("file", os.O_RDONLY), socket.socketpair()
+SOCKET = ends[0].fileno()
+
+def error(number, *arguments):
+    return ctypes.get_errno() if libc.syscall(number, *arguments) == -1 else 0
+"""
+MACHINE = os.uname().machine
+CALLS = (
+    seccomp.refused(MACHINE)
+    | {name: numbers[MACHINE != "x86_64"] for name, numbers, *_ in seccomp.CONDITIONS}
+    | {"io_uring_setup": 425, "pidfd_open": 434, "clone3": 435, "landlock_create_ruleset": 444}
+)
+SEVERAL = [name for name in DOORS if name.split()[0] in CALLS]
+ALONE = [name for name in PROCESSES if name in CALLS]
 
 
 needs_containment = pytest.mark.usefixtures("contained")
@@ -152,7 +233,7 @@ def assert_contained(name: str, failure: str | None) -> None:
     assert failure.startswith(expected), (name, failure)
 
 
-def sandboxes(owner: int) -> int:
+def sandboxes(owner: int) -> list[int]:
     """Returns the processes of sandboxes that a process started, or whose parent is gone."""
     command = ["ps", "-eww", "-o", "pid=,ppid=,args="]  # not cut to the width of a screen
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -165,7 +246,7 @@ def sandboxes(owner: int) -> int:
             pid = parents[pid]
         return pid
 
-    return sum(starter(pid) in (owner, 1) for pid in inside)
+    return [pid for pid in inside if starter(pid) in (owner, 1)]
 
 
 def all_end(seconds: float = 20) -> bool:
@@ -173,7 +254,7 @@ def all_end(seconds: float = 20) -> bool:
     deadline = time.monotonic() + seconds
     while sandboxes(os.getpid()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    return sandboxes(os.getpid()) == 0
+    return not sandboxes(os.getpid())
 
 
 @needs_containment
@@ -201,23 +282,198 @@ def test_contains(name, outside):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(ADVERSARIES.keys() - {*FAST, "run a program"}))
+@pytest.mark.parametrize("name", sorted(ADVERSARIES.keys() - set(FAST)))
 @needs_containment
 def test_contains_everything(name, outside):
     assert_contained(name, attack(name, outside))
     assert all_end()
 
 
+@pytest.mark.parametrize(
+    "program",
+    [
+        "class Answer:\n    def __eq__(self, _): return True\ndef double(x): return Answer()",
+        "import sys\nrequest = sys._getframe().f_back.f_locals['request']\n"
+        "double = lambda x: int(request['program'].split()[-1])",
+        "import os, sys\ntoken = sys._getframe().f_back.f_locals['request']['token']\n"
+        "os.write(sys._getframe().f_back.f_globals['RESULT'], token.encode()); os._exit(0)",
+    ],
+    ids=["equal to everything", "reads the tests", "finds the token"],
+)
+@needs_containment
+def test_what_the_documentation_says_a_program_can_do_to_its_score(program):
+    assert sandbox.run(program, TEST, QUICK) is None
+
+
+def opener(name: str) -> str:
+    return f"error({CALLS[name.split()[0]]}, {(DOORS | PROCESSES)[name]})"
+
+
+@pytest.fixture(scope="module")
+def errors(contained) -> dict[str, int]:
+    """Returns the error numbers of the calls of DOORS (0: it opened), made by one program."""
+    program = f"raise Exception(*[{', '.join(opener(name) for name in SEVERAL)}])"
+    failure = sandbox.run(OPENERS + program, TEST, QUICK)
+    numbers = re.findall(r"\d+", failure.removeprefix("Exception: "))
+    return dict(zip(SEVERAL, map(int, numbers), strict=True))
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_closes_the_door(name, errors):
+    assert errors[name] in (errno.EPERM, errno.ENOSYS)
+
+
+@pytest.mark.parametrize("name", ALONE)
+@needs_containment
+def test_starts_no_process(name):
+    program = f"raise OSError({opener(name)}, 'refused')"
+    failure = sandbox.run(OPENERS + program, TEST, QUICK)
+    assert failure in (
+        f"PermissionError: [Errno {errno.EPERM}] refused",
+        f"OSError: [Errno {errno.ENOSYS}] refused",
+    )
+
+
+def verdict(machine: str, architecture: int, number: int, *arguments: int) -> int:
+    """Returns the error of a call by the filter's instructions, 0 if the call is allowed."""
+    data = struct.pack("<IIQ6Q", number, architecture, 0, *arguments, *[0] * (6 - len(arguments)))
+    code = list(struct.iter_unpack("<HBBI", seccomp.program(machine)))
+    at, value = 0, 0
+    while True:
+        operation, yes, no, constant = code[at]
+        at += 1
+        if operation == 0x20:
+            (value,) = struct.unpack_from("<I", data, constant)
+        elif operation == 0x54:
+            value &= constant
+        elif operation == 0x06:
+            return 0 if constant == 0x7FFF0000 else constant & 0xFFFF
+        else:
+            at += yes if {0x15: value == constant, 0x25: value > constant}[operation] else no
+
+
+@pytest.mark.parametrize(
+    ("machine", "architecture", "reads", "clone", "newest"),
+    [("x86_64", 0xC000003E, 0, 56, 334), ("aarch64", 0xC00000B7, 63, 220, 294)],
+)
+def test_the_filter_of_each_machine(machine, architecture, reads, clone, newest):
+    def error(number, *arguments, architecture=architecture):
+        return verdict(machine, architecture, number, *arguments)
+
+    assert error(reads) == error(clone, 0x3D0F00) == 0  # a thread's
+    assert {error(number) for number in seccomp.refused(machine).values()} == {errno.EPERM}
+    for flags in (17, 0x4111, 0x3D0F00 & ~0x400, 0x3D0F00 | 0x10000000):
+        assert error(clone, flags) == errno.EPERM
+    for number in (*range(newest + 1, 500), 0x40000000 + reads):  # x32
+        assert error(number) == errno.ENOSYS
+    assert error(reads, architecture=0x40000003) == errno.ENOSYS  # i386
+
+
+# Asks for a huge page, touches a page of it, and looks whether the next is in memory too.
+NEIGHBOUR = """
+import ctypes
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+address = libc.mmap(ctypes.c_void_p(1 << 40), ctypes.c_size_t(1 << 21), 3, 0x22, -1, 0)
+libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(1 << 21), 14)
+ctypes.memset(address, 1, 1)
+found = ctypes.create_string_buffer(16)
+assert libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(1 << 16), found) == 0
+assert found[0][0] == 1 and found[15][0] == 0
+"""
+
+
+@needs_containment
+def test_huge_pages_are_off():
+    assert sandbox.run(NEIGHBOUR + RIGHT, TEST, QUICK) is None
+
+
+# Each kind of memory is tried up to 640 MiB, so that the test itself is bounded without a filter.
+GREEDY = """
+import contextlib, ctypes, fcntl, mmap, os, time
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+SIZE, kept = 1 << 24, []
+
+def page(at):
+    address = libc.mmap(ctypes.c_void_p(at), ctypes.c_size_t(4096), 3, 0x22, -1, 0)
+    ctypes.memset(address, 1, 1)
+
+def memory_file():
+    kept.append(os.memfd_create("x"))
+    os.write(kept[-1], bytes(SIZE))
+
+def segment():
+    libc.shmat.restype = ctypes.c_void_p
+    address = libc.shmat(libc.shmget(0, ctypes.c_size_t(SIZE), 0o1600), None, 0)
+    if address in (None, ctypes.c_void_p(-1).value):
+        raise OSError
+    ctypes.memset(address, 1, SIZE)
+    libc.shmdt(ctypes.c_void_p(address))
+
+def shared():
+    kept.append(mmap.mmap(-1, SIZE))
+    kept[-1].write(bytes(SIZE))
+
+def file():
+    open(str(time.monotonic_ns()), "wb").write(bytes(1 << 20))
+
+def pipe():
+    ends = os.pipe()
+    kept.append(ends)
+    os.set_blocking(ends[1], False)
+    fcntl.fcntl(ends[1], 1031, 1 << 20)
+    os.write(ends[1], bytes(1 << 20))
+
+def child():
+    if os.fork() == 0:
+        x = bytearray(b"x") * (100 << 20)
+        time.sleep(3)
+        os._exit(0)
+
+for attempt in memory_file, segment, shared, child, file, pipe:
+    with contextlib.suppress(OSError):
+        for _ in range(40):
+            attempt()
+with contextlib.suppress(ValueError, OSError):
+    for n in range(60000):  # each page needs two page tables of its own
+        page((1 << 40) + (n << 30))
+with contextlib.suppress(MemoryError):
+    while True:
+        kept.append(bytearray(b"x") * (1 << 20))
+time.sleep(1)
+"""
+
+
+def memory(pids: list[int]) -> int:
+    """Returns the memory of processes and of all shared memory of this machine, in bytes."""
+    total = 0
+    for path in [Path("/proc/meminfo"), *(Path(f"/proc/{pid}/status") for pid in pids)]:
+        with contextlib.suppress(OSError):
+            fields = dict(line.split(":", 1) for line in path.read_text().splitlines())
+            kinds = ("Shmem", "RssAnon", "VmPTE")
+            total += sum(int(fields[kind].split()[0]) << 10 for kind in kinds if kind in fields)
+    return total
+
+
 @pytest.mark.slow
 @needs_containment
-def test_programs_start_in_the_sandbox_too(outside):
-    attack("run a program", outside)  # this process is still here
+def test_all_memory_of_a_program_is_bounded():
+    before = peak = memory([])
+    limits = Limits(cpu_seconds=20, wall_seconds=100)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        run = pool.submit(sandbox.run, GREEDY + RIGHT, TEST, limits)
+        while not run.done():
+            peak = max(peak, memory(sandboxes(os.getpid())))
+            time.sleep(0.02)
+    assert 500 << 20 < peak - before < 1 << 30
+    assert run.result() is None
 
 
 @pytest.mark.slow
 @needs_containment
 def test_what_a_program_leaves_running_dies_with_it():
-    stay = "import os, time\nif not os.fork():\n    os.setsid()\n    time.sleep(98765)\n"
+    stay = "import threading, time\nthreading.Thread(target=time.sleep, args=(98765,)).start()\n"
     assert sandbox.run(stay + RIGHT, TEST, QUICK) is None
     assert all_end()
 
@@ -231,7 +487,7 @@ def test_a_killed_evaluation_leaves_no_program_behind(tmp_path):
     )
 
     deadline = time.monotonic() + 30
-    while sandboxes(process.pid) < 4:
+    while len(sandboxes(process.pid)) < 4:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.kill()
