@@ -123,6 +123,12 @@ def one_line(text: str) -> str:
     return printable(" ".join(text.split()))
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, to quote in a one-line message."""
+    lines = text_of(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def shorten(text: str, length: int = 80) -> str:
     """Returns text of at most `length` characters; what is cut becomes "…"."""
     return text if len(text) <= length else text[: length - 1] + "…"

@@ -7,8 +7,7 @@ from eval.backends import Prompts, Sampling
 from olmoe_jax.checkpoints import directory, safetensors_file
 from olmoe_jax.checkpoints.peft import ROUTER_FILE, adapter_directory
 from olmoe_jax.data import load_tokenizer
-from olmoe_jax.data.hub import first_line
-from olmoe_jax.errors import UserError
+from olmoe_jax.errors import UserError, first_line
 from olmoe_jax.generation.stop_strings import cut_at
 
 if TYPE_CHECKING:

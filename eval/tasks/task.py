@@ -113,7 +113,7 @@ def read_examples(task: Task, data: str | None) -> list[Example]:
         sources = [(path, "train")]
     else:
         path, sources = task.hub[0][0], task.hub
-    rows = [row for source, split in sources for row in read_rows(source, split)]
+    rows = [row for source, split in sources for _, row in read_rows(source, split)]
     for number, row in enumerate(rows, 1):
         missing = [name for name in task.fields if name not in row]
         if missing:

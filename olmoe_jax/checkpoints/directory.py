@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from olmoe_jax import hub
 from olmoe_jax.errors import UserError
 
 MODEL_FILES = ("config.json", "generation_config.json")
@@ -31,26 +32,10 @@ def resolve(path_or_hub_id: str) -> Path:
     """Returns a local directory as it is, or downloads a hub id (owner/name) to the hub's cache.
 
     Raises:
-      UserError: there is no such directory, or the hub does not give it.
+      UserError: as for `hub.directory_of`.
     """
-    path = Path(path_or_hub_id).expanduser()
-    if path.is_dir():
-        return path
-    is_hub_id = path_or_hub_id.count("/") == 1 and path_or_hub_id[0] not in "./~"
-    if path.exists() or not is_hub_id:
-        raise UserError(f"{path_or_hub_id}: no such directory; write a directory or a hub id")
-    import huggingface_hub
-
     patterns = ["*.safetensors", "*.safetensors.index.json", *MODEL_FILES, *TOKENIZER_FILES]
-    patterns += ADAPTER_FILES
-    try:
-        return Path(huggingface_hub.snapshot_download(path_or_hub_id, allow_patterns=patterns))
-    except Exception as error:
-        reason = type(error).__name__
-        raise UserError(
-            f"{path_or_hub_id}: no such directory here, and the hub did not give it ({reason}); "
-            "check the name and the network, or write a local directory"
-        ) from None
+    return hub.directory_of(path_or_hub_id, [*patterns, *ADAPTER_FILES])
 
 
 def write_json(file: Path, value: Any) -> None:

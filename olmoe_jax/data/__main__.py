@@ -1,5 +1,6 @@
 """The command `python -m olmoe_jax.data preview`, which shows a data file as the model sees it."""
 
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ import numpy as np
 
 from olmoe_jax.data.formats import TokenizedExample, encode_batch
 from olmoe_jax.data.reading import read_rows
-from olmoe_jax.data.tokenized import format_row_of
+from olmoe_jax.data.tokenized import format_row_at
 from olmoe_jax.data.tokenizer import load_tokenizer
 from olmoe_jax.errors import ArgumentParser, printable, run_command, unescaped, whole_number
 from olmoe_jax.files import expand
@@ -34,11 +35,13 @@ def main(argv: Sequence[str]) -> None:
     """
     args = _parser().parse_args(argv)
     tokenizer = load_tokenizer(args.tokenizer)
-    rows = read_rows(args.data)[: args.rows]
-    texts = [
-        format_row_of(args.data, index, row, tokenizer.eos_token) for index, row in enumerate(rows)
+    examples = [
+        example
+        for place, row in itertools.islice(read_rows(args.data), args.rows)
+        for example in encode_batch(
+            [format_row_at(place, row, tokenizer.eos_token)], tokenizer, args.max_seq_length
+        )
     ]
-    examples = list(encode_batch(texts, tokenizer, args.max_seq_length))
     if args.json:
         for example in examples:
             print(_as_json(example))

@@ -4,6 +4,7 @@ The texts and the masking are those of the PyTorch reference, down to its spaces
 masks a prompt is `tokens_before`.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,9 @@ ACCEPTED_FIELDS = (
     "question + choices + answer (the index of a choice); instruction + output (input optional); "
     "messages (an optional system turn, then user and assistant turns)"
 )
+
+LONG_TEXT = 1 << 19
+"""Characters that are tokenised together, or of a text at once."""
 
 _CHOICE_NAMES = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -58,13 +62,13 @@ context. Write a response that appropriately completes the request.
 class FormattedRow:
     """The text of a row and the places where training on the text starts and stops.
 
-    Each boundary is a prefix of `text`. The tokens after the first boundary train, those after
-    the second do not, those after the third do, and so on. `tokens_before` places a boundary
+    A boundary is a number of characters of `text`. The tokens after the first boundary train, those
+    after the second do not, those after the third do, and so on. `tokens_before` places a boundary
     among the tokens.
     """
 
     text: str
-    boundaries: tuple[str, ...]
+    boundaries: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -136,23 +140,64 @@ def format_row(row: Fields, eos: str) -> FormattedRow:
 def encode_batch(
     rows: Sequence[FormattedRow], tokenizer: "PreTrainedTokenizerBase", max_seq_length: int
 ) -> Iterator[TokenizedExample]:
-    """Yields the example of each row, from one call of the tokenizer.
+    """Yields the example of each row.
 
     A text longer than `max_seq_length` tokens loses its end. No token is put before a text.
     """
-    strings = [string for row in rows for string in (row.text, *row.boundaries)]
-    encoding = tokenizer(
-        strings, add_special_tokens=False, padding=False, truncation=False, verbose=False
-    )
-    ids = iter(encoding["input_ids"])
-    for row in rows:
-        tokens = np.asarray(next(ids)[:max_seq_length], np.int32)
-        boundaries = [tokens_before(next(ids), tokens) for _ in row.boundaries]
-        trained = np.zeros(len(tokens), bool)
+    # Twice as many as an example keeps: the last tokens of a cut text may be others than the whole
+    # text has there.
+    enough = 2 * max_seq_length
+    tokens = [
+        np.asarray(ids[:max_seq_length], np.int32)
+        for ids in _token_ids([row.text for row in rows], tokenizer, enough)
+    ]
+    boundaries: list[list[int]] = [[] for _ in rows]
+    unfinished = list(range(len(rows)))
+    while unfinished:
+        prefixes = [rows[i].text[: rows[i].boundaries[len(boundaries[i])]] for i in unfinished]
+        ids = _token_ids(prefixes, tokenizer, enough)
+        for i, prefix in zip(unfinished, ids, strict=True):
+            boundaries[i].append(tokens_before(prefix, tokens[i]))
+        unfinished = [
+            i
+            for i, prefix in zip(unfinished, ids, strict=True)
+            # Longer prefixes end behind the example too.
+            if len(boundaries[i]) < len(rows[i].boundaries) and len(prefix) < enough
+        ]
+    for ids, places in zip(tokens, boundaries, strict=True):
+        trained = np.zeros(len(ids), bool)
         # Each boundary turns training on or off for all tokens behind it.
-        for boundary in boundaries:
-            trained[boundary:] ^= True
-        yield TokenizedExample(tokens, trained, prompt_length=boundaries[0])
+        for place in places:
+            trained[place:] ^= True
+        yield TokenizedExample(ids, trained, prompt_length=places[0])
+
+
+def _token_ids(
+    texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", enough: int
+) -> list[list[int]]:
+    """Returns the token ids of each text; of a long text, the first `enough` or more.
+
+    The tokenizer takes 300 bytes for each byte of a text.
+    """
+
+    def ids(texts: Sequence[str]) -> list[list[int]]:
+        return tokenizer(
+            texts,
+            add_special_tokens=False,
+            padding=False,
+            truncation=False,
+            verbose=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"]
+
+    found = ids([text[:LONG_TEXT] for text in texts])
+    for index, text in enumerate(texts):
+        size = LONG_TEXT
+        while size < len(text) and len(found[index]) < enough:
+            size *= 2
+            found[index] = ids([text[:size]])[0]
+    return found
 
 
 def _join(before: str, after: str) -> str:
@@ -164,17 +209,17 @@ def _join(before: str, after: str) -> str:
 
 def _prompt_completion(row: Fields, eos: str) -> FormattedRow:
     prompt = _text(row, "prompt")
-    return FormattedRow(_join(prompt, _text(row, "completion")) + eos, (prompt,))
+    return FormattedRow(_join(prompt, _text(row, "completion")) + eos, (len(prompt),))
 
 
 def _prompt_answer(row: Fields, eos: str) -> FormattedRow:
     prompt = _text(row, "prompt")
-    return FormattedRow(_join(prompt, _answer(row)) + eos, (prompt,))
+    return FormattedRow(_join(prompt, _answer(row)) + eos, (len(prompt),))
 
 
 def _question_answer(row: Fields, eos: str) -> FormattedRow:
     prompt = f"Question: {_text(row, 'question')}\nAnswer:"
-    return FormattedRow(prompt + _answer(row) + eos, (prompt,))
+    return FormattedRow(prompt + _answer(row) + eos, (len(prompt),))
 
 
 def _choices(row: Fields, eos: str) -> FormattedRow:
@@ -186,12 +231,14 @@ def _choices(row: Fields, eos: str) -> FormattedRow:
     lines = "\n".join(named)
     # The space after the last choice is the reference's.
     prompt = f"Question: {_text(row, 'question').strip()}\n{lines} \nAnswer:"
-    return FormattedRow(prompt + named[_choice_index(row["answer"], len(named))] + eos, (prompt,))
+    return FormattedRow(
+        prompt + named[_choice_index(row["answer"], len(named))] + eos, (len(prompt),)
+    )
 
 
 def _choice_index(value: Any, count: int) -> int:
     number = str(value)
-    if isinstance(value, bool) or not number.isdecimal() or int(number) >= count:
+    if isinstance(value, bool) or not re.fullmatch(r"\d{1,2}", number) or int(number) >= count:
         raise UserError(f"field answer must be the index of a choice, 0 to {count - 1}")
     return int(number)
 
@@ -202,7 +249,7 @@ def _instruction(row: Fields, eos: str) -> FormattedRow:
     if row.get("input"):
         fields["input"] = _text(row, "input")
     prompt = template.format(**fields)
-    return FormattedRow(prompt + _text(row, "output") + eos, (prompt,))
+    return FormattedRow(prompt + _text(row, "output") + eos, (len(prompt),))
 
 
 def _messages(row: Fields, eos: str) -> FormattedRow:
@@ -212,13 +259,15 @@ def _messages(row: Fields, eos: str) -> FormattedRow:
     turns are joined by the same rule. A system turn goes in front of the first user turn, with a
     newline between the two.
     """
-    text, ends = "", []
+    pieces, ends, last = [], [0], ""
     for index, content in enumerate(_turns(row["messages"])):
-        text = _join(text, content) if index else content
+        piece = _join(last, content).removeprefix(last) if index else content
         if index % 2:
-            text += eos
-        ends.append(text)
-    return FormattedRow(text, tuple(ends[:-1]))
+            piece += eos
+        pieces.append(piece)
+        ends.append(ends[-1] + len(piece))
+        last = piece[-1:] or last
+    return FormattedRow("".join(pieces), tuple(ends[1:-1]))
 
 
 def _turns(messages: Any) -> list[str]:

@@ -1,165 +1,195 @@
-"""Reading of the rows of a local file or of a data set on the hub."""
+"""Reading of the rows of a local file or of a data set on the hub, one at a time."""
 
-import contextlib
 import hashlib
+import io
 import json
 import os
+import re
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from olmoe_jax.data.hub import first_line, is_hub_id, is_written_as_path, quiet_hub
-from olmoe_jax.errors import UserError
+from olmoe_jax import hub
+from olmoe_jax.errors import UserError, first_line
+from olmoe_jax.files import LINE_LIMIT, decode, open_regular, os_errors, read_lines
+
+if TYPE_CHECKING:
+    import pyarrow
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
+_SUFFIXES = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+
+_LIMIT = f"{LINE_LIMIT >> 20} MiB"
+
+Row = dict[str, Any]
+
+# A table is decoded in batches of a few rows, because each may hold 8 MiB of text.
+_BATCH_ROWS = 16
+# A page of a Parquet file is decoded in one piece. The common writers end a page after 1024 rows,
+# whatever the size of the rows.
+_PAGE_ROWS = 1024
+_PAGE_LIMIT = 256 << 20
 
 
 def is_local(path: str) -> bool:
     """Returns True for a local file, False for `owner/name` or `owner/name:file` on the hub."""
-    return is_written_as_path(path) or (":" not in path and path.endswith(SUFFIXES))
+    return hub.is_written_as_path(path) or (":" not in path and path.endswith(SUFFIXES))
 
 
-def read_rows(path: str, split: str = "train") -> list[dict[str, Any]]:
-    """Returns the rows of a .jsonl, .json or .parquet file, or of a data set on the hub.
+def read_rows(path: str, split: str = "train") -> Iterator[tuple[str, Row]]:
+    """Yields (place, row) of a .jsonl, .json or .parquet file, or of a data set on the hub.
 
-    A hub data set is `owner/name`, of which `split` is read, or `owner/name:file.jsonl`, which is
-    read whole.
+    The place names file and line or row, for messages. A row takes at most 8 MiB, so that any file
+    is read in little memory. A hub data set is `owner/name`, of which `split` is read, or
+    `owner/name:file.jsonl`, which is read whole.
 
     Raises:
-      UserError: the rows cannot be read; the message names the file and the line.
+      UserError: the rows cannot be read; the message names the place.
     """
-    rows = _read_local(path) if is_local(path) else _read_hub(path, split)
-    if not rows:
+    place = None
+    for place, row in _local_rows(path) if is_local(path) else _hub_rows(path, split):
+        yield f"{path}: {place}", row
+    if place is None:
         raise UserError(f"{path} is empty: a data file needs at least one row")
-    return rows
 
 
 def content_digest(path: str, split: str = "train") -> str:
     """Returns a hash of the content that `read_rows` reads; a local file is not parsed."""
     digest = hashlib.sha256()
     if is_local(path):
+        _check_kind(path)
         digest.update(os.path.splitext(path)[1].encode())
-        with _local_file_errors(path), open(path, "rb") as file:
+        with os_errors(path, "read"), open_regular(path) as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     else:
-        for row in read_rows(path, split):
+        for _, row in read_rows(path, split):
             digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()
 
 
-def row_location(path: str, index: int) -> str:
-    """Returns "line N" of row `index` (from 0) of `read_rows(path)`, or "row N" without lines."""
-    if is_local(path) and not path.endswith(".parquet") and not _is_json_list(path):
-        numbers = (number for number, _ in _lines(path))
-        return f"line {next(n for i, n in enumerate(numbers) if i == index)}"
-    return f"row {index + 1}"
-
-
-@contextlib.contextmanager
-def _local_file_errors(path: str) -> Iterator[None]:
-    """Raises a `UserError` for a file that should not, or cannot, be opened."""
+def _check_kind(path: str) -> None:
     if os.path.isdir(path):
-        raise UserError(f"{path} is a directory: name a data file in it ({_suffixes()})")
+        raise UserError(f"{path} is a directory: name a data file in it ({_SUFFIXES})")
     if not path.endswith(SUFFIXES):
-        raise UserError(f"{path} is not a kind of data file that is read: use {_suffixes()}")
-    if not os.path.exists(path):
-        raise UserError(f"no data file at {path}: check the path")
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or first_line(error)}") from error
+        raise UserError(f"{path} is not a kind of data file that is read: use {_SUFFIXES}")
 
 
-def _suffixes() -> str:
-    return f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+def _local_rows(path: str) -> Iterator[tuple[str, Row]]:
+    _check_kind(path)
+    with os_errors(path, "read"), open_regular(path) as file:
+        begin = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    if path.endswith(".parquet"):
+        yield from _parquet_rows(path)
+    elif path.endswith(".json") and begin == b"[":
+        yield from _list_rows(path)
+    else:
+        for number, line in read_lines(path):
+            yield f"line {number}", decode(Row, line, f"{path}: line {number}")
 
 
-def _read_local(path: str) -> list[dict[str, Any]]:
-    with _local_file_errors(path):
-        if path.endswith(".parquet"):
-            return _read_parquet(path)
-        if _is_json_list(path):
-            return _read_json_list(path)
-        return [_json_object(path, number, line) for number, line in _lines(path)]
+_SPACE = re.compile(r"[ \t\r\n]*")
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")
+"""What `surrogateescape` makes of a byte that is not UTF-8."""
 
 
-def _read_parquet(path: str) -> list[dict[str, Any]]:
+def _list_rows(path: str) -> Iterator[tuple[str, Row]]:
+    """Yields the rows of a file that is one JSON list; a few rows are in memory at a time."""
+    decode_at = json.JSONDecoder().raw_decode
+    with (
+        open_regular(path) as stream,
+        io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="") as file,
+    ):
+        text, number = file.read(3 * LINE_LIMIT), 0
+        at = text.index("[") + 1
+        more = not text.startswith("]", _SPACE.match(text, at).end())
+        while more:
+            number += 1
+            where = f"{path}: row {number}"
+            if len(text) - at < 2 * LINE_LIMIT:
+                text, at = text[at:] + file.read(2 * LINE_LIMIT), 0
+            at = _SPACE.match(text, at).end()
+            try:
+                row, end = decode_at(text, at)
+            # Integers of more than 4,300 digits and deep nesting are among the errors.
+            except (ValueError, RecursionError) as error:
+                reason = getattr(error, "msg", first_line(error).partition(";")[0])
+                raise UserError(f"{where} is not JSON of at most {_LIMIT} ({reason})") from None
+            if end - at > LINE_LIMIT:
+                raise UserError(f"{where} is longer than {_LIMIT}; split the row, or remove it")
+            if _NOT_UTF8.search(text, at, end):
+                raise UserError(f"{where} is not UTF-8 text; save the file as UTF-8")
+            if not isinstance(row, dict):
+                raise UserError(f"{where} is not a JSON object")
+            yield f"row {number}", row
+            end = _SPACE.match(text, end).end()
+            more, at = text.startswith(",", end), end + 1
+        ended = not number or text.startswith("]", at - 1)
+        if not ended or (number and (text[at:] + file.read(1 << 16)).strip()):
+            raise UserError(f"{path}: not JSON after row {number}")
+
+
+def _parquet_rows(path: str) -> Iterator[tuple[str, Row]]:
     import pyarrow
     import pyarrow.parquet
 
+    first = 1
     try:
-        return pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path} is not a Parquet file: {first_line(error)}") from error
+        file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
+        for group in range(file.num_row_groups):
+            about = file.metadata.row_group(group)
+            row_size = about.total_byte_size // max(about.num_rows, 1)
+            if row_size * min(about.num_rows, _PAGE_ROWS) > _PAGE_LIMIT:
+                raise UserError(
+                    f"{path}: row {first} and the next have {row_size >> 20} MiB each on average, "
+                    "in pages too large to read; write the file with a smaller row group size"
+                )
+            batch_rows = 1 if row_size * _BATCH_ROWS > LINE_LIMIT else _BATCH_ROWS
+            for batch in file.iter_batches(batch_rows, [group]):
+                yield from _table_rows(path, batch, first)
+                first += batch.num_rows
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{path} is not a Parquet file: {first_line(error)}") from None
 
 
-def _is_json_list(path: str) -> bool:
-    """Returns True if a .json file is one list, False if it has one object per line."""
-    if not path.endswith(".json"):
-        return False
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
-        return next((line.lstrip()[0] for line in file if line.strip()), "") == "["
+def _table_rows(
+    path: str, table: "pyarrow.RecordBatch | pyarrow.Table", first: int
+) -> Iterator[tuple[str, Row]]:
+    """Yields the rows of a part of a table, of which row `first` of the file is the first."""
+    import pyarrow
 
-
-def _read_json_list(path: str) -> list[dict[str, Any]]:
-    with open(path, "rb") as file:
-        content = file.read()
+    # A dictionary holds the values of many more rows.
+    columns = [c for c in table.columns if not pyarrow.types.is_dictionary(c.type)]
     try:
-        rows = json.loads(content.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path} is not UTF-8 text at line {line}") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON at line {error.lineno}: {error.msg}") from error
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise UserError(f"{path}: row {number} is not a JSON object")
-    return rows
+        if sum(column.nbytes for column in columns) > LINE_LIMIT:
+            raise OverflowError(f"longer than {_LIMIT}")
+        rows = table.to_pylist()
+    # Text that is not UTF-8, and dates that Python does not have.
+    except (pyarrow.ArrowException, OverflowError, ValueError) as error:
+        if table.num_rows == 1:
+            reason = first_line(error)
+            raise UserError(f"{path}: row {first} cannot be read ({reason}); correct it") from None
+        for index in range(table.num_rows):
+            yield from _table_rows(path, table.slice(index, 1), first + index)
+    else:
+        yield from ((f"row {first + index}", row) for index, row in enumerate(rows))
 
 
-def _lines(path: str) -> Iterator[tuple[int, bytes]]:
-    """Yields (number from 1, content) of each line that is not blank, without byte order mark."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            content = (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip()
-            if content:
-                yield number, content
-
-
-def _json_object(path: str, number: int, line: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text at line {number}") from error
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path} is not JSON at line {number}: {error.msg} (column {error.colno})"
-        ) from error
-    if not isinstance(row, dict):
-        raise UserError(f"{path}: line {number} is not a JSON object")
-    return row
-
-
-def _read_hub(path: str, split: str) -> list[dict[str, Any]]:
+def _hub_rows(path: str, split: str) -> Iterator[tuple[str, Row]]:
     name, _, file = path.partition(":")
-    if not is_hub_id(name):
+    if not hub.is_hub_id(name):
         raise UserError(
-            f"no data file at {path}, and it is no hub id: give a {_suffixes()} file, "
+            f"no data file at {path}, and it is no hub id: give a {_SUFFIXES} file, "
             "or a hub id written owner/name or owner/name:file.jsonl"
         )
-    with quiet_hub():
+    with hub.downloading(path, "dataset"):
         import datasets
 
-        try:
-            # The hub's library loads a named file as the only split and calls the split train.
-            if file:
-                dataset = datasets.load_dataset(name, data_files=file, split="train")
-            else:
-                dataset = datasets.load_dataset(name, split=split)
-        # datasets raises errors of many unrelated types.
-        except Exception as error:
-            raise UserError(
-                f"cannot load {path} from the Hugging Face hub ({first_line(error)}): check the id "
-                f"and the network, or give a local {_suffixes()} file"
-            ) from error
-        return dataset.to_list()
+        # The hub's library loads a named file as the only split and calls the split train.
+        if file:
+            dataset = datasets.load_dataset(name, data_files=file, split="train")
+        else:
+            dataset = datasets.load_dataset(name, split=split)
+    first = 1
+    for table in dataset.with_format("arrow").iter(_BATCH_ROWS):
+        yield from _table_rows(path, table, first)
+        first += table.num_rows

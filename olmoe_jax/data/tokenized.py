@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -12,14 +12,15 @@ import numpy as np
 
 from olmoe_jax.data.cache import load_arrays, save_arrays
 from olmoe_jax.data.formats import (
+    LONG_TEXT,
     RULES_VERSION,
     FormattedRow,
     TokenizedExample,
     encode_batch,
     format_row,
 )
-from olmoe_jax.data.reading import content_digest, read_rows, row_location
-from olmoe_jax.errors import UserError
+from olmoe_jax.data.reading import content_digest, read_rows
+from olmoe_jax.errors import UserError, os_reason
 from olmoe_jax.files import user_path
 
 if TYPE_CHECKING:
@@ -27,8 +28,16 @@ if TYPE_CHECKING:
 
 # Part of the cache's directory name alone: raise it whenever the stored arrays change their layout.
 # A new layout holds the same examples, so a run may continue across it.
-_CACHE_VERSION = 2
-_ROWS_PER_TOKENIZER_CALL = 1000
+_CACHE_VERSION = 3
+_ARRAYS = {
+    "tokens": np.int32,
+    "trained": np.bool_,
+    "lengths": np.int32,
+    "prompt_lengths": np.int32,
+    "dropped_rows": np.int64,
+}
+"""The arrays of the cache: those of `TokenizedDataset`, with lengths in place of offsets."""
+_BATCH_ROWS = 1000
 
 
 @dataclass(frozen=True)
@@ -126,26 +135,27 @@ def tokenize_dataset(
     }
     root = os.environ.get("OLMOE_JAX_CACHE") or "~/.cache/olmoe_jax"
     directory = user_path(root) / "tokenized" / _hash([_CACHE_VERSION, origin])
-    cached = load_arrays(directory)
-    if cached is None:
-        arrays, info = _tokenize(path, read_rows(path, split), tokenizer, max_seq_length)
+    arrays = load_arrays(directory, _ARRAYS)
+    if arrays is None:
         try:
-            save_arrays(directory, arrays, info)
+            save_arrays(directory, _ARRAYS, _tokenize(path, split, tokenizer, max_seq_length))
         except OSError as error:
             raise UserError(
-                f"cannot write the token cache {directory} ({error.strerror}): "
+                f"cannot write the token cache {directory} ({os_reason(error)}): "
                 "set OLMOE_JAX_CACHE to a directory with space that you may write to"
             ) from error
-        cached = load_arrays(directory) or (arrays, info)
-    arrays, info = cached
+        arrays = load_arrays(directory, _ARRAYS)
+    if arrays is None:
+        raise UserError(f"the token cache {directory} changes while it is read; check the disk")
+    count, dropped = len(arrays["lengths"]), int(arrays["dropped_rows"][0])
     return TokenizedDataset(
         tokens=arrays["tokens"],
         trained=arrays["trained"],
-        offsets=arrays["offsets"],
+        offsets=np.concatenate([[0], np.cumsum(arrays["lengths"], dtype=np.int64)]),
         prompt_lengths=arrays["prompt_lengths"],
-        rows=np.arange(len(arrays["prompt_lengths"])),
-        dropped_rows=info["dropped_rows"],
-        total_rows=info["total_rows"],
+        rows=np.arange(count),
+        dropped_rows=dropped,
+        total_rows=dropped + count,
         origin=origin,
     )
 
@@ -189,38 +199,46 @@ def _hash(value: Any) -> str:
 
 
 def _tokenize(
-    path: str,
-    rows: list[dict[str, Any]],
-    tokenizer: "PreTrainedTokenizerBase",
-    max_seq_length: int,
-) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """Returns the arrays and the counts of `TokenizedDataset`, for the cache."""
-    kept: list[TokenizedExample] = []
-    for start in range(0, len(rows), _ROWS_PER_TOKENIZER_CALL):
-        chunk = rows[start : start + _ROWS_PER_TOKENIZER_CALL]
-        texts = [
-            format_row_of(path, start + index, row, tokenizer.eos_token)
-            for index, row in enumerate(chunk)
-        ]
-        examples = encode_batch(texts, tokenizer, max_seq_length)
-        kept += [example for example in examples if example.trained.any()]
+    path: str, split: str, tokenizer: "PreTrainedTokenizerBase", max_seq_length: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields the arrays of `_ARRAYS` part by part, for the cache."""
+    dropped = kept = 0
+    for texts in _batches(path, split, tokenizer.eos_token):
+        examples = list(encode_batch(texts, tokenizer, max_seq_length))
+        trained = [example for example in examples if example.trained.any()]
+        dropped += len(examples) - len(trained)
+        kept += len(trained)
+        if trained:
+            yield {
+                "tokens": np.concatenate([example.tokens for example in trained]),
+                "trained": np.concatenate([example.trained for example in trained]),
+                "lengths": np.array([len(example.tokens) for example in trained], np.int32),
+                "prompt_lengths": np.array([e.prompt_length for e in trained], np.int32),
+            }
     if not kept:
         raise UserError(
             f"{path}: no row has a token to train on within max_seq_length={max_seq_length}; "
             "raise data.max_seq_length"
         )
-    arrays = {
-        "tokens": np.concatenate([example.tokens for example in kept]),
-        "trained": np.concatenate([example.trained for example in kept]),
-        "offsets": np.cumsum([0, *(len(example.tokens) for example in kept)], dtype=np.int64),
-        "prompt_lengths": np.array([example.prompt_length for example in kept], np.int32),
-    }
-    return arrays, {"dropped_rows": len(rows) - len(kept), "total_rows": len(rows)}
+    yield {"dropped_rows": np.array([dropped])}
 
 
-def format_row_of(path: str, index: int, row: dict[str, Any], eos: str) -> FormattedRow:
-    """Returns `format_row` of row `index` of a data file; errors name the file and the line."""
+def _batches(path: str, split: str, eos: str) -> Iterator[list[FormattedRow]]:
+    """Yields the formatted rows of a data set in batches of about `LONG_TEXT` characters."""
+    batch, size = [], 0
+    for place, row in read_rows(path, split):
+        batch.append(format_row_at(place, row, eos))
+        size += len(batch[-1].text)
+        if size >= LONG_TEXT or len(batch) == _BATCH_ROWS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def format_row_at(place: str, row: Mapping[str, Any], eos: str) -> FormattedRow:
+    """Returns `format_row` of a row of `read_rows`; errors name its place."""
     try:
         return format_row(row, eos)
     except UserError as error:
-        raise UserError(f"{path}, {row_location(path, index)}: {error}") from error
+        raise UserError(f"{place}: {error}") from None

@@ -1,10 +1,17 @@
 """Loading of a tokenizer from a directory or from the hub."""
 
+import contextlib
 import os
-from typing import TYPE_CHECKING
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
-from olmoe_jax.data.hub import first_line, is_hub_id, is_written_as_path, quiet_hub
-from olmoe_jax.errors import UserError
+from olmoe_jax import hub
+from olmoe_jax.checkpoints.directory import TOKENIZER_FILES
+from olmoe_jax.errors import UserError, first_line
+from olmoe_jax.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -13,35 +20,77 @@ if TYPE_CHECKING:
 def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
     """Returns the tokenizer in a local directory or of a hub id; code on the hub is never run.
 
-    Raises:
-      UserError: there is no tokenizer, it is not a fast one (with a tokenizer.json), or it has no
-        end-of-text token.
-    """
-    if is_written_as_path(path) and not os.path.isdir(path):
-        raise UserError(
-            f"no tokenizer directory at {path}: give a directory with tokenizer.json "
-            "and tokenizer_config.json, or a hub id such as allenai/OLMoE-1B-7B-0125"
-        )
-    if not os.path.isdir(path) and not is_hub_id(path):
-        raise UserError(f"{path} is neither a tokenizer directory nor a hub id (owner/name)")
-    with quiet_hub():
-        # This class takes tokenizer.json as it is. AutoTokenizer may build the tokenizer anew, and
-        # imports torch where torch is installed, which takes longer than all else here.
-        from transformers import PreTrainedTokenizerFast
+    What the tokenizer's library raises when the tokenizer is used is a `UserError` too.
 
-        try:
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(path, trust_remote_code=False)
-        # transformers raises OSError, ValueError, TypeError, KeyError and more.
-        except Exception as error:
-            raise UserError(
-                f"cannot load a tokenizer from {path} ({first_line(error)}): give a directory with "
-                "tokenizer.json and tokenizer_config.json, or a hub id that can be reached"
-            ) from error
-    if not tokenizer.is_fast:
-        raise UserError(f"the tokenizer of {path} has no tokenizer.json: convert it to a fast one")
-    if tokenizer.eos_token is None:
-        raise UserError(
-            f"the tokenizer of {path} has no end-of-text token: "
-            'set "eos_token" in its tokenizer_config.json'
-        )
+    Raises:
+      UserError: there is no tokenizer, a file of it is wrong, it is not a fast one (with a
+        tokenizer.json), or it has no end-of-text token.
+    """
+    directory = hub.directory_of(path, TOKENIZER_FILES)
+    file, settings = directory / "tokenizer.json", directory / "tokenizer_config.json"
+    read_json(dict[str, Any], file)
+    if os.path.lexists(settings):
+        read_json(dict[str, Any], settings)
+    # Without torch, which the project does not need, importing transformers gives advice.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    # This class takes tokenizer.json as it is. AutoTokenizer may build the tokenizer anew, and
+    # imports torch where torch is installed, which takes longer than all else here.
+    from transformers import PreTrainedTokenizerFast
+
+    class Tokenizer(PreTrainedTokenizerFast):
+        """The library's tokenizer with errors that name the file."""
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            with _library_errors(file):
+                return super().__call__(*args, **kwargs)
+
+        def decode(self, *args: Any, **kwargs: Any) -> Any:
+            with _library_errors(file):
+                return super().decode(*args, **kwargs)
+
+    try:
+        # No use has a limit of the tokenizer's own, and the files' may be of any type.
+        with _library_errors(file):
+            tokenizer = Tokenizer.from_pretrained(str(directory), model_max_length=_NO_LIMIT)
+    # transformers raises OSError, ValueError, TypeError, KeyError and more.
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{directory}: not a tokenizer ({first_line(error)})") from None
+    if not isinstance(tokenizer.eos_token, str):
+        raise UserError(f'{settings}: set "eos_token" to the end-of-text token')
+    tokenizer.decode(tokenizer("A 1").input_ids)
     return tokenizer
+
+
+_NO_LIMIT = 1 << 62
+
+
+_ONE_AT_A_TIME = threading.RLock()
+
+
+@contextlib.contextmanager
+def _library_errors(file: os.PathLike) -> Iterator[None]:
+    """Raises what the library `tokenizers` raises as a `UserError` that names the file.
+
+    The library is written in Rust. Its errors are `Exception` itself. A Rust panic is a
+    BaseException of a type that cannot be imported, and prints a page to file descriptor 2.
+    """
+    with _ONE_AT_A_TIME, tempfile.TemporaryFile() as printed:
+        sys.stderr.flush()
+        stderr = os.dup(2)
+        os.dup2(printed.fileno(), 2)
+        try:
+            yield
+        except BaseException as error:
+            if type(error) is not Exception and type(error).__name__ != "PanicException":
+                raise
+            printed.truncate(0)
+            raise UserError(f"{file}: the tokenizer does not work ({first_line(error)})") from None
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            printed.seek(0)
+            if text := printed.read():
+                os.write(2, text)

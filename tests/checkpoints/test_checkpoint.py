@@ -175,19 +175,6 @@ def test_what_is_wrong_is_named(model, name):
         assert culprit in message
 
 
-def test_a_hub_id_without_network(monkeypatch):
-    import huggingface_hub
-
-    def offline(*_, **__):
-        raise ConnectionError
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(UserError, match="allenai/nothing: no such directory here, and the hub"):
-        directory.resolve("allenai/nothing")
-    with pytest.raises(UserError, match=r"\./nothing: no such directory"):
-        directory.resolve("./nothing")
-
-
 def test_tied_checkpoint_may_repeat_its_head(tmp_path):
     tied = tiny_config(tie_word_embeddings=True)
     tensors = hf_tensors(tied)

@@ -79,16 +79,16 @@ def folder(files: Files) -> Path:
 
 
 DATA = [
-    ("absent.jsonl", "no data file at {path}: check the path"),
+    ("absent.jsonl", "{path}: no such file or directory; check the path"),
     ("empty.jsonl", "{path} is empty: a data file needs at least one row"),
     ("blank.jsonl", "{path} is empty: a data file needs at least one row"),
-    ("broken.jsonl", "{path} is not JSON at line 3: "),
-    ("list.jsonl", "{path}: line 2 is not a JSON object"),
+    ("broken.jsonl", "{path}: line 3: not JSON ("),
+    ("list.jsonl", "{path}: line 2: the content is "),
     (
         "fields.jsonl",
-        "{path}, line 2: unknown fields (found: text); accepted: prompt + completion; prompt + ",
+        "{path}: line 2: unknown fields (found: text); accepted: prompt + completion; prompt + ",
     ),
-    ("types.jsonl", "{path}, line 1: field completion must be text, not int"),
+    ("types.jsonl", "{path}: line 1: field completion must be text, not int"),
     (
         "long.jsonl",
         "{path}: no row has a token to train on within max_seq_length=64; raise data.max_seq_",
@@ -213,7 +213,7 @@ def test_mesh(error_of, mesh, expected):
         ),
         (
             {"data__tokenizer_path": "{nothing}"},
-            "cannot load a tokenizer from {nothing} (",
+            "{nothing}/tokenizer.json: no such file",
         ),
         (
             {"model__config_path": "{small}"},
@@ -270,7 +270,7 @@ def test_output_directory_that_cannot_be_made(files, tmp_path, monkeypatch, caps
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"data__train_path": "{broken}"}, "{broken} is not JSON at line 3: "),
+        ({"data__train_path": "{broken}"}, "{broken}: line 3: not JSON ("),
         ({"model__config_path": "{small}"}, "the tokenizer of "),
         ({"mesh__fsdp": 3}, "mesh.data=1 mesh.fsdp=3: needs 3 devices, but there are 1; "),
     ],

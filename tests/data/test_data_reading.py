@@ -1,9 +1,14 @@
 import json
+import os
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
-from olmoe_jax.data.reading import content_digest, is_local, read_rows, row_location
+from olmoe_jax.data import reading
+from olmoe_jax.data.reading import SUFFIXES, content_digest, is_local, read_rows
 from olmoe_jax.errors import UserError
+from olmoe_jax.files import LINE_LIMIT
 
 ROWS = [{"prompt": "é \u2028", "completion": "1"}, {"prompt": "b", "completion": "2"}]
 LINES = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
@@ -21,35 +26,45 @@ LINES = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
 def test_json_files(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content)
-    assert read_rows(str(path)) == ROWS
-    location = "row 2" if name == "list.json" else "line 3"
-    assert row_location(str(path), 1) == location
+    second = "row 2" if name == "list.json" else "line 3"
+    first = second[:-1] + "1"
+    assert [*read_rows(str(path))] == [
+        (f"{path}: {first}", ROWS[0]),
+        (f"{path}: {second}", ROWS[1]),
+    ]
 
 
 def test_parquet_file(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
     path = tmp_path / "rows.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
-    assert read_rows(str(path)) == ROWS
-    assert row_location(str(path), 1) == "row 2"
+    assert [*read_rows(str(path))] == [(f"{path}: row 1", ROWS[0]), (f"{path}: row 2", ROWS[1])]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("missing.jsonl", None, "no data file at"),
+        ("missing.jsonl", None, "no such file or directory"),
         ("empty.jsonl", b"", "is empty"),
         ("blank.jsonl", b"\n \n", "is empty"),
         ("empty.json", b"", "is empty"),
         ("list.json", b"[]", "is empty"),
-        ("bad.jsonl", b'{"a": 1}\n\n{"a": \n', "not JSON at line 3"),
-        ("bad.json", b'[{"a": 1},\n{"a" 1}]', "not JSON at line 2"),
-        ("array.jsonl", b'{"a": 1}\n[1]', "line 2 is not a JSON object"),
+        ("bad.jsonl", b'{"a": 1}\n\n{"a": \n', "line 3: not JSON"),
+        ("bad.json", b'[{"a": 1},\n{"a" 1}]', "row 2 is not JSON"),
+        ("array.jsonl", b'{"a": 1}\n[1]', r"line 2: the content is \[1\]; it must be an object"),
         ("items.json", b'[{"a": 1}, 2]', "row 2 is not a JSON object"),
-        ("latin.jsonl", b'{"a": 1}\n{"a": "\xe9"}', "not UTF-8 text at line 2"),
-        ("latin.json", b'[{"a": 1},\n{"a": "\xe9"}]', "not UTF-8 text at line 2"),
+        ("latin.jsonl", b'{"a": 1}\n{"a": "\xe9"}', r"line 2: not JSON \(invalid unicode"),
+        ("latin.json", b'[{"a": 1},\n{"a": "\xe9"}]', "row 2 is not UTF-8 text"),
+        ("integer.jsonl", b'{"a": 1}\n{"a": %b}' % (b"9" * 5000), "line 2: not JSON"),
+        ("integer.json", b'[{"a": 1}, {"a": %b}]' % (b"9" * 5000), "row 2 is not JSON"),
+        ("deep.jsonl", b'{"a": %b}' % (b"[" * 100_000), "line 1: not JSON"),
+        ("deep.json", b'[{"a": %b}]' % (b"[" * 100_000), "row 1 is not JSON"),
+        ("no_comma.json", b'[{"a": 1} {"a": 2}]', "not JSON after row 1"),
+        ("comma.json", b'[{"a": 1},]', "row 2 is not JSON"),
+        ("open.json", b'[{"a": 1}', "not JSON after row 1"),
+        ("rest.json", b'[{"a": 1}] {', "not JSON after row 1"),
+        ("long.jsonl", b'{}\n{"a": "%b"}' % (b"x" * LINE_LIMIT), "line 2 is longer than 8 MiB"),
+        ("long.json", b'[{}, {"a": "%b"}]' % (b"x" * LINE_LIMIT), "row 2 is longer than 8 MiB"),
+        ("endless.json", b'[{}, {"a": "%b"}]' % (b"x" * 4 * LINE_LIMIT), "row 2 is not JSON of at"),
         ("table.csv", b"a,b", r"use .jsonl, .json or .parquet"),
         ("bad.parquet", b"PAR1", "not a Parquet file"),
     ],
@@ -59,15 +74,54 @@ def test_bad_files_name_the_file_and_the_line(tmp_path, name, content, message):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
-        read_rows(str(path))
+        [*read_rows(str(path))]
     assert name in str(error.value)
+
+
+PARQUET = {
+    "text": (pyarrow.array([b"a", b"\xff"]).cast(pyarrow.string(), safe=False), "row 2 cannot be"),
+    "date": (pyarrow.array([0, 2**30], pyarrow.int32()).cast(pyarrow.date32()), "row 2 cannot be"),
+    "long": (pyarrow.array(["a", "x" * (LINE_LIMIT + 1)]), r"row 2 cannot be read \(longer than 8"),
+}
+
+
+@pytest.mark.parametrize("name", PARQUET)
+def test_bad_parquet_cells_name_the_row(tmp_path, name):
+    column, message = PARQUET[name]
+    table = pyarrow.table({"prompt": column})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match=rf"rows\.parquet: {message}"):
+        [*read_rows(str(tmp_path / "rows.parquet"))]
+
+
+def test_parquet_pages_too_large_for_memory(tmp_path, monkeypatch):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
+    monkeypatch.setattr(reading, "_PAGE_LIMIT", 10)
+    with pytest.raises(UserError, match="with a smaller row group size"):
+        [*read_rows(str(tmp_path / "rows.parquet"))]
+
+
+def test_a_list_longer_than_the_window(tmp_path, monkeypatch):
+    """The text of a list is read part by part; a part ends anywhere in a row."""
+    monkeypatch.setattr(reading, "LINE_LIMIT", 100)
+    rows = [{"prompt": "é" * (i % 60), "completion": str(i)} for i in range(200)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    assert [row for _, row in read_rows(str(tmp_path / "rows.json"))] == rows
+
+
+def test_a_fifo_is_refused_at_once(tmp_path):
+    for suffix in SUFFIXES:
+        os.mkfifo(tmp_path / f"rows{suffix}")
+        for read in (read_rows, content_digest):
+            with pytest.raises(UserError, match="a FIFO or device, not a file"):
+                [*read(str(tmp_path / f"rows{suffix}"))]
 
 
 def test_directory_and_nonsense_are_refused(tmp_path):
     with pytest.raises(UserError, match="is a directory"):
-        read_rows(str(tmp_path))
+        [*read_rows(str(tmp_path))]
     with pytest.raises(UserError, match="no hub id"):
-        read_rows("train")
+        [*read_rows("train")]
 
 
 def test_local_files_and_hub_ids_are_told_apart():
@@ -88,21 +142,10 @@ def test_hub_data_sets_are_loaded_by_file_or_split(monkeypatch):
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert read_rows("owner/name:test.jsonl", "test") == ROWS
-    assert read_rows("owner/name", "test") == ROWS
+    assert [row for _, row in read_rows("owner/name:test.jsonl", "test")] == ROWS
+    assert [row for _, row in read_rows("owner/name", "test")] == ROWS
     assert calls == [
         ("owner/name", {"data_files": "test.jsonl", "split": "train"}),
         ("owner/name", {"split": "test"}),
     ]
     assert content_digest("owner/name") == content_digest("owner/name")
-
-
-def test_unreachable_hub_is_one_clear_line(monkeypatch):
-    import datasets
-
-    def load_dataset(name, **arguments):
-        raise ConnectionError("no network\nand more")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(UserError, match=r"cannot load owner/name .*\(no network\)"):
-        read_rows("owner/name")

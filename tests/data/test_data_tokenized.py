@@ -1,12 +1,14 @@
 import json
+import os
 import shutil
 
 import numpy as np
 import pytest
 
-from olmoe_jax.data import held_out_split, load_tokenizer, tokenize_dataset
+from olmoe_jax.data import formats, held_out_split, load_tokenizer, tokenize_dataset
 from olmoe_jax.data import tokenized as module
 from olmoe_jax.data.cache import load_arrays, save_arrays
+from olmoe_jax.data.formats import encode_batch, format_row
 from olmoe_jax.errors import UserError
 
 ROWS = [{"prompt": "ab", "completion": "c" * n} for n in (1, 2, 3)]
@@ -47,9 +49,10 @@ def test_examples_and_counts(data, tokenizer, tmp_path):
     assert dataset.offsets.dtype == np.int64
 
 
-def test_more_rows_than_one_tokenizer_call(tokenizer, tmp_path, monkeypatch):
+@pytest.mark.parametrize("limit", ["_BATCH_ROWS", "LONG_TEXT"])
+def test_more_rows_than_one_tokenizer_call(tokenizer, tmp_path, monkeypatch, limit):
     data = write(tmp_path / "data.jsonl", [{"prompt": str(i), "completion": ""} for i in range(7)])
-    monkeypatch.setattr(module, "_ROWS_PER_TOKENIZER_CALL", 3)
+    monkeypatch.setattr(module, limit, 3)
     dataset = tokenize_dataset(data, tokenizer, 20)
     texts = [tokenizer.decode(dataset.example(i).tokens) for i in range(7)]
     assert texts == [f"{i} <|endoftext|>" for i in range(7)]
@@ -108,7 +111,7 @@ def test_identity_names_the_part_that_changed(
 def test_damaged_cache_is_rebuilt(data, tokenizer, cache, tokenizations, damage):
     first = tokenize_dataset(data, tokenizer, 20)
     tokens = np.array(first.tokens)
-    (file,) = cache.rglob("tokens.npy")
+    (file,) = cache.rglob("tokens")
     if damage == "truncated":
         file.write_bytes(file.read_bytes()[:-4])
     elif damage == "altered":
@@ -116,7 +119,7 @@ def test_damaged_cache_is_rebuilt(data, tokenizer, cache, tokenizations, damage)
     elif damage == "missing":
         file.unlink()
     else:
-        file.with_name("meta.json").write_text("{")
+        file.with_name("checks.json").write_text("{")
     again = tokenize_dataset(data, tokenizer, 20)
     np.testing.assert_array_equal(again.tokens, tokens)
     assert len(tokenizations) == 2
@@ -126,10 +129,10 @@ def test_damaged_cache_is_rebuilt(data, tokenizer, cache, tokenizations, damage)
 
 
 def test_second_of_two_writers_keeps_the_first_result(tmp_path):
-    arrays = {"a": np.arange(3)}
-    save_arrays(tmp_path / "x", arrays, {"from": 1})
-    save_arrays(tmp_path / "x", arrays, {"from": 2})
-    assert load_arrays(tmp_path / "x")[1] == {"from": 1}
+    for first in (1, 2):
+        parts = [{"a": np.array([first])}, {"a": np.array([5])}]
+        save_arrays(tmp_path / "x", {"a": np.int64}, parts)
+    assert load_arrays(tmp_path / "x", {"a": np.int64})["a"].tolist() == [1, 5]
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
@@ -142,7 +145,7 @@ def test_default_cache_is_in_the_home_directory(data, tokenizer, tmp_path, monke
 
 def test_errors_are_one_line_for_the_user(tokenizer, tmp_path, cache, monkeypatch):
     data = write(tmp_path / "a.jsonl", [ROWS[0], {"text": "x"}])
-    with pytest.raises(UserError, match=r"a\.jsonl, line 2: unknown fields"):
+    with pytest.raises(UserError, match=r"a\.jsonl: line 2: unknown fields"):
         tokenize_dataset(data, tokenizer, 20)
     data = write(tmp_path / "b.jsonl", ROWS[3:])
     with pytest.raises(UserError, match=r"max_seq_length=20; raise data\.max_seq_length"):
@@ -174,9 +177,9 @@ def test_held_out_split(make_dataset):
 
 
 def test_tokenizers_that_do_not_work_are_refused(tokenizer_dir, tmp_path):
-    with pytest.raises(UserError, match="no tokenizer directory"):
+    with pytest.raises(UserError, match="no such directory"):
         load_tokenizer(str(tmp_path / "none"))
-    with pytest.raises(UserError, match="cannot load a tokenizer"):
+    with pytest.raises(UserError, match=r"tokenizer\.json: no such file"):
         load_tokenizer(str(tmp_path))
     no_eos = tmp_path / "no_eos"
     no_eos.mkdir()
@@ -184,5 +187,79 @@ def test_tokenizers_that_do_not_work_are_refused(tokenizer_dir, tmp_path):
     (no_eos / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})
     )
-    with pytest.raises(UserError, match="no end-of-text token"):
+    with pytest.raises(UserError, match="end-of-text token"):
         load_tokenizer(str(no_eos))
+
+
+@pytest.mark.parametrize("value", [[], {}, "4096", None, 1e308, {"__type": "AddedToken"}])
+def test_the_tokenizers_own_limit_does_not_count(tokenizer_dir, tmp_path, value):
+    shutil.copytree(tokenizer_dir, tmp_path / "it")
+    settings = json.loads((tmp_path / "it/tokenizer_config.json").read_text())
+    (tmp_path / "it/tokenizer_config.json").write_text(
+        json.dumps(settings | {"model_max_length": value})
+    )
+    assert len(load_tokenizer(str(tmp_path / "it"))("a" * 5000).input_ids) == 5000
+
+
+def test_a_panic_in_the_library_is_one_line(tokenizer_dir, tmp_path, capfd):
+    """Rust prints a page, and its exception is none that `except Exception` catches."""
+    shutil.copytree(tokenizer_dir, tmp_path / "it")
+    content = json.loads((tmp_path / "it/tokenizer.json").read_text())
+    broken = content | {"pre_tokenizer": {"type": "FixedLength", "length": 0}}
+    (tmp_path / "it/tokenizer.json").write_text(json.dumps(broken))
+    with pytest.raises(UserError, match=r"does not work .*chunk size must be non-zero"):
+        load_tokenizer(str(tmp_path / "it"))
+    assert capfd.readouterr().err == ""
+
+
+BROKEN_TOKENIZERS = {
+    "no_unknown": {"type": "WordLevel", "vocab": {"a": 1}, "unk_token": "?"},
+    "unigram": {"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": None},
+    "type": {"type": "BPE", "vocab": [], "merges": 5},
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_TOKENIZERS)
+def test_tokenizers_that_the_library_refuses(tokenizer_dir, tmp_path, name):
+    shutil.copytree(tokenizer_dir, tmp_path / "it")
+    content = json.loads((tmp_path / "it/tokenizer.json").read_text())
+    (tmp_path / "it/tokenizer.json").write_text(
+        json.dumps(content | {"model": BROKEN_TOKENIZERS[name]})
+    )
+    with pytest.raises(UserError, match=r"tokenizer\.json: the tokenizer does not work"):
+        load_tokenizer(str(tmp_path / "it"))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_tokenizer_files_that_are_no_files(tokenizer_dir, tmp_path, name):
+    shutil.copytree(tokenizer_dir, tmp_path / "it")
+    (tmp_path / "it" / name).unlink()
+    os.mkfifo(tmp_path / "it" / name)
+    with pytest.raises(UserError, match=f"{name}: a FIFO or device"):
+        load_tokenizer(str(tmp_path / "it"))
+
+
+def test_a_long_text_is_tokenised_as_far_as_it_trains(tokenizer, tmp_path, monkeypatch):
+    rows = [
+        {"prompt": "abc " * 9, "completion": "d" * 60},
+        {"prompt": "q" * 400, "completion": "x"},
+        {"messages": [{"role": r, "content": "hi " * 3} for r in ("user", "assistant")] * 9},
+        {"prompt": "a", "completion": "b"},
+    ]
+    texts = [format_row(row, tokenizer.eos_token) for row in rows]
+    lengths = []
+
+    def counted(texts, **settings):
+        lengths.extend(map(len, texts))
+        return tokenizer(texts, **settings)
+
+    for max_seq_length in (5, 20, 90):
+        whole = [*encode_batch(texts, tokenizer, max_seq_length)]
+        monkeypatch.setattr(formats, "LONG_TEXT", 32)
+        parts = [*encode_batch(texts, counted, max_seq_length)]
+        monkeypatch.undo()
+        assert max(lengths) < 8 * max_seq_length + 32
+        for one, other in zip(whole, parts, strict=True):
+            np.testing.assert_array_equal(one.tokens, other.tokens)
+            np.testing.assert_array_equal(one.trained, other.trained)
+            assert one.prompt_length == other.prompt_length
