@@ -94,7 +94,7 @@ class _Run:
 
     def save(self) -> None:
         self.saves += 1
-        self.checkpoints.save(self.saves, self.state, {}, {}, None)
+        self.checkpoints.save(self.saves, self.state, {}, {}, {}, None)
 
     def save_and_wait(self) -> None:
         self.save()

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from olmoe_jax.checkpoints import directory
+from olmoe_jax.checkpoints import checksums, directory
 from olmoe_jax.checkpoints.huggingface import HFCheckpoint, write_config
 from olmoe_jax.checkpoints.orbax import write_weights
 from olmoe_jax.checkpoints.source import MODEL_DIRECTORY
@@ -37,6 +37,7 @@ def main(arguments: Sequence[str]) -> None:
         (partial / MODEL_DIRECTORY).mkdir()
         write_config(partial / MODEL_DIRECTORY, checkpoint.files, dtype=None)
         write_weights(checkpoint, partial)
+        checksums.write(partial)
     print(f"converted {args.model} to {args.output}")
 
 

@@ -40,9 +40,14 @@ def resolve(path_or_hub_id: str) -> Path:
 
 def write_json(file: Path, value: Any) -> None:
     """Writes indented JSON in one piece: a reader sees the old file or the new one."""
+    partial_json(file, value).replace(file)
+
+
+def partial_json(file: Path, value: Any) -> Path:
+    """Writes indented JSON beside a file; returns the path, which is to replace the file."""
     partial = file.with_name(f".{file.name}.partial")
     partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(file)
+    return partial
 
 
 def copy_files(source: Path, destination: Path, names: tuple[str, ...]) -> None:

@@ -5,12 +5,14 @@ which is a checkpoint of any kind again: `open_source` and `RunCheckpoint` call 
 """
 
 import functools
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from olmoe_jax.checkpoints import directory, names
+from olmoe_jax.checkpoints import checksums, directory, names
 from olmoe_jax.checkpoints.expert_config import read_expert_config
 from olmoe_jax.checkpoints.huggingface import HFCheckpoint
 from olmoe_jax.checkpoints.merging import merged
@@ -42,10 +44,14 @@ def open_source(path_or_hub_id: str, step: int | None = None) -> Source:
       step: of a training run: which checkpoint; None: the latest.
 
     Raises:
-      UserError: the checkpoint is missing, incomplete, or of another architecture.
+      UserError: the checkpoint is missing, incomplete, damaged, or of another architecture.
     """
     path = directory.resolve(path_or_hub_id)
     if (path / PARAMETERS).is_dir():
+        if (path / checksums.FILE).exists():
+            checksums.check(path, "convert it again with convert.from_hf")
+        else:
+            _warn(f"{path}: {_NO_CHECKSUMS}; convert it again to have them")
         return ConvertedCheckpoint(path)
     if (path / CHECKPOINTS).is_dir():
         return RunCheckpoint(path, step)
@@ -64,11 +70,14 @@ class RunCheckpoint:
 
     def __init__(self, path: Path, step: int | None = None):
         self.path, self.files = path, path / MODEL_DIRECTORY
+        check_files(path)
         self.config = read_model_config(self.files)
         self.step = latest_step(path) if step is None else step
-        item = path / CHECKPOINTS / str(self.step) / "state"
-        if not item.is_dir():
+        if self.step not in steps(path):
             raise UserError(f"{path}: no checkpoint of step {self.step}; there are {steps(path)}")
+        if step is not None and (reason := step_damage(path, step)):
+            raise UserError(f"{unreadable(path, step, reason)}; bring it back, or write another")
+        item = path / CHECKPOINTS / str(self.step) / "state"
         self.lora = LoraSettings.of_method(self._run_config["method"])
         file = path / EXPERTS
         self.experts = read_expert_config(file, self.config) if file.exists() else None
@@ -162,17 +171,68 @@ def _stored_parameters(item: Path) -> dict[str, str]:
 
 def steps(run: Path) -> list[int]:
     """Returns the steps of a run's committed checkpoints, ascending."""
-    found = (run / CHECKPOINTS).glob("*/state") if (run / CHECKPOINTS).is_dir() else []
-    return sorted(int(item.parent.name) for item in found if item.parent.name.isdigit())
+    found = (run / CHECKPOINTS).glob("*") if (run / CHECKPOINTS).is_dir() else []
+    return sorted(int(path.name) for path in found if path.name.isdigit())
 
 
 def latest_step(run: Path) -> int:
-    """Returns the newest checkpoint's step.
+    """Returns the step of the newest checkpoint that is not damaged; says what is.
 
     Raises:
-      UserError: the run has no checkpoint yet.
+      UserError: the run has no such checkpoint.
     """
-    found = steps(run)
-    if not found:
-        raise UserError(f"{run}: holds no checkpoint yet; wait for the first or train longer")
-    return found[-1]
+    for step in reversed(steps(run)):
+        reason = step_damage(run, step)
+        if reason is None:
+            return step
+        _warn(f"{unreadable(run, step, reason)}; going back to the one before")
+    raise UserError(f"{run}: holds no checkpoint to read; wait for the first or train longer")
+
+
+def step_damage(run: Path, step: int, share: slice = slice(None)) -> str | None:
+    """Returns what is wrong with a checkpoint (of its files, with a `share` of them), or None."""
+    path = run / CHECKPOINTS / str(step)
+    return None if is_without_checksums(run) else checksums.damage(path, share=share)
+
+
+def metrics_damage(run: Path, step: int) -> str | None:
+    """Returns what is wrong with the metrics beside a checkpoint, or None."""
+    if is_without_checksums(run):
+        return None
+    path = run / CHECKPOINTS / str(step)
+    return checksums.damage(path, lambda name: name.startswith("metrics/"))
+
+
+def check_files(run: Path) -> None:
+    """Checks the files of a run outside its checkpoints: configuration, model and experts.
+
+    Raises:
+      UserError: one is damaged or missing.
+    """
+    if is_without_checksums(run):
+        _warn(f"{run}: {_NO_CHECKSUMS}")
+        return
+    for path in (run, run / MODEL_DIRECTORY):
+        checksums.check(path, "bring it back")
+
+
+def is_without_checksums(run: Path) -> bool:
+    """Returns whether an earlier version wrote a run, without any checksums."""
+    places = [run, run / MODEL_DIRECTORY, *(run / CHECKPOINTS).glob("*")]
+    return not any(os.path.lexists(path / checksums.FILE) for path in places)
+
+
+def unreadable(run: Path, step: int, reason: str) -> str:
+    """Returns the begin of a message about a damaged checkpoint."""
+    return f"{run}: the checkpoint of step {step} cannot be read ({reason})"
+
+
+_NO_CHECKSUMS = (
+    "an earlier version of olmoe_jax wrote it, without checksums; damage would not be noticed"
+)
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    """Prints a line once, and not among a command's data."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)

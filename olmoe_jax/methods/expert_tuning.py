@@ -11,7 +11,7 @@ from typing import Self
 import jax
 import numpy as np
 
-from olmoe_jax.checkpoints import directory
+from olmoe_jax.checkpoints import checksums
 from olmoe_jax.checkpoints.expert_config import ExpertConfig, read_expert_config
 from olmoe_jax.checkpoints.loading import load_tuned, stack_tuned
 from olmoe_jax.checkpoints.opening import EXPERTS
@@ -79,7 +79,7 @@ class ExpertTuning(Method):
         if not chosen_before:
             experts = self.experts or self.choose(run.seed) or self.choose_by_data(run)
             if distributed.is_writer():
-                directory.write_json(file, experts.to_json())
+                checksums.write_json(file, experts.to_json())
         distributed.barrier("experts.json")
         return self.with_experts(read_expert_config(file, self.config))
 

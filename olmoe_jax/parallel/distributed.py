@@ -92,19 +92,28 @@ def writer_first(name: str) -> Iterator[None]:
 
 
 def from_writer(name: str, value: str) -> str:
-    """Returns process 0's value on every process.
+    """Returns process 0's value on every process; see `values`."""
+    return values(name, value)[0]
+
+
+def values(name: str, value: str) -> list[str]:
+    """Returns the values of all processes, on every process.
 
     Raises:
-      UserError: process 0 did not come within WAIT_TIMEOUT.
+      UserError: a process did not come within WAIT_TIMEOUT.
     """
     client = _client()
     if client is None:
-        return value
+        return [value]
+    import jax
+
     key = _numbered(name)
-    if is_writer():
-        client.key_value_set(key, value)
+    client.key_value_set(f"{key}/{jax.process_index()}", value)
     with _one_line_timeout(name):
-        return client.blocking_key_value_get(key, WAIT_TIMEOUT * 1000)
+        return [
+            client.blocking_key_value_get(f"{key}/{process}", WAIT_TIMEOUT * 1000)
+            for process in range(jax.process_count())
+        ]
 
 
 def is_lost_contact(error: BaseException) -> bool:

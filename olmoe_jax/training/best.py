@@ -4,14 +4,15 @@ A checkpoint that was the best when the run saved it has {METRIC: value, "score"
 minus the value where low is best} beside it. The others have nothing.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from olmoe_jax.checkpoints import opening
 from olmoe_jax.checkpoints.opening import CHECKPOINTS
 from olmoe_jax.config import TrainOptions
 from olmoe_jax.errors import UserError
+from olmoe_jax.files import read_json
 
 _SIGN = {"eval_loss": -1, "exact_match": 1}
 
@@ -56,8 +57,10 @@ def best_step(run: Path) -> int:
       UserError: none of its checkpoints was ever evaluated.
     """
     scores = {
-        int(file.parent.parent.name): score_of(json.loads(file.read_text()))
-        for file in (run / CHECKPOINTS).glob("[0-9]*/metrics/metrics")
+        step: score_of(read_json(dict[str, float], file))
+        for step in opening.steps(run)
+        if (file := run / CHECKPOINTS / str(step) / "metrics" / "metrics").exists()
+        and opening.metrics_damage(run, step) is None
     }
     if not scores:
         raise UserError(

@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
+from olmoe_jax.checkpoints import checksums, opening
 from olmoe_jax.checkpoints.opening import CHECKPOINTS
 from olmoe_jax.errors import UserError
 from olmoe_jax.model.parameters import Parameters
@@ -35,25 +36,13 @@ class Restored:
 
     state: TrainState
     data: dict[str, Any]  # the Grain iterator's state
+    report: dict[str, Any]  # see `Checkpointer.save`
     best_score: float | None  # of the best checkpoint so far (`training.best`); None: there is none
 
     @property
     def step(self) -> int:
         """The number of finished steps, which names the checkpoint."""
         return int(self.state.step)
-
-
-class _DamagedError(Exception):
-    """A checkpoint exists and cannot be read; the message is the reason."""
-
-
-class _Manager(ocp.CheckpointManager):
-    def _get_metrics(self, step: int) -> Any:
-        """Returns a checkpoint's metrics; None if their file is damaged."""
-        try:
-            return super()._get_metrics(step)
-        except ValueError:
-            return None
 
 
 class Checkpointer:
@@ -69,12 +58,14 @@ class Checkpointer:
         _silence_failed_saves()
         self._identity = identity
         self._output = output
+        self._step = 0  # of the last save
+        _set_damaged_aside(output)
         best = preservation.BestN(
             get_metric_fn=score_of,
             n=1,
             keep_checkpoints_without_metrics=False,
         )
-        self._manager = _Manager(
+        self._manager = ocp.CheckpointManager(
             (output / CHECKPOINTS).absolute(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=AnyPreservationPolicy([preservation.LatestN(keep), best]),
@@ -85,7 +76,9 @@ class Checkpointer:
                 # Making the directories in the background, too, would have threads wait for each
                 # other, for 5 minutes of the wall clock.
                 async_options=ocp.AsyncOptions(
-                    timeout_secs=NO_LIMIT, create_directories_asynchronously=False
+                    timeout_secs=NO_LIMIT,
+                    create_directories_asynchronously=False,
+                    post_finalization_callback=self._write_checksums,
                 ),
             ),
         )
@@ -96,6 +89,7 @@ class Checkpointer:
         state: TrainState,
         kept_with_it: Parameters,
         data: dict[str, Any],
+        report: dict[str, Any],
         best: dict[str, float] | None,
     ) -> None:
         """Starts a save; copies the arrays before it returns.
@@ -106,21 +100,31 @@ class Checkpointer:
           state: what the checkpoint holds.
           kept_with_it: frozen parameters that exist nowhere else.
           data: the state of the Grain iterator.
+          report: what `Reporter.flush` returned.
           best: what `Best.improvement` returned; None: the checkpoint is not the best so far.
         """
         tree = {**state._asdict(), "frozen": kept_with_it}
         save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
         with self._saving():
+            self._manager.wait_until_finished()  # until its checksums are written, too
+            self._step = step
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.PyTreeSave(tree, save_args=save_args),
                     data=ocp.args.JsonSave(data),
+                    report=ocp.args.JsonSave(report),
                     identity=ocp.args.JsonSave(self._identity),
                 ),
                 metrics=best,
                 force=True,
             )
+
+    def _write_checksums(self) -> None:
+        """Lists the files of a checkpoint that is complete, just before it gets its name."""
+        (path,) = (self._output / CHECKPOINTS).glob(f"{self._step}.*")
+        # Orbax writes its timestamps there after this, and needs nothing of what is in it.
+        checksums.write(path, leave_out=["_CHECKPOINT_METADATA"])
 
     def check(self) -> None:
         """Raises a `UserError` if a save in the background has failed."""
@@ -144,77 +148,35 @@ class Checkpointer:
     def restore(self, like: TrainState) -> Restored | None:
         """Reads the newest checkpoint onto the shardings of `like`.
 
-        Deletes the arrays of `like` first, so that the state is never in memory twice. Sets a
-        checkpoint aside that cannot be read, and reads the one before. Of several processes, others
-        may have read theirs: then the run ends, to be started again.
+        Deletes the arrays of `like` first, so that the state is never in memory twice.
 
         Returns:
           The checkpoint; None: there is none.
 
         Raises:
-          UserError: the checkpoint is of another model or other data, or none can be read.
+          UserError: the checkpoint is of another model or other data.
         """
-        if self._manager.latest_step() is not None:
-            like = jax.tree.map(_deleted, like)
-        while (step := self._manager.latest_step()) is not None:
-            try:
-                return self._restore(step, like)
-            except _DamagedError as damage:
-                self._set_aside(step, str(damage))
-        return None
-
-    def _restore(self, step: int, like: TrainState) -> Restored:
+        step = self._manager.latest_step()
+        if step is None:
+            return None
         self._check_identity(step)
-        tree = like._asdict()
+        tree = jax.tree.map(_deleted, like)._asdict()
         restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
         restored = self._read(
             step,
             state=ocp.args.PyTreeRestore(tree, restore_args=restore_args, partial_restore=True),
             data=ocp.args.JsonRestore(),
+            report=ocp.args.JsonRestore(),
         )
         best = max(map(score_of, self._best_metrics()), default=None)
-        return Restored(TrainState(**restored.state), restored.data, best)
+        return Restored(TrainState(**restored.state), restored.data, restored.report, best)
 
     def _read(self, step: int, **items: Any) -> Any:
-        try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as error:
-            reason = " ".join(str(error).split())[:120]
-            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in reason:
-                raise
-            raise _DamagedError(reason) from error
-
-    def _set_aside(self, step: int, reason: str) -> None:
-        """Moves a damaged checkpoint away, if there is an earlier one to continue from."""
-        unreadable = f"{self._output}: the checkpoint of step {step} cannot be read ({reason})"
-        earlier = [other for other in self._manager.all_steps() if other < step]
-        if not earlier:
-            raise UserError(
-                f"{unreadable}, and there is none before it; bring it back, or remove "
-                f"{CHECKPOINTS}/{step} to start from the beginning"
-            )
-        aside = self._output / f"damaged-{step}"
-        while aside.exists():
-            aside = aside.with_name(f"{aside.name}-again")
-        with contextlib.suppress(FileNotFoundError):  # another process did it
-            (self._output / CHECKPOINTS / str(step)).rename(aside)
-        if jax.process_count() > 1:
-            raise UserError(
-                f"{unreadable}; it is now {aside}; run the same command again to continue from "
-                f"step {earlier[-1]}"
-            )
-        print(f"{unreadable}; it is now {aside}; going back to step {earlier[-1]}", flush=True)
-        self._manager.reload()
+        return self._manager.restore(step, args=ocp.args.Composite(**items))
 
     def _check_identity(self, step: int) -> None:
         saved = self._read(step, identity=ocp.args.JsonRestore()).identity
         start = f"{self._output}: the checkpoint of step {step}"
-        # Earlier versions stored a hash where the parts of a data set's identity are now.
-        if any(isinstance(value, str) for value in saved.values()):
-            raise UserError(
-                f"{start} was written by an earlier version of olmoe_jax; its exports still open; "
-                "write another train.output_dir, or train.resume=restart"
-            )
         for key, value in self._identity.items():
             if saved.get(key) != value:
                 raise UserError(
@@ -244,6 +206,51 @@ class Checkpointer:
             f"{self._output}: a checkpoint could not be saved ({reason}); {kept}; free space and "
             "run the same command again"
         )
+
+
+def _set_damaged_aside(output: Path) -> None:
+    """Moves damaged checkpoints away, if there is an earlier one to continue from.
+
+    Of the newest that is not damaged everything is checked, of those before it the metrics. Each
+    process checks its share of the files.
+
+    Raises:
+      UserError: all are damaged, or an earlier version wrote the newest.
+    """
+    found, newest = opening.steps(output)[::-1], None
+    if found and opening.is_without_checksums(output):
+        raise UserError(
+            f"{output}: the checkpoint of step {found[0]} was written by an earlier version of "
+            "olmoe_jax; its exports still open; write another train.output_dir, or "
+            "train.resume=restart"
+        )
+    for number, step in enumerate(found, 1):
+        share = slice(jax.process_index(), None, jax.process_count())
+        if newest is None:
+            reason = opening.step_damage(output, step, share)
+        else:
+            reason = opening.metrics_damage(output, step)
+        reason = next(filter(None, distributed.values("damage", reason or "")), None)
+        if reason is None:
+            newest = newest or step
+            continue
+        unreadable = opening.unreadable(output, step, reason)
+        if newest is None and number == len(found):
+            raise UserError(
+                f"{unreadable}, and there is none before it; bring it back, or remove "
+                f"{CHECKPOINTS}/{step} to start from the beginning"
+            )
+        if distributed.is_writer():
+            back = "" if newest else f"; going back to step {found[number]}"
+            print(f"{unreadable}; it is now {_set_aside(output, step)}{back}", flush=True)
+        distributed.barrier("damage")
+
+
+def _set_aside(output: Path, step: int) -> Path:
+    aside = output / f"damaged-{step}"
+    while aside.exists():
+        aside = aside.with_name(f"{aside.name}-again")
+    return (output / CHECKPOINTS / str(step)).rename(aside)
 
 
 _PARTS = {

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,14 +20,20 @@ from olmoe_jax.parallel.preemption import Preemption
 from olmoe_jax.training import run_directory
 from olmoe_jax.training.base_model import BaseModel, open_model
 from olmoe_jax.training.best import Best
-from olmoe_jax.training.checkpoint import Checkpointer
+from olmoe_jax.training.checkpoint import Checkpointer, Restored
 from olmoe_jax.training.datasets import Datasets, load_datasets, row_layout, training_data
 from olmoe_jax.training.decoding import HeldOut, held_out_sample
 from olmoe_jax.training.evaluation import Evaluation
 from olmoe_jax.training.finishing import finish
 from olmoe_jax.training.introduction import introduction
 from olmoe_jax.training.program import Program, build_program
-from olmoe_jax.training.reporting import TENSORBOARD, Reporter, Silence, router_scalars
+from olmoe_jax.training.reporting import (
+    TENSORBOARD,
+    Reporter,
+    Silence,
+    finite,
+    router_scalars,
+)
 from olmoe_jax.training.step import StepMetrics
 from olmoe_jax.training.telemetry import Breakdown, Profile, check_wandb, memory_scalars
 
@@ -156,8 +163,9 @@ class _Run:
         self.evaluation = None
         if datasets.evaluation is not None:
             self.evaluation = Evaluation(config, datasets.evaluation, datasets, program)
-        self.done = self.saved = self._restore()
-        self.reporter = self._reporter(output)
+        restored = self._restore()
+        self.done = self.saved = restored.step if restored else 0
+        self.reporter = self._reporter(output, restored.report if restored else None)
         self.preemption = Preemption(program.mesh)
         self.pending: _Pending | None = None
         self.clock = Breakdown()
@@ -205,22 +213,22 @@ class _Run:
         trains = self.state.parameters.__contains__
         return step_flops_per_token(self.model.config, self.model.settings, trains, context).model
 
-    def _reporter(self, output: Path) -> Reporter | Silence:
+    def _reporter(self, output: Path, report: dict[str, Any] | None) -> Reporter | Silence:
         if not distributed.is_writer():
             return Silence()
-        run_directory.rewind_metrics(output, self.done)
+        run_directory.rewind_metrics(output, report)
         return Reporter(output, self.done, self.steps.total_steps, to_dict(self.config))
 
-    def _restore(self) -> int:
-        """Continues from the newest checkpoint; returns the updates done."""
+    def _restore(self) -> Restored | None:
+        """Continues from the newest checkpoint, if there is one."""
         restored = self.checkpoints.restore(self.state)
         if restored is None:
-            return 0
+            return None
         self.state = restored.state
         self.iterator.set_state(restored.data)
         if restored.best_score is not None:
             self.best.score = restored.best_score
-        return restored.step
+        return restored
 
     def _one_step(self) -> None:
         """Starts a step, and reports the step before while the devices work."""
@@ -280,10 +288,15 @@ class _Run:
 
         Everything that was reported goes to the disk first, since a continued run skips it.
         """
-        self.reporter.flush()
+        report = self.reporter.flush()
         with self.clock.part("checkpoint"):
             self.checkpoints.save(
-                self.done, self.state, self.kept_frozen, self.iterator.get_state(), best
+                self.done,
+                self.state,
+                self.kept_frozen,
+                self.iterator.get_state(),
+                report,
+                best,
             )
         self.saved = self.done
 
@@ -299,9 +312,9 @@ class _Run:
         seconds, self.last_report = now - self.last_report, now
         line = {
             "step": step.index + 1,
-            "loss": _finite(metrics.loss),
+            "loss": finite(metrics.loss),
             "learning_rate": float(metrics.learning_rate),
-            "grad_norm": _finite(metrics.grad_norm),
+            "grad_norm": finite(metrics.grad_norm),
             "tokens": step.tokens,
             "seconds": round(seconds, 4),
         }
@@ -356,8 +369,3 @@ def _due(every: int | None, done: int) -> bool:
 def _router_scalar(metrics: StepMetrics) -> dict[str, float]:
     norm = metrics.router_grad_norm
     return {} if norm is None else {"router_gradient/norm": float(norm)}
-
-
-def _finite(value: np.ndarray) -> float | None:
-    """Returns a float, or None for what JSON lacks: NaN and infinities."""
-    return float(value) if np.isfinite(value) else None

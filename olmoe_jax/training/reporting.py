@@ -16,7 +16,7 @@ from tqdm import tqdm
 from olmoe_jax.plots import heat_maps
 from olmoe_jax.training.decoding import Answer
 from olmoe_jax.training.event_file import EventFile
-from olmoe_jax.training.run_directory import FREE_FIELDS, METRICS
+from olmoe_jax.training.run_directory import FREE_FIELDS, METRICS, metrics_report
 from olmoe_jax.training.telemetry import WandB
 
 TENSORBOARD = "tensorboard"
@@ -57,6 +57,7 @@ class Reporter:
         )
         self._started, self._first_step = time.monotonic(), first_step
         self._last_line = -math.inf
+        self._latest: dict[str, float | None] = {}
 
     def say(self, message: str) -> None:
         """Prints a line, above the progress bar where there is one."""
@@ -68,6 +69,7 @@ class Reporter:
     def step(self, line: dict[str, Any], scalars: dict[str, float]) -> None:
         """Reports a step: `line` goes to metrics.jsonl, both to TensorBoard."""
         self._write(line)
+        self._latest["loss"] = line["loss"]
         step = line["step"]
         self._scalars(scalars, step)
         speed = scalars["speed/tokens_per_second"]
@@ -79,7 +81,8 @@ class Reporter:
     def evaluation(self, step: int, loss: float, changed_choices: float) -> None:
         """Reports the mean loss per token on the evaluation data, and the change of the routing."""
         perplexity = math.exp(min(loss, 700.0))
-        self._write({"step": step, "eval_loss": loss})
+        self._latest["eval_loss"] = finite(loss)
+        self._write({"step": step, "eval_loss": finite(loss)})
         scalars = {
             "eval/loss": loss,
             "eval/perplexity": perplexity,
@@ -103,10 +106,17 @@ class Reporter:
         self._events.text("eval/answers", answers_text(answers), step)
         self.say(f"step {step}: exact match {right:.1%} of {len(answers)} held-out examples")
 
-    def flush(self) -> None:
-        """Puts everything reported so far on the disk."""
+    def flush(self) -> dict[str, Any]:
+        """Puts everything reported so far on the disk.
+
+        Returns:
+          What a checkpoint keeps of it: `run_directory.metrics_report`, and "nonfinite", the names
+          of the latest losses that are not finite.
+        """
         self._metrics.flush()
         self._events.flush()
+        bad = [name for name, value in self._latest.items() if value is None]
+        return metrics_report(self.output) | {"nonfinite": bad}
 
     def close(self) -> None:
         """Ends every report."""
@@ -146,7 +156,16 @@ class Silence:
     def _nothing(self, *_: Any) -> None:
         pass
 
-    say = step = evaluation = expert_load = answers = flush = close = _nothing
+    say = step = evaluation = expert_load = answers = close = _nothing
+
+    def flush(self) -> dict[str, Any]:
+        """Returns nothing to keep: process 0 does."""
+        return {}
+
+
+def finite(value: float | np.ndarray) -> float | None:
+    """Returns a float, or None for what JSON lacks: NaN and infinities."""
+    return float(value) if np.isfinite(value) else None
 
 
 def router_scalars(load: ArrayLike, entropy: ArrayLike, tokens: int) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """The output directory of a run: who may write into it, and what lies where.
 
 OUTPUT_DIR/config.json      the resolved configuration
+OUTPUT_DIR/checksums.json   of it and of experts.json; model/ and each checkpoint have their own
 OUTPUT_DIR/model/           config.json, generation config and tokenizer files, for the export
 OUTPUT_DIR/checkpoints/N/   Orbax checkpoint after N updates
 OUTPUT_DIR/metrics.jsonl    a line per step and per evaluation
@@ -9,7 +10,7 @@ OUTPUT_DIR/loss.png         the loss curve
 OUTPUT_DIR/experts.json     the tuned experts, if the method tunes experts (ESFT: scores.*)
 OUTPUT_DIR/hf/, hf_best/    exported Hugging Face checkpoints
 OUTPUT_DIR/adapter/         a LoRA run's export instead: the PEFT adapter (and adapter_best/)
-OUTPUT_DIR/damaged-N/       a checkpoint that could not be read, set aside
+OUTPUT_DIR/damaged-N/       a checkpoint that is damaged, set aside (and damaged-metrics.jsonl)
 OUTPUT_DIR/.lock            locked while a run writes there
 """
 
@@ -24,8 +25,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from olmoe_jax.checkpoints import directory
-from olmoe_jax.checkpoints.opening import CHECKPOINTS
+import xxhash
+
+from olmoe_jax import files
+from olmoe_jax.checkpoints import checksums, directory, opening
+from olmoe_jax.checkpoints.opening import CHECKPOINTS, EXPERTS
 from olmoe_jax.checkpoints.source import MODEL_DIRECTORY
 from olmoe_jax.config import Config, first_difference, to_dict
 from olmoe_jax.errors import UserError
@@ -37,7 +41,13 @@ METRICS = "metrics.jsonl"
 LOSS_PLOT = "loss.png"
 PARTIAL_MODEL = ".model.partial"
 LOCK = ".lock"
-UNFINISHED_START = {PARTIAL_MODEL, f".{CONFIG}.partial", LOCK}
+UNFINISHED_START = {
+    PARTIAL_MODEL,
+    LOCK,
+    f".{CONFIG}.partial",
+    f".{checksums.FILE}.partial",
+    checksums.FILE,
+}
 """The files that a run leaves which was killed while it made its directory."""
 
 FREE_FIELDS = {
@@ -77,6 +87,8 @@ def check(config: Config) -> None:
         )
     if config.train.resume == "restart":
         return
+    if opening.steps(output):
+        opening.check_files(output)
     difference = first_difference(
         read_json(dict[str, dict[str, Any]], stored), to_dict(config), ignore=FREE_FIELDS
     )
@@ -155,9 +167,17 @@ def _write_small_files(
     partial.mkdir(parents=True, exist_ok=True)
     directory.copy_files(model_files, partial, directory.MODEL_FILES)
     directory.copy_files(tokenizer_files, partial, directory.TOKENIZER_FILES)
-    directory.write_json(output / CONFIG, to_dict(config))
+    checksums.write(partial)
+    for name in (checksums.FILE, EXPERTS):
+        (output / name).unlink(missing_ok=True)
+    write_run_config(output, config)
     shutil.rmtree(model, ignore_errors=True)
     partial.rename(model)
+
+
+def write_run_config(output: Path, config: Config) -> None:
+    """Writes the configuration of a run, in one piece and with its checksum."""
+    checksums.write_json(output / CONFIG, to_dict(config))
 
 
 def _set_aside(output: Path) -> None:
@@ -177,9 +197,33 @@ def read_metrics(output: Path) -> list[dict]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
-def rewind_metrics(output: Path, step: int) -> None:
-    """Drops the lines after `step`: a continued run does these steps again."""
-    kept = [line for line in read_metrics(output) if line["step"] <= step]
+def metrics_report(output: Path) -> dict[str, Any]:
+    """Returns the size and the checksum of metrics.jsonl, for `rewind_metrics`."""
+    content = (output / METRICS).read_bytes()
+    return {"bytes": len(content), "xxh3_128": _checksum(content)}
+
+
+def rewind_metrics(output: Path, report: dict[str, Any] | None) -> None:
+    """Cuts metrics.jsonl back to its content at a checkpoint: a continued run does the rest again.
+
+    Sets the file aside if the content is another: a run does not depend on it.
+
+    Args:
+      output: the run's directory.
+      report: what `metrics_report` returned; None: the run begins.
+    """
+    file, content = output / METRICS, b""
+    if report is not None and file.exists():
+        with files.open_regular(file) as stream:
+            content = stream.read(report["bytes"])
+        if _checksum(content) != report["xxh3_128"]:
+            aside, content = output / f"damaged-{METRICS}", b""
+            file.rename(aside)
+            print(f"{file}: damaged, its checksum differs; it is now {aside}", flush=True)
     partial = output / f".{METRICS}.partial"
-    partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    partial.replace(output / METRICS)
+    partial.write_bytes(content)
+    partial.replace(file)
+
+
+def _checksum(content: bytes) -> str:
+    return xxhash.xxh3_128(content).hexdigest()

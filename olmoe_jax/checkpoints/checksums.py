@@ -1,0 +1,157 @@
+"""Checksums of what a directory holds: FILE lists its files, and damage to any of them shows.
+
+XXH3 finds damage by accident and is as fast as memory; it is no protection against forgery.
+"""
+
+import concurrent.futures
+import dataclasses
+import os
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import xxhash
+
+from olmoe_jax.checkpoints import directory
+from olmoe_jax.errors import UserError
+from olmoe_jax.files import STRICT, open_regular, read_json
+
+FILE = "checksums.json"
+
+_PIECE = 64 << 20
+"""The bytes of a file that one thread hashes at a time."""
+_BLOCK = 1 << 20
+
+
+@pydantic.with_config(STRICT)
+@dataclasses.dataclass(frozen=True)
+class _Listed:
+    """The content of FILE: {path below the directory: the checksums that the file may have}."""
+
+    xxh3_128: dict[str, list[str]]
+
+
+def write(path: Path, leave_out: Collection[str] = ()) -> None:
+    """Lists all files below a directory that is complete, but those that are named."""
+    names = sorted(
+        name
+        for file in path.rglob("*")
+        if file.is_file() and (name := str(file.relative_to(path))) not in leave_out
+    )
+    _write(path, {name: [checksum] for name, checksum in _checksums(path, names).items()})
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Writes a JSON file, and lists it beside it. A kill at any moment leaves a file that is valid.
+
+    The file may have the content that it had before, until it is replaced.
+    """
+    path, partial = file.parent, directory.partial_json(file, value)
+    listed = _read(path) if (path / FILE).exists() else {}
+    (checksum,) = _checksums(path, [partial.name]).values()
+    _write(path, listed | {file.name: [*listed.get(file.name, []), checksum]})
+    partial.replace(file)
+
+
+def check(path: Path, advice: str) -> None:
+    """Checks all files that a directory lists.
+
+    Raises:
+      UserError: a file is damaged or missing; the message ends with the advice.
+    """
+    if reason := damage(path):
+        raise UserError(f"{reason}; {advice}")
+
+
+def damage(
+    path: Path, wanted: Callable[[str], bool] = lambda name: True, share: slice = slice(None)
+) -> str | None:
+    """Returns what is wrong with the files of a directory; None: they are what was written.
+
+    Args:
+      path: the directory.
+      wanted: returns whether to check a file, by its path below the directory.
+      share: which of these files to check.
+
+    Raises:
+      OSError: a file is there and cannot be read.
+    """
+    try:
+        listed = _read(path)
+        names = sorted(filter(wanted, listed))[share]
+        # What is not listed has no influence, but for a FIFO: its reader would wait for ever.
+        for file in path.iterdir():
+            if not (file.is_file() or file.is_dir()):
+                return f"{file}: neither a file nor a directory"
+        for name, checksum in _checksums(path, names).items():
+            if checksum not in listed[name]:
+                return f"{path / name}: damaged, its checksum differs"
+    except (FileNotFoundError, NotADirectoryError) as error:
+        return f"{error.filename}: no such file"
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _read(path: Path) -> dict[str, list[str]]:
+    return read_json(_Listed, path / FILE).xxh3_128
+
+
+def _write(path: Path, listed: Mapping[str, list[str]]) -> None:
+    directory.write_json(path / FILE, {"xxh3_128": listed})
+
+
+def _checksums(path: Path, names: Collection[str]) -> dict[str, str]:
+    """Returns {name: checksum} of files below a directory, hashed in threads.
+
+    A file's checksum is that of its pieces' checksums.
+    """
+    files = {name: _stamp(path / name) for name in names}
+    with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        pieces = {
+            name: [
+                pool.submit(_hash_piece, stamp, offset, path / name)
+                for offset in range(0, stamp.size or 1, _PIECE)
+            ]
+            for name, stamp in files.items()
+        }
+        return {
+            name: xxhash.xxh3_128(b"".join(piece.result() for piece in found)).hexdigest()
+            for name, found in pieces.items()
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stamp:
+    """What changes when a file is written: one process hashes the same file once."""
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+    changed: int
+
+
+def _stamp(file: Path) -> _Stamp:
+    with open_regular(file) as stream:
+        status = os.fstat(stream.fileno())
+    return _Stamp(
+        status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    )
+
+
+_hashed: dict[tuple[_Stamp, int], bytes] = {}
+
+
+def _hash_piece(stamp: _Stamp, offset: int, file: Path) -> bytes:
+    """Returns the checksum of a file's bytes from `offset`, at most _PIECE of them."""
+    if (stamp, offset) not in _hashed:
+        digest, block, left = xxhash.xxh3_128(), memoryview(bytearray(_BLOCK)), _PIECE
+        with open_regular(file) as stream:
+            stream.seek(offset)
+            while left and (count := stream.readinto(block)):
+                digest.update(block[:count])
+                left -= count
+        _hashed[stamp, offset] = digest.digest()
+    return _hashed[stamp, offset]

@@ -1,0 +1,97 @@
+"""Checksums: whatever happens to a listed file shows."""
+
+import os
+
+import pytest
+from helpers import message_of
+
+from olmoe_jax.checkpoints import checksums
+
+
+@pytest.fixture
+def listed(tmp_path, monkeypatch):
+    """A directory with checksums; its larger file has several pieces."""
+    monkeypatch.setattr(checksums, "_PIECE", 4096)
+    monkeypatch.setattr(checksums, "_BLOCK", 1024)
+    (tmp_path / "state" / "d").mkdir(parents=True)
+    (tmp_path / "state" / "d" / "large").write_bytes(os.urandom(10_000))
+    (tmp_path / "small").write_bytes(b"x")
+    (tmp_path / "empty").touch()
+    checksums.write(tmp_path)
+    assert checksums.damage(tmp_path) is None
+    return tmp_path
+
+
+def flip(file, bit):
+    content = bytearray(file.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("bit", [0, 4096 * 8 - 1, 4096 * 8, 79_999])
+def test_a_bit(listed, bit):
+    flip(listed / "state" / "d" / "large", bit)
+    assert checksums.damage(listed) == f"{listed}/state/d/large: damaged, its checksum differs"
+    assert checksums.damage(listed, lambda name: name == "small") is None
+    assert "; convert again" in message_of(checksums.check, listed, "convert again")
+    flip(listed / "state" / "d" / "large", bit)
+    assert checksums.damage(listed) is None
+
+
+@pytest.mark.parametrize("bit", range(0, 800, 31))
+def test_a_bit_of_the_list(listed, bit):
+    """A file that the list would no longer name is missing from it under its own name."""
+    original = (listed / checksums.FILE).read_bytes()
+    flip(listed / checksums.FILE, bit)
+    if checksums.damage(listed) is None:
+        flipped = (listed / checksums.FILE).read_bytes()
+        assert flipped.split() == original.split()
+
+
+def make_fifo(file):
+    file.unlink()
+    os.mkfifo(file)
+
+
+def make_directory(file):
+    file.unlink()
+    file.mkdir()
+
+
+@pytest.mark.parametrize("name", ["small", "state/d/large", "empty", checksums.FILE])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda file: file.unlink(),
+        lambda file: file.write_bytes(bytes(file.stat().st_size + 1)),
+        lambda file: os.truncate(file, file.stat().st_size // 2 + (file.name == "empty") * 3),
+        make_fifo,
+        make_directory,
+    ],
+)
+def test_a_file_that_is_another(listed, name, change):
+    change(listed / name)
+    assert (listed / name).name in (checksums.damage(listed) or "")
+
+
+def test_an_unlisted_fifo(listed):
+    os.mkfifo(listed / "other")
+    assert "other: neither a file nor a directory" in (checksums.damage(listed) or "")
+
+
+def test_shares(listed):
+    """Each of two processes checks its files."""
+    flip(listed / "small", 0)
+    found = [checksums.damage(listed, share=slice(i, None, 2)) for i in range(2)]
+    assert sorted(map(bool, found)) == [False, True]
+
+
+def test_a_json_file_is_valid_at_any_moment(tmp_path):
+    """Killed before the file is replaced, the old content is valid, and then the new one."""
+    checksums.write_json(tmp_path / "config.json", 1)
+    checksums.write_json(tmp_path / "config.json", 2)
+    assert checksums.damage(tmp_path) is None
+    (tmp_path / "config.json").write_text("1\n")
+    assert checksums.damage(tmp_path) is None, "the list was written, the file not yet"
+    (tmp_path / "config.json").write_text("3\n")
+    assert "config.json: damaged" in (checksums.damage(tmp_path) or "")
