@@ -505,6 +505,19 @@ def test_refuses_where_it_cannot_contain(monkeypatch, tmp_path):
     assert "leave the code tasks out" in message
 
 
+@needs_containment
+def test_runs_nothing_without_the_filter(monkeypatch):
+    monkeypatch.setattr(seccomp, "program", lambda machine: b"")  # the kernel refuses it
+    failure = "SetupError: filtering system calls: Invalid argument"
+    assert sandbox.run(RIGHT, TEST, QUICK) == failure
+    assert failure in message_of(sandbox.check)
+
+
+def test_refuses_another_machine(monkeypatch):
+    monkeypatch.setattr(seccomp, "MACHINES", ("riscv64",))
+    assert "needs Linux on x86_64 or aarch64" in message_of(sandbox.check)
+
+
 @pytest.mark.slow
 @needs_containment
 def test_all_canonical_solutions_pass(shared):
