@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.comparison_report import write_report
-from configs.table import ESFT, LORA, METHODS, experiment
+from configs.table import ESFT, EXPERIMENTS, LORA, experiment
 from olmoe_jax.checkpoints import directory
 from olmoe_jax.config import Config, DataOptions, ModelOptions, TrainOptions
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> None:
         cell = run_base(args) if name == "base" else run_cell(args, name, int(seed))
         directory.write_json(cell_file(args.output, name, seed), cell)
         return
-    cells = [("base", 0), *((method, seed) for seed in range(args.seeds) for method in METHODS)]
+    cells = [("base", 0), *((method, seed) for seed in range(args.seeds) for method in EXPERIMENTS)]
     if not args.report:
         (args.output / "cells").mkdir(parents=True, exist_ok=True)
         write_inputs(args.output / "inputs", args.text, args.task, args.examples)

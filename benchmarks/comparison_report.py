@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from configs.table import ESFT, LORA, METHODS
+from configs.table import ESFT, EXPERIMENTS, LORA
 
 Cells = Mapping[tuple[str, int], dict]
 """The results of `run_cell` by (method, seed); ("base", 0) is the model before fine-tuning."""
@@ -28,7 +28,7 @@ def method_table(cells: Cells) -> str:
     head += ["router cosine", "trained", "step time", "peak memory"]
     lines = [_row(head), _row(["---"] * len(head))]
     conventional = step_seconds(cells, "conventional")
-    for method in ("base", *METHODS):
+    for method in ("base", *EXPERIMENTS):
         if not (found := of_method(cells, method)):
             continue
         columns = ["before fine-tuning" if method == "base" else f"`{method}`"]
@@ -65,7 +65,7 @@ def cosine_table(cells: Cells) -> str:
     limits = [int(limit) for limit in known]
     head = " | ".join(f"m = {limit}" for limit in limits)
     lines = [f"| at the weights of | {head} |", "| --- |" + " --- |" * len(limits)]
-    for method in ("base", *METHODS):
+    for method in ("base", *EXPERIMENTS):
         found = [cell["cosines"] for cell in of_method(cells, method) if "cosines" in cell]
         if found:
             means = (spread([c[str(limit)] for c in found], "{:.3f}") for limit in limits)
@@ -102,7 +102,7 @@ def step_seconds(cells: Cells, method: str) -> float | None:
 
 def draw(cells: Cells) -> Figure:
     """Draws eval loss, right answers and step time: a dot per seed, a bar at the mean."""
-    methods = [method for method in METHODS if of_method(cells, method)]
+    methods = [method for method in EXPERIMENTS if of_method(cells, method)]
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
     conventional = step_seconds(cells, "conventional") or 1.0

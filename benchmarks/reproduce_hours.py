@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from configs.table import DATASETS, ESFT, METHODS, experiment
+from configs.table import DATASETS, ESFT, EXPERIMENTS, experiment
 from eval.reproduce.cells import tasks_of
 from eval.tasks import TASKS
 from olmoe_jax import methods
@@ -67,12 +67,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"| method | {' | '.join(DATASETS)} | all |")
     print("| --- |" + " ---: |" * (len(DATASETS) + 1))
     total = 0.0
-    for method in METHODS:
+    for method in EXPERIMENTS:
         hours = [training_hours(method, dataset, share) for dataset in DATASETS]
         total += sum(hours)
         print(row(f"`{method}`", hours))
     hours = [evaluation_hours(dataset, share) for dataset in DATASETS]
-    total += (len(METHODS) + 1) * sum(hours)
+    total += (len(EXPERIMENTS) + 1) * sum(hours)
     print(row("evaluation, of each method and the base", hours))
     print(f"together: {total:.0f} GPU hours")
 

@@ -12,7 +12,7 @@ from olmoe_jax.errors import UserError
 FULL = ("frozen", "conventional", "densemixer")
 LORA = tuple(f"{method}_lora" for method in FULL)
 ESFT = ("esft_gate", "esft_token")
-METHODS = (*FULL, *LORA, *ESFT)
+EXPERIMENTS = (*FULL, *LORA, *ESFT)
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ DATASETS = {
 
 def experiment(method: str, dataset: str) -> Config:
     """Returns the config of a method on a data set: one cell of the table."""
-    if method not in METHODS:
-        raise UserError(f"unknown method {method}: write one of {', '.join(METHODS)}")
+    if method not in EXPERIMENTS:
+        raise UserError(f"unknown method {method}: write one of {', '.join(EXPERIMENTS)}")
     if dataset not in DATASETS:
         raise UserError(f"unknown data set {dataset}: write one of {', '.join(DATASETS)}")
     row = DATASETS[dataset]

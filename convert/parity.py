@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from olmoe_jax.checkpoints import directory, names, safetensors_file
-from olmoe_jax.checkpoints.expert_config import read_expert_config
 from olmoe_jax.checkpoints.loading import load_parameters
 from olmoe_jax.checkpoints.opening import open_source
 from olmoe_jax.checkpoints.peft import read_adapter, to_peft
@@ -84,8 +83,9 @@ def compute(args: argparse.Namespace) -> dict[str, np.ndarray]:
         parameters |= adapter
         method = Lora(method, lora, router_trains=args.router == "trained")
     elif args.experts:
-        dense, experts = method.dense_router_gradient, read_expert_config(args.experts, config)
-        method = ExpertTuning(method.options, config, experts)
+        dense = method.dense_router_gradient
+        options = MethodOptions(name=args.method, experts_path=str(args.experts))
+        method = ExpertTuning(options, config)
         method.trains_head, method.dense_router_gradient = True, dense
         parameters |= method.added_parameters(Base(None, parameters, lambda wanted: {}))
     settings = method.model_settings(ModelSettings())

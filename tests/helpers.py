@@ -64,6 +64,35 @@ def assert_same_bits(actual: dict[str, np.ndarray], expected: dict[str, np.ndarr
         assert actual[name].tobytes() == value.tobytes(), name
 
 
+def changed_tensors(before: Path, after: Path) -> set[str]:
+    """Names of the tensors that differ between two checkpoint directories with the same names."""
+    before, after = load_checkpoint_tensors(before), load_checkpoint_tensors(after)
+    assert before.keys() == after.keys()
+    assert all(before[name].dtype == after[name].dtype for name in before)
+    return {name for name in before if before[name].tobytes() != after[name].tobytes()}
+
+
+def expert_tensors(experts) -> set[str]:
+    """Hugging Face names of the tensors of an expert config's experts; keys count layers from 1."""
+    return {
+        f"model.layers.{int(layer) - 1}.mlp.experts.{expert}.{kind}_proj.weight"
+        for layer, ids in experts.items()
+        for expert in ids
+        for kind in ("gate", "up", "down")
+    }
+
+
+def saved_arrays(output, step=4) -> set[str]:
+    """Names of the arrays of a checkpoint: parameters.NAME, optimizer moments, counters."""
+    metadata = json.loads((output / "checkpoints" / str(step) / "state/_METADATA").read_text())
+    keys = [
+        ".".join(entry["key"] for entry in leaf["key_metadata"])
+        for leaf in metadata["tree_metadata"].values()
+    ]
+    assert len(keys) == len(set(keys))
+    return set(keys)
+
+
 def write_json(file: Path, value) -> None:
     file.write_text(json.dumps(value, indent=1))
 

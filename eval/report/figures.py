@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configs.table import METHODS
+from configs.table import EXPERIMENTS
 from eval.report.inputs import TrainingRun
 
 _POINTS = 150
@@ -109,7 +109,8 @@ def _of(name: str, lines: Mapping[str, Curve], points: Mapping[str, Curve]) -> l
 
 def _color(name: str, names: Sequence[str]) -> str:
     """Returns a method's color, the same in every plot."""
-    return f"C{METHODS.index(name) if name in METHODS else len(METHODS) + names.index(name)}"
+    known = name in EXPERIMENTS
+    return f"C{EXPERIMENTS.index(name) if known else len(EXPERIMENTS) + names.index(name)}"
 
 
 def _thinned(curve: Curve) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from configs.table import DATASETS, METHODS
+from configs.table import DATASETS, EXPERIMENTS
 from eval.evaluation import MODEL
 from eval.report.harness import harness_directories, read_harness
 from eval.report.results import Evaluation, Result, is_evaluation, read_evaluation
@@ -64,7 +64,7 @@ class Inputs:
     @property
     def methods(self) -> list[str]:
         """The rows that have results: the base first, then in the order of the configs' table."""
-        order = {name: place for place, name in enumerate((BASE, *METHODS))}
+        order = {name: place for place, name in enumerate((BASE, *EXPERIMENTS))}
         found = dict.fromkeys(name for column in self.results.values() for name in column)
         return sorted(found, key=lambda name: order.get(name, len(order)))
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from configs.table import DATASETS, FULL, METHODS
+from configs.table import DATASETS, EXPERIMENTS, FULL
 from eval.outputs import open_output
 from eval.reproduce import small
 from eval.reproduce.cells import Reproduction
@@ -80,7 +80,7 @@ def parser() -> ArgumentParser:
     result = ArgumentParser(prog="python -m eval.reproduce", description=__doc__, epilog=EXAMPLE)
     add = result.add_argument
     add("--output", required=True, type=user_path, metavar="DIR")
-    add("--methods", metavar="NAMES", help=f"some of {','.join(METHODS)}; default: all")
+    add("--methods", metavar="NAMES", help=f"some of {','.join(EXPERIMENTS)}; default: all")
     add("--datasets", metavar="NAMES", help=f"some of {','.join(DATASETS)}; default: all")
     add(
         "--model",
@@ -111,8 +111,8 @@ def parser() -> ArgumentParser:
 def _reproduction(
     args: argparse.Namespace, config: dict[str, str], evaluation: list[str]
 ) -> Reproduction:
-    default = small.METHODS if args.small else METHODS
-    methods = _names(args.methods, METHODS, default, "methods")
+    default = small.METHODS if args.small else EXPERIMENTS
+    methods = _names(args.methods, EXPERIMENTS, default, "methods")
     datasets = _names(args.datasets, DATASETS, ["gsm"] if args.small else DATASETS, "datasets")
     if not args.small:
         model = args.model or ModelOptions().path

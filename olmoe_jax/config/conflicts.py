@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from olmoe_jax.config.fields import show
-from olmoe_jax.config.methods import METHODS, ROUTER_GRADIENT, readers
+from olmoe_jax.config.methods import METHODS, readers
 from olmoe_jax.config.options import FIELDS, Config
 
 _SCORING = ("esft_top_p", "esft_score_tokens")
@@ -77,21 +77,21 @@ def _router_gradient(config: Config) -> Iterator[str]:
 
 def _method(config: Config) -> Iterator[str]:
     """Yields the fields that the method, or what else is set, leaves unread."""
-    method, fields = config.method, METHODS[config.method.name].fields
+    method, row = config.method, METHODS[config.method.name]
     for name, value in vars(method).items():
         default, names = FIELDS[f"method.{name}"].default, readers(name)
         if value == default:
             continue
         given = f"method.{name}={show(value)}"
-        if names and name not in fields:
+        if names and name not in row.own_fields:
             yield (
                 f"{given}: only for method.name={_either(names)}, not {method.name}; "
                 f"write {show(default)}"
             )
-        elif name in ROUTER_GRADIENT and "esft_densemixer" in fields and not method.esft_densemixer:
+        elif (switch := row.switches.get(name)) and not getattr(method, switch):
             yield (
-                f"{given}: with {method.name}, only read with method.esft_densemixer=true; set "
-                f"that, or write {show(default)}"
+                f"{given}: with {method.name}, only read with method.{switch}=true; set that, or "
+                f"write {show(default)}"
             )
         elif name in _SCORING and method.experts_path is not None:
             yield (

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from olmoe_jax.config.fields import nearest, show
+from olmoe_jax.config.methods import readers
 from olmoe_jax.config.options import FIELDS, SECTIONS, Config
 from olmoe_jax.config.values import apply_overrides, check_types, unknown_field
 from olmoe_jax.errors import UserError, one_line, shorten, text_of
@@ -62,6 +63,8 @@ def help_text() -> str:
             accepted = field.type_name
             if field.rule and field.rule.requirement.startswith("must be "):
                 accepted += f"; {field.rule.requirement.removeprefix('must be ')}"
+            if names := section == "method" and readers(path.removeprefix("method.")):
+                accepted += f"; for {', '.join(names)}"
             declared = f"  --config.{path}={show(field.default)}  ({accepted})"
             lines += _wrap(declared, "")
             lines += _wrap(field.help, _INDENT)

@@ -6,16 +6,20 @@ method is a file in `olmoe_jax/methods/` and a row of this table; `register` add
 method that lives elsewhere.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from olmoe_jax.errors import UserError
 
 ADAPTERS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "adapter_path")
 ROUTER_GRADIENT = ("router_gradient_experts", "router_gradient_dtype")
+EXPERT_TUNING = ("experts_path",)
 ESFT = (
-    *("experts_path", "esft_top_p", "esft_score_tokens", "esft_train_head", "esft_densemixer"),
+    *EXPERT_TUNING,
+    *("esft_top_p", "esft_score_tokens", "esft_train_head", "esft_densemixer"),
     *ROUTER_GRADIENT,
 )
+ESFT_SWITCHES = dict.fromkeys(ROUTER_GRADIENT, "esft_densemixer")
 
 
 @dataclass(frozen=True)
@@ -26,18 +30,21 @@ class MethodDeclaration:
       name: the value of method.name.
       help: what trains and how the router learns, in a few words.
       implementation: "MODULE:CLASS", a subclass of `olmoe_jax.methods.Method`.
-      fields: the fields of the section `method` that this method reads and not every method does.
+      own_fields: the fields of the section `method` that this method reads and not every method
+        does.
+      switches: field -> the field of the section that must be true for the first to be read.
     """
 
     name: str
     help: str
     implementation: str
-    fields: tuple[str, ...] = ()
+    own_fields: tuple[str, ...] = ()
+    switches: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def has_adapters(self) -> bool:
         """True if method.lora_rank turns full fine-tuning into LoRA."""
-        return "lora_rank" in self.fields
+        return "lora_rank" in self.own_fields
 
 
 # fmt: off
@@ -58,11 +65,11 @@ METHODS = {
         ),
         MethodDeclaration(
             "esft_gate", "the experts with the highest gate scores on the task",
-            "olmoe_jax.methods.esft:EsftGate", ESFT,
+            "olmoe_jax.methods.esft:EsftGate", ESFT, ESFT_SWITCHES,
         ),
         MethodDeclaration(
             "esft_token", "the experts that most of the task's tokens use",
-            "olmoe_jax.methods.esft:EsftToken", ESFT,
+            "olmoe_jax.methods.esft:EsftToken", ESFT, ESFT_SWITCHES,
         ),
     )
 }
@@ -80,6 +87,6 @@ def register(declaration: MethodDeclaration) -> None:
         raise UserError(f"method {declaration.name} exists already; register another name")
 
 
-def readers(field: str) -> list[str]:
-    """Returns the names of the methods that read a field of the section `method`; []: all do."""
-    return [name for name, row in METHODS.items() if field in row.fields]
+def readers(name: str) -> list[str]:
+    """Returns the methods that read a field of the section `method`; []: all do, or it is none."""
+    return [method for method, row in METHODS.items() if name in row.own_fields]

@@ -115,21 +115,19 @@ class MethodOptions:
     )
     router_gradient_experts: int | None = option(
         None,
-        "densemixer, and esft_* with esft_densemixer: how many of the most probable experts get "
-        "their router gradient, at least a token's top k; default: all experts, which is full "
-        "DenseMixer",
+        "how many of the most probable experts get their router gradient, at least a token's top "
+        "k; default: all experts, which is full DenseMixer",
         at_least(1),
     )
     router_gradient_dtype: Literal["bfloat16", "float8_e4m3fn"] | None = option(
         None,
-        "densemixer, and esft_* with esft_densemixer: type of the extra matmuls' factors (their "
-        "sums are float32); float8_e4m3fn is fast on H100s and later; default: the compute dtype, "
-        "which is exact",
+        "type of the factors of DenseMixer's extra matmuls (their sums are float32); float8_e4m3fn "
+        "is fast on H100s and later; default: the compute dtype",
     )
     lora_rank: int | None = option(
         None,
-        "train adapters of this rank instead of the weights (and, unless name=frozen, the router "
-        "itself); default: full fine-tuning",
+        "train adapters of this rank instead of the weights, and the router itself if it trains "
+        "with this method; default: full fine-tuning",
         between(1, 2**16),
     )
     lora_alpha: float = option(
@@ -151,25 +149,25 @@ class MethodOptions:
     )
     experts_path: str | None = option(
         None,
-        "esft_*: expert config JSON that names the tuned experts; default: the run scores the base "
-        "on the training data, chooses them, and writes OUTPUT_DIR/experts.json",
+        "expert config JSON that names the tuned experts; default: the method chooses them (ESFT "
+        "scores the base on the training data); OUTPUT_DIR/experts.json keeps them in any case",
         path_or_id(),
     )
     esft_top_p: float | None = option(
         None,
-        "esft_*: share of a layer's score that the tuned experts hold together; default: 0.1 for "
-        "esft_gate, 0.2 for esft_token (the ESFT paper's)",
+        "share of a layer's score that the tuned experts hold together; default: the ESFT paper's, "
+        "0.1 of the gate score or 0.2 of the token score",
         SHARE_ABOVE_ZERO,
     )
     esft_score_tokens: int = option(
-        300_000, "esft_*: tokens of the training data that score the experts", at_least(1)
+        300_000, "tokens of the training data that score the experts", at_least(1)
     )
     esft_train_head: bool = option(
-        True, "esft_*: train lm_head too (with tied weights, the embedding), like the reference"
+        True, "train lm_head too (with tied weights, the embedding), like the reference"
     )
     esft_densemixer: bool = option(
         False,
-        "esft_*: compute DenseMixer's router gradient, which reaches the layers below; the "
+        "compute DenseMixer's router gradient, which reaches the layers below; the "
         "router's weight stays frozen unless the expert config says non_expert_modules",
     )
     router_aux_loss_coefficient: float = option(

@@ -76,10 +76,10 @@ def _parser() -> ArgumentParser:
 
 
 def _as_json(example: TokenizedExample) -> str:
-    labels = np.where(example.trained, example.tokens, _UNTRAINED_LABEL)
+    labels = np.where(example.in_loss, example.tokens, _UNTRAINED_LABEL)
     return json.dumps(
         {
-            "kept": bool(example.trained.any()),
+            "kept": bool(example.in_loss.any()),
             "input_ids": example.tokens.tolist(),
             "labels": labels.tolist(),
         }
@@ -89,11 +89,11 @@ def _as_json(example: TokenizedExample) -> str:
 def _print_text(examples: Sequence[TokenizedExample], tokenizer: "PreTrainedTokenizerBase") -> None:
     marks = _COLOUR if sys.stdout.isatty() else _PLAIN_MARKS
     for number, example in enumerate(examples, 1):
-        count = int(example.trained.sum())
+        count = int(example.in_loss.sum())
         fate = f"{count} to train on" if count else "dropped: none to train on"
         print(f"--- row {number}: {len(example.tokens)} tokens, {fate}")
         print(_marked_text(example, tokenizer, marks), file=unescaped(sys.stdout))
-    kept = [len(example.tokens) for example in examples if example.trained.any()]
+    kept = [len(example.tokens) for example in examples if example.in_loss.any()]
     print(
         f"rows {len(examples)}, kept {len(kept)}, dropped {len(examples) - len(kept)}, "
         f"tokens {sum(kept)}, longest {max(kept, default=0)}"
@@ -104,11 +104,11 @@ def _marked_text(
     example: TokenizedExample, tokenizer: "PreTrainedTokenizerBase", marks: tuple[str, str]
 ) -> str:
     """Returns the printable text of an example with `marks` around each part that trains."""
-    changes = np.flatnonzero(np.diff(example.trained)) + 1
+    changes = np.flatnonzero(np.diff(example.in_loss)) + 1
     pieces = []
     for span in np.split(np.arange(len(example.tokens)), changes):
         text = printable(tokenizer.decode(example.tokens[span].tolist()))
-        pieces.append(f"{marks[0]}{text}{marks[1]}" if example.trained[span].any() else text)
+        pieces.append(f"{marks[0]}{text}{marks[1]}" if example.in_loss[span].any() else text)
     return "".join(pieces)
 
 

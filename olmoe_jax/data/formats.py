@@ -1,7 +1,7 @@
 """Rows of every accepted format -> text -> token ids, with a mark on the tokens that train.
 
 The texts and the masking are those of the PyTorch reference, down to its spaces. The rule that
-masks a prompt is `tokens_before`.
+masks a prompt is `count_prompt_tokens`.
 """
 
 import re
@@ -16,8 +16,8 @@ from olmoe_jax.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Part of a data set's identity: raise it whenever the same row would give other tokens or another
-# mask. A run then refuses to continue on the changed examples and says why.
+# Part of a data set's identity: increase it whenever the same row would give other tokens or
+# another mask. A run then refuses to continue on the changed examples and says why.
 RULES_VERSION = 1
 
 Fields = Mapping[str, Any]  # a row of a data file, by the names of its columns
@@ -62,9 +62,9 @@ context. Write a response that appropriately completes the request.
 class FormattedRow:
     """The text of a row and the places where training on the text starts and stops.
 
-    A boundary is a number of characters of `text`. The tokens after the first boundary train, those
-    after the second do not, those after the third do, and so on. `tokens_before` places a boundary
-    among the tokens.
+    Each boundary is a number of characters of `text`: the ends of the first prompt, the first
+    answer, the second prompt, and so on, up to that of the last prompt. What comes after an odd
+    number of boundaries trains. `count_prompt_tokens` places a boundary among the tokens.
     """
 
     text: str
@@ -77,14 +77,14 @@ class TokenizedExample:
 
     Attributes:
       tokens: int32 [n].
-      trained: bool [n], the tokens that the loss covers. The loss leaves out the first token of an
-        example, trained or not, because no token before it predicts it.
+      in_loss: bool [n], the tokens that train: the loss covers them. It leaves out the first token
+        of an example in any case, because no token before it predicts it.
       prompt_length: how many tokens come before the first answer, at most n. A conversation of
         several turns has one prompt too: everything before its first assistant turn.
     """
 
     tokens: np.ndarray
-    trained: np.ndarray
+    in_loss: np.ndarray
     prompt_length: int
 
     def prompt_and_answer(self, eos_id: int) -> tuple[np.ndarray, np.ndarray] | None:
@@ -98,7 +98,7 @@ class TokenizedExample:
         return (prompt, rest[: ends[0]]) if len(ends) else None
 
 
-def tokens_before(prefix: Sequence[int], tokens: Sequence[int] | np.ndarray) -> int:
+def count_prompt_tokens(prefix: Sequence[int], tokens: Sequence[int] | np.ndarray) -> int:
     """Returns how many of `tokens` come before a boundary: the rule that masks a prompt.
 
     The rule counts: the text has as many tokens before the boundary as the prefix has when the
@@ -157,7 +157,7 @@ def encode_batch(
         prefixes = [rows[i].text[: rows[i].boundaries[len(boundaries[i])]] for i in unfinished]
         ids = _token_ids(prefixes, tokenizer, enough)
         for i, prefix in zip(unfinished, ids, strict=True):
-            boundaries[i].append(tokens_before(prefix, tokens[i]))
+            boundaries[i].append(count_prompt_tokens(prefix, tokens[i]))
         unfinished = [
             i
             for i, prefix in zip(unfinished, ids, strict=True)
@@ -165,11 +165,9 @@ def encode_batch(
             if len(boundaries[i]) < len(rows[i].boundaries) and len(prefix) < enough
         ]
     for ids, places in zip(tokens, boundaries, strict=True):
-        trained = np.zeros(len(ids), bool)
-        # Each boundary turns training on or off for all tokens behind it.
-        for place in places:
-            trained[place:] ^= True
-        yield TokenizedExample(ids, trained, prompt_length=places[0])
+        passed = np.searchsorted(np.sort(places), np.arange(len(ids)), side="right")
+        # An answer has an odd number of boundaries before it.
+        yield TokenizedExample(ids, in_loss=passed % 2 == 1, prompt_length=places[0])
 
 
 def _token_ids(
@@ -231,9 +229,8 @@ def _choices(row: Fields, eos: str) -> FormattedRow:
     lines = "\n".join(named)
     # The space after the last choice is the reference's.
     prompt = f"Question: {_text(row, 'question').strip()}\n{lines} \nAnswer:"
-    return FormattedRow(
-        prompt + named[_choice_index(row["answer"], len(named))] + eos, (len(prompt),)
-    )
+    answer = named[_choice_index(row["answer"], len(named))]
+    return FormattedRow(prompt + answer + eos, (len(prompt),))
 
 
 def _choice_index(value: Any, count: int) -> int:

@@ -119,13 +119,13 @@ def fill_rows(
         start = 0
         for segment, member in enumerate(members, 1):
             example = dataset.example(examples[member])
-            tokens, trained = example.tokens, example.trained
+            tokens, in_loss = example.tokens, example.in_loss
             end = start + len(tokens)
             batch.tokens[row, start:end] = tokens
             batch.segment_ids[row, start:end] = segment
             batch.positions[row, start:end] = np.arange(len(tokens))
             # The last token of an example has no target: the next token is another example's.
             batch.targets[row, start : end - 1] = tokens[1:]
-            batch.loss_weights[row, start : end - 1] = trained[1:] * weights[member]
+            batch.loss_weights[row, start : end - 1] = in_loss[1:] * weights[member]
             start = end
     return batch

@@ -26,12 +26,12 @@ from olmoe_jax.files import user_path
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Part of the cache's directory name alone: raise it whenever the stored arrays change their layout.
-# A new layout holds the same examples, so a run may continue across it.
-_CACHE_VERSION = 3
+# Part of the cache's directory name alone: increase it whenever the stored arrays change their
+# layout. A new layout holds the same examples, so a run may continue across it.
+_CACHE_VERSION = 4
 _ARRAYS = {
     "tokens": np.int32,
-    "trained": np.bool_,
+    "in_loss": np.bool_,
     "lengths": np.int32,
     "prompt_lengths": np.int32,
     "dropped_rows": np.int64,
@@ -46,7 +46,7 @@ class TokenizedDataset:
 
     Attributes:
       tokens: int32 [all tokens], the stored examples one after the other.
-      trained: bool [all tokens], the tokens that the loss covers.
+      in_loss: bool [all tokens], the tokens that the loss covers.
       offsets: int64 [stored examples + 1], where each example starts in `tokens`.
       prompt_lengths: int32 [stored examples], see `TokenizedExample`.
       rows: int64 [N], the stored examples that this data set holds.
@@ -56,7 +56,7 @@ class TokenizedDataset:
     """
 
     tokens: np.ndarray
-    trained: np.ndarray
+    in_loss: np.ndarray
     offsets: np.ndarray
     prompt_lengths: np.ndarray
     rows: np.ndarray
@@ -74,20 +74,20 @@ class TokenizedDataset:
 
     @cached_property
     def target_counts(self) -> np.ndarray:
-        """int64 [N]: the trained tokens of each example that are a target.
+        """int64 [N]: the tokens of each example that are a target and in the loss.
 
         The first token of an example is never a target, because no token before it predicts it.
         """
         starts = self.offsets[:-1]
-        trained = np.add.reduceat(self.trained, starts, dtype=np.int64)
-        return (trained - self.trained[starts])[self.rows]
+        counts = np.add.reduceat(self.in_loss, starts, dtype=np.int64)
+        return (counts - self.in_loss[starts])[self.rows]
 
     def example(self, index: int) -> TokenizedExample:
         """Returns example `index` of this data set; its arrays are views."""
         row = self.rows[index]
         span = slice(self.offsets[row], self.offsets[row + 1])
         return TokenizedExample(
-            self.tokens[span], self.trained[span], int(self.prompt_lengths[row])
+            self.tokens[span], self.in_loss[span], int(self.prompt_lengths[row])
         )
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> "TokenizedDataset":
@@ -150,7 +150,7 @@ def tokenize_dataset(
     count, dropped = len(arrays["lengths"]), int(arrays["dropped_rows"][0])
     return TokenizedDataset(
         tokens=arrays["tokens"],
-        trained=arrays["trained"],
+        in_loss=arrays["in_loss"],
         offsets=np.concatenate([[0], np.cumsum(arrays["lengths"], dtype=np.int64)]),
         prompt_lengths=arrays["prompt_lengths"],
         rows=np.arange(count),
@@ -205,15 +205,15 @@ def _tokenize(
     dropped = kept = 0
     for texts in _batches(path, split, tokenizer.eos_token):
         examples = list(encode_batch(texts, tokenizer, max_seq_length))
-        trained = [example for example in examples if example.trained.any()]
-        dropped += len(examples) - len(trained)
-        kept += len(trained)
-        if trained:
+        learnt = [example for example in examples if example.in_loss.any()]
+        dropped += len(examples) - len(learnt)
+        kept += len(learnt)
+        if learnt:
             yield {
-                "tokens": np.concatenate([example.tokens for example in trained]),
-                "trained": np.concatenate([example.trained for example in trained]),
-                "lengths": np.array([len(example.tokens) for example in trained], np.int32),
-                "prompt_lengths": np.array([e.prompt_length for e in trained], np.int32),
+                "tokens": np.concatenate([example.tokens for example in learnt]),
+                "in_loss": np.concatenate([example.in_loss for example in learnt]),
+                "lengths": np.array([len(example.tokens) for example in learnt], np.int32),
+                "prompt_lengths": np.array([e.prompt_length for e in learnt], np.int32),
             }
     if not kept:
         raise UserError(

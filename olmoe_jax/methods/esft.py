@@ -4,12 +4,10 @@ The tuned experts of each layer are given (method.experts_path), or chosen by th
 run's training data.
 """
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 
-from olmoe_jax.checkpoints.expert_config import ExpertConfig, read_expert_config
+from olmoe_jax.checkpoints.expert_config import ExpertConfig
 from olmoe_jax.checkpoints.loading import load_parameters, random_parameters
 from olmoe_jax.config import MethodOptions
 from olmoe_jax.errors import UserError
@@ -31,15 +29,13 @@ class Esft(ExpertTuning):
     """The share of a layer's score to reach where method.esft_top_p is none (the paper's)."""
 
     def __init__(self, options: MethodOptions, config: ModelConfig):
-        path = options.experts_path
-        given = read_expert_config(Path(path), config) if path else None
-        super().__init__(options, config, given)
+        super().__init__(options, config)
         self.trains_head = options.esft_train_head
         self.dense_router_gradient = options.esft_densemixer
-        if given and given.non_expert_modules and not self.trains_head:
+        if self.experts and self.experts.non_expert_modules and not self.trains_head:
             raise UserError(
-                f"method.esft_train_head=false: {path} says non_expert_modules, which trains the "
-                "head too; write method.esft_train_head=true, or false in the file"
+                f"method.esft_train_head=false: {options.experts_path} says non_expert_modules, "
+                "which trains the head too; write method.esft_train_head=true, or false in the file"
             )
 
     def choose_by_data(self, run: Preparation) -> ExpertConfig:

@@ -6,6 +6,7 @@ A run keeps its choice of experts in OUTPUT_DIR/experts.json.
 import copy
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Self
 
 import jax
@@ -30,17 +31,19 @@ class ExpertTuning(Method):
     Args:
       options: see `Method`.
       config: see `Method`.
-      experts: the tuned experts; None: the method chooses them when the run is prepared.
+
+    Attributes:
+      experts: the tuned experts, from method.experts_path; None: the method chooses them when the
+        run is prepared.
     """
 
     trains_head = False
     """True if the output head trains too (with tied embeddings, the embedding)."""
 
-    def __init__(
-        self, options: MethodOptions, config: ModelConfig, experts: ExpertConfig | None = None
-    ):
+    def __init__(self, options: MethodOptions, config: ModelConfig):
         super().__init__(options, config)
-        self.experts = experts
+        path = options.experts_path
+        self.experts = read_expert_config(Path(path), config) if path else None
 
     def choose(self, seed: int) -> ExpertConfig | None:
         """Chooses the tuned experts of a run that was given none, by the run's seed.

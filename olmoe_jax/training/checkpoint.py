@@ -257,7 +257,7 @@ _PARTS = {
     "content": "the file has another content",
     "tokenizer": "the tokenizer is another",
     "max_seq_length": "data.max_seq_length is another",
-    "rules": "this version of olmoe_jax makes other tokens of the same rows",
+    "rules": "this version of olmoe_jax makes other tokens of the same rows, or masks others",
     "split": "other examples are held out",
 }
 """What it means that a part of a data set's identity differs, in the order of telling."""

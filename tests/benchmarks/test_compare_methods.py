@@ -8,7 +8,7 @@ from tiny import make_model, tiny_config
 
 from benchmarks import compare_methods, router_cosine
 from benchmarks.comparison_report import cosine_table, method_table, write_report
-from configs.table import METHODS
+from configs.table import EXPERIMENTS
 from olmoe_jax.errors import UserError
 from olmoe_jax.parallel.batch import DeviceBatch
 
@@ -17,7 +17,7 @@ def made_up_cells(seeds: int) -> dict:
     """Seed s: eval loss 1 + s, exact match s / 4; densemixer's steps take twice as long."""
     cells = {("base", 0): {"eval_loss": 9.0, "exact_match": 0.0, "cosines": {"2": 0.5, "8": 1.0}}}
     for seed in range(seeds):
-        for method in METHODS:
+        for method in EXPERIMENTS:
             seconds = 2.0 if method == "densemixer" else 1.0
             cells[method, seed] = {
                 "eval_loss": 1.0 + seed,

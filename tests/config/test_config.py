@@ -413,4 +413,4 @@ def test_every_field_of_the_method_is_read():
     fields = {path.removeprefix("method.") for path in FIELDS if path.startswith("method.")}
     by_all = {name for name in fields if not readers(name)}
     assert by_all == {"name", "router_aux_loss_coefficient"}
-    assert {name for row in METHODS.values() for name in row.fields} <= fields
+    assert {name for row in METHODS.values() for name in row.own_fields} <= fields

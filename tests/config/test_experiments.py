@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, message_of
 
-from configs.table import DATASETS, METHODS, experiment
+from configs.table import DATASETS, EXPERIMENTS, experiment
 from olmoe_jax.config import MethodOptions, ModelOptions, OptimizerOptions, validate
 from olmoe_jax.config.load import load_config
 
@@ -14,7 +14,7 @@ from olmoe_jax.config.load import load_config
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EXPERIMENTS)
 def test_experiment_file(method, dataset):
     config = validate(load_config(ROOT / "configs" / f"{method}_{dataset}.py"))
     assert config == experiment(method, dataset)

@@ -12,7 +12,7 @@ def make_dataset():
         total = sum(lengths)
         return TokenizedDataset(
             tokens=random.integers(2, 2**30, total, dtype=np.int32),
-            trained=random.random(total) < 0.6,
+            in_loss=random.random(total) < 0.6,
             offsets=np.cumsum([0, *lengths], dtype=np.int64),
             prompt_lengths=np.zeros(len(lengths), np.int32),
             rows=np.arange(len(lengths)),

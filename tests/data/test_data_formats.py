@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from olmoe_jax.data import load_tokenizer
-from olmoe_jax.data.formats import encode_batch, format_row, tokens_before
+from olmoe_jax.data.formats import count_prompt_tokens, encode_batch, format_row
 from olmoe_jax.errors import UserError
 
 EOS = "<|endoftext|>"
@@ -15,13 +15,13 @@ def encode(row, tokenizer, max_seq_length=10_000):
     formatted = format_row(row, tokenizer.eos_token)
     (example,) = encode_batch([formatted], tokenizer, max_seq_length)
     assert example.tokens.dtype == np.int32
-    assert example.trained.dtype == bool
+    assert example.in_loss.dtype == bool
     return example
 
 
 def trained_text(row, tokenizer, max_seq_length=10_000):
     example = encode(row, tokenizer, max_seq_length)
-    return tokenizer.decode(example.tokens), tokenizer.decode(example.tokens[example.trained])
+    return tokenizer.decode(example.tokens), tokenizer.decode(example.tokens[example.in_loss])
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def trained_text(row, tokenizer, max_seq_length=10_000):
     ],
 )
 def test_the_rule_that_masks_a_prompt(prefix, tokens, before):
-    assert tokens_before(prefix, tokens) == before
+    assert count_prompt_tokens(prefix, tokens) == before
 
 
 STRADDLING = json.loads(Path(__file__).with_name("straddling_tokens.json").read_text())
@@ -167,7 +167,7 @@ def test_bad_rows_say_what_is_wrong(row, message):
 def test_golden_cases_of_the_reference(shared, olmoe_tokenizer):
     for case in json.loads((shared / "reference/data/cases.json").read_text())["cases"]:
         example = encode(case["example"], olmoe_tokenizer, case["max_seq_length"])
-        assert example.trained.any() == case["kept"], case["name"]
+        assert example.in_loss.any() == case["kept"], case["name"]
         assert example.tokens.tolist() == case["expected"]["input_ids"], case["name"]
-        labels = np.where(example.trained, example.tokens, -100).tolist()
+        labels = np.where(example.in_loss, example.tokens, -100).tolist()
         assert labels == case["expected"]["labels"], case["name"]

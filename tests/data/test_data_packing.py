@@ -71,7 +71,7 @@ def test_filled_rows_keep_examples_apart(make_dataset):
     batch = fill_rows(dataset, examples, rows, 6, weights, pad_id=1)
     found = [dataset.example(i) for i in (0, 3, 2)]
     a, b, c = (example.tokens for example in found)
-    trained_a, trained_b, trained_c = (example.trained for example in found)
+    trained_a, trained_b, trained_c = (example.in_loss for example in found)
     assert batch.tokens.tolist() == [[*a, *b, 1], [*c, 1, 1], [1] * 6]
     assert batch.targets.tolist() == [[*a[1:], 0, b[1], 0, 0], [*c[1:], 0, 0, 0], [0] * 6]
     assert batch.segment_ids.tolist() == [[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 0, 0], [0] * 6]

@@ -157,7 +157,7 @@ def test_rows_must_divide_over_processes(dataset):
 
 
 def test_one_example_and_an_example_without_a_target(make_dataset):
-    dataset = dataclasses.replace(make_dataset([1]), trained=np.ones(1, bool))
+    dataset = dataclasses.replace(make_dataset([1]), in_loss=np.ones(1, bool))
     (step, _, _) = training(dataset).iterator()
     assert (step.examples, step.tokens, step.targets) == (1, 1, 0)
     assert step.batches[0].loss_weights.sum() == 0

@@ -43,9 +43,9 @@ def test_examples_and_counts(data, tokenizer, tmp_path):
     assert dataset.target_counts.tolist() == [3, 4, 5]
     example = dataset.subset([2, 1]).example(1)
     assert tokenizer.decode(example.tokens) == "ab cc<|endoftext|>"
-    assert example.trained.tolist() == [False, False, True, True, True, True]
+    assert example.in_loss.tolist() == [False, False, True, True, True, True]
     assert example.prompt_length == 2
-    assert (dataset.tokens.dtype, dataset.trained.dtype) == (np.int32, bool)
+    assert (dataset.tokens.dtype, dataset.in_loss.dtype) == (np.int32, bool)
     assert dataset.offsets.dtype == np.int64
 
 
@@ -261,5 +261,5 @@ def test_a_long_text_is_tokenised_as_far_as_it_trains(tokenizer, tmp_path, monke
         assert max(lengths) < 8 * max_seq_length + 32
         for one, other in zip(whole, parts, strict=True):
             np.testing.assert_array_equal(one.tokens, other.tokens)
-            np.testing.assert_array_equal(one.trained, other.trained)
+            np.testing.assert_array_equal(one.in_loss, other.in_loss)
             assert one.prompt_length == other.prompt_length

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, assert_user_error, message_of, run_module
 
-from configs.table import DATASETS, METHODS
+from configs.table import DATASETS, EXPERIMENTS
 from eval.reproduce.__main__ import main
 from eval.reproduce.cells import Command, Reproduction
 from eval.reproduce.runner import Runner
@@ -28,7 +28,7 @@ def table(output: Path, methods, datasets, data=None, **config) -> Reproduction:
 
 
 def test_all_cells_of_the_table(tmp_path):
-    whole = table(tmp_path, METHODS, list(DATASETS))
+    whole = table(tmp_path, EXPERIMENTS, list(DATASETS))
     steps = list(whole.commands())
     assert len(steps) == 1 + 6 * 8 * 3
     assert steps[0].arguments[2:8] == [
@@ -36,7 +36,7 @@ def test_all_cells_of_the_table(tmp_path):
         "--output", f"{tmp_path}/base/eval",
     ]  # fmt: skip
     assert all(not step.done() for step in steps)
-    for method in METHODS:
+    for method in EXPERIMENTS:
         for dataset in DATASETS:
             assert (
                 whole.resolved(method, dataset).train.output_dir == f"{tmp_path}/{method}_{dataset}"

@@ -1,13 +1,19 @@
 """An ESFT run: the experts it chose are kept, nothing else changes, and its adapter applies."""
 
 import json
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from helpers import assert_same_bits, load_checkpoint_tensors, load_safetensors, run_command_line
-from methods.test_lora_training import saved_arrays
+from helpers import (
+    assert_same_bits,
+    changed_tensors,
+    expert_tensors,
+    load_checkpoint_tensors,
+    load_safetensors,
+    run_command_line,
+    saved_arrays,
+)
 from tiny import short_run, write_base
 from training.tiny_run import losses
 
@@ -22,24 +28,6 @@ ESFT = {
     "model__compute_dtype": "bfloat16",
     "optimizer__learning_rate": 0.02,
 }
-KINDS = ("gate", "up", "down")
-
-
-def expert_tensors(experts) -> set[str]:
-    """Hugging Face names of the selected experts' tensors; keys count layers from 1."""
-    return {
-        f"model.layers.{int(layer) - 1}.mlp.experts.{expert}.{kind}_proj.weight"
-        for layer, ids in experts.items()
-        for expert in ids
-        for kind in KINDS
-    }
-
-
-def changed_tensors(before: Path, after: Path) -> set[str]:
-    before, after = load_checkpoint_tensors(before), load_checkpoint_tensors(after)
-    assert before.keys() == after.keys()
-    assert all(before[name].dtype == after[name].dtype for name in before)
-    return {name for name in before if before[name].tobytes() != after[name].tobytes()}
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +69,7 @@ def test_each_trained_expert_is_in_its_own_place(run, chosen, bfloat16_base):
 
 
 def test_a_checkpoint_holds_what_trains(run, chosen):
-    trained = {"lm_head", *(f"tuned.{kind}" for kind in KINDS)}
+    trained = {"lm_head", *(f"tuned.{kind}" for kind in ("gate", "up", "down"))}
     saved = saved_arrays(run)
     parameters = {name for name in saved if name.startswith("parameters.")}
     assert parameters == {f"parameters.{name}" for name in trained}

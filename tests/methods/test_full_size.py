@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from helpers import ROOT
 
-from configs.table import DATASETS, METHODS
+from configs.table import DATASETS, EXPERIMENTS
 from olmoe_jax import methods
 from olmoe_jax.checkpoints.expert_config import ExpertConfig
 from olmoe_jax.config import validate
@@ -84,7 +84,7 @@ def count(parameters) -> int:
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EXPERIMENTS)
 def test_experiment(method, dataset):
     config = validate(load_config(ROOT / "configs" / f"{method}_{dataset}.py"))
     kind = "lora" if "lora" in method else "esft" if "esft" in method else "full"

@@ -7,7 +7,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from helpers import assert_same_bits, load_checkpoint_tensors
+from helpers import assert_same_bits, load_checkpoint_tensors, saved_arrays
 from tiny import LORA, base_weights, short_run
 from training.tiny_run import losses
 
@@ -72,17 +72,6 @@ def test_bytes(run_files, bfloat16_base, tmp_path, changes, experts, trained):
         for expert in range(8):
             name = f"model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight"
             assert np.array_equal(stored[name], held_experts[layer, expert].T)
-
-
-def saved_arrays(output, step=4) -> set[str]:
-    """Names of the arrays of a checkpoint: parameters.NAME, optimizer moments, counters."""
-    metadata = json.loads((output / "checkpoints" / str(step) / "state/_METADATA").read_text())
-    keys = [
-        ".".join(entry["key"] for entry in leaf["key_metadata"])
-        for leaf in metadata["tree_metadata"].values()
-    ]
-    assert len(keys) == len(set(keys))
-    return set(keys)
 
 
 @pytest.fixture(scope="module")

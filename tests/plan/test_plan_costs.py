@@ -8,7 +8,7 @@ from helpers import ROOT
 from jax.experimental import topologies
 from tiny import tiny_config
 
-from configs.table import METHODS
+from configs.table import EXPERIMENTS
 from olmoe_jax import methods
 from olmoe_jax.config import MethodOptions
 from olmoe_jax.config.load import load_config
@@ -148,7 +148,7 @@ def test_too_few_cpu_devices():
 
 
 def test_published_models_are_known():
-    for method in METHODS:
+    for method in EXPERIMENTS:
         path = load_config(ROOT / "configs" / f"{method}_gsm.py").model.path
         assert known_config(path) == OLMOE_1B_7B
     assert known_config("allenai/OLMo-7B") is None
