@@ -10,6 +10,7 @@ import numpy as np
 
 from olmoe_jax.checkpoints import directory, names, safetensors_file
 from olmoe_jax.checkpoints.loading import load_parameters
+from olmoe_jax.checkpoints.merging import with_router
 from olmoe_jax.checkpoints.opening import open_source
 from olmoe_jax.checkpoints.peft import read_adapter, to_peft
 from olmoe_jax.config import MethodOptions
@@ -79,7 +80,7 @@ def compute(args: argparse.Namespace) -> dict[str, np.ndarray]:
     parameters = load_parameters(source, make_mesh(devices=jax.devices()[:1]))
     method = implementation(args.method)(MethodOptions(name=args.method), config)
     if args.adapter:
-        lora, adapter = read_adapter(args.adapter, config)
+        lora, adapter = with_router(*read_adapter(args.adapter, config), source)
         parameters |= adapter
         method = Lora(method, lora, router_trains=args.router == "trained")
     elif args.experts:

@@ -13,7 +13,12 @@ import pydantic
 
 from olmoe_jax.checkpoints import directory, names
 from olmoe_jax.checkpoints.names import Weight
-from olmoe_jax.checkpoints.safetensors_file import FileWriter, StoredTensor, read_header
+from olmoe_jax.checkpoints.safetensors_file import (
+    FileWriter,
+    StoredTensor,
+    read_header,
+    refuse_pickles,
+)
 from olmoe_jax.checkpoints.source import read_model_config
 from olmoe_jax.errors import UserError
 from olmoe_jax.files import STRICT, FileName, read_json
@@ -149,6 +154,7 @@ def _locate_tensors(path: Path) -> dict[str, StoredTensor]:
     elif (path / _SINGLE).exists():
         weight_map, files = {}, [_SINGLE]
     else:
+        refuse_pickles(path, "pytorch_model*.bin", _SINGLE)
         raise UserError(f"{path}: holds neither {_SINGLE} nor {_INDEX}; is it a checkpoint?")
     tensors: dict[str, StoredTensor] = {}
     for file in files:

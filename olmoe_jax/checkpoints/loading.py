@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from olmoe_jax.checkpoints import names
+from olmoe_jax.checkpoints.merging import with_router
 from olmoe_jax.checkpoints.names import Weight
 from olmoe_jax.checkpoints.opening import open_source
 from olmoe_jax.checkpoints.peft import read_adapter
@@ -57,7 +58,7 @@ def from_pretrained(
 
     added: dict[str, np.ndarray] = {}
     if adapter is not None:
-        lora, added = read_adapter(adapter, source.config)
+        lora, added = with_router(*read_adapter(adapter, source.config), source)
         settings = dataclasses.replace(settings, lora=lora)
     shardings = sharding.parameter_shardings(parameter_specs(source.config, settings), mesh)
     # A router that trained beside the adapter replaces the checkpoint's.

@@ -3,23 +3,30 @@
 An adapter is written with tensors for each expert
 (`…mlp.experts.E.gate_proj.lora_A.weight`, A [R, in] and B [out, R]): PEFT loads that layout onto
 transformers' OLMoE, and vLLM and SGLang serve it. Reading also accepts PEFT's layout for fused
-experts (`olmoe_jax.checkpoints.peft_fused`).
+experts (`olmoe_jax.checkpoints.peft_fused`), adapters of some matrices alone, of the router, and
+matrices with a rank and a scale of their own.
+
+This project's adapters have one rank R and one scale. R is the largest rank: smaller ones are
+filled up with zeros, and a matrix without an adapter gets zeros alone. A scale of a matrix's own
+goes into its B, so that W + scale * A B stays. Zeros stay zeros in training: their gradient is 0.
 
 R is the rank; the other letters are those of `olmoe_jax.checkpoints.names`.
 """
 
+import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
 from olmoe_jax.checkpoints import directory, names, peft_fused, safetensors_file
 from olmoe_jax.checkpoints.names import Weight
+from olmoe_jax.checkpoints.peft_config import AdapterConfig
 from olmoe_jax.checkpoints.peft_fused import LoadedTensor
 from olmoe_jax.checkpoints.safetensors_file import StoredTensor
 from olmoe_jax.errors import UserError
-from olmoe_jax.files import read_json
 from olmoe_jax.model.config import TARGETS, LoraSettings, ModelConfig
 from olmoe_jax.model.parameters import ROUTER
 
@@ -30,25 +37,16 @@ ROUTER_FILE = "router.safetensors"
 EXPORTED = "adapter"
 """In a LoRA run's directory: the folder with the exported adapter."""
 
-_UNSUPPORTED = (
-    "use_dora",
-    "use_qalora",
-    "use_bdlora",
-    "lora_bias",
-    "fan_in_fan_out",
-    "modules_to_save",
-    "trainable_token_indices",
-    "layers_to_transform",
-    "layer_replication",
-    "alora_invocation_tokens",
-    "arrow_config",
-)
-"""Fields of adapter_config.json that, when set, mean other mathematics than W + scale * A B."""
-
 _PREFIX = "base_model.model."
 _PARTS = {"a": "lora_A", "b": "lora_B"}
-_Tensors = Mapping[str, StoredTensor | LoadedTensor]
-_ROUTER = next(weight for weight in names.TABLE if weight.name == ROUTER)
+_WRAPPERS = re.compile(
+    r"(?<![^.])(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)[.]"
+)
+"""Parts that torch.compile, DDP and FSDP put into the names of a state_dict."""
+_TENSOR = re.compile(
+    r"(base_model[.])?(model[.])*(?P<module>.+)[.]lora_(?P<part>[AB])([.]default)?[.]weight"
+)
+ROUTER_WEIGHT = next(weight for weight in names.TABLE if weight.name == ROUTER)
 
 
 def adapted(settings: LoraSettings) -> list[Weight]:
@@ -97,7 +95,9 @@ def write_adapter(
     tensors = {name: value.astype(np.float32) for name, value in to_peft(parameters, settings)}
     safetensors_file.save(output / WEIGHTS_FILE, tensors)
     if ROUTER in parameters:
-        layers = {_ROUTER.tensor_name(i): value.T for i, value in enumerate(parameters[ROUTER])}
+        layers = {
+            ROUTER_WEIGHT.tensor_name(i): value.T for i, value in enumerate(parameters[ROUTER])
+        }
         safetensors_file.save(output / ROUTER_FILE, layers)
     config = {
         "peft_type": "LORA",
@@ -151,109 +151,164 @@ def read_adapter(
     Returns:
       The adapter's settings, and its parameters by this project's names, float32, stacked over
       layers and experts. A router that trained beside the adapter is among them, under its own
-      name.
+      name. Where the router has an adapter, the settings' targets include "router", which no model
+      knows: see `merging.with_router`.
 
     Raises:
       UserError: there is no adapter, it is another model's, or it uses features of PEFT that
         compute something else than W + scale * A B.
     """
     path = adapter_directory(str(path_or_hub_id))
-    adapter_config = read_json(dict[str, Any], path / CONFIG_FILE)
-    settings = _read_settings(adapter_config, path / CONFIG_FILE)
-    file = path / WEIGHTS_FILE
-    stored = safetensors_file.read_header(file)
-    tensors: _Tensors = stored
-    if peft_fused.is_fused(stored):
-        settings, tensors = peft_fused.per_expert(stored, settings, adapter_config, config, file)
-    # target_modules may be a pattern, and may name modules that OLMoE has not: the tensors tell
-    # what is adapted.
-    targets = tuple(
-        target for target in TARGETS if any(f".{target}_proj.lora_A." in name for name in tensors)
-    )
-    if not targets:
-        raise UserError(f"{file}: no tensor of {', '.join(TARGETS)} projections")
-    settings = LoraSettings(settings.rank, settings.alpha, 0.0, targets, settings.rslora)
-    parameters = _stack(tensors, settings, config, file)
+    adapter = AdapterConfig(path / CONFIG_FILE)
+    if not (path / WEIGHTS_FILE).exists():
+        safetensors_file.refuse_pickles(path, "adapter_model*.bin", WEIGHTS_FILE)
+    factors = _read_factors(path / WEIGHTS_FILE, adapter, config)
+    found = {matrix.weight.name.rsplit(".", 1)[-1] for matrix in factors}
+    targets = tuple(target for target in (*TARGETS, "router") if target in found)
+    settings = LoraSettings(adapter.rank, adapter.alpha, 0.0, targets, adapter.rslora)
+    rank = max(a.shape[0] for a, _, _ in factors.values())
+    if rank != adapter.rank:
+        settings = LoraSettings(rank, settings.scale * rank, 0.0, targets)
+    parameters = _stack(factors, settings, config)
     if (path / ROUTER_FILE).exists():
+        if "router" in targets:
+            raise UserError(f"{path}: adapts the router, which {ROUTER_FILE} replaces; remove it")
         parameters[ROUTER] = _read_router(path / ROUTER_FILE, config)
     return settings, parameters
 
 
-def _stack(
-    tensors: _Tensors,
-    settings: LoraSettings,
-    config: ModelConfig,
-    file: Path,
-) -> dict[str, np.ndarray]:
-    """Reads A [L, …, in, R] and B [L, …, R, out] of every adapted weight, float32.
+class _Matrix(NamedTuple):
+    """A matrix that can have an adapter."""
+
+    weight: Weight
+    layer: int
+    expert: int | None
+
+    @property
+    def module(self) -> str:
+        """The module of transformers: `model.layers.0.mlp.experts.3.gate_proj`."""
+        return self.weight.tensor_name(self.layer, self.expert).removesuffix(".weight")
+
+    @property
+    def parameter(self) -> str:
+        """The parameter of transformers 5: `model.layers.0.mlp.experts.gate_up_proj`."""
+        return (self.weight.fused_name or self.weight.hf_name).format(layer=self.layer)
+
+
+_Tensor = StoredTensor | LoadedTensor
+_Factors = dict[_Matrix, tuple[_Tensor, _Tensor, float]]
+"""A [r, in], B [out, r] and the scale of each adapted matrix."""
+
+
+def _matrices(config: ModelConfig) -> dict[str, _Matrix]:
+    """Returns the matrices that can have an adapter, by module."""
+    matrices = (
+        _Matrix(weight, layer, expert)
+        for weight in names.TABLE
+        if weight.per_layer and weight.transpose
+        for layer in range(config.num_layers)
+        for expert in (range(config.num_experts) if weight.per_expert else [None])
+    )
+    return {matrix.module: matrix for matrix in matrices}
+
+
+def _read_factors(file: Path, adapter: AdapterConfig, config: ModelConfig) -> _Factors:
+    """Returns the factors in an adapter's file.
 
     Raises:
-      UserError: a tensor is missing, unexpected or of another shape.
+      UserError: a tensor is missing or unexpected, as the model and adapter_config.json say, or of
+        another shape.
     """
-    parameters, used = {}, set()
+    matrices, factors = _matrices(config), {}
+    for module, (a, b) in _read_pairs(file).items():
+        # The matrices that the two tensors adapt, with {} for the expert where they are fused.
+        adapted_modules, experts = [module], 1
+        if module.endswith((".mlp.experts", ".mlp.experts.base_layer")):
+            adapted_modules = peft_fused.modules(module, a, b, config)
+            experts = config.num_experts
+        matrix = matrices.get(adapted_modules[0].format(0))
+        if matrix is None:
+            raise UserError(
+                f"{file}: adapts {module}, but adapters are read of the projections and the router "
+                f"(mlp.gate) of {config.num_layers} layers and {config.num_experts} experts; is it "
+                "of another model? Else merge it into its base with PEFT (merge_and_unload)"
+            )
+        rank, scale = adapter.size(matrix.module, matrix.parameter)
+        width, out = names.layer_shape(matrix.weight, config)[-2:]
+        expected = (rank * experts, width), (out * len(adapted_modules), rank * experts)
+        if (a.shape, b.shape) != expected:
+            raise UserError(
+                f"{file}: {module}: lora_A has shape {list(a.shape)} and lora_B {list(b.shape)}, "
+                f"but this model and rank {rank} need {list(expected[0])} and {list(expected[1])}"
+            )
+        if experts == 1:
+            factors[matrix] = a, b, scale
+            continue
+        for expert, name, *pair in peft_fused.split(a, b, adapted_modules, experts):
+            factors[matrices[name.format(expert)]] = *pair, scale
+    if not factors:
+        raise UserError(f"{file}: holds no tensor; train the adapter again, or copy it again")
+    for module, matrix in matrices.items():
+        named = adapter.adapts(module, matrix.parameter)
+        if named and matrix not in factors:
+            raise UserError(
+                f"{file}: {module}.lora_A.weight is missing, but {CONFIG_FILE} names this matrix; "
+                "copy the adapter again. Is it of another model?"
+            )
+        if matrix in factors and not named:
+            raise UserError(
+                f"{file}: adapts {module}, but {CONFIG_FILE} does not name this matrix "
+                "(target_modules, exclude_modules, layers_to_transform); write there what is in "
+                "the file"
+            )
+    return factors
+
+
+def _read_pairs(file: Path) -> dict[str, tuple[StoredTensor, StoredTensor]]:
+    """Returns A and B of each module, by its name without the prefixes that trainers put there."""
+    parts: dict[str, dict[str, StoredTensor]] = {"A": {}, "B": {}}
+    for name, tensor in safetensors_file.read_header(file).items():
+        match = _TENSOR.fullmatch(_WRAPPERS.sub("", name))
+        if not match:
+            raise UserError(
+                f"{file}: unexpected tensor {name}: only lora_A and lora_B are read; merge this "
+                "adapter into its base with PEFT (merge_and_unload)"
+            )
+        module = match["module"]
+        module = f"model.{module}" if module.startswith("layers.") else module
+        if module in parts[match["part"]]:
+            raise UserError(f"{file}: has two tensors lora_{match['part']} of {module}; remove one")
+        parts[match["part"]][module] = tensor
+    for part, other in ("A", "B"), ("B", "A"):
+        for module in parts[other].keys() - parts[part].keys():
+            raise UserError(f"{file}: {module}.lora_{part}.weight is missing; copy it again")
+    return {module: (a, parts["B"][module]) for module, a in parts["A"].items()}
+
+
+def _stack(factors: _Factors, settings: LoraSettings, config: ModelConfig) -> dict[str, np.ndarray]:
+    """Reads A [L, …, in, R] and B [L, …, R, out] of every adapted weight, float32."""
+    parameters = {}
     for weight in adapted(settings):
         *experts, width, out = names.layer_shape(weight, config)
-        matrices = {"a": (width, settings.rank), "b": (settings.rank, out)}
-        for part, parameter in zip(_PARTS, parameter_names(weight), strict=True):
-            stacked = np.empty((config.num_layers, *experts, *matrices[part]), np.float32)
-            for layer, *expert in np.ndindex(config.num_layers, *experts):
-                name = _tensor_name(weight, part, layer, *(expert or [None]))
-                stacked[layer, *expert] = _read(tensors, name, matrices[part][::-1], file).T
-                used.add(name)
-            parameters[parameter] = stacked
-    if unknown := tensors.keys() - used:
-        raise UserError(f"{file}: unexpected tensor {min(unknown)}")
+        outer, (a, b) = (config.num_layers, *experts), parameter_names(weight)
+        parameters[a] = np.zeros((*outer, width, settings.rank), np.float32)
+        parameters[b] = np.zeros((*outer, settings.rank, out), np.float32)
+    for (weight, layer, expert), (a, b, scale) in factors.items():
+        place = (layer,) if expert is None else (layer, expert)
+        into_a, into_b = (parameters[name][place] for name in parameter_names(weight))
+        into_a[:, : a.shape[0]] = a.read().T
+        into_b[: a.shape[0]] = b.read().T
+        if not math.isclose(scale, settings.scale):
+            into_b *= np.float32(scale / settings.scale)
     return parameters
 
 
 def _read_router(file: Path, config: ModelConfig) -> np.ndarray:
     """Reads the router that trained beside an adapter, [L, D, E] float32."""
-    tensors, shape = safetensors_file.read_header(file), names.hf_shape(_ROUTER, config)
-    layers = [
-        _read(tensors, _ROUTER.tensor_name(layer), shape, file).T
-        for layer in range(config.num_layers)
-    ]
-    return np.stack(layers)
-
-
-def _read(
-    tensors: _Tensors,
-    name: str,
-    shape: tuple[int, ...],
-    file: Path,
-) -> np.ndarray:
-    if name not in tensors:
-        raise UserError(f"{file}: tensor {name} is missing; is this an adapter of another model?")
-    if tensors[name].shape != shape:
-        raise UserError(
-            f"{file}: tensor {name} has shape {list(tensors[name].shape)}, but this model and "
-            f"rank need {list(shape)}"
-        )
-    return tensors[name].read().astype(np.float32)
-
-
-def _read_settings(config: dict[str, Any], file: Path) -> LoraSettings:
-    """Returns rank and scale from adapter_config.json, and refuses what is not plain LoRA."""
-    if config.get("peft_type") != "LORA":
-        raise UserError(
-            f"{file}: not a LoRA adapter (peft_type {config.get('peft_type')!r}); write another "
-            "directory"
-        )
-    for field, kinds in (("r", int), ("lora_alpha", (int, float))):
-        value = config.get(field)
-        if isinstance(value, bool) or not isinstance(value, kinds) or value <= 0:
-            raise UserError(f"{file}: {field} is {value!r}; it must be a positive number")
-    unreadable = peft_fused.unreadable(config)
-    for field in (*_UNSUPPORTED, *([unreadable] if unreadable else [])):
-        if config.get(field):
-            raise UserError(
-                f"{file}: {field} is set, but only plain LoRA is read; merge this adapter into its "
-                "base with PEFT (merge_and_unload), or train one without it"
-            )
-    if config.get("bias", "none") != "none":
-        raise UserError(
-            f"{file}: bias is {config['bias']!r}; only adapters with bias none are read"
-        )
-    return LoraSettings(
-        config["r"], config["lora_alpha"], rslora=bool(config.get("use_rslora", False))
-    )
+    tensors, shape = safetensors_file.read_header(file), names.hf_shape(ROUTER_WEIGHT, config)
+    layers = [ROUTER_WEIGHT.tensor_name(layer) for layer in range(config.num_layers)]
+    for name in layers:
+        found = list(tensors[name].shape) if name in tensors else "missing"
+        if found != list(shape):
+            raise UserError(f"{file}: tensor {name} is {found}, but this model needs {list(shape)}")
+    return np.stack([tensors[name].read().astype(np.float32).T for name in layers])

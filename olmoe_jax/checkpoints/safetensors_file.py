@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import struct
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,6 +70,31 @@ class _Entry:
     dtype: str
     shape: list[Annotated[int, pydantic.Field(ge=0, lt=2**40)]]
     data_offsets: tuple[_Offset, _Offset]
+
+
+_CONVERT = (
+    "import sys, torch, safetensors.torch as s; s.save_file({k: v.contiguous().clone() "
+    "for f in sys.argv[2:] for k, v in torch.load(f, 'cpu', weights_only=True).items()}, "
+    "sys.argv[1], {'format': 'pt'})"
+)
+
+
+def refuse_pickles(path: Path, pattern: str, instead: str) -> None:
+    """Raises a UserError if a directory holds weights as torch's pickles.
+
+    A pickle can run any program. The message has a command that converts them.
+
+    Args:
+      path: the directory.
+      pattern: of the names of the pickles.
+      instead: the safetensors file to make.
+    """
+    if pickles := sorted(path.glob(pattern)):
+        files = " ".join(shlex.quote(str(file)) for file in (path / instead, *pickles))
+        raise UserError(
+            f"{pickles[0]}: a pickle, which can run any program, is not read; convert it: "
+            f'python -c "{_CONVERT}" {files}'
+        )
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:

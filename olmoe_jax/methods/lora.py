@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from olmoe_jax.checkpoints.export import export_adapter
+from olmoe_jax.checkpoints.merging import with_router
 from olmoe_jax.checkpoints.opening import RunCheckpoint
 from olmoe_jax.checkpoints.peft import read_adapter
 from olmoe_jax.errors import UserError
@@ -47,7 +48,9 @@ class Lora(Method):
 
     def added_parameters(self, base: Base) -> Mapping[str, jax.Array | np.ndarray]:
         path = self.options.adapter_path
-        return self._given_adapter(path) if path else base.draw(is_adapter)
+        if not path:
+            return base.draw(is_adapter)
+        return with_router(*self._given_adapter(path), base.source)[1]
 
     def describe(self) -> str:
         lora = self.lora
@@ -59,21 +62,22 @@ class Lora(Method):
     def export(self, run: RunCheckpoint, target: Path) -> None:
         export_adapter(run, target)
 
-    def _given_adapter(self, path: str) -> dict[str, np.ndarray]:
+    def _given_adapter(self, path: str) -> tuple[LoraSettings, dict[str, np.ndarray]]:
         """Reads the adapter that the run starts from, and its router if it has one."""
         wanted = self.lora
         lora, parameters = read_adapter(path, self.config)
-        same_size = (set(lora.targets), lora.rank) == (set(wanted.targets), wanted.rank)
+        targets = [target for target in lora.targets if target != "router"]
+        same_size = (set(targets), lora.rank) == (set(wanted.targets), wanted.rank)
         if not same_size or not math.isclose(lora.scale, wanted.scale):
             raise UserError(
                 f"method.adapter_path={path}: has rank {lora.rank}, alpha "
-                f"{lora.scale * lora.rank:g}, targets {','.join(lora.targets)}; set "
+                f"{lora.scale * lora.rank:g}, targets {','.join(targets)}; set "
                 "method.lora_rank, lora_alpha and lora_targets to these"
             )
-        if ROUTER in parameters and not self.router_trains:
+        if (ROUTER in parameters or "router" in lora.targets) and not self.router_trains:
             raise UserError(
                 f"method.adapter_path={path}: holds a trained router, but "
                 f"method.name={self.options.name} keeps the base's; write a method whose router "
                 "trains, or start from convert.merge_lora's output"
             )
-        return parameters
+        return lora, parameters

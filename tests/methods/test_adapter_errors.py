@@ -1,24 +1,31 @@
 """Adapters that do not fit, and options that do not go together: one line, nothing written."""
 
+import dataclasses
 import json
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from helpers import assert_user_error, run_command_line, run_module
+from helpers import assert_same_bits, assert_user_error, run_command_line, run_module, write_json
 from safetensors.numpy import save_file
 from tiny import BYTES, LORA, random_adapters, short_run, tiny_config, write_base
 
 import olmoe_jax
 from convert import merge_lora, to_hf
 from olmoe_jax.checkpoints import directory
+from olmoe_jax.checkpoints.huggingface import HFCheckpoint
 from olmoe_jax.checkpoints.peft import read_adapter, write_adapter
+from olmoe_jax.checkpoints.peft_config import HISTORY, AdapterConfig
 from olmoe_jax.checkpoints.safetensors_file import load
 from olmoe_jax.errors import UserError
 from olmoe_jax.model.lora import LoraSettings
 
 CONFIG = tiny_config(**BYTES)
-FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-EXPERT = "base_model.model.model.layers.1.mlp.experts.7.gate_proj.lora_A.weight"
+FIRST = "model.layers.0.self_attn.q_proj"
+EXPERT = "model.layers.1.mlp.experts.7.gate_proj"
+PREFIX = "base_model.model."
 
 
 def make_adapter(path, config=CONFIG, lora=None, router=None, **changes):
@@ -48,55 +55,92 @@ def reading_error(path, config=CONFIG) -> str:
 
 
 @pytest.mark.parametrize(
-    ("changes", "named", "shapes"),
+    ("changes", "named", "expected"),
     [
         (
             {"hidden_size": 48, "num_heads": 6},
             FIRST,
-            "[4, 48], but this model and rank need [4, 32]",
+            ": lora_A has shape [4, 48] and lora_B [48, 4], but this model and rank 4 need [4, 32]",
         ),
+        ({"num_layers": 1}, FIRST.replace("layers.0", "layers.1"), ".lora_A.weight is missing"),
         (
-            {"num_layers": 1},
-            FIRST.replace("layers.0", "layers.1"),
-            "is missing; is this an adapter",
+            {"num_experts": 7},
+            EXPERT.replace("layers.1", "layers.0"),
+            ".lora_A.weight is missing, but adapter_config.json names this matrix",
         ),
-        ({"num_experts": 7}, EXPERT.replace("layers.1", "layers.0"), "is missing; is this an"),
         (
             {"intermediate_size": 24},
-            FIRST.replace("self_attn.q_proj.lora_A", "mlp.experts.0.gate_proj.lora_B"),
-            "[24, 4], but this model and rank need [16, 4]",
+            FIRST.replace("self_attn.q_proj", "mlp.experts.0.gate_proj"),
+            ": lora_A has shape [4, 32] and lora_B [24, 4], but this model and rank 4 need [4, 32]",
         ),
+        ({"num_layers": 3}, "adapts model.layers.2.", "of 2 layers and 8 experts; is it of"),
     ],
 )
-def test_adapter_for_another_base(tmp_path, changes, named, shapes):
-    """The first tensor that does not fit is named."""
-    other = tiny_config(**(BYTES | changes))
-    message = reading_error(make_adapter(tmp_path / "a", other))
-    assert f"tensor {named} " in message
-    assert shapes in message
-
-
-def test_adapter_of_a_larger_base(tmp_path):
-    message = reading_error(make_adapter(tmp_path / "a", tiny_config(**BYTES, num_layers=3)))
-    assert "unexpected tensor base_model.model.model.layers.2." in message
+def test_adapter_for_another_base(tmp_path, changes, named, expected):
+    """The first matrix that does not fit is named."""
+    message = reading_error(make_adapter(tmp_path / "a", tiny_config(**(BYTES | changes))))
+    assert named in message
+    assert expected in message
 
 
 def test_rank_mismatch(tmp_path):
     """The config says another rank than the tensors have."""
     message = reading_error(make_adapter(tmp_path / "a", r=8))
-    assert f"tensor {FIRST} has shape [4, 32], but this model and rank need [8, 32]" in message
+    assert f"{FIRST}: lora_A has shape [4, 32] and lora_B [32, 4]" in message
+    assert "rank 8 need [8, 32] and [32, 8]" in message
 
 
-def test_missing_and_unexpected_tensors(tmp_path):
-    a = edit_tensors(make_adapter(tmp_path / "a"), lambda tensors: tensors.pop(EXPERT))
-    assert f"tensor {EXPERT} is missing" in reading_error(a)
-    name = "base_model.model.lm_head.lora_A.weight"
-    b = edit_tensors(
-        make_adapter(tmp_path / "b"), lambda tensors: tensors.update({name: np.zeros((4, 32))})
-    )
-    assert f"unexpected tensor {name}" in reading_error(b)
-    c = edit_tensors(make_adapter(tmp_path / "c"), dict.clear)
-    assert "no tensor of q, k, v, o, gate, up, down projections" in reading_error(c)
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda t: t.pop(f"{PREFIX}{EXPERT}.lora_A.weight"), f"{EXPERT}.lora_A.weight is missing"),
+        (lambda t: t.pop(f"{PREFIX}{EXPERT}.lora_B.weight"), f"{EXPERT}.lora_B.weight is missing"),
+        (
+            lambda t: [t.pop(name) for name in list(t) if EXPERT in name],
+            f"{EXPERT}.lora_A.weight is missing, but adapter_config.json names this matrix",
+        ),
+        (
+            lambda t: t.update({f"{PREFIX}lm_head.lora_{part}.weight": t[part] for part in "AB"}),
+            "adapts lm_head, but adapters are read of the projections and the router (mlp.gate) of",
+        ),
+        (
+            lambda t: (
+                t.update({f"{PREFIX}model.layers.0.mlp.gate.lora_A.weight": t["A"]})
+                or t.update({"layers.0.mlp.gate.lora_B.weight": np.zeros((8, 4))})
+            ),
+            "adapts model.layers.0.mlp.gate, but adapter_config.json does not name this matrix",
+        ),
+        (
+            lambda t: t.update({f"_orig_mod.{FIRST}.lora_A.weight": t["A"]}),
+            f"has two tensors lora_A of {FIRST}; remove one",
+        ),
+        (
+            lambda t: t.update({f"{PREFIX}{FIRST}.lora_magnitude_vector": t["A"]}),
+            f"unexpected tensor {PREFIX}{FIRST}.lora_magnitude_vector: only lora_A and lora_B are",
+        ),
+        (
+            lambda t: t.update({f"{PREFIX}{FIRST}.lora_A.weight": np.array(1.0, np.float32)}),
+            f"{FIRST}: lora_A has shape [] and",
+        ),
+        (
+            lambda t: t.update(
+                {f"model.layers.0.mlp.experts.lora_{part}.weight": t[part] for part in "AB"}
+            ),
+            "model.layers.0.mlp.experts: lora_A has shape [4, 32] and lora_B [4, 32], but this "
+            "model and rank 4 need [32, 32] and [32, 32]",
+        ),
+        (dict.clear, "holds no tensor"),
+    ],
+)
+def test_missing_and_unexpected_tensors(tmp_path, change, expected):
+    def changed(tensors):
+        spare = dict.fromkeys("AB", np.zeros((4, 32), np.float32))
+        tensors |= spare
+        change(tensors)
+        for part in spare:
+            tensors.pop(part, None)
+
+    assert expected in reading_error(edit_tensors(make_adapter(tmp_path / "a"), changed))
 
 
 def test_missing_files(tmp_path):
@@ -112,18 +156,25 @@ def test_missing_files(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"peft_type": "IA3"}, "not a LoRA adapter (peft_type 'IA3')"),
-        ({"r": 0}, "r is 0; it must be a positive number"),
-        ({"r": "4"}, "r is '4'; it must be"),
-        ({"lora_alpha": None}, "lora_alpha is None; it must be"),
-        ({"use_dora": True}, "use_dora is set, but only plain LoRA is read; merge this adapter"),
-        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern is set, but only"),
-        ({"alpha_pattern": {"layers.0": 8}}, "alpha_pattern is set, but only"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save is set, but only"),
-        ({"layers_to_transform": [0]}, "layers_to_transform is set, but only"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out is set, but only"),
-        ({"lora_bias": True}, "lora_bias is set, but only"),
-        ({"bias": "all"}, "bias is 'all'; only adapters with bias none are read"),
+        ({"peft_type": "IA3"}, 'not a LoRA adapter (peft_type "IA3"); write'),
+        ({"peft_type": None}, "not a LoRA adapter (peft_type null); write"),
+        ({"r": 0}, "r is 0; it must be greater than 0"),
+        ({"r": 2**70}, "r is 1180591620717411303424; it must"),
+        ({"r": "4"}, 'r is "4"; it must be a whole number'),
+        ({"lora_alpha": None}, "lora_alpha is null; it must be a number"),
+        ({"rank_pattern": 0.5}, "rank_pattern is 0.5; it must be an object"),
+        ({"rank_pattern": {"q_proj": 1.5}}, "rank_pattern.q_proj is 1.5; it must be a whole"),
+        ({"alpha_pattern": {"q_proj": [1]}}, "alpha_pattern.q_proj is [1]; it must be a number"),
+        ({"rank_pattern": {"(q_proj": 8}}, "rank_pattern: (q_proj is no regular expression, or"),
+        ({"target_modules": "(?=.*proj).*"}, "target_modules: (?=.*proj).* is no regular expr"),
+        ({"target_modules": "(a{999}){999}"}, "target_modules: (a{999}){999} is no regular expr"),
+        ({"init_lora_weights": "pissa"}, 'init_lora_weights is "pissa", which is not plain LoRA'),
+        ({"init_lora_weights": "pissa_niter_4"}, 'init_lora_weights is "pissa_niter_4", which'),
+        ({"init_lora_weights": "lora_ga"}, 'init_lora_weights is "lora_ga", which'),
+        ({"modules_to_save": ["lm_head"]}, 'modules_to_save is ["lm_head"], which is not plain'),
+        ({"use_dora": True}, "use_dora is true, which is not plain LoRA; merge this adapter"),
+        ({"of_the_future": 0.1}, "of_the_future is 0.1, which is not plain LoRA; merge"),
+        ({"bias": "all"}, 'bias is "all", which is not plain LoRA'),
     ],
 )
 def test_unsupported_features(tmp_path, changes, expected):
@@ -131,11 +182,70 @@ def test_unsupported_features(tmp_path, changes, expected):
     assert reading_error(path).startswith(f"{path / 'adapter_config.json'}: {expected}")
 
 
+def test_patterns_take_linear_time(tmp_path):
+    """Python's engine would take years."""
+    path = make_adapter(tmp_path / "a", target_modules=r"(([a-z_.0-9]+)+)+!")
+    assert "does not name this matrix" in reading_error(path)
+
+
+READ = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"}
+READ |= {"exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern"}
+READ |= {"peft_type", "bias", "init_lora_weights"}
+REFUSED = {"fan_in_fan_out", "modules_to_save", "megatron_config", "trainable_token_indices"}
+REFUSED |= {"use_dora", "velora_config", "alora_invocation_tokens", "use_qalora", "kasa_config"}
+REFUSED |= {"monteclora_config", "layer_replication", "lora_bias", "use_bdlora", "arrow_config"}
+
+
+def test_every_field_of_peft_is_known(tmp_path):
+    """What a new version of PEFT adds is looked at, and sorted in here or in HISTORY."""
+    from peft import LoraConfig
+
+    fields = {field.name for field in dataclasses.fields(LoraConfig)}
+    assert fields == READ | HISTORY | REFUSED
+    LoraConfig(target_modules="all-linear").save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    content = json.loads(file.read_text())
+    for changes in {}, dict.fromkeys(HISTORY, "anything"):
+        write_json(file, content | changes)
+        assert AdapterConfig(file).rank == 8
+    for field in REFUSED:
+        write_json(file, content | {field: [1]})
+        with pytest.raises(
+            UserError, match=rf"adapter_config.json: {field} is \[1\], which is not"
+        ):
+            AdapterConfig(file)
+
+
+def test_pickles(base, tmp_path):
+    """They are refused with a command that converts them."""
+    import torch
+
+    adapter, model = make_adapter(tmp_path / "an adapter"), tmp_path / "model"
+    shutil.copytree(base, model)
+    for path, stem, pickles in (
+        (adapter, "adapter_model", ["adapter_model.bin"]),
+        (model, "model", [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]),
+    ):
+        file = path / f"{stem}.safetensors"
+        expected = load(file)
+        for i, name in enumerate(pickles):
+            part = list(expected)[i :: len(pickles)]
+            torch.save({key: torch.tensor(expected[key]) for key in part}, path / name)
+        file.unlink()
+        with pytest.raises(UserError) as caught:
+            read_adapter(path, CONFIG) if path == adapter else HFCheckpoint(path)
+        message = str(caught.value)
+        assert message.startswith(f"{path / pickles[0]}: a pickle, which can run any program")
+        command = message.partition("convert it: ")[2].replace("python ", f"{sys.executable} ", 1)
+        subprocess.run(command, shell=True, check=True)
+        assert_same_bits(load(file), expected)
+
+
 def test_router_of_another_base(tmp_path):
     path = make_adapter(tmp_path / "a", router=np.zeros((2, 32, 4), np.float32))
     message = reading_error(path)
-    assert "router.safetensors: tensor model.layers.0.mlp.gate.weight has shape [4, 32]" in message
-    assert "need [8, 32]" in message
+    assert "router.safetensors: tensor model.layers.0.mlp.gate.weight is [4, 32], but" in message
+    assert "this model needs [8, 32]" in message
     path = make_adapter(tmp_path / "b", router=np.zeros((1, 32, 8), np.float32))
     assert "tensor model.layers.1.mlp.gate.weight is missing" in reading_error(path)
 
@@ -150,7 +260,7 @@ def merge_error(base, adapter, output) -> str:
 
 def test_merging(base, tmp_path):
     other = make_adapter(tmp_path / "other", tiny_config(**BYTES, num_layers=3))
-    assert "unexpected tensor" in merge_error(base, other, tmp_path / "out")
+    assert "adapts model.layers.2." in merge_error(base, other, tmp_path / "out")
     missing = tmp_path / "nothing"
     assert f"{missing}: no such directory" in merge_error(base, missing, tmp_path / "out")
     empty = tmp_path / "empty"
