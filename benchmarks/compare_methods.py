@@ -238,10 +238,10 @@ def run_cell(args: argparse.Namespace, method: str, seed: int) -> dict[str, Any]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
     lines = read_metrics(run)
     cell = {
-        "eval_loss": next(line["eval_loss"] for line in lines[::-1] if "eval_loss" in line),
+        "eval_loss": next(line.eval_loss for line in lines[::-1] if line.eval_loss is not None),
         **answer(args, run),
         "trained_parameters": sum(value.size for value in RunCheckpoint(run).trained().values()),
-        "seconds": [line["seconds"] for line in lines if "seconds" in line],
+        "seconds": [line.seconds for line in lines if line.seconds is not None],
         "peak_memory": peak,
     }
     if config.method.name in ("conventional", "densemixer"):

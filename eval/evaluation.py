@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from eval.backends import Backend, Sampling
-from eval.predictions import PredictionFile
+from eval.predictions import Output, PredictionFile
 from eval.tasks.task import Example, Prediction, Scores, Task, Tools
 from olmoe_jax.checkpoints import directory
 from olmoe_jax.errors import UserError
@@ -125,8 +125,15 @@ def _decode(
                 done.append(_decode_batch(task, examples, settings, model, batch, number))
                 progress.update(len(batch))
             progress.close()
-        texts = {pair: row["output"] for pair, row in zip(wanted, done.rows, strict=True)}
-        return texts, sum(row["shortened"] for row in done.rows if row["sample"] == 0)
+        texts = {}
+        for line, ((index, sample), row) in enumerate(zip(wanted, done.rows, strict=True), 1):
+            if (row.id, row.sample) != (examples[index].id, sample):
+                raise UserError(
+                    f"{file}: line {line} is sample {row.sample} of row {row.id}, not {sample} of "
+                    f"{examples[index].id}; remove the file, and the task is decoded again"
+                )
+            texts[index, sample] = row.output
+        return texts, sum(row.shortened for row in done.rows if row.sample == 0)
 
 
 def _decode_batch(
@@ -136,7 +143,7 @@ def _decode_batch(
     model: Backend,
     batch: Sequence[tuple[int, int]],
     number: int,
-) -> list[dict[str, Any]]:
+) -> list[Output]:
     """Returns the lines of predictions.jsonl for batch `number` of (example, sample) pairs."""
     limit = settings["max_new_tokens"]
     prompts = [_fitting(task, examples[index], model, limit) for index, _ in batch]
@@ -144,12 +151,12 @@ def _decode_batch(
     seed = settings["seed"] * 1_000_003 + number
     texts = model.generate(prompts, Sampling(limit, settings["temperature"], seed, task.stop))
     return [
-        {
-            "id": examples[index].id,
-            "sample": sample,
-            "shortened": prompt != examples[index].prompt,
-            "output": cut_at(text, task.stop),
-        }
+        Output(
+            examples[index].id,
+            sample,
+            shortened=prompt != examples[index].prompt,
+            output=cut_at(text, task.stop),
+        )
         for (index, sample), prompt, text in zip(batch, prompts, texts, strict=True)
     ]
 
@@ -170,8 +177,8 @@ def _fitting(task: Task, example: Example, model: Backend, max_new_tokens: int) 
 
 
 def _write_rows(file: Path, predictions: Sequence[Prediction], scores: Scores) -> None:
-    # A model may write half a surrogate pair as a JSON escape: write the escape back.
-    with open(file, "w", encoding="utf-8", errors="backslashreplace") as opened:
+    # A model may write half a surrogate pair as a JSON escape, which no UTF-8 can hold.
+    with open(file, "w", encoding="utf-8", errors="replace") as opened:
         for prediction, row in zip(predictions, scores.rows, strict=True):
             line = {
                 "id": prediction.example.id,

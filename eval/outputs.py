@@ -1,11 +1,12 @@
 """Output directories that keep what was asked, so that a rerun continues only the same work."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from olmoe_jax.checkpoints import directory
-from olmoe_jax.errors import UserError
+from olmoe_jax.errors import UserError, shorten, text_of
 from olmoe_jax.files import read_json
 
 
@@ -21,13 +22,14 @@ def open_output(path: Path, file: str, asked: Mapping[str, Any], free: Sequence[
     Raises:
       UserError: a value differs (named), or the directory is of something else.
     """
-    if (path / file).exists():
+    if os.path.lexists(path / file):
         kept = read_json(dict[str, Any], path / file)
         for name, value in asked.items():
             if name not in free and kept.get(name) != value:
+                former = shorten(text_of(kept.get(name)), 200)
                 raise UserError(
-                    f"{path} was begun with {name}={kept.get(name)}, now it is {value}; write "
-                    f"another --output, or the former {name} to continue"
+                    f"{path} was begun with {name}={former}, now it is {value}; write another "
+                    f"--output, or the former {name} to continue"
                 )
         return
     if path.exists() and any(entry.name != f".{file}.partial" for entry in path.iterdir()):

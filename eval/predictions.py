@@ -4,11 +4,24 @@ import fcntl
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+
+import pydantic
 
 from olmoe_jax.errors import UserError
-from olmoe_jax.files import os_errors
+from olmoe_jax.files import STRICT, check_regular, decode, os_errors, read_bytes
+
+
+@pydantic.with_config(STRICT)
+@dataclass(frozen=True)
+class Output:
+    """A line of the file: a sample of an example, and whether its prompt was shortened."""
+
+    id: str
+    sample: int
+    shortened: bool
+    output: str
 
 
 class PredictionFile:
@@ -27,15 +40,17 @@ class PredictionFile:
       sizes: rows in each batch.
 
     Raises:
-      UserError: another process writes the file, or it cannot be written.
+      UserError: another process writes the file, it is damaged, or it cannot be written.
     """
 
     def __init__(self, path: Path, sizes: Sequence[int]):
         self._path, self._sizes = path, sizes
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[Output] = []
         self.batches = 0
 
     def __enter__(self) -> "PredictionFile":
+        if os.path.lexists(self._path):
+            check_regular(self._path)
         try:
             self._file = open(self._path, "a+b")
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -50,26 +65,30 @@ class PredictionFile:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def append(self, rows: Sequence[dict[str, Any]]) -> None:
+    def append(self, rows: Sequence[Output]) -> None:
         """Writes the next batch, which is on disk on return."""
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        text = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
         with os_errors(self._path, "write"):
-            self._file.write(text.encode())
+            self._file.write(text.encode(errors="replace"))
             self._file.flush()
             os.fsync(self._file.fileno())
         self.rows += rows
         self.batches += 1
 
     def _cut_to_whole_batches(self) -> None:
-        self._file.seek(0)
-        lines = self._file.read().splitlines(keepends=True)
-        if lines and not lines[-1].endswith(b"\n"):
-            lines.pop()
+        *lines, _ = read_bytes(self._path, 1 << 30).split(b"\n")
+        try:
+            rows = [
+                decode(Output, line, f"{self._path}: line {number}")
+                for number, line in enumerate(lines, 1)
+            ]
+        except UserError as error:
+            raise UserError(f"{error}; remove the file, and the task is decoded again") from None
         kept = 0
         for size in self._sizes:
-            if kept + size > len(lines):
+            if kept + size > len(rows):
                 break
             kept += size
             self.batches += 1
-        self.rows = [json.loads(line) for line in lines[:kept]]
-        self._file.truncate(sum(map(len, lines[:kept])))
+        self.rows = rows[:kept]
+        self._file.truncate(sum(len(line) + 1 for line in lines[:kept]))

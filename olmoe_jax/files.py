@@ -107,12 +107,17 @@ def open_regular(file: str | Path) -> Iterator[Any]:
       OSError: the file is missing, or cannot be read.
       UserError: the path is a FIFO, a device or a directory.
     """
+    check_regular(file)
+    with open(file, "rb") as stream:
+        yield stream
+
+
+def check_regular(file: str | Path) -> None:
+    """Raises what `open_regular` raises where there is no file."""
     mode = os.stat(file).st_mode
     if not stat.S_ISREG(mode):
         kind = "a directory" if stat.S_ISDIR(mode) else "a FIFO or device"
         raise UserError(f"{file}: {kind}, not a file; write a file's path")
-    with open(file, "rb") as stream:
-        yield stream
 
 
 def read_text(file: Path, limit: int = SIZE_LIMIT) -> str:
@@ -138,32 +143,43 @@ def read_json(kind: type[T], file: Path, limit: int = SIZE_LIMIT) -> T:
     return decode(kind, read_bytes(file, limit), file)
 
 
-def read_json_lines(kind: type[T], file: Path, limit: int = LINE_LIMIT) -> Iterator[T]:
+def read_json_lines(kind: type[T], file: Path, torn: bool = False) -> Iterator[T]:
     """Yields the value of each line of a JSON Lines file that is not blank.
 
+    Args:
+      kind: the type of a line.
+      file: the file.
+      torn: leave a last line out that has no end: a killed process was writing it.
+
     Raises:
-      UserError: as for `decode`, with the number of the line; or a line is longer than `limit`
-        bytes.
+      UserError: as for `decode`, with the number of the line; or a line is longer than
+        `LINE_LIMIT`.
     """
-    for number, line in read_lines(file, limit):
+    for number, line in read_lines(file, torn):
         yield decode(kind, line, f"{file}: line {number}")
 
 
-def read_lines(file: str | Path, limit: int = LINE_LIMIT) -> Iterator[tuple[int, bytes]]:
+def read_lines(file: str | Path, torn: bool = False) -> Iterator[tuple[int, bytes]]:
     """Yields (number from 1, stripped content) of each line that is not blank.
 
+    Args:
+      file: the file.
+      torn: as for `read_json_lines`.
+
     Raises:
-      UserError: the file cannot be read, or a line is longer than `limit` bytes.
+      UserError: the file cannot be read, or a line is longer than `LINE_LIMIT`.
     """
     with os_errors(file, "read"), open_regular(file) as stream:
         number = 0
-        while line := stream.readline(limit + 1):
+        while line := stream.readline(LINE_LIMIT + 1):
             number += 1
-            if len(line) > limit:
+            if len(line) > LINE_LIMIT:
                 raise UserError(
-                    f"{file}: line {number} is longer than {limit >> 20} MiB; split the row, or "
-                    "remove it"
+                    f"{file}: line {number} is longer than {LINE_LIMIT >> 20} MiB; split the row, "
+                    "or remove it"
                 )
+            if torn and not line.endswith(b"\n"):
+                return
             content = (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip()
             if content:
                 yield number, content

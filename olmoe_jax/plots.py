@@ -1,10 +1,17 @@
 """Figures of runs, drawn with matplotlib, which is imported when a figure is drawn."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
+
+from olmoe_jax.errors import printable
+
+
+def label(text: str) -> str:
+    """Returns text that matplotlib draws as it is: it reads $ as a formula's begin."""
+    return printable(text).replace("$", r"\$")
 
 
 def heat_maps(values: Mapping[str, np.ndarray], file: Path | IO[bytes]) -> None:
@@ -23,19 +30,23 @@ def heat_maps(values: Mapping[str, np.ndarray], file: Path | IO[bytes]) -> None:
     figure.savefig(file, dpi=120, format="png")
 
 
-def plot_losses(lines: list[dict], title: str, file: Path) -> None:
-    """Writes a figure of the training and evaluation losses in the lines of a metrics.jsonl."""
+def curve(lines: Sequence[Any], field: str) -> tuple[list[int], list[float]]:
+    """Returns steps and values of a field in the `Metrics` that have it."""
+    points = [(m.step, getattr(m, field)) for m in lines if getattr(m, field) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def plot_losses(lines: Sequence[Any], title: str, file: Path) -> None:
+    """Writes a figure of the training and evaluation losses in the `Metrics` of a run."""
     from matplotlib.figure import Figure
 
-    train = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
-    evaluation = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    if train:
-        axes.plot(*zip(*train, strict=True), linewidth=1, color="tab:blue", label="training")
-    if evaluation:
-        axes.plot(*zip(*evaluation, strict=True), "o-", color="tab:orange", label="evaluation")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    for name, field, style in (("training", "loss", "-"), ("evaluation", "eval_loss", "o-")):
+        steps, values = curve(lines, field)
+        if steps:
+            axes.plot(steps, values, style, linewidth=1, label=name)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=label(title))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(file, dpi=120)

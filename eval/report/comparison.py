@@ -53,7 +53,7 @@ def row_scores(result: Result, metric: str) -> dict[str, float]:
     name = _ROW_SCORES.get(metric, metric)
     scores = {}
     for row, samples in result.rows.items():
-        values = [sample[name] for sample in samples if sample.get(name) is not None]
+        values = [sample.scores[name] for sample in samples if name in sample.scores]
         if values:
             scores[row] = sum(values) / len(values)
     return scores
@@ -101,7 +101,7 @@ def remarks(inputs: Inputs) -> Iterator[str]:
             if setting not in _IGNORED_SETTINGS and len(set(map(str, found))) > 1:
                 yield f"{task}: {setting} is not the same everywhere: {_grouped(names, found)}."
     for field in ("backend", "compute_dtype"):
-        found = [model.get(field) for model in inputs.models.values()]
+        found = [getattr(model, field) for model in inputs.models.values()]
         if len(set(found)) > 1:
             names = list(inputs.models)
             yield f"Not all were decoded with the same {field}: {_grouped(names, found)}."

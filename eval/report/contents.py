@@ -21,6 +21,8 @@ from eval.report.document import (
 from eval.report.figures import Named, loss_curves, match_curves, router_curves
 from eval.report.harness import PREFIX
 from eval.report.inputs import Inputs
+from eval.report.results import Metric
+from olmoe_jax.files import read_bytes
 
 SIGNIFICANT = 0.05
 _PROMPT_END = 600
@@ -61,25 +63,25 @@ def _scores(inputs: Inputs, metrics: dict[str, str]) -> Iterator[Block]:
         yield Items(notes)
 
 
-def _column(inputs: Inputs, task: str, metric: str) -> dict[str, Mapping[str, float]]:
+def _column(inputs: Inputs, task: str, metric: str) -> dict[str, Metric]:
     """Returns {method: the task's metric}."""
     return {name: result.metrics[metric] for name, result in inputs.results[task].items()}
 
 
-def _higher_is_better(column: Mapping[str, Mapping[str, float]]) -> bool:
-    return all(cell["higher_is_better"] for cell in column.values())
+def _higher_is_better(column: Mapping[str, Metric]) -> bool:
+    return all(cell.higher_is_better for cell in column.values())
 
 
-def _score_cells(columns: Mapping[str, Mapping], name: str) -> Iterator[str]:
+def _score_cells(columns: Mapping[str, Mapping[str, Metric]], name: str) -> Iterator[str]:
     for column in columns.values():
         if name not in column:
             yield "–"
             continue
-        value, low, high = (column[name][key] for key in ("value", "low", "high"))
-        text = f"{value:.2f} ({low:.1f} to {high:.1f})"
+        cell = column[name]
+        text = f"{cell.value:.2f} ({cell.low:.1f} to {cell.high:.1f})"
         best = max if _higher_is_better(column) else min
-        best_value = best(cell["value"] for cell in column.values())
-        yield Strong(text) if value == best_value and len(column) > 1 else text
+        best_value = best(other.value for other in column.values())
+        yield Strong(text) if cell.value == best_value and len(column) > 1 else text
 
 
 def _published(inputs: Inputs, metrics: dict[str, str]) -> Iterator[Block]:
@@ -89,7 +91,7 @@ def _published(inputs: Inputs, metrics: dict[str, str]) -> Iterator[Block]:
         for task, metric in metrics.items():
             result, known = inputs.results[task].get(name), published(name, task, metric)
             missing = result is None or known is None
-            value = None if missing else result.metrics[metric]["value"]
+            value = None if missing else result.metrics[metric].value
             cells.append("–" if missing else f"{value - known:+.2f} ({known:.2f})")
         if set(cells) != {"–"}:
             rows.append([name, *cells])
@@ -178,7 +180,7 @@ def _expert_scores(data: str, runs: Named) -> list[Picture]:
     return [
         Picture(
             _file_name(f"experts_{'_'.join(names)}", data, "png"),
-            file.read_bytes(),
+            read_bytes(file),
             f"scores of the experts, {', '.join(names)}, {data}",
         )
         for file, names in shared.items()
@@ -205,13 +207,13 @@ def _outputs(inputs: Inputs, metrics: dict[str, str], samples: int) -> Iterator[
         for id_ in _spread(ids, samples):
             first = results[names[0]].rows[id_][0]
             yield Heading(3, f"{task}, row {id_}")
-            yield Output("prompt (its end)", first["prompt"][-_PROMPT_END:])
-            yield Output("expected", _text(first["reference"]))
+            yield Output("prompt (its end)", first.prompt[-_PROMPT_END:])
+            yield Output("expected", _text(first.reference))
             for name in names:
                 if id_ in results[name].rows:
                     score = scores[name].get(id_)
                     label = name if score is None else f"{name} ({metric} {100 * score:.0f}%)"
-                    yield Output(label, results[name].rows[id_][0]["output"].strip())
+                    yield Output(label, results[name].rows[id_][0].output.strip())
 
 
 def _spread(ids: Sequence[str], count: int) -> list[str]:

@@ -9,6 +9,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from olmoe_jax.errors import printable
+
 
 class Strong(str):
     """The text of a table cell that stands out."""
@@ -70,13 +72,9 @@ class Output:
 
 Block = Heading | Paragraph | Items | Table | Pictures | Output
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
-"""Characters that no page can hold, or that would reorder the text around them."""
-
 
 def _visible(text: str) -> str:
-    """Returns the text with control characters written as escapes."""
-    return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text.replace("\r\n", "\n"))
+    return printable(text.replace("\r\n", "\n"))
 
 
 # Markdown

@@ -8,6 +8,8 @@ import numpy as np
 
 from configs.table import EXPERIMENTS
 from eval.report.inputs import TrainingRun
+from olmoe_jax.files import check_regular
+from olmoe_jax.plots import curve, label
 
 _POINTS = 150
 """Points of a curve at most; each is the mean over a stretch of steps."""
@@ -20,14 +22,17 @@ Named = Sequence[tuple[str, TrainingRun]]
 
 def loss_curves(runs: Named) -> bytes | None:
     """Draws training loss (lines) and evaluation loss (points) of runs on one data set."""
-    training = {name: _curve(run, "loss") for name, run in runs}
-    evaluation = {name: _curve(run, "eval_loss") for name, run in runs}
+    training = {name: curve(run.metrics, "loss") for name, run in runs}
+    evaluation = {name: curve(run.metrics, "eval_loss") for name, run in runs}
     return _draw("loss (nats per token)", training, evaluation)
 
 
 def match_curves(runs: Named) -> bytes | None:
     """Draws the share of right answers while training; None if no run decoded any."""
-    found = {name: _curve(run, "exact_match", 100) for name, run in runs}
+    found = {}
+    for name, run in runs:
+        steps, shares = curve(run.metrics, "exact_match")
+        found[name] = steps, [100 * share for share in shares]
     return _draw("right answers (%)", {}, found)
 
 
@@ -49,15 +54,12 @@ def router_curves(runs: Named) -> dict[str, bytes]:
     return {what: picture for what, picture in drawn.items() if picture}
 
 
-def _curve(run: TrainingRun, field: str, factor: float = 1) -> Curve:
-    points = [(m["step"], factor * m[field]) for m in run.metrics if m.get(field) is not None]
-    return tuple(zip(*points, strict=True)) if points else ((), ())
-
-
 def _scalars(path: Path) -> dict[str, Curve]:
     """Reads the router's scalars in a directory of event files."""
     if not path.is_dir():
         return {}
+    for file in path.glob("*tfevents*"):
+        check_regular(file)  # TensorBoard would wait for ever for a FIFO
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(path), {"scalars": 0})
@@ -83,13 +85,13 @@ def _draw(title: str, lines: Mapping[str, Curve], points: Mapping[str, Curve]) -
     for name in names:
         color = _color(name, names)
         line, dots = _of(name, lines, points)
-        # matplotlib reads $ as a formula and leaves out names that begin with an underscore.
-        label = f"\N{ZERO WIDTH SPACE}{name}".replace("$", r"\$")
+        # matplotlib leaves out names that begin with an underscore.
+        shown = f"\N{ZERO WIDTH SPACE}{label(name)}"
         if len(line):
-            axes.plot(*_thinned(line), color=color, linewidth=1.3, label=label)
-            label = None
+            axes.plot(*_thinned(line), color=color, linewidth=1.3, label=shown)
+            shown = None
         if len(dots):
-            axes.plot(*dots, "o--", color=color, linewidth=0.8, markersize=3.5, label=label)
+            axes.plot(*dots, "o--", color=color, linewidth=0.8, markersize=3.5, label=shown)
     axes.set(xlabel="step", ylabel=title)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

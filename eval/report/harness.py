@@ -4,23 +4,74 @@ PATH/MODEL/results_DATE.json      the metrics of a run's tasks and groups
 PATH/MODEL/samples_TASK_DATE.jsonl  the rows of each task (--log_samples)
 """
 
-import json
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypeVar
+
+import pydantic
+from typing_extensions import TypedDict
 
 from eval.harness import NAME
-from eval.report.results import Evaluation, Result
+from eval.report.results import Evaluation, Metric, Model, Result, Row, Setting
 from olmoe_jax.errors import UserError
-from olmoe_jax.files import read_json
+from olmoe_jax.files import STRICT, FileName, read_json, read_json_lines
 
 PREFIX = "lm_eval:"
 """The first letters of the tasks' names in the report: lm_eval has a humaneval too."""
 _RESULTS = "results_*.json"
+_LARGEST = 1e30
+"""No metric is larger."""
 
-Stored = Mapping[str, Any]
-"""The content of a file of results."""
+T = TypeVar("T")
+_NotEmpty = Annotated[list[T], pydantic.Field(min_length=1)]
+_LogLikelihood = Annotated[float, pydantic.Field(strict=False, allow_inf_nan=True)]
+"""A number that lm_eval wrote as text."""
+
+
+@dataclass(frozen=True)
+class _Arguments:
+    pretrained: Annotated[str, pydantic.Field(min_length=1)]
+    peft: str | None = None
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class _Config:
+    model: str
+    model_args: _Arguments
+    limit: float | None
+
+
+@pydantic.with_config(STRICT)
+@dataclass(frozen=True)
+class _Stored:
+    """The content of a file of results: what the report needs of it."""
+
+    config: _Config
+    results: dict[str, dict[str, Any]]
+    group_subtasks: dict[str, list[FileName]]
+    higher_is_better: dict[str, dict[str, bool | None]]
+    n_shot: Annotated[dict[str, Setting], pydantic.Field(validation_alias="n-shot")]
+    task_hashes: dict[FileName, str]
+    lm_eval_version: str
+
+
+class _Request(TypedDict):
+    arg_0: str
+    arg_1: NotRequired[Any]
+
+
+@pydantic.with_config(STRICT)
+class _Sample(TypedDict, extra_items=Any):
+    """A line of a file of samples; its scores have the names in `metrics`."""
+
+    doc_id: int
+    arguments: Annotated[dict[str, _Request], pydantic.Field(min_length=1)]
+    resps: _NotEmpty[_NotEmpty[str]] | _NotEmpty[_NotEmpty[tuple[_LogLikelihood, Any]]]
+    target: str
+    filter: str
+    metrics: list[str]
 
 
 def harness_directories(path: Path, depth: int = 1) -> list[Path]:
@@ -37,96 +88,91 @@ def read_harness(path: Path) -> Evaluation:
     """
     results: dict[str, Result] = {}
     for file in sorted(path.glob(_RESULTS)):
-        try:
-            stored = read_json(dict[str, Any], file)
-            config, arguments = stored["config"], stored["config"]["model_args"]
-            model = {
-                "model": str(arguments["pretrained"]),
-                "adapter": arguments.get("peft"),
-                "backend": "jax" if config["model"] == NAME else config["model"],
-                "compute_dtype": str(arguments.get("dtype", "float32")),
-            }
-            results |= {PREFIX + name: _result(file, stored, name) for name in _columns(stored)}
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise UserError(
-                f"{file}: is damaged, or not of a version of lm_eval that this project reads "
-                f"({type(error).__name__}: {error}); run lm_eval again"
-            ) from None
+        stored = read_json(_Stored, file)
+        results |= {PREFIX + name: _result(file, stored, name) for name in _columns(stored)}
+        config, arguments = stored.config, stored.config.model_args
+        backend = "jax" if config.model == NAME else config.model
+        model = Model(arguments.pretrained, arguments.peft, backend, arguments.dtype)
     return Evaluation(path, model, results, [])
 
 
-def _columns(stored: Stored) -> list[str]:
+def _columns(stored: _Stored) -> list[str]:
     """Returns the tasks and groups that have metrics and are in no group that has metrics."""
-    names = [name for name in stored["results"] if any(_values(stored, name))]
-    hidden = {member for name in names for member in _members(stored, name)}
+    names = [name for name in stored.results if any(_values(stored, name))]
+    hidden = _members(stored, names)
     return [name for name in names if name not in hidden]
 
 
-def _members(stored: Stored, name: str) -> Iterator[str]:
-    """Yields the groups and tasks in a group, at any depth."""
-    for member in stored["group_subtasks"].get(name, ()):
-        yield member
-        yield from _members(stored, member)
+def _members(stored: _Stored, names: Iterable[str]) -> Mapping[str, None]:
+    """Returns the groups and tasks in groups, at any depth, in their order."""
+    found: dict[str, None] = {}
+    waiting = [member for name in names for member in stored.group_subtasks.get(name, ())][::-1]
+    while waiting:
+        if (member := waiting.pop()) not in found:
+            found[member] = None
+            waiting += stored.group_subtasks.get(member, ())[::-1]
+    return found
 
 
-def _values(stored: Stored, name: str) -> Iterator[tuple[str, str, float]]:
+def _values(stored: _Stored, name: str) -> Iterator[tuple[str, str, float]]:
     """Yields (metric, filter, value) of a task or group."""
-    for key, value in stored["results"][name].items():
+    for key, value in stored.results[name].items():
         metric, comma, kind = key.partition(",")
-        if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
+        if comma and not metric.endswith("_stderr") and _is_number(value):
             yield metric, kind, value
 
 
-def _result(file: Path, stored: Stored, name: str) -> Result:
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) <= _LARGEST
+
+
+def _result(file: Path, stored: _Stored, name: str) -> Result:
     """Returns the metrics and rows of a task, or of a group with the rows of all its tasks.
 
     A metric whose rows' scores are all between 0 and 1 is a share, in percent; others are as
     lm_eval gives them. The interval is 1.96 of lm_eval's standard errors to both sides.
     """
-    in_group = [name, *_members(stored, name)]
-    tasks = [task for task in in_group if not stored["group_subtasks"].get(task)]
-    rows: dict[str, list[dict[str, Any]]] = {}
+    in_group = [name, *_members(stored, [name])]
+    tasks = [task for task in in_group if not stored.group_subtasks.get(task)]
+    for task in tasks:
+        if task not in stored.task_hashes:
+            raise UserError(f"{file}: task_hashes has no {task}; run lm_eval again")
+    rows: dict[str, list[Row]] = {}
     for task in tasks:
         for sample in _samples(file, task):
             id_ = str(sample["doc_id"]) if tasks == [name] else f"{task}/{sample['doc_id']}"
             # The samples of a row differ in their filter, and their scores in their names.
-            rows.setdefault(id_, [_texts(sample)])[0].update(_scores(sample))
+            rows.setdefault(id_, [_row(sample)])[0].scores.update(_scores(sample))
 
     metrics = {}
     for metric, kind, value in _values(stored, name):
         label = _label(metric, kind)
-        scores = [row[label] for (row,) in rows.values() if label in row]
+        scores = [row.scores[label] for (row,) in rows.values() if label in row.scores]
         scale = 100 if scores and all(0 <= score <= 1 for score in [value, *scores]) else 1
-        error = stored["results"][name].get(f"{metric}_stderr,{kind}")
-        error = error if isinstance(error, int | float) and math.isfinite(error) else 0.0
-        metrics[label] = {
-            "value": scale * value,
-            "low": scale * (value - 1.96 * error),
-            "high": scale * (value + 1.96 * error),
-            "rows": len(rows),
-            # None: the members of a group do not agree.
-            "higher_is_better": stored["higher_is_better"].get(name, {}).get(metric) is not False,
-        }
+        error = stored.results[name].get(f"{metric}_stderr,{kind}")
+        margin = 1.96 * error if _is_number(error) else 0.0
+        # None: the members of a group do not agree.
+        higher_is_better = stored.higher_is_better.get(name, {}).get(metric) is not False
+        interval = [scale * bound for bound in (value, value - margin, value + margin)]
+        metrics[label] = Metric(*interval, higher_is_better)
     settings = {
-        "data": " ".join(stored["task_hashes"][task] for task in tasks),
-        "limit": None if stored["config"]["limit"] is None else len(rows),
-        "fewshot": stored["n-shot"].get(tasks[0]),
-        "lm_eval": stored["lm_eval_version"],
+        "data": " ".join(stored.task_hashes[task] for task in tasks),
+        "limit": None if stored.config.limit is None else len(rows),
+        "fewshot": stored.n_shot.get(tasks[0]) if tasks else None,
+        "lm_eval": stored.lm_eval_version,
     }
     return Result(file, settings, metrics, rows)
 
 
-def _samples(file: Path, task: str) -> list[dict[str, Any]]:
+def _samples(file: Path, task: str) -> Iterator[Mapping[str, Any]]:
     """Reads a task's samples beside a file of results: one for each row and filter."""
     samples = file.with_name(f"samples_{task}_{file.stem.removeprefix('results_')}.jsonl")
-    try:
-        with open(samples, encoding="utf-8") as lines:
-            return list(map(json.loads, lines))
-    except FileNotFoundError:
+    if not samples.exists():
         raise UserError(
             f"{samples}: is missing, and the report needs the rows; run lm_eval again with "
             "--log_samples (with --use_cache nothing is computed again)"
-        ) from None
+        )
+    return read_json_lines(_Sample, samples)
 
 
 def _label(metric: str, kind: str) -> str:
@@ -139,23 +185,20 @@ def _scores(sample: Mapping[str, Any]) -> dict[str, float]:
     return {
         _label(metric, sample["filter"]): float(sample[metric])
         for metric in sample["metrics"]
-        if isinstance(sample[metric], int | float)
+        if _is_number(sample.get(metric))
     }
 
 
-def _texts(sample: Mapping[str, Any]) -> dict[str, str]:
-    """Returns prompt, output and reference; of several choices the most probable is the output."""
-    requests = list(sample["arguments"].values())
-    prompt, target = requests[0]["arg_0"], sample["target"]
-    match requests[0].get("arg_1"):
-        case str():  # log-likelihoods: sample["resps"] has [value, greedy] of each choice, as text
-            choices = [request["arg_1"].strip() for request in requests]
-            values = [float(of_choice[0][0]) for of_choice in sample["resps"]]
-            output = choices[values.index(max(values))]
-            if target.isdecimal() and int(target) < len(choices) > 1:
-                target = choices[int(target)]
-        case dict():  # a generation with its options
-            output = sample["resps"][0][0]
-        case _:  # the log-likelihood of a whole text
-            output = ""
-    return {"prompt": prompt, "output": output, "reference": target}
+def _row(sample: Mapping[str, Any]) -> Row:
+    """Returns a row without scores; of several choices the most probable is the output."""
+    requests, replies = list(sample["arguments"].values()), [reply[0] for reply in sample["resps"]]
+    target, output = sample["target"], ""
+    match requests[0].get("arg_1"), replies[0]:
+        case str(), tuple():  # the log-likelihoods of choices
+            choices = [str(request.get("arg_1")).strip() for request in requests]
+            output = max(zip(replies, choices, strict=False), key=lambda pair: pair[0][0])[1]
+            if len(choices) > 1:
+                target = {str(i): choice for i, choice in enumerate(choices)}.get(target, target)
+        case dict(), str(text):  # a generation with its options
+            output = text
+    return Row(requests[0]["arg_0"], output, target, {})

@@ -12,14 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pydantic
+
 from configs.table import DATASETS, EXPERIMENTS
 from eval.evaluation import MODEL
 from eval.report.harness import harness_directories, read_harness
-from eval.report.results import Evaluation, Result, is_evaluation, read_evaluation
+from eval.report.results import Evaluation, Model, Result, is_evaluation, read_evaluation
 from olmoe_jax.config import ModelOptions
 from olmoe_jax.errors import UserError
-from olmoe_jax.files import expand, read_json
-from olmoe_jax.training.run_directory import CONFIG, METRICS, read_metrics
+from olmoe_jax.files import STRICT, expand, read_json
+from olmoe_jax.training.run_directory import CONFIG, Metrics, read_metrics
 
 BASE = "base"
 
@@ -41,7 +43,7 @@ class TrainingRun:
     method: str
     data: str
     base: str
-    metrics: list[dict[str, Any]] = field(repr=False)
+    metrics: list[Metrics] = field(repr=False)
     scores: Path | None = None
 
 
@@ -52,13 +54,13 @@ class Inputs:
     Attributes:
       runs: (row's name, run) pairs.
       results: {task: {row's name: result}}.
-      models: {row's name: what names its model}.
+      models: {row's name: its model}.
       unfinished: directories of tasks that were begun and have no result yet.
     """
 
     runs: list[tuple[str, TrainingRun]]
     results: dict[str, dict[str, Result]] = field(default_factory=dict)
-    models: dict[str, Mapping[str, str | None]] = field(default_factory=dict)
+    models: dict[str, Model] = field(default_factory=dict)
     unfinished: list[Path] = field(default_factory=list)
 
     @property
@@ -125,28 +127,47 @@ def is_run(path: Path) -> bool:
     return file.is_file() and {"method", "train"} <= read_json(dict[str, Any], file).keys()
 
 
+@dataclass(frozen=True)
+class _Method:
+    name: str
+    lora_rank: int | None
+    experts_path: str | None = None
+
+
+@dataclass(frozen=True)
+class _Data:
+    train_path: str
+
+
+@dataclass(frozen=True)
+class _Base:
+    path: str
+
+
+@pydantic.with_config(STRICT)
+@dataclass(frozen=True)
+class _Config:
+    """What the report needs of a run's config.json."""
+
+    method: _Method
+    data: _Data
+    model: _Base
+
+
 def open_run(path: Path) -> TrainingRun:
     """Reads a training run's directory.
 
     Raises:
       UserError: its configuration or its metrics are damaged.
     """
-    config = read_json(dict[str, Any], path / CONFIG)
-    try:
-        method, lora = config["method"]["name"], config["method"]["lora_rank"]
-        data, base = config["data"]["train_path"], config["model"]["path"]
-        metrics = read_metrics(path)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path}: {CONFIG} or {METRICS} is damaged ({type(error).__name__}: {error}); bring it "
-            "back, or leave the run out"
-        ) from None
-    name = f"{method}_lora" if lora else method
+    config = read_json(_Config, path / CONFIG)
+    method = config.method
+    name = f"{method.name}_lora" if method.lora_rank else method.name
     # The run scored the experts itself, or was given an expert config that lies beside the picture.
-    given = config["method"].get("experts_path")
-    places = [path, *([Path(given).parent] if given else [])]
+    places = [path, *([Path(method.experts_path).parent] if method.experts_path else [])]
     scores = next((p / "scores.png" for p in places if (p / "scores.png").exists()), None)
-    return TrainingRun(path, name, data_name(data), base, metrics, scores)
+    data = data_name(config.data.train_path)
+    return TrainingRun(path, name, data, config.model.path, read_metrics(path), scores)
 
 
 def data_name(train_path: str) -> str:
@@ -186,7 +207,7 @@ def _evaluations(path: Path) -> list[Evaluation]:
 
 def _run_of(evaluation: Evaluation) -> Path | None:
     """Returns the training run that made the model, or the adapter, if the run is there."""
-    named = Path(evaluation.model.get("adapter") or evaluation.model["model"])
+    named = Path(evaluation.model.adapter or evaluation.model.model)
     # Where the model is not (any more), the evaluation may have been moved together with its run.
     for place in (named, named.parent) if named.exists() else evaluation.path.parents[:2]:
         if is_run(place):
@@ -200,5 +221,5 @@ def _row_name(
     if run := _run_of(evaluation):
         name, opened = runs[run.resolve()]
         return name or opened.method
-    is_base = evaluation.model["model"] in bases and not evaluation.model.get("adapter")
+    is_base = evaluation.model.model in bases and not evaluation.model.adapter
     return BASE if is_base else evaluation.path.name

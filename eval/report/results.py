@@ -1,15 +1,49 @@
 """Evaluations as the report reads them: the directories that `eval.run` wrote."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
+
+import pydantic
+from typing_extensions import TypedDict
 
 from eval.evaluation import MODEL, RESULT, ROWS, SETTINGS
 from eval.tasks import TASKS
 from olmoe_jax.errors import UserError
-from olmoe_jax.files import read_json
+from olmoe_jax.files import STRICT, read_json, read_json_lines
+
+
+def _scalar(value: Any) -> Any:
+    if isinstance(value, dict | list):
+        raise ValueError("is a list or an object; it must be text, a number, true, false or null")
+    return value
+
+
+Setting = Annotated[Any, pydantic.AfterValidator(_scalar)]
+# Rounding leaves sacrebleu's best score a little above 100.
+_Percent = Annotated[float, pydantic.Field(ge=-0.001, le=100.001)]
+_Share = Annotated[float, pydantic.Field(ge=-0.00001, le=1.00001)]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A task's score with its 95% interval: in percent, or in lm_eval's own unit."""
+
+    value: float
+    low: float
+    high: float
+    higher_is_better: bool = True
+
+
+@dataclass(frozen=True)
+class Row:
+    """A sample of a row, with its scores by name."""
+
+    prompt: str
+    output: str
+    reference: Any
+    scores: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -19,14 +53,25 @@ class Result:
     Attributes:
       path: the task's directory, or lm_eval's file of results.
       settings: what was asked; `data` is a hash of the rows.
-      metrics: {name: {value, low, high, rows, higher_is_better}}, main metric first, in percent.
-      rows: {row id: its samples}, each a dict with prompt, output, reference and scores (0 to 1).
+      metrics: by name, the main metric first.
+      rows: {row id: its samples}; eval.run's scores are 0 to 1.
     """
 
     path: Path
-    settings: Mapping[str, Any]
-    metrics: Mapping[str, Mapping[str, float]]
-    rows: Mapping[str, list[dict[str, Any]]] = field(repr=False)
+    settings: Mapping[str, Setting]
+    metrics: Mapping[str, Metric]
+    rows: Mapping[str, list[Row]] = field(repr=False)
+
+
+@pydantic.with_config(STRICT)
+@dataclass(frozen=True)
+class Model:
+    """What names an evaluated model, and how it computed."""
+
+    model: Annotated[str, pydantic.Field(min_length=1)]
+    adapter: str | None = None
+    backend: str | None = None
+    compute_dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -35,13 +80,13 @@ class Evaluation:
 
     Attributes:
       path: the directory.
-      model: model, adapter, backend and compute_dtype.
+      model: the model.
       results: {task: result}.
       unfinished: directories of tasks that were begun and have no result yet.
     """
 
     path: Path
-    model: Mapping[str, str | None]
+    model: Model
     results: dict[str, Result]
     unfinished: list[Path]
 
@@ -57,10 +102,7 @@ def read_evaluation(path: Path) -> Evaluation:
     Raises:
       UserError: a file is damaged.
     """
-    model = read_json(dict[str, Any], path / MODEL)
-    if not isinstance(model.get("model"), str):
-        raise UserError(f"{path / MODEL}: names no model, so eval.run did not write the file")
-    found = Evaluation(path, model, {}, [])
+    found = Evaluation(path, read_json(Model, path / MODEL), {}, [])
     for task in TASKS:
         if (path / task / RESULT).exists():
             found.results[task] = _result(path / task)
@@ -69,21 +111,47 @@ def read_evaluation(path: Path) -> Evaluation:
     return found
 
 
+@dataclass(frozen=True)
+class _Metric:
+    value: _Percent
+    low: _Percent
+    high: _Percent
+
+
+@pydantic.with_config(STRICT)
+@dataclass(frozen=True)
+class _Stored:
+    """The content of result.json."""
+
+    settings: dict[str, Setting]
+    metrics: dict[str, _Metric]
+
+
+@pydantic.with_config(STRICT)
+class _Line(TypedDict, extra_items=_Share | None):
+    """A line of rows.jsonl; what is not declared is a score."""
+
+    id: str
+    prompt: str
+    output: str
+    answer: Any
+    reference: Any
+    failure: NotRequired[Any]
+
+
 def _result(path: Path) -> Result:
-    stored = read_json(dict[str, Any], path / RESULT)
     try:
-        rows: dict[str, list[dict]] = {}
-        with open(path / ROWS, encoding="utf-8") as file:
-            for row in map(json.loads, file):
-                rows.setdefault(row["id"], []).append(row)
-        metrics = {
-            name: {key: float(metric[key]) for key in ("value", "low", "high", "rows")}
-            | {"higher_is_better": True}
-            for name, metric in stored["metrics"].items()
-        }
-        return Result(path, stored["settings"], metrics, rows)
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{path}: {RESULT} or {ROWS} is damaged ({type(error).__name__}: {error}); the same "
-            "eval.run command writes them again"
-        ) from None
+        stored = read_json(_Stored, path / RESULT)
+        rows: dict[str, list[Row]] = {}
+        for line in read_json_lines(_Line, path / ROWS):
+            scores = {
+                name: value
+                for name, value in line.items()
+                if name not in _Line.__annotations__ and value is not None
+            }
+            row = Row(line["prompt"], line["output"], line["reference"], scores)
+            rows.setdefault(line["id"], []).append(row)
+    except UserError as error:
+        raise UserError(f"{error}; the same eval.run command writes the file again") from None
+    metrics = {name: Metric(m.value, m.low, m.high) for name, m in stored.metrics.items()}
+    return Result(path, stored.settings, metrics, rows)

@@ -4,17 +4,18 @@ scores.json: {"gate_scores": {"1": {"0": x, …}, …}, "token_scores": …}. Th
 from 1, the keys of the experts from 0. Shapes: L layers, E experts.
 """
 
-import math
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import pydantic
 
 from olmoe_jax.checkpoints import directory
 from olmoe_jax.checkpoints.expert_config import ExpertConfig
 from olmoe_jax.errors import UserError
-from olmoe_jax.files import read_json
+from olmoe_jax.files import STRICT, read_json
 from olmoe_jax.plots import heat_maps
 
 FUNCTIONS = ("gate", "token")
@@ -24,6 +25,18 @@ _ROUNDED = 5e-5
 """The rounding error of a score in a published file, which has four decimals."""
 
 
+_Table = dict[str, dict[str, Annotated[float, pydantic.Field(ge=0, le=1e30)]]]
+
+
+@pydantic.with_config(STRICT)
+@dataclasses.dataclass(frozen=True)
+class _Scores:
+    """The content of a scores file."""
+
+    gate_scores: _Table | None = None
+    token_scores: _Table | None = None
+
+
 def read_scores(file: Path, function: str) -> np.ndarray:
     """Reads the scores [L, E] float64 of `function`, "gate" or "token", from a scores file.
 
@@ -31,34 +44,25 @@ def read_scores(file: Path, function: str) -> np.ndarray:
       UserError: the file lacks these scores, a layer or an expert, or a score is not a number from
         0 up.
     """
-    content = read_json(dict[str, Any], file)
-    table = content.get(f"{function}_scores")
-    if not isinstance(table, dict) or not table:
-        raise UserError(f'{file}: has no "{function}_scores"; make one with olmoe_jax.esft score')
+    name = f"{function}_scores"
+    table = getattr(read_json(_Scores, file), name)
+    if not table:
+        raise UserError(f'{file}: has no "{name}"; make one with olmoe_jax.esft score')
     layers = [str(layer + 1) for layer in range(len(table))]
     for layer in layers:
         if layer not in table:
             raise UserError(
-                f'{file}: "{function}_scores" lacks layer {layer} (layers count from 1); score the '
-                "model again with olmoe_jax.esft score"
+                f'{file}: "{name}" lacks layer {layer} (layers count from 1); score the model '
+                "again with olmoe_jax.esft score"
             )
-    first = table["1"]
-    experts = [str(expert) for expert in range(len(first) if isinstance(first, dict) else 0)]
+    experts = [str(expert) for expert in range(max(1, len(table["1"])))]
     for layer in layers:
-        row = table[layer]
-        if not experts or not isinstance(row, dict) or set(row) != set(experts):
+        if table[layer].keys() != set(experts):
             raise UserError(
-                f'{file}: "{function}_scores" layer {layer} needs a number for each expert, "0" '
-                f'to "{max(len(experts), 1) - 1}" as in layer 1, and no others'
+                f'{file}: "{name}" layer {layer} needs a number for each expert, "0" to '
+                f'"{experts[-1]}" as in layer 1, and no others'
             )
-        for expert, score in row.items():
-            number = isinstance(score, int | float) and not isinstance(score, bool)
-            if not (number and 0 <= score < math.inf):
-                raise UserError(
-                    f'{file}: "{function}_scores" layer {layer} expert {expert} is {score}; '
-                    "scores are numbers from 0 up"
-                )
-    return np.array([[float(table[layer][expert]) for expert in experts] for layer in layers])
+    return np.array([[table[layer][expert] for expert in experts] for layer in layers])
 
 
 def write_scores(scores: Mapping[str, np.ndarray], folder: Path) -> None:

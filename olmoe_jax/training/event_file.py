@@ -5,6 +5,7 @@ is full, and lacks the events below.
 """
 
 import os
+import re
 import socket
 import time
 from collections.abc import Mapping
@@ -16,6 +17,8 @@ from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tensorboard.util import tensor_util
+
+from olmoe_jax.errors import printable
 
 _PREFIX = "events.out.tfevents."
 
@@ -47,7 +50,7 @@ class EventFile:
         self._add(
             step,
             tag=tag,
-            tensor=tensor_util.make_tensor_proto([text]),
+            tensor=tensor_util.make_tensor_proto([printable(text)]),
             metadata=summary_pb2.SummaryMetadata(
                 plugin_data=text_metadata.create_summary_metadata("", None).plugin_data,
                 data_class=summary_pb2.DATA_CLASS_TENSOR,
@@ -60,7 +63,11 @@ class EventFile:
 
     def hyperparameters(self, values: Mapping[str, bool | float | str], run: str) -> None:
         """Adds the row of TensorBoard's HPARAMS page; one run's sessions share it."""
-        self._write(step=0, summary=hparams_pb(dict(values), trial_id=run))
+        shown = {
+            name: printable(value) if isinstance(value, str) else value
+            for name, value in values.items()
+        }
+        self._write(step=0, summary=hparams_pb(shown, trial_id=printable(run)))
 
     def restart(self, step: int) -> None:
         """Tells TensorBoard to forget what an interrupted run wrote for `step` and later."""
@@ -85,4 +92,6 @@ class EventFile:
 
 
 def _second(file: Path) -> int:
-    return int(file.name.removeprefix(_PREFIX).partition(".")[0])
+    """Returns the second in a file's name, 0 if another program named the file."""
+    found = re.match(r"\d{1,10}(?=\.)", file.name.removeprefix(_PREFIX), re.ASCII)
+    return int(found[0]) if found else 0

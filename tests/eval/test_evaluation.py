@@ -19,7 +19,7 @@ from eval.backends import Sampling, check_backend, open_backend
 from eval.evaluation import MODEL, SETTINGS, Decoding, evaluate, settings_of
 from eval.fingerprint import model_fingerprint
 from eval.outputs import open_output
-from eval.predictions import PredictionFile
+from eval.predictions import Output, PredictionFile
 from eval.tasks import TASKS
 from eval.tasks.task import Example, Task, Tools, read_examples
 
@@ -144,13 +144,47 @@ def test_fingerprint_is_the_content(tmp_path):
             original = changed
 
 
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda lines: [lines[1], lines[0], *lines[2:]], "line 1 is sample 0 of row"),
+        (lambda lines: [b"", *lines], "line 1: not JSON"),
+        (lambda lines: [b"[]", *lines[1:]], "line 1: the content is []; it must be an object"),
+        (lambda lines: [lines[0].replace(b"false", b"0"), *lines[1:]], "shortened is 0; it must"),
+        (lambda lines: [*lines[:-1], b"\xff"], "line 12: not JSON"),
+        (lambda lines: [b'{"output": ' + b"[" * 100_000, *lines], "line 1: not JSON (recursion"),
+    ],
+)
+def test_damaged_predictions(tmp_path, data_dir, damage, words):
+    evaluate_gsm(tmp_path, data_dir, Echo())
+    file = tmp_path / "gsm/predictions.jsonl"
+    damaged = b"".join(line + b"\n" for line in damage(file.read_bytes().splitlines()))
+    file.write_bytes(damaged)
+    message = message_of(evaluate_gsm, tmp_path, data_dir, Echo())
+    assert words in message
+    assert "remove the file, and the task is decoded again" in message
+    assert file.read_bytes() == damaged
+
+
+def test_predictions_and_settings_that_are_no_files(tmp_path, data_dir):
+    evaluate_gsm(tmp_path, data_dir, Echo())
+    for name in ("predictions.jsonl", "settings.json"):
+        (tmp_path / "gsm" / name).unlink()
+        os.mkfifo(tmp_path / "gsm" / name)
+        assert f"{name}: a FIFO" in message_of(evaluate_gsm, tmp_path, data_dir, Echo())
+    (tmp_path / "model.json").write_text('{"model": "m", "fingerprint": ' + "[" * 999)
+    assert "model.json: not JSON" in message_of(evaluate_gsm, tmp_path, data_dir, Echo())
+    (tmp_path / "model.json").write_text(f'{{"model": "m", "fingerprint": "{"x" * 999}"}}')
+    assert len(message_of(evaluate_gsm, tmp_path, data_dir, Echo())) < 500
+
+
 def test_one_process_at_a_time(tmp_path):
     file = PredictionFile(tmp_path / "p", [1])
     with file:
         other = PredictionFile(tmp_path / "p", [1])
         assert "another evaluation is writing" in message_of(other.__enter__)
     with PredictionFile(tmp_path / "p", [1]) as free:
-        free.append([{"output": "x"}])
+        free.append([Output("0", 0, shortened=False, output="x")])
 
 
 COMMON = ["--model", "nowhere", "--output", "out", "--tasks"]

@@ -11,6 +11,7 @@ from tiny import make_model, tiny_config
 
 from eval.report.__main__ import main as write_report
 from eval.report.inputs import read_inputs
+from eval.report.results import Model
 from eval.tasks import tasks_of
 from olmoe_jax.generation.likelihood import log_likelihoods
 
@@ -238,12 +239,7 @@ def test_the_scores_of_lm_eval_itself(tiny_model, tmp_path):
     # A group without metrics of its own: its tasks are the columns.
     inputs = read_inputs([f"mine={out}"])
     assert inputs.results.keys() == {f"lm_eval:{name}" for name in names}
-    assert inputs.models["mine"] == {
-        "model": str(tiny_model),
-        "adapter": None,
-        "backend": "jax",
-        "compute_dtype": "float32",
-    }
+    assert inputs.models["mine"] == Model(str(tiny_model), None, "jax", "float32")
     for name in names:
         result = inputs.results[f"lm_eval:{name}"]["mine"]
         theirs = {
@@ -254,9 +250,9 @@ def test_the_scores_of_lm_eval_itself(tiny_model, tmp_path):
         assert result.metrics.keys() == theirs.keys() != set()
         for metric, value in theirs.items():
             scale = 100 if name != "perplexity" else 1
-            assert result.metrics[metric]["value"] == pytest.approx(scale * value, rel=1e-4)
-            assert result.metrics[metric]["rows"] == 11
-            assert result.metrics[metric]["higher_is_better"] == (name != "perplexity")
+            assert result.metrics[metric].value == pytest.approx(scale * value, rel=1e-4)
+            assert result.metrics[metric].higher_is_better == (name != "perplexity")
+        assert len(result.rows) == 11
         (file,) = out.glob(f"*/samples_{name}_*.jsonl")
         for line, sample in zip(
             file.read_text().splitlines(), expected["samples"][name], strict=True
@@ -273,11 +269,11 @@ def test_the_scores_of_lm_eval_itself(tiny_model, tmp_path):
                 assert [greedy for _, greedy in values] == [
                     str(greedy) for ((_, greedy),) in theirs
                 ]
-                assert row["reference"] == sample["doc"]["choices"][sample["target"]]
-                assert row["acc"] == sample["acc"]
+                assert row.reference == sample["doc"]["choices"][sample["target"]]
+                assert row.scores["acc"] == sample["acc"]
             elif name == "write":
                 assert found["resps"] == theirs
-                assert row["output"] == theirs[0][0]
+                assert row.output == theirs[0][0]
             else:
                 assert float(found["resps"][0][0]) == pytest.approx(theirs[0][0], rel=1e-4)
     write_report([str(out), "--output", str(tmp_path / "report")])

@@ -2,6 +2,7 @@
 
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -18,7 +19,9 @@ from eval.report.__main__ import main
 from eval.report.comparison import pairs
 from eval.report.document import Heading, Output, Strong, Table, to_html, to_markdown
 from eval.report.inputs import data_name, read_inputs
+from eval.report.results import Metric, Row
 from eval.statistics import holm, mcnemar, mean_metric, paired_difference, permutation_test
+from olmoe_jax.training.run_directory import Metrics
 
 RIGHT = {
     "base": [0, 0, 0, 1, 0, 0, 0, 0, 0, 0],
@@ -129,16 +132,13 @@ def test_results_of_lm_eval(tmp_path):
     assert list(inputs.results) == ["lm_eval:all", "lm_eval:d"]
     group, task = (column["x"] for column in inputs.results.values())
     assert list(group.rows) == ["a/0", "a/1", "b/0", "c/0"]
-    assert task.metrics["acc"] == {
-        "value": 50.0, "low": 50 - 19.6, "high": 50 + 19.6, "rows": 2, "higher_is_better": True
-    }  # fmt: skip
+    assert task.metrics["acc"] == Metric(50.0, 50 - 19.6, 50 + 19.6, higher_is_better=True)
     assert task.settings["limit"] == 2
-    row = {"prompt": "0?", "output": "no", "reference": "yes", "acc": 1.0}
-    assert task.rows["0"] == [row]
+    assert task.rows["0"] == [Row("0?", "no", "yes", {"acc": 1.0})]
     (path / "samples_d_3.jsonl").unlink()
     assert "run lm_eval again with --log_samples" in message_of(read_inputs, [str(path)])
     (path / "results_3.json").write_text("{}")
-    assert "is damaged" in message_of(read_inputs, [str(path)])
+    assert "results_3.json: field config is missing" in message_of(read_inputs, [str(path)])
 
 
 def test_the_best_is_bold(tmp_path, runs):
@@ -203,7 +203,7 @@ def test_what_a_model_wrote_stays_text(tmp_path):
     markdown, text = report(tmp_path / "report", str(path))
     tags = {tag for tag, _ in Page(text).tags}
     assert not {"script", "img"} & tags
-    shown = NASTY.replace("\x00", "\\u0000").replace("\u202e", "\\u202e")
+    shown = NASTY.replace("\x00", "\\x00").replace("\u202e", "\\u202e")
     assert html.escape(shown) in text
     assert "\x00" not in text
     assert "\u202e" not in markdown
@@ -281,10 +281,106 @@ def test_errors_are_one_line(tmp_path, runs):
     assert f"frozen_2={twice}" in message
     assert read_inputs([*runs, f"frozen_2={twice}"]).methods[-1] == "frozen_2"
     (twice / "gsm/result.json").write_text('{"metrics": {"exact_match": {"value": 1}}}')
-    assert "damaged (KeyError" in message_of(read_inputs, [str(twice)])
+    message = message_of(read_inputs, [str(twice)])
+    assert "result.json: field settings is missing; the same eval.run command" in message
     (tmp_path / "file").touch()
     assert "not a directory" in message_of(main, [*runs, "--output", str(tmp_path / "file")])
     assert "number, 0 or more" in message_of(main, [*runs, "--output", "x", "--samples", "-1"])
+
+
+DEEP, DIGITS = "[" * 100_000, "1" * 5000
+RUN = {"method": {"name": "a", "lora_rank": None}, "data": {"train_path": "d"}}
+RUN |= {"model": {"path": "m"}, "train": {}}
+
+
+def run_of(section: str, **changes) -> str:
+    return json.dumps(RUN | {section: RUN[section] | changes})
+
+
+def line(**changes) -> str:
+    row = {"id": "0", "prompt": "p", "output": "o", "answer": 1, "reference": [], "rouge_l": 1}
+    return json.dumps(row | changes)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("a/model.json", "{}", "field model is missing"),
+        ("a/model.json", '{"model": 1e308}', "model is 1e+308; it must be text"),
+        ("a/model.json", '{"model": ""}', 'model is ""; it must have at least 1 character'),
+        ("a/model.json", '{"model": "m", "adapter": true}', "adapter is true; it must be text"),
+        ("a/model.json", DEEP, "not JSON (recursion limit"),
+        ("a/model.json", f'{{"model": {DIGITS}}}', "not JSON (number out of range"),
+        ("a/gsm/result.json", '{"settings": null, "metrics": {}}', "settings is null; it must be"),
+        ("a/gsm/result.json", '{"settings": {"data": {}}, "metrics": {}}', "data: is a list or an"),
+        (
+            "a/gsm/result.json",
+            '{"settings": {}, "metrics": {"m": {"value": NaN, "low": 1, "high": 1}}}',
+            "metrics.m.value is NaN; it must be a finite number",
+        ),
+        ("a/gsm/rows.jsonl", line(output=None), "line 1: output is null; it must be text"),
+        ("a/gsm/rows.jsonl", line() + "\n" + line(id=0), "line 2: id is 0; it must be text"),
+        ("a/gsm/rows.jsonl", line(other="x"), 'line 1: other is "x"; it must be a number'),
+        ("a/gsm/rows.jsonl", line(other=7), "line 1: other is 7; it must be less than"),
+        ("a/gsm/rows.jsonl", line(output="x" * (9 << 20)), "line 1 is longer than 8 MiB"),
+        ("a/gsm/rows.jsonl", line()[:-9], "line 1: not JSON (EOF"),
+        ("r/config.json", run_of("method", name=[]), "method.name is []; it must be text"),
+        ("r/config.json", run_of("method", experts_path=1), "method.experts_path is 1; it must be"),
+        ("r/config.json", run_of("data", train_path=None), "data.train_path is null; it must be"),
+        ("r/metrics.jsonl", '{"loss": 1}\n', "line 1: field step is missing"),
+        ("r/metrics.jsonl", '{"step": 1}\n[]\n', "line 2: the content is []; it must be an object"),
+        ("r/metrics.jsonl", '{"step": -1}\n', "line 1: step is -1; it must be greater"),
+        ("r/metrics.jsonl", '{"step": 1, "loss": 1e308}\n', "line 1: loss is 1e+308; it must be"),
+        ("r/metrics.jsonl", '{"step": 1, "eval_loss": "a"}\n', 'eval_loss is "a"; it must be a'),
+        ("h/results_1.json", "[]", "the content is []; it must be an object"),
+        ("h/samples_t_1.jsonl", '{"doc_id": 0}\n', "line 1: field arguments is missing"),
+    ],
+)
+def test_a_damaged_file_is_named_with_its_field(tmp_path, file, content, words):
+    write_evaluation(tmp_path / "a", gsm=[1.0])
+    write_run(tmp_path / "r", "frozen")
+    write_harness(tmp_path / "h", {}, t=[1.0])
+    (tmp_path / file).write_text(content)
+    argument = str(tmp_path / file[0])
+    message = message_of(read_inputs, [argument])
+    assert message.startswith(f"{tmp_path / file}: ")
+    assert words in message
+    (tmp_path / file).unlink()
+    os.mkfifo(tmp_path / file)
+    if "model.json" not in file and "config.json" not in file:
+        message = message_of(read_inputs, [argument])
+        assert f"{tmp_path / file}: a FIFO or device" in message
+
+
+def test_a_killed_run_and_what_is_no_number(tmp_path):
+    run = write_run(tmp_path / "r", "frozen")
+    lines = '{"step": 1, "loss": NaN, "other": []}\n\n{"step": 2, "loss": 2}\n'
+    (run / "metrics.jsonl").write_text(lines + '{"step": 3, "lo')
+    ((_, opened),) = read_inputs([str(run)]).runs
+    assert opened.metrics == [Metrics(1), Metrics(2, 2)]
+    (run / "metrics.jsonl").unlink()
+    assert read_inputs([str(run)]).runs[0][1].metrics == []
+
+
+def test_pictures_and_event_files_are_files(tmp_path):
+    run = write_run(tmp_path / "r", "frozen")
+    os.mkfifo(run / "scores.png")
+    arguments = [str(run), "--output", str(tmp_path / "report")]
+    assert "scores.png: a FIFO" in message_of(main, arguments)
+    (run / "scores.png").unlink()
+    (run / "tensorboard").mkdir()
+    (run / "tensorboard/events.out.tfevents.1").write_bytes(b"\xff" * 100)
+    main(arguments)
+    os.mkfifo(run / "tensorboard/events.out.tfevents.2")
+    assert "tfevents.2: a FIFO" in message_of(main, arguments)
+
+
+def test_groups_of_lm_eval_in_a_circle(tmp_path):
+    groups = {"a": ["b"], "b": ["c"], "c": ["b"]}
+    write_harness(tmp_path, groups, a=0.5)
+    (result,) = [column["x"] for column in read_inputs([f"x={tmp_path}"]).results.values()]
+    assert result.rows == {}
+    report(tmp_path / "report", str(tmp_path))
 
 
 def test_names_of_data():

@@ -136,7 +136,7 @@ def _report(case: Path, base: Path) -> None:
     del base
     right = [0, 1, 1, 0]
     write_evaluation(write_run(case / "run", "densemixer") / "eval", "hf", gsm=right)
-    write_evaluation(case / "a", "m", gsm=right[::-1], law=[7, None, 3, 5])
+    write_evaluation(case / "a", "m", gsm=right[::-1], law=[0.7, None, 0.3, 0.5])
 
 
 def _evaluation(case: Path, base: Path) -> None:

@@ -181,11 +181,12 @@ def without(table, key):
         ({"0": {"0": 1.0}}, '"gate_scores" lacks layer 1'),
         ({**damaged(), "2": without(damaged()["2"], "3")}, '"gate_scores" layer 2 needs a number'),
         (damaged(layer2={"4": 0.5}), '"gate_scores" layer 2 needs a number for each expert, "0"'),
-        (damaged(layer1=[0.5]), '"gate_scores" layer 1 needs a number for each expert'),
-        (damaged(layer1={"1": None}), '"gate_scores" layer 1 expert 1 is None; scores are'),
-        (damaged(layer3={"2": "x"}), '"gate_scores" layer 3 expert 2 is x; scores are numbers'),
-        (damaged(layer3={"2": -0.1}), '"gate_scores" layer 3 expert 2 is -0.1; scores are'),
-        (damaged(layer3={"2": float("nan")}), '"gate_scores" layer 3 expert 2 is nan'),
+        (damaged(layer1=[0.5]), "gate_scores.1 is [0.5]; it must be an object"),
+        (damaged(layer1={"1": None}), "gate_scores.1.1 is null; it must be a number"),
+        (damaged(layer3={"2": "x"}), 'gate_scores.3.2 is "x"; it must be a number'),
+        (damaged(layer3={"2": -0.1}), "gate_scores.3.2 is -0.1; it must be greater than or equal"),
+        (damaged(layer3={"2": float("nan")}), "gate_scores.3.2 is NaN; it must be a finite number"),
+        (damaged(layer3={"2": 1e308}), "gate_scores.3.2 is 1e+308; it must be less than"),
     ],
 )
 def test_bad_scores(tmp_path, table, expected):
