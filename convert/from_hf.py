@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from convert.to_hf import add_allow_nonfinite
 from olmoe_jax.checkpoints import checksums, directory
 from olmoe_jax.checkpoints.huggingface import HFCheckpoint, write_config
 from olmoe_jax.checkpoints.orbax import write_weights
@@ -31,12 +32,13 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--output", required=True, type=user_path, metavar="DIR", help="directory to make"
     )
+    add_allow_nonfinite(parser)
     args = parser.parse_args(arguments)
     checkpoint = HFCheckpoint(directory.resolve(args.model))
     with directory.new_directory(args.output) as partial:
         (partial / MODEL_DIRECTORY).mkdir()
         write_config(partial / MODEL_DIRECTORY, checkpoint.files, dtype=None)
-        write_weights(checkpoint, partial)
+        write_weights(checkpoint, partial, args.allow_nonfinite)
         checksums.write(partial)
     print(f"converted {args.model} to {args.output}")
 

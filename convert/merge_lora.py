@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from convert.to_hf import add_allow_nonfinite
 from olmoe_jax.checkpoints import directory
 from olmoe_jax.checkpoints.export import export_hf
 from olmoe_jax.checkpoints.huggingface import DTYPES
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--dtype", choices=sorted(DTYPES), help="dtype of the weights (default: the base's)"
     )
+    add_allow_nonfinite(parser)
     args = parser.parse_args(arguments)
     dtype = DTYPES[args.dtype] if args.dtype else None
     base, adapter = open_source(args.model), directory.resolve(args.adapter)
@@ -57,7 +59,7 @@ def main(arguments: Sequence[str]) -> None:
         if (adapter / WEIGHTS_FILE).exists()
         else MergedSource(base, adapter, dtype)
     )
-    export_hf(merged, args.output, args.dtype)
+    export_hf(merged, args.output, args.dtype, allow_nonfinite=args.allow_nonfinite)
     print(f"wrote {args.output}")
 
 

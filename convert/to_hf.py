@@ -58,17 +58,27 @@ def main(arguments: Sequence[str]) -> None:
         metavar="SIZE",
         help="largest file of weights, e.g. 500MB (default: 5GB)",
     )
+    add_allow_nonfinite(parser)
     args = parser.parse_args(arguments)
     max_shard_bytes = parse_size(args.max_shard_size)
     step = best_step(Path(args.checkpoint)) if args.step == BEST else args.step
     source = open_source(args.checkpoint, step)
     if not args.adapter:
-        export_hf(source, args.output, args.dtype, max_shard_bytes)
+        export_hf(source, args.output, args.dtype, max_shard_bytes, args.allow_nonfinite)
     elif isinstance(source, RunCheckpoint):
-        export_adapter(source, args.output)
+        export_adapter(source, args.output, args.allow_nonfinite)
     else:
         raise UserError(f"{args.checkpoint}: --adapter needs the directory of a LoRA or ESFT run")
     print(f"wrote {args.output}")
+
+
+def add_allow_nonfinite(parser: ArgumentParser) -> None:
+    """Adds the flag that all commands have which write weights."""
+    parser.add_argument(
+        "--allow_nonfinite",
+        action="store_true",
+        help="write weights that are NaN or infinite, and those of a run whose loss is",
+    )
 
 
 def _step(text: str) -> int | str:

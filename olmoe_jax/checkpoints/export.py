@@ -1,10 +1,12 @@
 """Exports: a Hugging Face checkpoint of any source, and the adapter of a LoRA or ESFT run."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from olmoe_jax.checkpoints import directory, names
+from olmoe_jax.checkpoints import directory, names, safetensors_file
 from olmoe_jax.checkpoints.huggingface import (
     DTYPES,
     serving_warnings,
@@ -22,7 +24,11 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 
 def export_hf(
-    source: Source, output: Path, dtype: str | None, max_shard_bytes: int = MAX_SHARD_BYTES
+    source: Source,
+    output: Path,
+    dtype: str | None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    allow_nonfinite: bool = False,
 ) -> None:
     """Writes a directory that transformers loads. The directory appears when it is complete.
 
@@ -31,6 +37,10 @@ def export_hf(
       output: the directory to make.
       dtype: "bfloat16" or "float32"; None: the source's own (`Source.export_dtype`).
       max_shard_bytes: no file of weights grows larger; several files get an index.
+      allow_nonfinite: write weights that are not finite, and those of a run whose loss is not.
+
+    Raises:
+      UserError: a weight or a loss is not finite.
     """
     for warning in serving_warnings(source.config):
         print(f"warning: {warning}")
@@ -39,12 +49,12 @@ def export_hf(
     def stored(weight: Weight) -> np.dtype:
         return DTYPES[dtype] if dtype else source.dtype(weight)
 
-    with directory.new_directory(output) as partial:
+    with directory.new_directory(output) as partial, _finite(source, partial, allow_nonfinite):
         write_config(partial, source.files, dtype)
         write_checkpoint(partial, source.config, source.read, stored, max_shard_bytes)
 
 
-def export_adapter(run: RunCheckpoint, output: Path) -> None:
+def export_adapter(run: RunCheckpoint, output: Path, allow_nonfinite: bool = False) -> None:
     """Writes what a LoRA or ESFT run trained, without the base.
 
     A LoRA run's is a PEFT directory, with the router beside the adapter if the router trained.
@@ -52,12 +62,12 @@ def export_adapter(run: RunCheckpoint, output: Path) -> None:
     (`olmoe_jax.checkpoints.overrides`).
 
     Raises:
-      UserError: the run trained all weights.
+      UserError: the run trained all weights; or one that it trained, or its loss, is not finite.
     """
     if not run.lora and not run.experts:
         raise UserError(f"{run.path}: this run trained all weights; leave --adapter out")
     trained = run.trained()
-    with directory.new_directory(output) as partial:
+    with directory.new_directory(output) as partial, _finite(run, partial, allow_nonfinite):
         if run.lora:
             write_adapter(partial, trained, run.lora, run.base)
         elif run.experts:
@@ -67,3 +77,16 @@ def export_adapter(run: RunCheckpoint, output: Path) -> None:
             ]
             write_overrides(partial, tensors, run.experts)
         directory.copy_files(run.files, partial, directory.TOKENIZER_FILES)
+
+
+@contextlib.contextmanager
+def _finite(source: Source, output: Path, allow: bool) -> Iterator[None]:
+    """Checks that the losses of `source` and the tensors that the block writes are finite."""
+    if not allow and isinstance(source, RunCheckpoint):
+        source.check_losses()
+    with np.errstate(all="ignore"):  # numpy's warnings would be further lines
+        yield
+    # As they are stored: a cast may have made them infinite.
+    for file in [] if allow else sorted(output.glob("*.safetensors")):
+        for name, tensor in safetensors_file.read_header(file).items():
+            safetensors_file.check_finite(name, tensor.read())

@@ -147,6 +147,20 @@ class RunCheckpoint:
             if path.startswith("parameters.")
         }
 
+    def check_losses(self) -> None:
+        """Checks the losses that the run had when it saved this checkpoint.
+
+        Raises:
+          UserError: one is not finite.
+        """
+        file = self.path / CHECKPOINTS / str(self.step) / "report" / "metadata"
+        report = read_json(dict[str, Any], file) if file.exists() else {}
+        if bad := report.get("nonfinite"):
+            raise UserError(
+                f"{self.path}: {bad[0]} is not finite at step {self.step}; export another step "
+                "with convert.to_hf --step, or write its flag --allow_nonfinite"
+            )
+
     def export_dtype(self) -> str | None:
         config = read_json(dict[str, Any], self.files / "config.json")
         return config.get("dtype") or config.get("torch_dtype") or "float32"

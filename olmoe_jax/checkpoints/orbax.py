@@ -11,6 +11,7 @@ import numpy as np
 
 from olmoe_jax.checkpoints import names
 from olmoe_jax.checkpoints.names import Weight
+from olmoe_jax.checkpoints.safetensors_file import check_finite
 from olmoe_jax.checkpoints.source import MODEL_DIRECTORY, Source, read_model_config
 from olmoe_jax.errors import UserError
 from olmoe_jax.parallel.cpu import return_freed_memory
@@ -86,18 +87,26 @@ class ConvertedCheckpoint:
         return self._items[layer].open(weight.name, names.layer_shape(weight, self.config))
 
 
-def write_weights(source: Source, output: Path) -> None:
+def write_weights(source: Source, output: Path, allow_nonfinite: bool) -> None:
     """Writes a source's weights into a converted checkpoint's directory.
 
     The weights keep their stored dtype, bit for bit. One layer is in memory at a time.
+
+    Raises:
+      UserError: a weight is not finite, and `allow_nonfinite` is False.
     """
     import orbax.checkpoint as ocp
 
     weights = names.weights(source.config)
 
     def read(layer: int | None) -> dict[str, np.ndarray]:
-        wanted = (weight for weight in weights if weight.per_layer == (layer is not None))
-        return {weight.name: source.read(weight, layer) for weight in wanted}
+        values = {}
+        for weight in weights:
+            if weight.per_layer == (layer is not None):
+                values[weight.name] = value = source.read(weight, layer)
+                for tensor in [] if allow_nonfinite else names.to_hf(weight, layer, value):
+                    check_finite(*tensor)
+        return values
 
     with ocp.StandardCheckpointer() as checkpointer:
         for layer in [None, *range(source.config.num_layers)]:

@@ -191,3 +191,16 @@ def save(file: Path, tensors: dict[str, np.ndarray]) -> None:
 def load(file: Path) -> dict[str, np.ndarray]:
     """Reads a whole file as a dict of arrays."""
     return {name: tensor.read() for name, tensor in read_header(file).items()}
+
+
+def check_finite(name: str, value: np.ndarray) -> None:
+    """Checks the values of a tensor that is written for others to use.
+
+    Raises:
+      UserError: one is NaN or infinite.
+    """
+    if not np.isfinite(value).all():
+        raise UserError(
+            f"tensor {name} holds NaN or infinite values; take another checkpoint, or write "
+            "--allow_nonfinite (convert.from_hf, to_hf, merge_lora) to have it nevertheless"
+        )

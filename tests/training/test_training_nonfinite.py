@@ -4,10 +4,12 @@ import dataclasses
 
 import numpy as np
 import pytest
+from helpers import message_of
 from training.test_training_run import board, parameters
 from training.tiny_run import metrics
 
 import olmoe_jax
+from convert import to_hf
 from olmoe_jax.checkpoints.opening import RunCheckpoint
 from olmoe_jax.errors import UserError
 from olmoe_jax.training.program import Program
@@ -77,3 +79,21 @@ def test_n_in_a_row_stop_the_run_and_it_can_be_continued(files, tmp_path, poison
     result = olmoe_jax.train(config)
     assert result.finished
     assert [line["step"] for line in metrics(result.output_dir)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("method", [{}, {"method__lora_rank": 2}])
+def test_the_last_loss_is_not_finite(files, tmp_path, poison, method):
+    """The run ends with an error and without an export, which the same command does not make."""
+    poison(np.nan, {2})
+    options = {**OPTIONS, **method, "train__max_steps": 2, "train__export_hf": True}
+    config = files.config(tmp_path / "run", **options)
+    for _ in range(2):
+        message = message_of(olmoe_jax.train, config)
+        assert f"{tmp_path}/run: loss is not finite at step 2; export another step" in message
+    arguments = ["--checkpoint", f"{tmp_path}/run", "--output", f"{tmp_path}/out"]
+    arguments += ["--adapter"] if method else []
+    assert "loss is not finite at step 2" in message_of(to_hf.main, arguments)
+    assert not any((tmp_path / name).exists() for name in ("run/hf", "run/adapter", "out"))
+    for extra in (["--step", "1"], ["--allow_nonfinite"]):
+        to_hf.main([*arguments, *extra])
+        (tmp_path / "out").rename(tmp_path / extra[0])
