@@ -37,6 +37,12 @@ def main(arguments: Sequence[str]) -> None:
         "--output", required=True, type=user_path, metavar="DIR", help="directory to make"
     )
     parser.add_argument(
+        "--base",
+        type=expand,
+        metavar="DIR",
+        help="where the base of a LoRA or ESFT run lies now; default: where it lay",
+    )
+    parser.add_argument(
         "--adapter",
         action="store_true",
         help="write only what a LoRA or ESFT run trained, without the base",
@@ -62,7 +68,7 @@ def main(arguments: Sequence[str]) -> None:
     args = parser.parse_args(arguments)
     max_shard_bytes = parse_size(args.max_shard_size)
     step = best_step(Path(args.checkpoint)) if args.step == BEST else args.step
-    source = open_source(args.checkpoint, step)
+    source = open_source(args.checkpoint, step, args.base)
     if not args.adapter:
         export_hf(source, args.output, args.dtype, max_shard_bytes, args.allow_nonfinite)
     elif isinstance(source, RunCheckpoint):

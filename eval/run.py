@@ -15,7 +15,7 @@ from eval.tasks.judged import JudgedTask
 from eval.tasks.task import RunPrograms, Task, Tools, read_examples
 from olmoe_jax.checkpoints import directory
 from olmoe_jax.errors import SEED, ArgumentParser, UserError, run_command, whole_number
-from olmoe_jax.files import expand, user_path
+from olmoe_jax.files import absolute, expand, user_path
 from olmoe_jax.parallel.cpu import restart_with_huge_pages, use_all_cores
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> None:
     decoding = _decoding(args)
     tools = Tools(run_programs=_sandbox(args, tasks))
     examples = {task.name: read_examples(task, args.data)[: args.limit] for task in tasks}
-    check_backend(args.backend, args.model, args.adapter)
+    check_backend(args.backend, args.model, args.adapter, args.base)
     server = _judge_server(args)
     judged = [task.name for task in tasks if isinstance(task, JudgedTask)]
     if server and not all((args.output / name / RESULT).exists() for name in judged):
@@ -58,7 +58,9 @@ def main(arguments: Sequence[str]) -> None:
         judge = Judge(server, args.output / "judge.jsonl", args.judge_workers)
         tools = Tools(tools.run_programs, judge)
     backend = functools.cache(
-        functools.partial(open_backend, args.backend, args.model, args.compute_dtype, args.adapter)
+        functools.partial(
+            open_backend, args.backend, args.model, args.compute_dtype, args.adapter, args.base
+        )
     )
     for task in tasks:
         result = evaluate(
@@ -84,6 +86,12 @@ def parser() -> ArgumentParser:
         type=expand,
         metavar="DIR",
         help="a PEFT adapter of that model, or the LoRA run that made the adapter",
+    )
+    add(
+        "--base",
+        type=expand,
+        metavar="DIR",
+        help="where the base of a LoRA or ESFT run lies now; default: where it lay",
     )
     add("--tasks", required=True, metavar="NAMES", help=f"some of {','.join(TASKS)}")
     add("--output", required=True, type=user_path, metavar="DIR")
@@ -124,12 +132,12 @@ def parser() -> ArgumentParser:
 
 def _model(args: argparse.Namespace) -> dict[str, str | None]:
     """Returns the content of model.json: what names the model, and how it computes."""
-    from eval.fingerprint import adapter_fingerprint, model_fingerprint
+    from olmoe_jax.checkpoints.fingerprint import adapter_fingerprint, model_fingerprint
 
     return {
-        "model": args.model,
+        "model": absolute(args.model),
         "fingerprint": model_fingerprint(args.model),
-        "adapter": args.adapter,
+        "adapter": args.adapter and absolute(args.adapter),
         "adapter_fingerprint": adapter_fingerprint(args.adapter) if args.adapter else None,
         "backend": args.backend,
         "compute_dtype": args.compute_dtype,

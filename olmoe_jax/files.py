@@ -67,6 +67,11 @@ def user_path(path: str) -> Path:
     return Path(expand(path))
 
 
+def absolute(path: str) -> str:
+    """Returns a path that exists in its absolute form, and another text (a hub id) as it is."""
+    return os.path.abspath(path) if os.path.exists(path) else path
+
+
 @contextlib.contextmanager
 def os_errors(path: str | Path, doing: str) -> Iterator[None]:
     """Raises an OSError of the block as a `UserError` that names `path` and what was done there.

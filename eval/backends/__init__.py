@@ -52,20 +52,29 @@ class Backend(Protocol):
         """Returns the continuations."""
 
 
-def check_backend(name: str, model: str, adapter: str | None = None) -> None:
+def check_backend(
+    name: str, model: str, adapter: str | None = None, base: str | None = None
+) -> None:
     """Makes sure that a backend can load a model, without loading the model.
 
     Raises:
       UserError: a package is not installed, the backend does not read this kind of checkpoint, or
-        the adapter is not for this model.
+        the adapter or the base is not for this model.
     """
     if name == "jax":
-        if adapter:
+        if adapter or base:
             from olmoe_jax.checkpoints.opening import open_source
             from olmoe_jax.checkpoints.peft import read_adapter
 
-            read_adapter(adapter, open_source(model).config)
+            config = open_source(model, base=base).config
+            if adapter:
+                read_adapter(adapter, config)
         return
+    if base:
+        raise UserError(
+            f"--base {base}: --backend {name} reads Hugging Face checkpoints, which need no base; "
+            "leave --base or --backend out"
+        )
     if name == "vllm" and adapter:
         raise UserError(
             f"--adapter {adapter}: --backend vllm reads no adapters; merge this one (python -m "
@@ -87,7 +96,9 @@ def check_backend(name: str, model: str, adapter: str | None = None) -> None:
         )
 
 
-def open_backend(name: str, model: str, compute_dtype: str, adapter: str | None = None) -> Backend:
+def open_backend(
+    name: str, model: str, compute_dtype: str, adapter: str | None = None, base: str | None = None
+) -> Backend:
     """Loads a model that `check_backend` accepts.
 
     Raises:
@@ -99,7 +110,9 @@ def open_backend(name: str, model: str, compute_dtype: str, adapter: str | None 
 
     if name == "vllm":
         return VllmBackend(model, compute_dtype)
-    return {"jax": JaxBackend, "hf": HfBackend}[name](model, compute_dtype, adapter)
+    if name == "hf":
+        return HfBackend(model, compute_dtype, adapter)
+    return JaxBackend(model, compute_dtype, adapter, base)
 
 
 class Prompts:

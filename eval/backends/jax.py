@@ -17,14 +17,16 @@ from olmoe_jax.parallel.sharding import decoding_mesh
 class JaxBackend(Prompts):
     """A checkpoint that `olmoe_jax.from_pretrained` opens, on all devices."""
 
-    def __init__(self, model: str, compute_dtype: str, adapter: str | None = None):
+    def __init__(
+        self, model: str, compute_dtype: str, adapter: str | None = None, base: str | None = None
+    ):
         source = open_source(model)
         super().__init__(load_tokenizer(str(source.files)))
         self.context = source.config.max_position_embeddings
         settings = ModelSettings(compute_dtype=jnp.dtype(compute_dtype))
         self._mesh = decoding_mesh(source.config.num_experts)
         self._model = olmoe_jax.from_pretrained(
-            model, self._mesh, settings=settings, adapter=adapter
+            model, self._mesh, settings=settings, adapter=adapter, base=base
         )
 
     def generate(self, prompts: Sequence[str], sampling: Sampling) -> list[str]:

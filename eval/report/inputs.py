@@ -20,7 +20,7 @@ from eval.report.harness import harness_directories, read_harness
 from eval.report.results import Evaluation, Model, Result, is_evaluation, read_evaluation
 from olmoe_jax.config import ModelOptions
 from olmoe_jax.errors import UserError
-from olmoe_jax.files import STRICT, expand, read_json
+from olmoe_jax.files import STRICT, absolute, expand, read_json
 from olmoe_jax.training.run_directory import CONFIG, Metrics, read_metrics
 
 BASE = "base"
@@ -114,7 +114,7 @@ def read_inputs(arguments: Sequence[str]) -> Inputs:
     for _, evaluation in evaluations.values():
         if (run := _run_of(evaluation)) and run.resolve() not in runs:
             runs[run.resolve()] = (None, open_run(run))
-    bases = {ModelOptions().path, *(run.base for _, run in runs.values())}
+    bases = {ModelOptions().path, *(absolute(run.base) for _, run in runs.values())}
     inputs = Inputs([(name or run.method, run) for name, run in runs.values()])
     for name, evaluation in evaluations.values():
         inputs.add(evaluation, name or _row_name(evaluation, runs, bases))
@@ -221,5 +221,5 @@ def _row_name(
     if run := _run_of(evaluation):
         name, opened = runs[run.resolve()]
         return name or opened.method
-    is_base = evaluation.model.model in bases and not evaluation.model.adapter
+    is_base = absolute(evaluation.model.model) in bases and not evaluation.model.adapter
     return BASE if is_base else evaluation.path.name

@@ -33,6 +33,7 @@ def from_pretrained(
     *,
     settings: ModelSettings | None = None,
     adapter: str | Path | None = None,
+    base: str | None = None,
 ) -> Olmoe:
     """Returns the model of a checkpoint.
 
@@ -44,11 +45,12 @@ def from_pretrained(
         router's in float32.
       adapter: a PEFT adapter of that model, or the LoRA run that made one. The adapter stays
         beside the weights, unmerged.
+      base: of a training run: where its base lies now; None: where it lay.
 
     Raises:
       UserError: the checkpoint or adapter is missing, damaged or not an OLMoE model's.
     """
-    source = open_source(str(path_or_hub_id))
+    source = open_source(str(path_or_hub_id), base=base)
     mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
     settings = settings or ModelSettings()
     compute_dtype = settings.compute_dtype

@@ -4,6 +4,7 @@ A training run's checkpoint holds what the run trained. The frozen rest comes fr
 which is a checkpoint of any kind again: `open_source` and `RunCheckpoint` call each other.
 """
 
+import concurrent.futures
 import functools
 import os
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import xxhash
 
 from olmoe_jax.checkpoints import checksums, directory, names
 from olmoe_jax.checkpoints.expert_config import read_expert_config
@@ -22,7 +24,7 @@ from olmoe_jax.checkpoints.overrides import with_experts
 from olmoe_jax.checkpoints.peft import adapted, parameter_names
 from olmoe_jax.checkpoints.source import MODEL_DIRECTORY, Source, read_model_config
 from olmoe_jax.errors import UserError
-from olmoe_jax.files import read_json
+from olmoe_jax.files import absolute, read_json
 from olmoe_jax.model.config import LoraSettings, ModelSettings
 from olmoe_jax.model.decoder import parameter_specs
 from olmoe_jax.model.tuned import places
@@ -34,28 +36,62 @@ CHECKPOINTS = "checkpoints"
 """In a run's directory: the folder with an Orbax checkpoint for each saved step."""
 EXPERTS = "experts.json"
 """In an ESFT run's directory: the expert config with the experts that the run trains."""
+BASE = "base weights"
+"""In the identity of a run's checkpoint: what `weights_identity` returned of the run's base."""
+
+_READERS = 4
+"""Threads that hash weights. Each holds one layer's weight, of the 7B model at most 0.3 GB."""
 
 
-def open_source(path_or_hub_id: str, step: int | None = None) -> Source:
+def open_source(path_or_hub_id: str, step: int | None = None, base: str | None = None) -> Source:
     """Opens a checkpoint; what the directory holds tells its kind.
 
     Args:
       path_or_hub_id: a directory, or a Hugging Face hub id.
       step: of a training run: which checkpoint; None: the latest.
+      base: of a training run: where its base lies now; None: where it lay.
 
     Raises:
-      UserError: the checkpoint is missing, incomplete, damaged, or of another architecture.
+      UserError: the checkpoint is missing, incomplete, damaged, or of another architecture; or
+        `base` is not the run's.
     """
     path = directory.resolve(path_or_hub_id)
-    if (path / PARAMETERS).is_dir():
-        if (path / checksums.FILE).exists():
-            checksums.check(path, "convert it again with convert.from_hf")
-        else:
-            _warn(f"{path}: {_NO_CHECKSUMS}; convert it again to have them")
-        return ConvertedCheckpoint(path)
-    if (path / CHECKPOINTS).is_dir():
-        return RunCheckpoint(path, step)
-    return HFCheckpoint(path)
+    if (path / CHECKPOINTS).is_dir() and not (path / PARAMETERS).is_dir():
+        return RunCheckpoint(path, step, base)
+    if base is not None:
+        raise UserError(f"--base {base}: {path} is not a training run; leave --base out")
+    if not (path / PARAMETERS).is_dir():
+        return HFCheckpoint(path)
+    if (path / checksums.FILE).exists():
+        checksums.check(path, "convert it again with convert.from_hf")
+    else:
+        _warn(f"{path}: {_NO_CHECKSUMS}; convert it again to have them")
+    return ConvertedCheckpoint(path)
+
+
+def weights_identity(source: Source) -> dict[str, str]:
+    """Returns {"content": hash of all weights}: the same for all files that hold these weights.
+
+    The files may split the weights otherwise, or be of another kind of checkpoint. All weights are
+    read.
+    """
+    if isinstance(source, RunCheckpoint) and source.lora:
+        # The rounding of a merged weight is the machine's.
+        parts = [weights_identity(source.opened_base)["content"]]
+        trained = sorted(source.trained().items())
+        parts += [f"{name} {_checksum(value)}" for name, value in trained]
+    else:
+        config = source.config
+        pieces = [(w, i) for w in names.weights(config) for i in names.layer_indices(w, config)]
+        with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+            sums = pool.map(lambda piece: _checksum(source.read(*piece)), pieces)
+            parts = [f"{w.name} {i} {total}" for (w, i), total in zip(pieces, sums, strict=True)]
+    return {"content": xxhash.xxh3_128_hexdigest("\n".join(parts).encode())}
+
+
+def _checksum(value: np.ndarray) -> str:
+    content = np.ascontiguousarray(value).view(np.uint8)
+    return f"{value.dtype} {value.shape} {xxhash.xxh3_128_hexdigest(content)}"
 
 
 class RunCheckpoint:
@@ -66,9 +102,10 @@ class RunCheckpoint:
       step: the checkpoint's step.
       lora: the run's adapters, or None.
       experts: an ESFT run's expert config, or None.
+      base: hub id or directory of the model that the run started from.
     """
 
-    def __init__(self, path: Path, step: int | None = None):
+    def __init__(self, path: Path, step: int | None = None, base: str | None = None):
         self.path, self.files = path, path / MODEL_DIRECTORY
         check_files(path)
         self.config = read_model_config(self.files)
@@ -87,24 +124,40 @@ class RunCheckpoint:
         self._specs = parameter_specs(self.config, settings)
         self._arrays = OrbaxArrays(item)
         self._stored = _stored_parameters(item)
+        self.base = self._run_config["model"]["path"] if base is None else absolute(base)
+        if base is not None:
+            _ = self.opened_base  # a wrong one is refused, whether or not a weight is read from it
 
     @functools.cached_property
     def _run_config(self) -> dict[str, Any]:
         """The run's configuration, which says what the run trains and on which base."""
         return read_json(dict[str, Any], self.path / "config.json")
 
-    @property
-    def base(self) -> str:
-        """Hub id or directory of the model that the run started from."""
-        return self._run_config["model"]["path"]
-
     @functools.cached_property
-    def _base(self) -> Source:
-        return open_source(self.base)
+    def opened_base(self) -> Source:
+        """The base.
+
+        Raises:
+          UserError: the base is not there, or has other weights than at the start of the run.
+        """
+        advice = (
+            "write where the run's base lies with --base DIR (of convert.to_hf, olmoe_jax.generate "
+            "and eval.run)"
+        )
+        try:
+            base = open_source(self.base)
+        except UserError as error:
+            raise UserError(f"{self.path} needs its base: {error}; {advice}") from None
+        file = self.path / CHECKPOINTS / str(self.step) / "identity" / "metadata"
+        # Earlier versions kept no identity of the base.
+        began_with = read_json(dict[str, Any], file).get(BASE) if file.exists() else None
+        if began_with and began_with != weights_identity(base):
+            raise UserError(f"{self.base} has other weights than the base of {self.path}; {advice}")
+        return base
 
     def dtype(self, weight: Weight) -> np.dtype:
         if weight.name not in self._stored:
-            return self._base.dtype(weight)
+            return self.opened_base.dtype(weight)
         return self._array(weight.name).dtype.numpy_dtype
 
     def read(self, weight: Weight, layer: int | None, experts: slice = slice(None)) -> np.ndarray:
@@ -121,7 +174,7 @@ class RunCheckpoint:
     def _read_stored_or_base(self, weight: Weight, layer: int | None, experts: slice) -> np.ndarray:
         """Reads a weight without its adapter, and without the experts that were tuned."""
         if weight.name not in self._stored:
-            return self._base.read(weight, layer, experts)
+            return self.opened_base.read(weight, layer, experts)
         array = self._array(weight.name)
         if layer is not None:
             array = array[layer]

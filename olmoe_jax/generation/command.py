@@ -38,7 +38,9 @@ def main(arguments: Sequence[str]) -> None:
     tokenizer = load_tokenizer(str(source.files))
     mesh = sharding.decoding_mesh(source.config.num_experts)
     settings = ModelSettings(compute_dtype=jnp.dtype(args.compute_dtype))
-    model = olmoe_jax.from_pretrained(args.model, mesh, settings=settings, adapter=args.adapter)
+    model = olmoe_jax.from_pretrained(
+        args.model, mesh, settings=settings, adapter=args.adapter, base=args.base
+    )
     with jax.set_mesh(mesh):
         texts = olmoe_jax.generate(
             model,
@@ -80,6 +82,12 @@ def parser() -> ArgumentParser:
         type=expand,
         metavar="DIR",
         help="a PEFT adapter of this model, or the LoRA run that made it",
+    )
+    add(
+        "--base",
+        type=expand,
+        metavar="DIR",
+        help="where the base of a LoRA or ESFT run lies now; default: where it lay",
     )
     add("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     add("--prompts", type=expand, metavar="FILE", help="a prompt per line; -: standard input")

@@ -17,6 +17,7 @@ from olmoe_jax.checkpoints.expert_config import ExpertConfig, read_expert_config
 from olmoe_jax.checkpoints.loading import load_tuned, stack_tuned
 from olmoe_jax.checkpoints.opening import EXPERTS
 from olmoe_jax.config import MethodOptions
+from olmoe_jax.errors import UserError
 from olmoe_jax.methods.method import Base, Method, Preparation
 from olmoe_jax.model.config import ModelConfig, ModelSettings
 from olmoe_jax.parallel import distributed
@@ -84,7 +85,14 @@ class ExpertTuning(Method):
             if distributed.is_writer():
                 checksums.write_json(file, experts.to_json())
         distributed.barrier("experts.json")
-        return self.with_experts(read_expert_config(file, self.config))
+        experts = read_expert_config(file, self.config)
+        if self.experts not in (None, experts):
+            raise UserError(
+                f"method.experts_path={self.options.experts_path}: names other experts than "
+                f"{file}, with which the run began; bring the expert config back, write another "
+                "train.output_dir, or train.resume=restart"
+            )
+        return self.with_experts(experts)
 
     def for_plan(self, seed: int, experts_per_layer: int) -> tuple[Self, int | None]:
         if experts := self.experts or self.choose(seed):

@@ -1,21 +1,24 @@
 """The model of a run before its parameters exist: where it comes from and how it computes."""
 
 import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from olmoe_jax import methods
 from olmoe_jax.checkpoints import directory
-from olmoe_jax.checkpoints.opening import open_source
+from olmoe_jax.checkpoints.fingerprint import adapter_fingerprint
+from olmoe_jax.checkpoints.opening import BASE, open_source, weights_identity
 from olmoe_jax.checkpoints.source import Source, read_model_config
 from olmoe_jax.config import Config
 from olmoe_jax.errors import UserError
 from olmoe_jax.methods import Method
 from olmoe_jax.model.config import ModelConfig, ModelSettings
 from olmoe_jax.ops import attention, grouped_matmul
-from olmoe_jax.parallel import sharding
+from olmoe_jax.parallel import distributed, sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +45,19 @@ class BaseModel:
     def settings(self) -> ModelSettings:
         """How the model computes, the method's decisions included."""
         return self.method.model_settings(self.compute)
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what a continued run must find unchanged, the same on every process."""
+        weights: dict[str, Any] = {BASE: None, "adapter weights": None}
+        if distributed.is_writer():
+            adapter = self.method.options.adapter_path
+            weights = {
+                BASE: weights_identity(self.source) if self.source else None,
+                "adapter weights": {"content": adapter_fingerprint(adapter)} if adapter else None,
+            }
+        # The base is read as a whole: once is enough.
+        weights = json.loads(distributed.from_writer("weights", json.dumps(weights)))
+        return {"model": dataclasses.asdict(self.config), **weights}
 
 
 def open_model(config: Config) -> BaseModel:

@@ -15,7 +15,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
 from olmoe_jax.checkpoints import checksums, opening
-from olmoe_jax.checkpoints.opening import CHECKPOINTS
+from olmoe_jax.checkpoints.opening import BASE, CHECKPOINTS
 from olmoe_jax.errors import UserError
 from olmoe_jax.model.parameters import Parameters
 from olmoe_jax.parallel import distributed
@@ -253,8 +253,16 @@ def _set_aside(output: Path, step: int) -> Path:
     return (output / CHECKPOINTS / str(step)).rename(aside)
 
 
+_FIELDS = {
+    "training data": "data.train_path",
+    "evaluation data": "data.eval_path",
+    BASE: "model.path",
+    "adapter weights": "method.adapter_path",
+}
+"""The field that names each part of a checkpoint's identity."""
+
 _PARTS = {
-    "content": "the file has another content",
+    "content": "{field} has another content",
     "tokenizer": "the tokenizer is another",
     "max_seq_length": "data.max_seq_length is another",
     "rules": "this version of olmoe_jax makes other tokens of the same rows, or masks others",
@@ -274,7 +282,7 @@ def _other(key: str, saved: Any, value: Any) -> str:
     if not saved or not value:
         return f"has {'' if saved else 'no '}{key}, the command has {'' if value else 'no '}{key}"
     part = next(part for part in _PARTS if saved.get(part) != value.get(part))
-    return f"is of other {key} ({_PARTS[part]})"
+    return f"is of other {key} ({_PARTS[part].format(field=_FIELDS[key])})"
 
 
 @functools.cache

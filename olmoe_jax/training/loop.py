@@ -155,7 +155,7 @@ class _Run:
         self.output, self.held_out = output, held_out
         self.steps, self.iterator = steps, steps.iterator()
         self.state, self.best = program.state, Best(config.train)
-        identity = {"model": dataclasses.asdict(model.config), **datasets.identity()}
+        identity = {**model.identity(), **datasets.identity()}
         self.checkpoints = Checkpointer(output, config.train.keep_checkpoints, identity)
         # Weights drawn at random are nowhere else: a checkpoint keeps the frozen ones too.
         self.kept_frozen = {} if model.source else program.frozen
@@ -181,6 +181,9 @@ class _Run:
             self.reporter.say(line)
         if self.done:
             self.reporter.say(f"continuing after step {self.done} of {self.steps.total_steps}")
+            moved = run_directory.update_locations(self.config) if distributed.is_writer() else ()
+            for line in moved:
+                self.reporter.say(line)
         try:
             with self.preemption:
                 while self.done < self.steps.total_steps and not self.preemption.stop:

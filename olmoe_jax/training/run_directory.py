@@ -32,9 +32,10 @@ import xxhash
 from olmoe_jax.checkpoints import checksums, directory, opening
 from olmoe_jax.checkpoints.opening import CHECKPOINTS, EXPERTS
 from olmoe_jax.checkpoints.source import MODEL_DIRECTORY
-from olmoe_jax.config import Config, first_difference, to_dict
+from olmoe_jax.config import FIELDS, Config, first_difference, to_dict
+from olmoe_jax.config.fields import show
 from olmoe_jax.errors import UserError
-from olmoe_jax.files import STRICT, open_regular, read_json, read_json_lines
+from olmoe_jax.files import STRICT, absolute, open_regular, read_json, read_json_lines
 from olmoe_jax.parallel import distributed
 
 CONFIG = "config.json"
@@ -69,6 +70,9 @@ FREE_FIELDS = {
 }
 """The fields that may change between a run and its continuation: they change no mathematics."""
 
+LOCATIONS = {p for p, field in FIELDS.items() if field.rule and field.rule.is_path} - FREE_FIELDS
+"""The fields that say where an input lies. A checkpoint's identity holds the inputs' content."""
+
 
 def check(config: Config) -> None:
     """Refuses an output directory that this run must not write into. Leaves nothing behind.
@@ -91,7 +95,7 @@ def check(config: Config) -> None:
     if opening.steps(output):
         opening.check_files(output)
     difference = first_difference(
-        read_json(dict[str, dict[str, Any]], stored), to_dict(config), ignore=FREE_FIELDS
+        _read_config(output), to_dict(config), ignore=FREE_FIELDS | LOCATIONS
     )
     if difference:
         raise UserError(
@@ -178,7 +182,42 @@ def _write_small_files(
 
 def write_run_config(output: Path, config: Config) -> None:
     """Writes the configuration of a run, in one piece and with its checksum."""
-    checksums.write_json(output / CONFIG, to_dict(config))
+    values = to_dict(config)
+    _locate(values, config)
+    checksums.write_json(output / CONFIG, values)
+
+
+def update_locations(config: Config) -> list[str]:
+    """Writes into the config.json of a continued run where things lie now.
+
+    Returns:
+      A line for each thing that lay elsewhere.
+    """
+    output = Path(config.train.output_dir)
+    values = _read_config(output)
+    lines = _locate(values, config)
+    if lines:
+        checksums.write_json(output / CONFIG, values)
+    return lines
+
+
+def _locate(values: dict[str, dict[str, Any]], config: Config) -> list[str]:
+    """Sets the locations in `values` to those of `config`, absolute ones where they are paths."""
+    lines = []
+    for path in sorted(LOCATIONS):
+        section, name = path.split(".")
+        old, new = (
+            place and absolute(place)
+            for place in (values[section].get(name), getattr(getattr(config, section), name))
+        )
+        values[section][name] = new
+        if new != old:
+            lines.append(f"continues with {path}={show(new)} (was {show(old)}): same content")
+    return lines
+
+
+def _read_config(output: Path) -> dict[str, dict[str, Any]]:
+    return read_json(dict[str, dict[str, Any]], output / CONFIG)
 
 
 def _set_aside(output: Path) -> None:

@@ -17,11 +17,11 @@ from helpers import ROOT, assert_user_error, message_of, run_module
 from eval import run
 from eval.backends import Sampling, check_backend, open_backend
 from eval.evaluation import MODEL, SETTINGS, Decoding, evaluate, settings_of
-from eval.fingerprint import model_fingerprint
 from eval.outputs import open_output
 from eval.predictions import Output, PredictionFile
 from eval.tasks import TASKS
 from eval.tasks.task import Example, Task, Tools, read_examples
+from olmoe_jax.checkpoints.fingerprint import model_fingerprint
 
 SUFFIXES = ("predictions.jsonl", "rows.jsonl", "result.json", "settings.json")
 

@@ -13,7 +13,7 @@ from tiny import random_adapters
 from convert import merge_lora
 from eval import run
 from eval.backends import Sampling, check_backend, open_backend
-from eval.fingerprint import adapter_fingerprint
+from olmoe_jax.checkpoints.fingerprint import adapter_fingerprint
 from olmoe_jax.checkpoints.huggingface import HFCheckpoint
 from olmoe_jax.checkpoints.peft import write_adapter
 from olmoe_jax.model.lora import LoraSettings
@@ -46,7 +46,7 @@ def test_the_adapter_names_the_evaluation(tiny_model, adapters, data_dir, tmp_pa
     command += ["--tasks", "gsm"]
     first, second = adapters
     run.main([*command, "--adapter", str(first)])
-    assert opened == [("jax", str(tiny_model), "float32", str(first))]
+    assert opened == [("jax", str(tiny_model), "float32", str(first), None)]
     model = json.loads((tmp_path / "e/gsm/result.json").read_text())["model"]
     assert model["adapter"] == str(first)
     assert model["adapter_fingerprint"] == adapter_fingerprint(str(first / "adapter"))
