@@ -40,6 +40,11 @@ FileName = Annotated[str, pydantic.Field(pattern=r"^[^/\x00]+$", max_length=255)
 """The name of a file in the same directory."""
 
 
+def field_at(*path: str, **limits: Any) -> Any:
+    """Returns the `pydantic.Field` of a value that lies deeper in the file, at a path of names."""
+    return pydantic.Field(validation_alias=pydantic.AliasPath(*path), **limits)
+
+
 def expand(path: str) -> str:
     """Returns a path, or a hub id, as a user spells it, with ~ replaced.
 

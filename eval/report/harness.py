@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 from eval.harness import NAME
 from eval.report.results import Evaluation, Metric, Model, Result, Row, Setting
 from olmoe_jax.errors import UserError
-from olmoe_jax.files import STRICT, FileName, read_json, read_json_lines
+from olmoe_jax.files import STRICT, FileName, field_at, read_json, read_json_lines
 
 PREFIX = "lm_eval:"
 """The first letters of the tasks' names in the report: lm_eval has a humaneval too."""
@@ -29,32 +29,22 @@ _LogLikelihood = Annotated[float, pydantic.Field(strict=False, allow_inf_nan=Tru
 """A number that lm_eval wrote as text."""
 
 
-@dataclass(frozen=True)
-class _Arguments:
-    pretrained: Annotated[str, pydantic.Field(min_length=1)]
-    peft: str | None = None
-    dtype: str = "float32"
-
-
-@dataclass(frozen=True)
-class _Config:
-    model: str
-    model_args: _Arguments
-    limit: float | None
-
-
 @pydantic.with_config(STRICT)
 @dataclass(frozen=True)
 class _Stored:
     """The content of a file of results: what the report needs of it."""
 
-    config: _Config
+    backend: Annotated[str, field_at("config", "model")]
+    model: Annotated[str, field_at("config", "model_args", "pretrained", min_length=1)]
+    limit: Annotated[float | None, field_at("config", "limit")]
     results: dict[str, dict[str, Any]]
     group_subtasks: dict[str, list[FileName]]
     higher_is_better: dict[str, dict[str, bool | None]]
-    n_shot: Annotated[dict[str, Setting], pydantic.Field(validation_alias="n-shot")]
+    n_shot: Annotated[dict[str, Setting], field_at("n-shot")]
     task_hashes: dict[FileName, str]
     lm_eval_version: str
+    adapter: Annotated[str | None, field_at("config", "model_args", "peft")] = None
+    compute_dtype: Annotated[str, field_at("config", "model_args", "dtype")] = "float32"
 
 
 class _Request(TypedDict):
@@ -90,9 +80,8 @@ def read_harness(path: Path) -> Evaluation:
     for file in sorted(path.glob(_RESULTS)):
         stored = read_json(_Stored, file)
         results |= {PREFIX + name: _result(file, stored, name) for name in _columns(stored)}
-        config, arguments = stored.config, stored.config.model_args
-        backend = "jax" if config.model == NAME else config.model
-        model = Model(arguments.pretrained, arguments.peft, backend, arguments.dtype)
+        backend = "jax" if stored.backend == NAME else stored.backend
+        model = Model(stored.model, stored.adapter, backend, stored.compute_dtype)
     return Evaluation(path, model, results, [])
 
 
@@ -157,7 +146,7 @@ def _result(file: Path, stored: _Stored, name: str) -> Result:
         metrics[label] = Metric(*interval, higher_is_better)
     settings = {
         "data": " ".join(stored.task_hashes[task] for task in tasks),
-        "limit": None if stored.config.limit is None else len(rows),
+        "limit": None if stored.limit is None else len(rows),
         "fewshot": stored.n_shot.get(tasks[0]) if tasks else None,
         "lm_eval": stored.lm_eval_version,
     }

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
 
@@ -20,7 +20,7 @@ from eval.report.harness import harness_directories, read_harness
 from eval.report.results import Evaluation, Model, Result, is_evaluation, read_evaluation
 from olmoe_jax.config import ModelOptions
 from olmoe_jax.errors import UserError
-from olmoe_jax.files import STRICT, absolute, expand, read_json
+from olmoe_jax.files import STRICT, absolute, expand, field_at, read_json
 from olmoe_jax.training.run_directory import CONFIG, Metrics, read_metrics
 
 BASE = "base"
@@ -127,31 +127,16 @@ def is_run(path: Path) -> bool:
     return file.is_file() and {"method", "train"} <= read_json(dict[str, Any], file).keys()
 
 
-@dataclass(frozen=True)
-class _Method:
-    name: str
-    lora_rank: int | None
-    experts_path: str | None = None
-
-
-@dataclass(frozen=True)
-class _Data:
-    train_path: str
-
-
-@dataclass(frozen=True)
-class _Base:
-    path: str
-
-
 @pydantic.with_config(STRICT)
 @dataclass(frozen=True)
 class _Config:
     """What the report needs of a run's config.json."""
 
-    method: _Method
-    data: _Data
-    model: _Base
+    method: Annotated[str, field_at("method", "name")]
+    data: Annotated[str, field_at("data", "train_path")]
+    base: Annotated[str, field_at("model", "path")]
+    lora_rank: Annotated[int | None, field_at("method", "lora_rank")]
+    experts_path: Annotated[str | None, field_at("method", "experts_path")] = None
 
 
 def open_run(path: Path) -> TrainingRun:
@@ -161,13 +146,12 @@ def open_run(path: Path) -> TrainingRun:
       UserError: its configuration or its metrics are damaged.
     """
     config = read_json(_Config, path / CONFIG)
-    method = config.method
-    name = f"{method.name}_lora" if method.lora_rank else method.name
+    name = f"{config.method}_lora" if config.lora_rank else config.method
     # The run scored the experts itself, or was given an expert config that lies beside the picture.
-    places = [path, *([Path(method.experts_path).parent] if method.experts_path else [])]
+    places = [path, *([Path(config.experts_path).parent] if config.experts_path else [])]
     scores = next((p / "scores.png" for p in places if (p / "scores.png").exists()), None)
-    data = data_name(config.data.train_path)
-    return TrainingRun(path, name, data, config.model.path, read_metrics(path), scores)
+    data = data_name(config.data)
+    return TrainingRun(path, name, data, config.base, read_metrics(path), scores)
 
 
 def data_name(train_path: str) -> str:

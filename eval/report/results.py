@@ -28,11 +28,11 @@ _Share = Annotated[float, pydantic.Field(ge=-0.00001, le=1.00001)]
 
 @dataclass(frozen=True)
 class Metric:
-    """A task's score with its 95% interval: in percent, or in lm_eval's own unit."""
+    """A task's score with its 95% interval: eval.run's in percent, lm_eval's in its own unit."""
 
-    value: float
-    low: float
-    high: float
+    value: _Percent
+    low: _Percent
+    high: _Percent
     higher_is_better: bool = True
 
 
@@ -111,20 +111,13 @@ def read_evaluation(path: Path) -> Evaluation:
     return found
 
 
-@dataclass(frozen=True)
-class _Metric:
-    value: _Percent
-    low: _Percent
-    high: _Percent
-
-
 @pydantic.with_config(STRICT)
 @dataclass(frozen=True)
 class _Stored:
     """The content of result.json."""
 
     settings: dict[str, Setting]
-    metrics: dict[str, _Metric]
+    metrics: dict[str, Metric]
 
 
 @pydantic.with_config(STRICT)
@@ -153,5 +146,4 @@ def _result(path: Path) -> Result:
             rows.setdefault(line["id"], []).append(row)
     except UserError as error:
         raise UserError(f"{error}; the same eval.run command writes the file again") from None
-    metrics = {name: Metric(m.value, m.low, m.high) for name, m in stored.metrics.items()}
-    return Result(path, stored.settings, metrics, rows)
+    return Result(path, stored.settings, stored.metrics, rows)

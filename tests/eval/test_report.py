@@ -138,7 +138,7 @@ def test_results_of_lm_eval(tmp_path):
     (path / "samples_d_3.jsonl").unlink()
     assert "run lm_eval again with --log_samples" in message_of(read_inputs, [str(path)])
     (path / "results_3.json").write_text("{}")
-    assert "results_3.json: field config is missing" in message_of(read_inputs, [str(path)])
+    assert "results_3.json: field config.model is missing" in message_of(read_inputs, [str(path)])
 
 
 def test_the_best_is_bold(tmp_path, runs):
