@@ -1,6 +1,8 @@
 """The parts of a report, in their order: scores, published scores, tests, curves, outputs."""
 
 import json
+import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -188,9 +190,12 @@ def _expert_scores(data: str, runs: Named) -> list[Picture]:
 
 
 def _file_name(what: str, data: str, suffix: str) -> str:
-    """Returns a name that is safe in a path and in a link."""
-    kept = (c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in f"{what}_{data}")
-    return f"{''.join(kept)}.{suffix}"
+    """Returns a name that is safe in a path and in a link, another one for another text."""
+    text = f"{what}_{data}"
+    name = re.sub(r"[^A-Za-z0-9_-]", "-", text)[:100]
+    if name != text:
+        name += f"-{zlib.crc32(text.encode(errors='replace')):08x}"
+    return f"{name}.{suffix}"
 
 
 def _outputs(inputs: Inputs, metrics: dict[str, str], samples: int) -> Iterator[Block]:

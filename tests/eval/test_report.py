@@ -375,6 +375,16 @@ def test_pictures_and_event_files_are_files(tmp_path):
     assert "tfevents.2: a FIFO" in message_of(main, arguments)
 
 
+def test_every_picture_has_a_file_of_its_own(tmp_path):
+    data = ("法律", "摘要", "a b", "a-b", "x" * 200)
+    runs = [write_run(tmp_path / str(i), "frozen", f"{name}.jsonl") for i, name in enumerate(data)]
+    markdown, _ = report(tmp_path / "report", *map(str, runs))
+    links = re.findall(r"!\[.*?\]\((loss_.*?)\)", markdown)
+    assert len(set(links)) == 5
+    assert all((tmp_path / "report" / link).exists() for link in links)
+    assert "loss_a-b.svg" in links
+
+
 def test_groups_of_lm_eval_in_a_circle(tmp_path):
     groups = {"a": ["b"], "b": ["c"], "c": ["b"]}
     write_harness(tmp_path, groups, a=0.5)
