@@ -8,7 +8,7 @@ from olmoe_jax.checkpoints.huggingface import HFCheckpoint, write_config
 from olmoe_jax.checkpoints.orbax import write_weights
 from olmoe_jax.checkpoints.source import MODEL_DIRECTORY
 from olmoe_jax.errors import ArgumentParser, run_command
-from olmoe_jax.files import expand, user_path
+from olmoe_jax.files import NEW_DIRECTORY, PATH_OR_ID
 
 EXAMPLE = """example:
   python -m convert.from_hf --model allenai/OLMoE-1B-7B-0125 --output olmoe_1b_7b
@@ -22,16 +22,9 @@ Face checkpoints directly: converting first is a choice.
 def main(arguments: Sequence[str]) -> None:
     """Runs the command."""
     parser = ArgumentParser(prog="python -m convert.from_hf", description=__doc__, epilog=EXAMPLE)
-    parser.add_argument(
-        "--model",
-        required=True,
-        type=expand,
-        metavar="DIR_OR_HUB_ID",
-        help="Hugging Face checkpoint, with one tensor per expert or fused ones",
-    )
-    parser.add_argument(
-        "--output", required=True, type=user_path, metavar="DIR", help="directory to make"
-    )
+    accepted = "Hugging Face checkpoint, with one tensor per expert or fused ones"
+    parser.add_argument("--model", required=True, **PATH_OR_ID, help=accepted)
+    parser.add_argument("--output", **NEW_DIRECTORY)
     add_allow_nonfinite(parser)
     args = parser.parse_args(arguments)
     checkpoint = HFCheckpoint(directory.resolve(args.model))

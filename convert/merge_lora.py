@@ -11,7 +11,7 @@ from olmoe_jax.checkpoints.opening import open_source
 from olmoe_jax.checkpoints.overrides import WEIGHTS_FILE, OverriddenSource
 from olmoe_jax.checkpoints.source import Source
 from olmoe_jax.errors import ArgumentParser, run_command
-from olmoe_jax.files import expand, user_path
+from olmoe_jax.files import NEW_DIRECTORY, PATH_OR_ID, expand
 
 EXAMPLE = """example:
   python -m convert.merge_lora --model allenai/OLMoE-1B-7B-0125 \\
@@ -30,13 +30,8 @@ def main(arguments: Sequence[str]) -> None:
     parser = ArgumentParser(
         prog="python -m convert.merge_lora", description=__doc__, epilog=EXAMPLE
     )
-    parser.add_argument(
-        "--model",
-        required=True,
-        type=expand,
-        metavar="DIR_OR_HUB_ID",
-        help="the base that the adapter changes",
-    )
+    changed = "the base that the adapter changes"
+    parser.add_argument("--model", required=True, **PATH_OR_ID, help=changed)
     parser.add_argument(
         "--adapter",
         required=True,
@@ -44,9 +39,7 @@ def main(arguments: Sequence[str]) -> None:
         metavar="DIR",
         help="a PEFT adapter, a LoRA run that has ended, or an ESFT run's trained tensors",
     )
-    parser.add_argument(
-        "--output", required=True, type=user_path, metavar="DIR", help="directory to make"
-    )
+    parser.add_argument("--output", **NEW_DIRECTORY)
     parser.add_argument(
         "--dtype", choices=sorted(DTYPES), help="dtype of the weights (default: the base's)"
     )

@@ -16,7 +16,7 @@ from olmoe_jax.checkpoints.peft import read_adapter, to_peft
 from olmoe_jax.config import MethodOptions
 from olmoe_jax.config.methods import METHODS
 from olmoe_jax.errors import ArgumentParser, UserError, run_command, whole_number
-from olmoe_jax.files import expand, user_path
+from olmoe_jax.files import PATH_OR_ID, user_path
 from olmoe_jax.methods import Base, implementation
 from olmoe_jax.methods.expert_tuning import ExpertTuning
 from olmoe_jax.methods.lora import Lora
@@ -46,7 +46,7 @@ grad_norm, lr [updates] and param.NAME after the last update.
 def main(arguments: Sequence[str]) -> None:
     """The command line."""
     parser = ArgumentParser(prog="python -m convert.parity", description=__doc__, epilog=EXAMPLE)
-    parser.add_argument("--model", required=True, type=expand, metavar="DIR_OR_HUB_ID")
+    parser.add_argument("--model", required=True, **PATH_OR_ID)
     parser.add_argument("--batch", required=True, type=user_path, metavar="FILE")
     parser.add_argument("--method", required=True, choices=FULL)
     parser.add_argument("--output", required=True, type=user_path, metavar="FILE")

@@ -8,7 +8,7 @@ from olmoe_jax.checkpoints.export import export_adapter, export_hf
 from olmoe_jax.checkpoints.huggingface import DTYPES
 from olmoe_jax.checkpoints.opening import RunCheckpoint, open_source
 from olmoe_jax.errors import ArgumentParser, UserError, run_command, whole_number
-from olmoe_jax.files import expand, user_path
+from olmoe_jax.files import BASE, NEW_DIRECTORY, expand
 from olmoe_jax.training.best import best_step
 
 EXAMPLE = """example:
@@ -33,15 +33,8 @@ def main(arguments: Sequence[str]) -> None:
         metavar="DIR",
         help="a run's train.output_dir, convert.from_hf's output, or a Hugging Face checkpoint",
     )
-    parser.add_argument(
-        "--output", required=True, type=user_path, metavar="DIR", help="directory to make"
-    )
-    parser.add_argument(
-        "--base",
-        type=expand,
-        metavar="DIR",
-        help="where the base of a LoRA or ESFT run lies now; default: where it lay",
-    )
+    parser.add_argument("--output", **NEW_DIRECTORY)
+    parser.add_argument("--base", **BASE)
     parser.add_argument(
         "--adapter",
         action="store_true",

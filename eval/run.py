@@ -16,6 +16,7 @@ from eval.tasks.task import RunPrograms, Task, Tools, read_examples
 from olmoe_jax.checkpoints import directory
 from olmoe_jax.errors import SEED, ArgumentParser, UserError, run_command, whole_number
 from olmoe_jax.files import absolute, expand, user_path
+from olmoe_jax.generation.command import add_model
 from olmoe_jax.parallel.cpu import restart_with_huge_pages, use_all_cores
 
 if TYPE_CHECKING:
@@ -73,26 +74,8 @@ def main(arguments: Sequence[str]) -> None:
 def parser() -> ArgumentParser:
     """Returns the parser of all flags."""
     result = ArgumentParser(prog="python -m eval.run", description=__doc__, epilog=EXAMPLE)
+    add_model(result)
     add = result.add_argument
-    add(
-        "--model",
-        required=True,
-        type=expand,
-        metavar="DIR_OR_HUB_ID",
-        help="a Hugging Face checkpoint, a training run or a converted checkpoint",
-    )
-    add(
-        "--adapter",
-        type=expand,
-        metavar="DIR",
-        help="a PEFT adapter of that model, or the LoRA run that made the adapter",
-    )
-    add(
-        "--base",
-        type=expand,
-        metavar="DIR",
-        help="where the base of a LoRA or ESFT run lies now; default: where it lay",
-    )
     add("--tasks", required=True, metavar="NAMES", help=f"some of {','.join(TASKS)}")
     add("--output", required=True, type=user_path, metavar="DIR")
     add("--backend", choices=BACKENDS, default="jax")

@@ -77,6 +77,21 @@ def absolute(path: str) -> str:
     return os.path.abspath(path) if os.path.exists(path) else path
 
 
+PATH_OR_ID: dict[str, Any] = {"type": expand, "metavar": "DIR_OR_HUB_ID"}
+NEW_DIRECTORY: dict[str, Any] = {
+    "required": True,
+    "type": user_path,
+    "metavar": "DIR",
+    "help": "directory to make",
+}
+BASE: dict[str, Any] = {
+    "type": expand,
+    "metavar": "DIR",
+    "help": "where the base of a LoRA or ESFT run lies now; default: where it lay",
+}
+"""Arguments of `add_argument` for flags that many commands have."""
+
+
 @contextlib.contextmanager
 def os_errors(path: str | Path, doing: str) -> Iterator[None]:
     """Raises an OSError of the block as a `UserError` that names `path` and what was done there.

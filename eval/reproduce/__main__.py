@@ -19,7 +19,7 @@ from eval.reproduce.runner import Runner
 from eval.run import parser as eval_parser
 from olmoe_jax.config import ModelOptions
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
-from olmoe_jax.files import expand, user_path
+from olmoe_jax.files import PATH_OR_ID, user_path
 
 ASKED = "reproduce.json"
 _OWN_FLAGS = ("model", "tasks", "output", "data")
@@ -82,12 +82,7 @@ def parser() -> ArgumentParser:
     add("--output", required=True, type=user_path, metavar="DIR")
     add("--methods", metavar="NAMES", help=f"some of {','.join(EXPERIMENTS)}; default: all")
     add("--datasets", metavar="NAMES", help=f"some of {','.join(DATASETS)}; default: all")
-    add(
-        "--model",
-        type=expand,
-        metavar="DIR_OR_HUB_ID",
-        help=f"to start from; default: {ModelOptions().path}",
-    )
+    add("--model", **PATH_OR_ID, help=f"to start from; default: {ModelOptions().path}")
     add(
         "--data",
         type=user_path,

@@ -13,7 +13,7 @@ from olmoe_jax.data.reading import read_rows
 from olmoe_jax.data.tokenized import format_row_at
 from olmoe_jax.data.tokenizer import load_tokenizer
 from olmoe_jax.errors import ArgumentParser, printable, run_command, unescaped, whole_number
-from olmoe_jax.files import expand
+from olmoe_jax.files import PATH_OR_ID, expand
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,7 +66,7 @@ def _parser() -> ArgumentParser:
         metavar="FILE_OR_HUB_ID",
         help=".jsonl, .json or .parquet file, or owner/name, or owner/name:file.jsonl",
     )
-    preview.add_argument("--tokenizer", required=True, type=expand, metavar="DIR_OR_HUB_ID")
+    preview.add_argument("--tokenizer", required=True, **PATH_OR_ID)
     preview.add_argument("--max_seq_length", required=True, type=whole_number(1), metavar="N")
     preview.add_argument("--rows", type=whole_number(1), default=5, metavar="N", help="default: 5")
     preview.add_argument(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from olmoe_jax.errors import SEED, ArgumentParser, UserError, data_output, whole_number
-from olmoe_jax.files import expand
+from olmoe_jax.files import BASE, PATH_OR_ID, expand
 
 EPILOG = """examples:
   python -m olmoe_jax.generate --model runs/quickstart/hf --prompt "Question: 2 + 3?
@@ -69,26 +69,8 @@ def parser() -> ArgumentParser:
         description="Continues prompts with a model.",
         epilog=EPILOG,
     )
+    add_model(result)
     add = result.add_argument
-    add(
-        "--model",
-        required=True,
-        type=expand,
-        metavar="DIR_OR_HUB_ID",
-        help="a Hugging Face checkpoint, a training run or a converted checkpoint",
-    )
-    add(
-        "--adapter",
-        type=expand,
-        metavar="DIR",
-        help="a PEFT adapter of this model, or the LoRA run that made it",
-    )
-    add(
-        "--base",
-        type=expand,
-        metavar="DIR",
-        help="where the base of a LoRA or ESFT run lies now; default: where it lay",
-    )
     add("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     add("--prompts", type=expand, metavar="FILE", help="a prompt per line; -: standard input")
     add("--max_new_tokens", type=whole_number(1), default=256, metavar="N", help="default 256")
@@ -99,6 +81,15 @@ def parser() -> ArgumentParser:
     add("--batch_size", type=whole_number(1), default=16, metavar="N", help="prompts together (16)")
     add("--compute_dtype", choices=("float32", "bfloat16"), default="float32")
     return result
+
+
+def add_model(parser: ArgumentParser) -> None:
+    """Adds the flags that name a model to open: --model, --adapter and --base."""
+    kinds = "a Hugging Face checkpoint, a training run or a converted checkpoint"
+    parser.add_argument("--model", required=True, **PATH_OR_ID, help=kinds)
+    kinds = "a PEFT adapter of this model, or the LoRA run that made it"
+    parser.add_argument("--adapter", type=expand, metavar="DIR", help=kinds)
+    parser.add_argument("--base", **BASE)
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 from olmoe_jax.checkpoints import directory
 from olmoe_jax.checkpoints.expert_config import ExpertConfig
 from olmoe_jax.errors import SEED, ArgumentParser, whole_number
-from olmoe_jax.files import expand, user_path
+from olmoe_jax.files import NEW_DIRECTORY, PATH_OR_ID, expand, user_path
 from olmoe_jax.methods.selection import FUNCTIONS, check_top_p, read_scores, select, write_scores
 
 EXAMPLE = """examples:
@@ -26,12 +26,10 @@ def main(arguments: Sequence[str]) -> None:
     parser = ArgumentParser(prog="python -m olmoe_jax.esft", description=__doc__, epilog=EXAMPLE)
     commands = parser.add_subparsers(dest="command", required=True)
     score = commands.add_parser("score", help="score the experts on data")
-    score.add_argument("--model", required=True, type=expand, metavar="DIR_OR_HUB_ID")
+    score.add_argument("--model", required=True, **PATH_OR_ID)
     score.add_argument("--data", required=True, type=expand, metavar="FILE_OR_HUB_ID")
-    score.add_argument("--output", required=True, type=user_path, metavar="DIR")
-    score.add_argument(
-        "--tokenizer", type=expand, metavar="DIR_OR_HUB_ID", help="default: the model's"
-    )
+    score.add_argument("--output", **NEW_DIRECTORY)
+    score.add_argument("--tokenizer", **PATH_OR_ID, help="default: the model's")
     score.add_argument("--max_tokens", type=whole_number(1), default=300_000, metavar="N")
     score.add_argument("--max_seq_length", type=whole_number(1), default=4096, metavar="N")
     score.add_argument("--compute_dtype", choices=["float32", "bfloat16"], default="float32")

@@ -83,25 +83,6 @@ def sort_by_expert(experts: jax.Array, num_experts: int) -> tuple[jax.Array, jax
     return order, inverse, group_sizes
 
 
-@jax.custom_vjp
-def permute(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
-    """Returns x[order] for a permutation; its gradient is a gather by `inverse`, not a scatter."""
-    return x[order]
-
-
-def _permute_forward(
-    x: jax.Array, order: jax.Array, inverse: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    return x[order], inverse
-
-
-def _permute_backward(inverse: jax.Array, g: jax.Array) -> tuple[jax.Array, None, None]:
-    return g[inverse], None, None
-
-
-permute.defvjp(_permute_forward, _permute_backward)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def dispatch(x: jax.Array, order: jax.Array, inverse: jax.Array, per_token: int) -> jax.Array:
     """Copies each token to a row for each of its K experts: [T, D] -> [T*K, D], sorted by expert.
@@ -119,6 +100,11 @@ def combine(y: jax.Array, order: jax.Array, inverse: jax.Array, per_token: int) 
     """
     y = y[inverse].reshape(-1, per_token, y.shape[-1])
     return jnp.sum(y, axis=1, dtype=jnp.float32).astype(y.dtype)
+
+
+def permute(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
+    """Returns x[order] for a permutation; its gradient is a gather by `inverse`, not a scatter."""
+    return dispatch(x, order, inverse, 1)
 
 
 def _dispatch_forward(

@@ -4,7 +4,13 @@ Shapes: N rows, D in, F out, E groups. Rows are sorted by group. Rows past sum(g
 to no group and give zeros. Groups may be empty, and a size may be any number.
 
 A backend is a module with two functions, which the product and its gradients are made of:
-`rows_by_weights`, which can also multiply by the transposed weights, and `rows_by_rows`.
+
+    rows_by_weights(x, w, group_sizes, contract_last)
+      Returns x [N, D] times w [E, D, F], or with `contract_last` x [N, F] times w transposed, in
+      x's dtype.
+    rows_by_rows(x, g, sizes, ends, dtype)
+      Returns x^T g of each group's rows, [groups, D, F] in `dtype`, summed in float32. x is [N, D],
+      g [N, F], sizes and ends [groups] int32: a group's rows are ends - sizes to ends.
 """
 
 import functools
@@ -24,7 +30,7 @@ BACKENDS: dict[str, ModuleType] = {
 }
 _PLATFORM = {"tokamax": "gpu", "pallas_triton": "gpu", "ragged_dot": "tpu"}
 _IN_ONE_PIECE = ("ragged_dot", "tokamax")
-"""Backends whose `rows_by_rows` needs groups without a gap between them."""
+"""Backends whose `rows_by_rows` needs groups without a gap: ends is the cumulated sum of sizes."""
 
 
 def default_backend(platform: str) -> str:

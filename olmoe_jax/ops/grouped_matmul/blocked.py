@@ -18,7 +18,7 @@ _SMALL_MATRIX = 1 << 14
 def rows_by_weights(
     x: jax.Array, w: jax.Array, group_sizes: jax.Array, contract_last: bool
 ) -> jax.Array:
-    """Returns x [N, D] times w [E, D, F] or, with `contract_last`, x [N, F] times w transposed."""
+    """Returns each group's rows times its matrix."""
     rows, block = x.shape[0], _block_rows(x.shape[0], w.shape[0])
     parts = _parts(block, w.shape[1] * w.shape[2])
     padded = _padded(x, block)
@@ -43,14 +43,7 @@ def rows_by_weights(
 def rows_by_rows(
     x: jax.Array, g: jax.Array, sizes: jax.Array, ends: jax.Array, dtype: DTypeLike
 ) -> jax.Array:
-    """Returns x^T g of each group's rows, [groups, D, F] in `dtype`, summed in float32.
-
-    Args:
-      x: [N, D].
-      g: [N, F].
-      sizes: [groups] int32.
-      ends: [groups] int32; the rows of a group are ends - sizes to ends.
-    """
+    """Returns x^T g of each group's rows."""
     block = _block_rows(x.shape[0], sizes.shape[0])
     x_padded, g_padded = _padded(x, block), _padded(g, block)
 

@@ -30,7 +30,7 @@ BY_ROWS = dimensions(0, 0, ())
 def rows_by_weights(
     x: jax.Array, w: jax.Array, group_sizes: jax.Array, contract_last: bool
 ) -> jax.Array:
-    """Returns x [N, D] times w [E, D, F] or, with `contract_last`, x [N, F] times w transposed."""
+    """Returns each group's rows times its matrix."""
     numbers = BY_TRANSPOSED_WEIGHTS if contract_last else BY_WEIGHTS
     return _dot(x, w, group_sizes, numbers).astype(x.dtype)
 
@@ -38,15 +38,7 @@ def rows_by_weights(
 def rows_by_rows(
     x: jax.Array, g: jax.Array, sizes: jax.Array, ends: jax.Array, dtype: DTypeLike
 ) -> jax.Array:
-    """Returns x^T g of each group's rows, [groups, D, F] in `dtype`, summed in float32.
-
-    Args:
-      x: [N, D].
-      g: [N, F].
-      sizes: [groups] int32.
-      ends: [groups] int32, the cumulative sum of `sizes`: the groups have no gap between them.
-      dtype: the dtype of the result.
-    """
+    """Returns x^T g of each group's rows; the groups have no gap between them."""
     return _dot(x, g, sizes, BY_ROWS).astype(dtype)
 
 

@@ -28,7 +28,7 @@ def missing() -> str | None:
 def rows_by_weights(
     x: jax.Array, w: jax.Array, group_sizes: jax.Array, contract_last: bool
 ) -> jax.Array:
-    """Returns x [N, D] times w [E, D, F] or, with `contract_last`, x [N, F] times w transposed."""
+    """Returns each group's rows times its matrix."""
     if contract_last:
         # tokamax transposes the weights before its kernel. In a loop over layers XLA would move
         # the transposition out of the loop and keep a second copy of all layers' weights. A fixed
@@ -44,15 +44,7 @@ def rows_by_weights(
 def rows_by_rows(
     x: jax.Array, g: jax.Array, sizes: jax.Array, ends: jax.Array, dtype: DTypeLike
 ) -> jax.Array:
-    """Returns x^T g of each group's rows, [groups, D, F] in `dtype`, summed in float32.
-
-    Args:
-      x: [N, D].
-      g: [N, F].
-      sizes: [groups] int32.
-      ends: [groups] int32, the cumulative sum of `sizes`: the groups have no gap between them.
-      dtype: the dtype of the result.
-    """
+    """Returns x^T g of each group's rows; the groups have no gap between them."""
     out = _dot(x, g, sizes, BY_ROWS, dtype)
     # By its source, the kernel of 0.0.12 multiplies other rows for an empty group.
     return jnp.where((sizes > 0)[:, None, None], out, 0)

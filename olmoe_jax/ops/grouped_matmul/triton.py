@@ -29,7 +29,7 @@ kernels of the same form there.
 def rows_by_weights(
     x: jax.Array, w: jax.Array, group_sizes: jax.Array, contract_last: bool
 ) -> jax.Array:
-    """Returns x [N, D] times w [E, D, F] or, with `contract_last`, x [N, F] times w transposed."""
+    """Returns each group's rows times its matrix."""
     (rows, inner), groups = x.shape, w.shape[0]
     width = w.shape[1] if contract_last else w.shape[2]
     block_rows, block_width = _block(rows // groups), _block(width)
@@ -73,14 +73,7 @@ def rows_by_weights(
 def rows_by_rows(
     x: jax.Array, g: jax.Array, sizes: jax.Array, ends: jax.Array, dtype: DTypeLike
 ) -> jax.Array:
-    """Returns x^T g of each group's rows, [groups, D, F] in `dtype`, summed in float32.
-
-    Args:
-      x: [N, D].
-      g: [N, F].
-      sizes: [groups] int32.
-      ends: [groups] int32; the rows of a group are ends - sizes to ends.
-    """
+    """Returns x^T g of each group's rows."""
     height, width = x.shape[1], g.shape[1]
     block_height, block_width = _block(height), _block(width)
 
