@@ -114,6 +114,11 @@ def _read_batch(file: Path, dimensions: int, vocab_size: int) -> dict[str, np.nd
     for name in ("input_ids", "attention_mask", "labels"):
         if name not in arrays or arrays[name].ndim != dimensions:
             raise UserError(f"{file}: needs {name} with {dimensions} dimensions; see --help")
+        if not arrays[name].size or arrays[name].dtype.kind != "i":
+            raise UserError(
+                f"{file}: {name} is {arrays[name].dtype} {list(arrays[name].shape)}; it must be "
+                "whole numbers, and at least one"
+            )
         if arrays[name].shape != arrays["input_ids"].shape:
             raise UserError(
                 f"{file}: {name} has shape {list(arrays[name].shape)}, but input_ids "
@@ -124,6 +129,8 @@ def _read_batch(file: Path, dimensions: int, vocab_size: int) -> dict[str, np.nd
         wrong = ids[(ids < 0) | (ids >= vocab_size)]
         if wrong.size:
             raise UserError(f"{file}: {name} holds {wrong[0]}, but the model has {vocab_size} ids")
+    if not np.isin(arrays["attention_mask"], (0, 1)).all():
+        raise UserError(f"{file}: attention_mask holds other numbers than 0 and 1")
     return arrays
 
 

@@ -34,7 +34,9 @@ RUN_ON_CPU = ("blocked", "ragged_dot")
 def load_safetensors(file: Path) -> dict[str, np.ndarray]:
     """By the safetensors library, whose numpy front end reads no bfloat16 but whose core does."""
     dtypes = {
+        "F64": np.float64,
         "F32": np.float32,
+        "F16": np.float16,
         "BF16": ml_dtypes.bfloat16,
         "I32": np.int32,
         "I64": np.int64,

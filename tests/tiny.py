@@ -5,13 +5,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import safetensors.numpy
 from helpers import write_json
 
 from olmoe_jax.checkpoints import names
-from olmoe_jax.checkpoints.huggingface import HFCheckpoint
+from olmoe_jax.checkpoints.huggingface import DTYPES, HFCheckpoint
 from olmoe_jax.checkpoints.loading import graph_of
 from olmoe_jax.config import Config
 from olmoe_jax.data import Batch
@@ -106,8 +105,7 @@ def write_hf_checkpoint(
     path: Path, config: ModelConfig, weights=None, dtype: str = "float32", shards: int = 1
 ) -> dict[str, np.ndarray]:
     """Makes a random Hugging Face checkpoint with the safetensors library; returns its tensors."""
-    numpy_dtype = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[dtype]
-    tensors = hf_tensors(config, weights, numpy_dtype)
+    tensors = hf_tensors(config, weights, DTYPES[dtype])
     write_tensors(path, tensors, shards)
     write_json(path / "config.json", hf_config(config, torch_dtype=dtype))
     return tensors

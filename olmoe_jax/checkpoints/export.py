@@ -9,6 +9,7 @@ import numpy as np
 from olmoe_jax.checkpoints import directory, names, safetensors_file
 from olmoe_jax.checkpoints.huggingface import (
     DTYPES,
+    TooLargeError,
     serving_warnings,
     write_checkpoint,
     write_config,
@@ -35,23 +36,36 @@ def export_hf(
     Args:
       source: the weights.
       output: the directory to make.
-      dtype: "bfloat16" or "float32"; None: the source's own (`Source.export_dtype`).
+      dtype: one of DTYPES; None: the source's own (`Source.export_dtype`), or float32 and a line
+        that says why, if that cannot hold the weights.
       max_shard_bytes: no file of weights grows larger; several files get an index.
       allow_nonfinite: write weights that are not finite, and those of a run whose loss is not.
 
     Raises:
-      UserError: a weight or a loss is not finite.
+      UserError: a weight or a loss is not finite, or a weight is too large for `dtype`.
     """
     for warning in serving_warnings(source.config):
         print(f"warning: {warning}")
-    dtype = dtype or source.export_dtype()
 
-    def stored(weight: Weight) -> np.dtype:
-        return DTYPES[dtype] if dtype else source.dtype(weight)
+    def write(dtype: str | None) -> None:
+        def stored(weight: Weight) -> np.dtype:
+            return DTYPES[dtype] if dtype else source.dtype(weight)
 
-    with directory.new_directory(output) as partial, _finite(source, partial, allow_nonfinite):
-        write_config(partial, source.files, dtype)
-        write_checkpoint(partial, source.config, source.read, stored, max_shard_bytes)
+        with directory.new_directory(output) as partial, _finite(source, partial, allow_nonfinite):
+            write_config(partial, source.files, dtype)
+            write_checkpoint(partial, source.config, source.read, stored, max_shard_bytes)
+
+    own = source.export_dtype()
+    if not dtype and own and own not in DTYPES:
+        print(f"note: exporting in float32, since dtype {own} of the base's config.json is unknown")
+        own = "float32"
+    try:
+        write(dtype or own)
+    except TooLargeError as error:
+        if dtype:
+            raise UserError(f"{error}; write --dtype float32") from None
+        print(f"note: exporting in float32, since {error}")
+        write("float32")
 
 
 def export_adapter(run: RunCheckpoint, output: Path, allow_nonfinite: bool = False) -> None:

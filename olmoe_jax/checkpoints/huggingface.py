@@ -24,7 +24,13 @@ from olmoe_jax.errors import UserError
 from olmoe_jax.files import STRICT, FileName, read_json
 from olmoe_jax.model.config import ModelConfig
 
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+    "float64": np.dtype(np.float64),
+}
+"""The dtypes of weights, by the names that config.json has for them."""
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
@@ -114,6 +120,11 @@ class HFCheckpoint:
         # A parameter stacks a weight's tensors in one array, which has one dtype.
         for tensors in by_weight:
             dtypes = {str(found[name].dtype) for name in tensors}
+            if not dtypes <= DTYPES.keys():
+                raise UserError(
+                    f"{self.files}: tensor {min(tensors)} is {min(dtypes - DTYPES.keys())}; "
+                    f"weights are read in {', '.join(DTYPES)}"
+                )
             if len(dtypes) > 1:
                 raise UserError(
                     f"{self.files}: {min(tensors)} and its like have several dtypes "
@@ -192,6 +203,9 @@ def write_checkpoint(
       dtype: returns the dtype in which to store a weight.
       max_shard_bytes: no file grows larger (but a tensor is never split). Several files get an
         index.
+
+    Raises:
+      TooLargeError: a weight is too large for its dtype.
     """
     # The tensors of a layer lie together, as in Hugging Face's own files: a reader of layers
     # then reads each file from front to back.
@@ -212,7 +226,7 @@ def write_checkpoint(
                 writer.close()
                 current += 1
                 writer = FileWriter(output / files[current], shards[current])
-            writer.write(name, tensor.astype(dtype(weight), copy=False))
+            writer.write(name, _cast(name, tensor, dtype(weight)))
     writer.close()
     if len(shards) > 1:
         total = sum(_bytes(*tensor) for shard in shards for tensor in shard.values())
@@ -221,6 +235,20 @@ def write_checkpoint(
         }
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         directory.write_json(output / _INDEX, index)
+
+
+class TooLargeError(ValueError):
+    """A weight does not fit the dtype in which it should be stored."""
+
+
+def _cast(name: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        cast = value.astype(dtype, copy=False)
+    # bfloat16 reaches as far as float32.
+    narrower = dtype == np.float16 or value.dtype == np.float64
+    if narrower and (np.isinf(cast) & np.isfinite(value)).any():
+        raise TooLargeError(f"tensor {name} has numbers that are too large for {dtype}")
+    return cast
 
 
 def _plan_shards(

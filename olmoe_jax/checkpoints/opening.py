@@ -216,7 +216,8 @@ class RunCheckpoint:
 
     def export_dtype(self) -> str | None:
         config = read_json(dict[str, Any], self.files / "config.json")
-        return config.get("dtype") or config.get("torch_dtype") or "float32"
+        wanted = self._run_config["train"].get("export_dtype")
+        return wanted or config.get("dtype") or config.get("torch_dtype") or "float32"
 
     def _array(self, name: str) -> "TensorStore":
         return self._arrays.open(self._stored[name], self._specs[name].shape)

@@ -279,6 +279,10 @@ class TrainOptions:
     export_hf: bool = option(
         True, "write the final model as a Hugging Face checkpoint to OUTPUT_DIR/hf"
     )
+    export_dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = option(
+        None,
+        "dtype of exported models; default: the base's. What float16 cannot hold becomes float32",
+    )
     export_best: bool = option(
         False, "write the best model by train.best_metric to OUTPUT_DIR/hf_best"
     )
@@ -360,9 +364,6 @@ REMOVED = {
     "optimizer.fused_update": Removed(_LESS_MEMORY, False),
     "optimizer.offload": Removed(_LESS_MEMORY, False),
     "train.best_metric_mode": Removed("leave it out; train.best_metric says what is best"),
-    "train.export_dtype": Removed(
-        "leave it out; python -m convert.to_hf --dtype exports another type", free=True
-    ),
 }
 
 

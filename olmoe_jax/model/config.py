@@ -147,6 +147,8 @@ class _ConfigFile:
     pad_token_id: Annotated[int, pydantic.Field(ge=-1, lt=2**31)] | None = None
     initializer_range: Annotated[float, pydantic.Field(ge=0, le=1e6)] = 0.02
     max_position_embeddings: Size = 4096
+    dtype: str | None = None  # of the stored weights
+    torch_dtype: str | None = None  # the same, as transformers 4 calls it
 
 
 def model_config_from_hf(config: Mapping[str, Any], source: str = "config.json") -> ModelConfig:

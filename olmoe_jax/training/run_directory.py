@@ -58,6 +58,7 @@ FREE_FIELDS = {
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.export_hf",
+    "train.export_dtype",
     "train.export_best",
     "train.profile_steps",
     "train.wandb_project",

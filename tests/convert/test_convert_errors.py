@@ -62,7 +62,7 @@ def test_help_has_an_example(command, capsys):
         (from_hf, [], "--model"),
         (from_hf, ["--model=x"], "--output"),
         (from_hf, ["--model=x", "--output=y", "--outptu=z"], "--outptu"),
-        (to_hf, ["--checkpoint=x", "--output=y", "--dtype=float16"], "--dtype"),
+        (to_hf, ["--checkpoint=x", "--output=y", "--dtype=int8"], "--dtype"),
         (to_hf, ["--checkpoint=x", "--output=y", "--step=last"], "--step"),
         (parity, ["--model=x", "--batch=b", "--output=o", "--method=lora"], "--method"),
     ],
