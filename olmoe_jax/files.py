@@ -151,12 +151,20 @@ def read_text(file: Path, limit: int = SIZE_LIMIT) -> str:
     Raises:
       UserError: as for `read_bytes`, or the file is not UTF-8.
     """
-    content = read_bytes(file, limit)
+    return utf8(read_bytes(file, limit), file)
+
+
+def utf8(content: bytes, source: str | Path) -> str:
+    """Returns UTF-8 as text, without a byte order mark.
+
+    Raises:
+      UserError: the content is not UTF-8; the message names `source` and the line.
+    """
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{file}: not UTF-8 text at line {line}; save it as UTF-8") from None
+        raise UserError(f"{source}: not UTF-8 text at line {line}; save it as UTF-8") from None
 
 
 def read_json(kind: type[T], file: Path, limit: int = SIZE_LIMIT) -> T:

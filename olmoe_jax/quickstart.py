@@ -16,7 +16,7 @@ from olmoe_jax.checkpoints import directory
 from olmoe_jax.config import validate
 from olmoe_jax.config.load import load_config
 from olmoe_jax.errors import run_command
-from olmoe_jax.generation.answers import final_number
+from olmoe_jax.generation.answers import exact_match
 
 if TYPE_CHECKING:
     from olmoe_jax.model.decoder import Olmoe
@@ -118,14 +118,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> dict[s
 def ask(model: "Olmoe", inputs: Path) -> tuple[float, list[str]]:
     """Asks the test questions; returns the share of right answers, and each question's text."""
     from olmoe_jax.data import load_tokenizer
+    from olmoe_jax.data.reading import read_rows
 
-    rows = [json.loads(line) for line in (inputs / "test.jsonl").read_text().splitlines()]
+    rows = [row for _, row in read_rows(str(inputs / "test.jsonl"))]
     prompts = [row["prompt"] for row in rows]
     outputs = olmoe_jax.generate(
         model, load_tokenizer(str(inputs)), prompts, max_new_tokens=48, batch_size=128
     )
     right = [
-        final_number(output) == final_number(row["completion"])
+        exact_match("gsm", output, row["completion"])
         for output, row in zip(outputs, rows, strict=True)
     ]
     return sum(right) / len(rows), [p + o for p, o in zip(prompts, outputs, strict=True)]

@@ -1,11 +1,14 @@
 """The tasks humaneval and mbpp: programs, scored by the data set's tests in the sandbox."""
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
+
+import pydantic
 
 from eval.statistics import mean_metric, pass_at_k
 from eval.tasks.task import Example, Prediction, Scores, Task, Tools
 from olmoe_jax.errors import UserError
+from olmoe_jax.files import STRICT
 
 PASS_AT = (1, 5, 10, 100)
 """The k of the reported pass@k, as far as there are samples."""
@@ -42,18 +45,41 @@ class CodeTask(Task):
         return Scores(metrics, rows, {"samples": samples})
 
 
+@pydantic.with_config(STRICT)
+@dataclasses.dataclass(frozen=True)
+class Function:
+    """A row of HumanEval."""
+
+    task_id: str
+    prompt: str
+    entry_point: str
+    test: str
+
+
+@pydantic.with_config(STRICT)
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A row of MBPP."""
+
+    task_id: int
+    text: str
+    code: str
+    test_list: list[str]
+    test_setup_code: str
+
+
 class HumanEval(CodeTask):
     """HumanEval (Chen et al. 2021): the model continues a function from its docstring."""
 
     name = "humaneval"
     local_file = "humaneval/HumanEval.jsonl"
     hub = (("openai/openai_humaneval", "test"),)
-    fields = ("task_id", "prompt", "entry_point", "test")
+    row = Function
     stop = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 
-    def examples(self, rows: Sequence[dict[str, Any]]) -> list[Example]:
+    def examples_of(self, rows: Sequence[Function]) -> list[Example]:
         return [
-            Example(row["task_id"], row["prompt"], f"{row['test']}\ncheck({row['entry_point']})\n")
+            Example(row.task_id, row.prompt, f"{row.test}\ncheck({row.entry_point})\n")
             for row in rows
         ]
 
@@ -70,18 +96,18 @@ class Mbpp(CodeTask):
         ("google-research-datasets/mbpp", "prompt"),
         ("google-research-datasets/mbpp", "test"),
     )
-    fields = ("task_id", "text", "code", "test_list", "test_setup_code")
+    row = Problem
     stop = ("[DONE]",)
 
-    def examples(self, rows: Sequence[dict[str, Any]]) -> list[Example]:
+    def examples_of(self, rows: Sequence[Problem]) -> list[Example]:
         """Returns the problems 11 to 510, the test set."""
-        by_id = {row["task_id"]: row for row in rows}
+        by_id = {row.task_id: row for row in rows}
         if not {2, 3, 4} <= by_id.keys():
             raise UserError(
                 "mbpp: the problems 2, 3 and 4 are missing; the prompt shows their solutions"
             )
         solved = "".join(
-            f"{_question(by_id[id_])}{_unix(by_id[id_]['code'])}\n[DONE]\n\n" for id_ in (2, 3, 4)
+            f"{_question(by_id[id_])}{_unix(by_id[id_].code)}\n[DONE]\n\n" for id_ in (2, 3, 4)
         )
         return [
             Example(str(id_), solved + _question(by_id[id_]), _tests(by_id[id_]))
@@ -93,16 +119,16 @@ class Mbpp(CodeTask):
         return prediction.answer, prediction.example.reference
 
 
-def _question(row: dict[str, Any]) -> str:
-    tests = "\n".join(row["test_list"])
+def _question(row: Problem) -> str:
+    tests = "\n".join(row.test_list)
     return (
-        f"You are an expert Python programmer, and here is your task: {row['text']} "
+        f"You are an expert Python programmer, and here is your task: {row.text} "
         f"Your code should pass these tests:\n\n{tests}\n[BEGIN]\n"
     )
 
 
-def _tests(row: dict[str, Any]) -> str:
-    return _unix("\n".join([row["test_setup_code"], *row["test_list"]])) + "\n"
+def _tests(row: Problem) -> str:
+    return _unix("\n".join([row.test_setup_code, *row.test_list])) + "\n"
 
 
 def _unix(text: str) -> str:

@@ -3,22 +3,36 @@
 A prompt holds solved examples, then the query: "User: EXAMPLE\\n\\n…QUERY\\n\\nAssistant:".
 """
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
+
+import pydantic
 
 from eval.tasks.task import Example, Task
+from olmoe_jax.files import STRICT
 
 _FIRST, _LAST = "User: ", "\n\nAssistant:"
+
+
+@pydantic.with_config(STRICT)
+@dataclasses.dataclass(frozen=True)
+class Query:
+    """A row: prompt, right answers, and a number or name."""
+
+    prompt: str
+    answers: Annotated[list[str], pydantic.Field(min_length=1)]
+    idx: Any = None
 
 
 class EsftTask(Task):
     """A task whose rows have a prompt and answers, the first of which is the reference."""
 
-    fields = ("prompt", "answers")
+    row = Query
 
-    def examples(self, rows: Sequence[dict[str, Any]]) -> list[Example]:
+    def examples_of(self, rows: Sequence[Query]) -> list[Example]:
         return [
-            Example(str(row.get("idx", index)), row["prompt"], row["answers"][0])
+            Example(str(index if row.idx is None else row.idx), row.prompt, row.answers[0])
             for index, row in enumerate(rows)
         ]
 

@@ -1,11 +1,24 @@
 """The task gsm: grade school word problems (Cobbe et al. 2021); the last number answers."""
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated
+
+import pydantic
 
 from eval.statistics import mean_metric
 from eval.tasks.task import Example, Prediction, Scores, Task, Tools
-from olmoe_jax.generation.answers import NEXT_QUESTION, final_number, last_number
+from olmoe_jax.files import STRICT
+from olmoe_jax.generation.answers import NEXT_QUESTION, last_number, reference_number
+
+
+@pydantic.with_config(STRICT)
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A row: the answer is a number, or a text that ends in one after ####."""
+
+    question: str
+    answer: Annotated[str | int | float, pydantic.AfterValidator(reference_number)]
 
 
 class Gsm(Task):
@@ -14,15 +27,15 @@ class Gsm(Task):
     name = "gsm"
     local_file = "gsm8k/test.jsonl"
     hub = (("RoxanneWsyw/gsm:test.jsonl", "train"),)
-    fields = ("question", "answer")
+    row = Problem
     stop = (NEXT_QUESTION,)
 
-    def examples(self, rows: Sequence[dict[str, Any]]) -> list[Example]:
+    def examples_of(self, rows: Sequence[Problem]) -> list[Example]:
         return [
             Example(
                 str(index),
-                f"Answer the following question.\n\nQuestion: {row['question'].strip()}\nAnswer:",
-                final_number(row["answer"]),
+                f"Answer the following question.\n\nQuestion: {row.question.strip()}\nAnswer:",
+                row.answer,
             )
             for index, row in enumerate(rows)
         ]

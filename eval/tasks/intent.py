@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from eval.statistics import mean_metric
-from eval.tasks.esft import EsftTask
+from eval.tasks.esft import EsftTask, Query
 from eval.tasks.task import Example, Prediction, Scores, Tools
 from olmoe_jax.errors import UserError
 from olmoe_jax.generation.answers import intents_match, is_intent, parse_intent
@@ -18,8 +18,8 @@ class Intent(EsftTask):
     hub = (("RoxanneWsyw/ESFT-intent:test.jsonl", "train"),)
     max_new_tokens = 128
 
-    def examples(self, rows: Sequence[dict[str, Any]]) -> list[Example]:
-        examples = super().examples(rows)
+    def examples_of(self, rows: Sequence[Query]) -> list[Example]:
+        examples = super().examples_of(rows)
         for example in examples:
             if not is_intent(parse_intent(example.reference)):
                 raise UserError(

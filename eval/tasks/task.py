@@ -1,13 +1,15 @@
 """A task: its rows as prompts, its post-processing, its scores."""
 
+import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from eval.statistics import Metric
-from olmoe_jax.data.reading import read_rows
+from olmoe_jax.data.reading import Row, read_rows
 from olmoe_jax.errors import UserError
+from olmoe_jax.files import validate
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Task:
       name: for --tasks and the output directory.
       local_file: path under --data.
       hub: (source of `read_rows`, split) pairs, whose rows follow each other.
-      fields: that every row must have.
+      row: a dataclass, the fields that a row must have.
       max_new_tokens: an output that has not ended by then is cut.
       stop: the output ends before the first of these strings.
       sampled: --samples and --temperature apply; else one greedy sample a row.
@@ -74,14 +76,28 @@ class Task:
     name: ClassVar[str]
     local_file: ClassVar[str]
     hub: ClassVar[tuple[tuple[str, str], ...]]
-    fields: ClassVar[tuple[str, ...]]
+    row: ClassVar[type]
     max_new_tokens: ClassVar[int] = 512
     stop: ClassVar[tuple[str, ...]] = ()
     sampled: ClassVar[bool] = False
     runs_code: ClassVar[bool] = False
 
-    def examples(self, rows: Sequence[dict[str, Any]]) -> list[Example]:
-        """Returns the examples of a data set's rows, in the rows' order."""
+    def examples(self, rows: Iterable[tuple[str, Row]]) -> list[Example]:
+        """Returns the examples of the rows of `read_rows`, in the rows' order.
+
+        Raises:
+          UserError: a row lacks a field, or a field is wrong.
+        """
+        names = [field.name for field in dataclasses.fields(self.row)]
+        return self.examples_of(
+            [
+                validate(self.row, {name: row[name] for name in names if name in row}, place)
+                for place, row in rows
+            ]
+        )
+
+    def examples_of(self, rows: Sequence[Any]) -> list[Example]:
+        """Returns the examples of rows of the type `row`."""
         raise NotImplementedError
 
     def shorten(self, prompt: str) -> str | None:
@@ -110,15 +126,7 @@ def read_examples(task: Task, data: str | None) -> list[Example]:
                 f"--data {data}: no {task.local_file} there for the task {task.name}; put the file "
                 "there, or leave --data out to read the hub"
             )
-        sources = [(path, "train")]
+        sources: Sequence[tuple[str, str]] = [(path, "train")]
     else:
-        path, sources = task.hub[0][0], task.hub
-    rows = [row for source, split in sources for _, row in read_rows(source, split)]
-    for number, row in enumerate(rows, 1):
-        missing = [name for name in task.fields if name not in row]
-        if missing:
-            raise UserError(
-                f"{path}: row {number} has no field {missing[0]!r}; the task {task.name} reads "
-                f"rows with {', '.join(task.fields)}"
-            )
-    return task.examples(rows)
+        sources = task.hub
+    return task.examples(row for source, split in sources for row in read_rows(source, split))

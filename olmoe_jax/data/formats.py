@@ -29,7 +29,9 @@ ACCEPTED_FIELDS = (
 )
 
 LONG_TEXT = 1 << 19
-"""Characters that are tokenised together, or of a text at once."""
+"""Characters that are tokenised together."""
+_WHOLE_TEXT = 1 << 16
+"""Characters of a text that is always tokenised whole."""
 
 _CHOICE_NAMES = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -189,12 +191,13 @@ def _token_ids(
             return_token_type_ids=False,
         )["input_ids"]
 
-    found = ids([text[:LONG_TEXT] for text in texts])
+    size = max(_WHOLE_TEXT, min(8 * enough, LONG_TEXT))
+    sizes = [size] * len(texts)
+    found = ids([text[:size] for text in texts])
     for index, text in enumerate(texts):
-        size = LONG_TEXT
-        while size < len(text) and len(found[index]) < enough:
-            size *= 2
-            found[index] = ids([text[:size]])[0]
+        while sizes[index] < len(text) and len(found[index]) < enough:
+            sizes[index] *= 2
+            found[index] = ids([text[: sizes[index]]])[0]
     return found
 
 

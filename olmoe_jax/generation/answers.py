@@ -6,13 +6,18 @@ The tasks of `eval` and the evaluation during training share these functions.
 import json
 import re
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from typing import Any, Literal
 
 from pydantic_core import from_json
 
+from olmoe_jax.errors import shorten
+
 # A minus after a word or a bracket subtracts and is no sign: 20-5.
 _NUMBER = re.compile(r"(?:(?<![\w)\]])-)?(?:\d*\.\d+|\d+)")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d)")
+_GROUPS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_CURRENCY = re.compile(r"(-?)[$€£¥] ?(?=[-\d.])")
 _FENCE = re.compile(r"```(?:json|JSON)?")
 NEXT_QUESTION = "Question:"
 """The beginning of another word problem, at which a continuation is cut."""
@@ -26,16 +31,28 @@ def last_number(text: str) -> str | None:
     return numbers[-1] if numbers else None
 
 
-def final_number(answer: str) -> str:
-    """Returns the number after the last #### of a GSM8K answer, without thousands commas."""
-    return _THOUSANDS.sub("", answer.rpartition("####")[2].strip())
+def reference_number(answer: str | float) -> str:
+    """Returns the number that a GSM8K answer means, as `last_number` writes it.
+
+    It stands after the last #### of a text, or is the text: 18, $18, 18., 18 dollars, 1,800.
+
+    Raises:
+      ValueError: there is no number, or more than one.
+    """
+    text = f"{Decimal(str(answer)).normalize():f}" if isinstance(answer, float) else str(answer)
+    line = text.rpartition("####")[2].strip().partition("\n")[0]
+    plain = _GROUPS.sub("", line.replace("\u2212", "-"))
+    numbers = _NUMBER.findall(_CURRENCY.sub(r"\1", plain))
+    if len(numbers) != 1 or not numbers[0].isascii():
+        raise ValueError(f"{shorten(line)!r} is not one number; write e.g. #### 18")
+    return numbers[0]
 
 
 def parse_intent(text: str) -> dict[str, Any] | None:
     """Returns the JSON object on a text's first line, without code fences and a final 。"""
-    lines = _FENCE.sub("", text).strip().splitlines()
+    line = _FENCE.sub("", text).strip().partition("\n")[0]
     try:
-        value = from_json(lines[0].strip().rstrip("。")) if lines else None
+        value = from_json(line.strip().rstrip("。"))
     except ValueError:  # no JSON, or nested more than 200 deep
         return None
     return value if isinstance(value, dict) else None
@@ -65,8 +82,12 @@ def _normal(value: Any) -> Any:
 
 
 def scorer_for(expected: Sequence[str]) -> Scorer:
-    """Returns "gsm" if all answers have a ####, "intent" if all are an intent, else "text"."""
-    if all("####" in text for text in expected):
+    """Returns "gsm" if all answers have a ####, "intent" if all are an intent, else "text".
+
+    Raises:
+      ValueError: an answer has no number after ####.
+    """
+    if all("####" in text and reference_number(text) for text in expected):
         return "gsm"
     return "intent" if all(is_intent(parse_intent(text)) for text in expected) else "text"
 
@@ -76,13 +97,16 @@ def exact_match(scorer: Scorer, output: str, expected: str) -> bool:
 
     gsm compares the last number before a further question, intent the intent and slots, text the
     whole text without the white space around it.
+
+    Raises:
+      ValueError: gsm's expected text is not one number.
     """
     return _SCORERS[scorer](output, expected)
 
 
 _SCORERS: dict[str, Callable[[str, str], bool]] = {
     "gsm": lambda output, expected: (
-        last_number(output.partition(NEXT_QUESTION)[0]) == final_number(expected)
+        last_number(output.partition(NEXT_QUESTION)[0]) == reference_number(expected)
     ),
     "intent": lambda output, expected: (
         is_intent(wanted := parse_intent(expected)) and intents_match(parse_intent(output), wanted)

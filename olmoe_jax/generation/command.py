@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from olmoe_jax.errors import SEED, ArgumentParser, UserError, data_output, whole_number
-from olmoe_jax.files import BASE, PATH_OR_ID, expand
+from olmoe_jax.files import BASE, PATH_OR_ID, expand, read_bytes, utf8
 
 EPILOG = """examples:
   python -m olmoe_jax.generate --model runs/quickstart/hf --prompt "Question: 2 + 3?
@@ -95,15 +95,16 @@ def add_model(parser: ArgumentParser) -> None:
 def _prompts(args: argparse.Namespace) -> list[str]:
     """Returns all prompts, those of the file last."""
     prompts = list(args.prompt)
-    if args.prompts is not None:
-        try:
-            file = sys.stdin.buffer if args.prompts == "-" else None
-            content = file.read() if file else Path(args.prompts).read_bytes()
-            prompts += [line for line in content.decode().splitlines() if line]
-        except OSError as error:
-            raise UserError(f"--prompts {args.prompts}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise UserError(f"--prompts {args.prompts}: is not UTF-8 text") from None
+    if args.prompts == "-":
+        prompts += _lines(sys.stdin.buffer.read(), "standard input")
+    elif args.prompts is not None:
+        prompts += _lines(read_bytes(Path(args.prompts)), args.prompts)
     if not prompts:
         raise UserError("there is no prompt: write --prompt TEXT, or --prompts FILE")
     return prompts
+
+
+def _lines(content: bytes, source: str) -> list[str]:
+    """Returns the lines that are not empty. Only \\n and \\r\\n end one."""
+    lines = utf8(content, source).split("\n")
+    return [line for line in (line.removesuffix("\r") for line in lines) if line]

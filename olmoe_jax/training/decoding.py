@@ -122,5 +122,8 @@ def held_out_sample(config: Config, model: BaseModel, datasets: Datasets) -> Hel
     # Prompts of like length share a batch, so that few shapes are compiled.
     found.sort(key=lambda parts: -len(parts[0]))
     texts = [(str(tokenizer.decode(p)), str(tokenizer.decode(a))) for p, a in found]
-    scorer = scorer_for([expected for _, expected in texts])
+    try:
+        scorer = scorer_for([expected for _, expected in texts])
+    except ValueError as error:
+        raise UserError(f"generate.every={options.every}: an answer to compare: {error}") from None
     return HeldOut(tokenizer, texts, scorer, options.max_new_tokens)

@@ -201,7 +201,7 @@ def answers_text(answers: Sequence[Answer]) -> str:
         }
         for label, text in texts.items():
             # Indented text is code: nothing that a model writes can end it or be markup.
-            code = "\n".join(f"    {line}" for line in text.strip().splitlines())
+            code = "\n".join(f"    {line}" for line in text.strip().split("\n"))
             parts.append(f"**{label}**\n\n{code}\n")
     return "\n".join(parts)
 

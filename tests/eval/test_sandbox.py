@@ -525,13 +525,15 @@ def test_all_canonical_solutions_pass(shared):
     problems = read_rows(shared / "data" / humaneval.local_file)
     programs = [
         humaneval.program(Prediction(example, "", row["canonical_solution"]))
-        for example, row in zip(humaneval.examples(problems), problems, strict=True)
+        for example, row in zip(
+            humaneval.examples(("", row) for row in problems), problems, strict=True
+        )
     ]
     rows = read_rows(shared / "data" / mbpp.local_file)
     # All problems, not only the test split.
     few = {row["task_id"]: row for row in rows if row["task_id"] in (2, 3, 4)}
     for row in rows:
-        (example,) = Mbpp().examples([*few.values(), row | {"task_id": 11}])
+        (example,) = Mbpp().examples(("", r) for r in [*few.values(), row | {"task_id": 11}])
         programs.append(mbpp.program(Prediction(example, "", row["code"])))
     assert len(programs) == 164 + 974
     failures = sandbox.run_all(programs)

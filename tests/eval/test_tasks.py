@@ -9,6 +9,7 @@ from helpers import message_of
 
 from eval.tasks import TASKS, tasks_of
 from eval.tasks.task import Example, Prediction, Tools, read_examples
+from olmoe_jax.errors import UserError
 from olmoe_jax.generation.answers import intents_match, parse_intent
 from olmoe_jax.generation.stop_strings import cut_at
 
@@ -24,7 +25,7 @@ def predictions(task, outputs_and_references) -> list[Prediction]:
 
 
 def test_gsm_prompt():
-    (example,) = GSM.examples([{"question": "2 + 3?", "answer": "2 + 3 = <<2+3=5>>5\n#### 2,125"}])
+    (example,) = GSM.examples([("", {"question": "2 + 3?", "answer": "<<2+3=5>>5\n#### 2,125"})])
     assert example.prompt == "Answer the following question.\n\nQuestion: 2 + 3?\nAnswer:"
     assert example.reference == "2125"
 
@@ -113,7 +114,7 @@ def test_intent_scores():
     assert scores.counts == {"not_json": 1}
     assert parse_intent(GOOD_TEXT) == GOOD
     row = {"prompt": "", "answers": ["no JSON"]}
-    assert "row 0 is not JSON" in message_of(INTENT.examples, [row])
+    assert "row 0 is not JSON" in message_of(INTENT.examples, [("", row)])
 
 
 def last_number_by_hand(text: str) -> str:
@@ -237,7 +238,7 @@ def test_pass_at_k_over_samples():
 def test_humaneval_program():
     row = {"task_id": "HumanEval/0", "prompt": 'def f(x):\n    """doc"""\n', "entry_point": "f"}
     row["test"] = "def check(candidate):\n    assert candidate(1) == 2\n"
-    (example,) = HUMANEVAL.examples([row])
+    (example,) = HUMANEVAL.examples([("", row)])
     assert (example.id, example.prompt) == ("HumanEval/0", row["prompt"])
     output = cut_at("    return x + 1\n\ndef g():\n    pass", HUMANEVAL.stop)
     assert output == "    return x + 1\n"
@@ -258,7 +259,7 @@ def mbpp_row(id_: int) -> dict:
 
 
 def test_mbpp_prompt_and_program():
-    (example,) = MBPP.examples([mbpp_row(id_) for id_ in (1, 2, 3, 4, 5, 11, 511, 974)])
+    (example,) = MBPP.examples([("", mbpp_row(id_)) for id_ in (1, 2, 3, 4, 5, 11, 511, 974)])
     assert example.id == "11"
     question = (
         "You are an expert Python programmer, and here is your task: Write f2. Your code should "
@@ -270,7 +271,7 @@ def test_mbpp_prompt_and_program():
     output = cut_at("def f11():\n  return 11\n[DONE]\n\nYou are", MBPP.stop)
     program = MBPP.program(Prediction(example, output, MBPP.answer(output)))
     exec("\n".join(program), {})
-    assert "2, 3 and 4 are missing" in message_of(MBPP.examples, [mbpp_row(11)])
+    assert "2, 3 and 4 are missing" in message_of(MBPP.examples, [("", mbpp_row(11))])
 
 
 def test_cut_at_the_first_stop_string():
@@ -289,7 +290,7 @@ def test_data_that_is_missing(tmp_path):
     assert "no gsm8k/test.jsonl there" in message_of(read_examples, GSM, str(tmp_path))
     (tmp_path / "gsm8k").mkdir()
     (tmp_path / "gsm8k/test.jsonl").write_text('{"question": "1?", "answer": "1"}\n{"x": 1}\n')
-    assert "row 2 has no field 'question'" in message_of(read_examples, GSM, str(tmp_path))
+    assert "line 2: field question is missing" in message_of(read_examples, GSM, str(tmp_path))
 
 
 @pytest.mark.slow
@@ -309,3 +310,27 @@ def test_real_data_and_its_own_answers(shared):
         ]
         metrics = list(task.score(made, Tools()).metrics.values())
         assert metrics[0].value > 99 if name == "translation" else metrics[0].value == 100
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "message"),
+    [
+        (GSM, {"question": None, "answer": "#### 1"}, "question is null; it must be text"),
+        (GSM, {"question": "a", "answer": "#### none"}, "answer.*: 'none' is not one number"),
+        (GSM, {"question": "a", "answer": True}, "answer"),
+        (GSM, {"question": "a", "answer": float("nan")}, "answer"),
+        (HUMANEVAL, {"task_id": 5, "prompt": "", "entry_point": "", "test": ""}, "task_id is 5"),
+        (MBPP, mbpp_row(1) | {"test_list": "x"}, 'test_list is "x"; it must be a list'),
+        (INTENT, {"prompt": "a", "answers": []}, "answers is "),
+        (INTENT, {"prompt": "a", "answers": [None]}, r"answers\.0 is null"),
+    ],
+)
+def test_a_row_of_other_types_is_refused_by_place(task, row, message):
+    with pytest.raises(UserError, match=f"^file: line 3: .*{message}"):
+        task.examples([("file: line 3", row)])
+
+
+@pytest.mark.parametrize("answer", [18, 18.0, "18.", "#### $18", "#### 18 dollars"])
+def test_gsm_answers_mean_what_they_say(answer):
+    (example,) = GSM.examples([("", {"question": "9 + 9?", "answer": answer})])
+    assert example.reference == "18"

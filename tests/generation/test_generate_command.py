@@ -10,6 +10,8 @@ import pytest
 from helpers import ROOT, assert_user_error, message_of, run_module
 from training import processes
 
+from olmoe_jax.generation import command
+
 
 def main(arguments):
     """Runs the command without importing the module: its name is the function's."""
@@ -32,13 +34,28 @@ def test_the_name_stays_the_function():
     [
         (["--prompt", "x"], "--model"),
         (["--model", "m"], "write --prompt TEXT"),
-        (["--model", "m", "--prompts", "nowhere.txt"], "nowhere.txt: No such file"),
+        (["--model", "m", "--prompts", "nowhere.txt"], "nowhere.txt: no such file"),
         (["--model", "nowhere", "--prompt", "x"], "nowhere: no such directory"),
         (["--model", "m", "--prompt", "x", "--temprature", "1"], "--temprature"),
     ],
 )
 def test_mistakes(arguments, culprit):
     assert culprit in message_of(main, arguments)
+
+
+def test_prompts_are_the_lines_of_the_file(tmp_path):
+    """Only a newline ends a line: not U+2028, U+0085, form feed, nor vertical tab."""
+    lines = ["a \u2028 b", "c \x85 d", "e \f f \v g", "h \x1c \r i", " j "]
+    (tmp_path / "prompts").write_bytes(("\ufeff" + "\r\n\n".join(lines) + "\n").encode())
+    flags = ["--model", "m", "--prompt", "0", "--prompts", str(tmp_path / "prompts")]
+    assert command._prompts(command.parser().parse_args(flags)) == ["0", *lines]
+
+
+def test_prompts_that_are_no_text_file(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "latin").write_bytes(b"a\n\xe9\n")
+    for name, message in (("fifo", "a FIFO or device"), ("latin", "not UTF-8 text at line 2")):
+        assert message in message_of(main, ["--model", "m", "--prompts", str(tmp_path / name)])
 
 
 @pytest.mark.slow
