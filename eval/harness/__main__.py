@@ -1,4 +1,4 @@
-"""lm_eval's command line, to which this project's model is added (docs/evaluation.md)."""
+"""Runs lm_eval's command line with this project's model added (docs/evaluation.md)."""
 
 from collections.abc import Sequence
 

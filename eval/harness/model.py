@@ -1,4 +1,4 @@
-"""The model `olmoe_jax` of lm_eval."""
+"""Gives lm_eval this project's model, under the name `olmoe_jax`."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -22,7 +22,7 @@ _NEUTRAL = {"num_beams": 1, "top_p": 1, "top_k": 0}
 
 @register_model(NAME)
 class OlmoeLM(TemplateLM):
-    """lm_eval's view of a model: answers to its three kinds of requests.
+    """Answers lm_eval's three kinds of requests with a model.
 
     Nothing is put in front of a text, as in this project's own tasks. Only a text without a context
     follows the tokenizer's bos token, or eos where the tokenizer has no bos.

@@ -106,7 +106,7 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """What trains, and how the router learns."""
+    """The parameters that train, and the way in which the router learns."""
 
     name: str = option(
         "densemixer",
