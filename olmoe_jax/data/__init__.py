@@ -1,17 +1,15 @@
 """Rows of a data set -> token sequences -> packed batches. Nothing here imports JAX."""
 
 from olmoe_jax.data.packing import Batch
-from olmoe_jax.data.pipeline import DataReport, Step, TrainingData, describe, evaluation_batches
+from olmoe_jax.data.pipeline import Step, TrainingData, evaluation_batches
 from olmoe_jax.data.tokenized import TokenizedDataset, held_out_split, tokenize_dataset
 from olmoe_jax.data.tokenizer import load_tokenizer
 
 __all__ = [
     "Batch",
-    "DataReport",
     "Step",
     "TokenizedDataset",
     "TrainingData",
-    "describe",
     "evaluation_batches",
     "held_out_split",
     "load_tokenizer",

@@ -1,7 +1,8 @@
 """The steps of a training run: their examples, the rows of these, and each process's share."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -42,36 +43,14 @@ class Step:
     targets: int
 
 
-@dataclass(frozen=True)
-class DataReport:
-    """The facts about its data that a run reports at the start.
-
-    Attributes:
-      examples: examples of an epoch.
-      dropped_rows: rows of the data file without a token to train on.
-      tokens: tokens of an epoch, without padding.
-      padding_share: padding in the first epoch, as a share of all places in its rows.
-      steps_per_epoch: steps of an epoch.
-      total_steps: steps of the run.
-      row_length: the length of a packed row; of an unpacked row the longest possible.
-    """
-
-    examples: int
-    dropped_rows: int
-    tokens: int
-    padding_share: float
-    steps_per_epoch: int
-    total_steps: int
-    row_length: int
-
-
+@dataclass(frozen=True, eq=False)
 class TrainingData:
     """The steps of a run as a Grain data set.
 
     A step is `batch_size` examples, chosen by (seed, step) alone. An epoch is every example once,
     and the last step of an epoch may have fewer examples.
 
-    Args:
+    Attributes:
       dataset: the examples.
       batch_size: examples of a step, over all processes.
       epochs: passes over the examples.
@@ -93,41 +72,39 @@ class TrainingData:
       ValueError: `rows_per_batch` is no multiple of `process_count`.
     """
 
-    def __init__(
-        self,
-        dataset: TokenizedDataset,
-        *,
-        batch_size: int,
-        epochs: int,
-        max_steps: int | None,
-        seed: int,
-        max_seq_length: int,
-        pack: bool,
-        rows_per_batch: int,
-        loss_normalization: str,
-        microbatch_examples: int,
-        pad_id: int,
-        process_index: int = 0,
-        process_count: int = 1,
-    ):
-        _check_shares(rows_per_batch, process_count)
-        self.dataset = dataset
-        self.steps_per_epoch = -(-len(dataset) // batch_size)
-        every_epoch = epochs * self.steps_per_epoch
-        self.total_steps = every_epoch if max_steps is None else min(max_steps, every_epoch)
-        self._batch_size = batch_size
-        self._epochs = epochs
-        self._seed = seed
-        self._pack = pack
-        self._rows_per_batch = rows_per_batch
-        self._loss_normalization = loss_normalization
-        self._microbatch_examples = microbatch_examples
-        self._pad_id = pad_id
-        self._process_index = process_index
-        self._process_count = process_count
-        self.row_length = max_seq_length
-        if pack:
-            self.row_length = self._shortest_row_length(max_seq_length)
+    dataset: TokenizedDataset
+    _: KW_ONLY
+    batch_size: int
+    epochs: int
+    max_steps: int | None
+    seed: int
+    max_seq_length: int
+    pack: bool
+    rows_per_batch: int
+    loss_normalization: str
+    microbatch_examples: int
+    pad_id: int
+    process_index: int = 0
+    process_count: int = 1
+
+    def __post_init__(self) -> None:
+        _check_shares(self.rows_per_batch, self.process_count)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of an epoch."""
+        return -(-len(self.dataset) // self.batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the run."""
+        every_epoch = self.epochs * self.steps_per_epoch
+        return every_epoch if self.max_steps is None else min(self.max_steps, every_epoch)
+
+    @cached_property
+    def row_length(self) -> int:
+        """The length of a packed row; of an unpacked row the longest possible."""
+        return self._shortest_row_length() if self.pack else self.max_seq_length
 
     def iterator(self) -> "grain.DatasetIterator[Step]":
         """Returns an iterator over the steps; get_state and set_state resume it exactly."""
@@ -136,7 +113,7 @@ class TrainingData:
         # Grain's index counts on past the end of an epoch. So the index that map_with_index gives
         # is the step of the run, and the shuffle below gives another order in every epoch.
         steps = self.epoch_examples().map_with_index(self._step)
-        steps = steps.repeat(self._epochs).slice(slice(self.total_steps))
+        steps = steps.repeat(self.epochs).slice(slice(self.total_steps))
         options = grain.ReadOptions(
             num_threads=_PREFETCH_THREADS, prefetch_buffer_size=_PREFETCH_STEPS
         )
@@ -154,10 +131,10 @@ class TrainingData:
         """Returns the steps of the first epoch, each as int64 [examples] indices of examples."""
         import grain
 
-        order = grain.MapDataset.range(len(self.dataset)).shuffle(self._seed)
-        return order.batch(self._batch_size, drop_remainder=False, batch_fn=np.asarray)
+        order = grain.MapDataset.range(len(self.dataset)).shuffle(self.seed)
+        return order.batch(self.batch_size, drop_remainder=False, batch_fn=np.asarray)
 
-    def _shortest_row_length(self, max_seq_length: int) -> int:
+    def _shortest_row_length(self) -> int:
         """Returns the shortest row that needs no more micro-batches than rows of `max_seq_length`.
 
         The run has one row length, a multiple of 128, so that one program serves all steps. Rows
@@ -170,36 +147,34 @@ class TrainingData:
         sample = [lengths[examples] for examples in self.epoch_examples()[:_SAMPLED_STEPS]]
 
         def micro_batches(row_length: int) -> int:
-            return sum(-(-len(pack(part, row_length)) // self._rows_per_batch) for part in sample)
+            return sum(-(-len(pack(part, row_length)) // self.rows_per_batch) for part in sample)
 
-        fits = micro_batches(max_seq_length)
+        fits = micro_batches(self.max_seq_length)
         low = -(-int(lengths.max()) // _ROW_MULTIPLE)  # known to hold every example
-        high = -(-max_seq_length // _ROW_MULTIPLE)  # known to fit
+        high = -(-self.max_seq_length // _ROW_MULTIPLE)  # known to fit
         while low < high:
             middle = (low + high) // 2
             if micro_batches(middle * _ROW_MULTIPLE) <= fits:
                 high = middle
             else:
                 low = middle + 1
-        return min(high * _ROW_MULTIPLE, max_seq_length)
+        return min(high * _ROW_MULTIPLE, self.max_seq_length)
 
     def _rows(self, examples: np.ndarray) -> tuple[list[list[int]], int]:
         """Returns a step's rows over all processes, empty ones included, and the row length."""
         lengths = self.dataset.lengths[examples]
-        rows, row_length = _arrange(lengths, self.row_length, self._pack)
-        return _with_empty_rows(rows, self._rows_per_batch), row_length
+        rows, row_length = _arrange(lengths, self.row_length, self.pack)
+        return _with_empty_rows(rows, self.rows_per_batch), row_length
 
     def _step(self, index: int, examples: np.ndarray) -> Step:
         rows, row_length = self._rows(examples)
         targets = self.dataset.target_counts[examples]
         weights = loss_weights_per_example(
-            targets, self._loss_normalization, self._microbatch_examples
+            targets, self.loss_normalization, self.microbatch_examples
         )
         batches = [
-            fill_rows(self.dataset, examples, share, row_length, weights, self._pad_id)
-            for share in _shares(
-                rows, self._rows_per_batch, self._process_index, self._process_count
-            )
+            fill_rows(self.dataset, examples, share, row_length, weights, self.pad_id)
+            for share in _shares(rows, self.rows_per_batch, self.process_index, self.process_count)
         ]
         tokens = int(self.dataset.lengths[examples].sum())
         return Step(
@@ -211,19 +186,6 @@ class TrainingData:
             examples=len(examples),
             targets=int(targets.sum()),
         )
-
-
-def describe(data: TrainingData) -> DataReport:
-    """Returns the report on a run's data."""
-    return DataReport(
-        examples=len(data.dataset),
-        dropped_rows=data.dataset.dropped_rows,
-        tokens=int(data.dataset.lengths.sum()),
-        padding_share=data.first_epoch_padding_share(),
-        steps_per_epoch=data.steps_per_epoch,
-        total_steps=data.total_steps,
-        row_length=data.row_length,
-    )
 
 
 def evaluation_batches(

@@ -31,15 +31,15 @@ def introduction(
     base = f", base quantized to {scheme}" if scheme else ""
     yield f"method: {model.method.describe()}{base}"
     yield from parameter_table(program.state.parameters, program.frozen)
-    report, evaluation = data.describe(steps), datasets.evaluation
+    train, evaluation = steps.dataset, datasets.evaluation
     yield (
-        f"data: {report.examples:,} examples ({report.dropped_rows} rows dropped), "
-        f"{report.tokens:,} tokens, rows of {report.row_length:,}, "
-        f"padding {report.padding_share:.1%}, "
+        f"data: {len(train):,} examples ({train.dropped_rows} rows dropped), "
+        f"{train.lengths.sum():,} tokens, rows of {steps.row_length:,}, "
+        f"padding {steps.first_epoch_padding_share():.1%}, "
         f"{len(evaluation) if evaluation else 0:,} evaluation examples"
     )
     yield (
-        f"steps: {report.total_steps:,} ({report.steps_per_epoch:,} per epoch of "
+        f"steps: {steps.total_steps:,} ({steps.steps_per_epoch:,} per epoch of "
         f"{config.train.batch_size} examples each); output: {Path(config.train.output_dir)}"
     )
 
