@@ -40,6 +40,7 @@ class Decoding:
     samples: int = 1
     temperature: float = 0.0
     seed: int = 0
+    allow_extrapolation: bool = False
 
 
 def settings_of(
@@ -57,6 +58,7 @@ def settings_of(
         "temperature": decoding.temperature if task.sampled else 0.0,
         "seed": decoding.seed,
         "batch_size": decoding.batch_size,
+        **({"allow_extrapolation": True} if decoding.allow_extrapolation else {}),
     }
 
 
@@ -146,7 +148,9 @@ def _decode_batch(
 ) -> list[Output]:
     """Returns the lines of predictions.jsonl for batch `number` of (example, sample) pairs."""
     limit = settings["max_new_tokens"]
-    prompts = [_fitting(task, examples[index], model, limit) for index, _ in batch]
+    prompts = [examples[index].prompt for index, _ in batch]
+    if not settings.get("allow_extrapolation"):
+        prompts = [_fitting(task, examples[index], model, limit) for index, _ in batch]
     # Batches must not draw the same numbers.
     seed = settings["seed"] * 1_000_003 + number
     texts = model.generate(prompts, Sampling(limit, settings["temperature"], seed, task.stop))
@@ -170,7 +174,7 @@ def _fitting(task: Task, example: Example, model: Backend, max_new_tokens: int) 
             raise UserError(
                 f"{task.name}: the prompt of row {example.id} has {length} tokens, and the model's "
                 f"context of {model.context} leaves {max(0, room)} beside {max_new_tokens} new "
-                "tokens; write a smaller --max_new_tokens"
+                "tokens; write a smaller --max_new_tokens, or --allow_extrapolation"
             )
         prompt = shorter
     return prompt

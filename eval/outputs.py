@@ -24,7 +24,8 @@ def open_output(path: Path, file: str, asked: Mapping[str, Any], free: Sequence[
     """
     if os.path.lexists(path / file):
         kept = read_json(dict[str, Any], path / file)
-        for name, value in asked.items():
+        for name in dict.fromkeys([*asked, *kept]):
+            value = asked.get(name)
             if name not in free and kept.get(name) != value:
                 former = shorten(text_of(kept.get(name)), 200)
                 raise UserError(

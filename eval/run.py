@@ -89,6 +89,7 @@ def parser() -> ArgumentParser:
     add("--compute_dtype", choices=DTYPES, default="float32")
     add("--batch_size", type=whole_number(1), default=16, metavar="N", help="prompts together (16)")
     add("--max_new_tokens", type=whole_number(1), metavar="N", help="default: each task's own")
+    add("--allow_extrapolation", action="store_true", help="read beyond the model's positions")
     code = result.add_argument_group("humaneval and mbpp")
     code.add_argument(
         "--allow_code_execution", action="store_true", help="run what the model wrote, in a sandbox"
@@ -134,7 +135,16 @@ def _decoding(args: argparse.Namespace) -> Decoding:
         raise UserError(
             f"--samples={args.samples}: greedy samples are all the same; add e.g. --temperature 0.8"
         )
-    return Decoding(args.batch_size, args.max_new_tokens, args.samples, args.temperature, args.seed)
+    if args.allow_extrapolation and args.backend == "vllm":
+        raise UserError("--allow_extrapolation: --backend vllm cannot; leave one of them out")
+    return Decoding(
+        args.batch_size,
+        args.max_new_tokens,
+        args.samples,
+        args.temperature,
+        args.seed,
+        args.allow_extrapolation,
+    )
 
 
 def _sandbox(args: argparse.Namespace, tasks: Sequence[Task]) -> RunPrograms | None:

@@ -40,7 +40,7 @@ class Backend(Protocol):
     """A loaded model.
 
     Attributes:
-      context: tokens that a prompt and its continuation may have together.
+      context: tokens that a prompt and its continuation may have together: the model's positions.
     """
 
     context: int

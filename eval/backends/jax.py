@@ -41,6 +41,8 @@ class JaxBackend(Prompts):
                 stop=sampling.stop,
                 seed=sampling.seed,
                 batch_size=len(prompts),
+                # The callers keep to `context`, each in its way.
+                allow_extrapolation=True,
             )
 
     def log_likelihoods(self, pairs: Sequence[TokenPair]) -> list[tuple[float, bool]]:

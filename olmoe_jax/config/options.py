@@ -69,6 +69,11 @@ class ModelOptions:
         "backend of attention; default: chunked on CPUs, pallas_triton on NVIDIA GPUs, splash on "
         "TPUs",
     )
+    allow_extrapolation: bool = option(
+        False,
+        "accept rows, and prompts with their answers, that are longer than the model has positions "
+        "(max_position_embeddings of its config.json)",
+    )
 
 
 @dataclass(frozen=True)

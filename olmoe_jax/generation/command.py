@@ -53,6 +53,7 @@ def main(arguments: Sequence[str]) -> None:
             seed=args.seed,
             batch_size=args.batch_size,
             progress=len(prompts) > 1,
+            allow_extrapolation=args.allow_extrapolation,
         )
     output = data_output()
     if len(prompts) == 1:
@@ -73,7 +74,13 @@ def parser() -> ArgumentParser:
     add = result.add_argument
     add("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     add("--prompts", type=expand, metavar="FILE", help="a prompt per line; -: standard input")
-    add("--max_new_tokens", type=whole_number(1), default=256, metavar="N", help="default 256")
+    add(
+        "--max_new_tokens",
+        type=whole_number(1),
+        metavar="N",
+        help="default: 256, or fewer where the model's positions end",
+    )
+    add("--allow_extrapolation", action="store_true", help="decode beyond the model's positions")
     add("--temperature", type=float, default=0.0, metavar="T", help="0 (default): greedy")
     add("--top_p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens only")
     add("--stop", action="append", default=[], metavar="TEXT", help="ends a text; may be repeated")

@@ -7,6 +7,7 @@ devices for CHUNK tokens; then the host looks for stop strings.
 """
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 CHUNK = 16
 _SHORTEST = 32
 """The fewest prompt columns, and columns for new tokens."""
+_NEW_TOKENS = 256
+"""How many new tokens a text has at most where nobody says."""
 
 
 class _State(NamedTuple):
@@ -48,13 +51,14 @@ def generate(
     tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence[str],
     *,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
     stop: Sequence[str] = (),
     seed: int = 0,
     batch_size: int = 64,
     progress: bool = False,
+    allow_extrapolation: bool = False,
 ) -> list[str]:
     """Returns the model's continuations, without the prompts and the end-of-text token.
 
@@ -66,19 +70,21 @@ def generate(
       model: from `olmoe_jax.from_pretrained`.
       tokenizer: the model's; its eos token ends a text.
       prompts: non-empty texts.
-      max_new_tokens: the length at which a text is cut.
+      max_new_tokens: the length at which a text is cut; None: 256, or where the model's positions
+        end.
       temperature: see `Sampling`.
       top_p: see `Sampling`.
       stop: strings that end a text, which is cut before the first of them.
       seed: see `Sampling`.
       batch_size: prompts decoded together.
       progress: shows a bar.
+      allow_extrapolation: decodes beyond the model's positions (max_position_embeddings).
 
     Raises:
-      UserError: a prompt is empty, or a number is out of range.
+      UserError: a prompt is empty or too long, or a number is out of range.
     """
     for name, value in {"max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
-        if value < 1:
+        if value is not None and value < 1:
             raise UserError(f"{name}={value}: must be 1 or more")
     sampling = Sampling(temperature, top_p, seed)
     if not all(stop):
@@ -86,6 +92,15 @@ def generate(
     encoded = [tokenizer(p, add_special_tokens=False, verbose=False).input_ids for p in prompts]
     if not all(encoded):
         raise UserError("a prompt is empty; write at least one word")
+    positions = sys.maxsize if allow_extrapolation else model.config.max_position_embeddings
+    rooms = [positions - len(tokens) for tokens in encoded]
+    for number, (tokens, room) in enumerate(zip(encoded, rooms, strict=True), 1):
+        if room < (max_new_tokens or 1):
+            raise UserError(
+                f"prompt {number} has {len(tokens)} tokens: of the model's {positions} positions "
+                f"{max(0, room)} are left for new tokens; write a shorter prompt or a smaller "
+                "max_new_tokens, or allow_extrapolation to decode beyond them"
+            )
 
     # Prompts of similar length share a batch, the longest first: short memory shows at once.
     order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
@@ -95,7 +110,8 @@ def generate(
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
             batch = [encoded[index] for index in indices]
-            found = decoder.run(indices, batch, max_new_tokens, batch_size, bar.update)
+            limits = [min(max_new_tokens or _NEW_TOKENS, rooms[index]) for index in indices]
+            found = decoder.run(indices, batch, limits, batch_size, bar.update)
             for index, text in zip(indices, found, strict=True):
                 texts[index] = text
     return texts
@@ -130,7 +146,7 @@ class _Decoder:
         self,
         indices: Sequence[int],
         prompts: Sequence[list[int]],
-        limit: int,
+        limits: Sequence[int],
         batch_size: int,
         done: Callable[[int], object],
     ) -> list[str]:
@@ -139,7 +155,7 @@ class _Decoder:
         Args:
           indices: the places of the batch's prompts among all prompts, which seed their draws.
           prompts: the tokens of each.
-          limit: the most new tokens of a text.
+          limits: the most new tokens of each text.
           batch_size: rows of a full batch.
           done: called with n when n more rows have ended.
         """
@@ -151,10 +167,12 @@ class _Decoder:
         tokens, segments = _left_padded(prompts, rows, eos)
         seeds = np.zeros(rows, np.uint32)
         seeds[: len(indices)] = indices
+        longest, limit_of_row = max(limits), np.zeros(rows, np.int32)
+        limit_of_row[: len(limits)] = limits
         state = _prefill(
             self._graph,
             self._kind,
-            bucket(limit, _SHORTEST),
+            bucket(longest, _SHORTEST),
             eos,
             self._parameters,
             tokens,
@@ -170,18 +188,18 @@ class _Decoder:
             new, count, ended = (np.asarray(part) for part in (state.new, state.count, state.ended))
             if self._stop:
                 stopped |= [self._has_stop(row) for row in new[:, :count]]
-            ended = ended | stopped
+            ended = ended | stopped | (count >= limit_of_row)
             still = rows - int(ended.sum())
             done(running - still)
             running = still
-            if not still or count >= limit:
+            if not still:
                 break
-            until = min(until + CHUNK, limit)
+            until = min(until + CHUNK, longest)
             state = _continue(
                 self._graph, self._kind, eos, self._parameters, state, ended, until, *self._numbers
             )
-        done(running)
-        return [cut_at(self._text(row), self._stop) for row in new[: len(prompts), :count]]
+        found = zip(new[: len(prompts), :count], limits, strict=True)
+        return [cut_at(self._text(row[:limit]), self._stop) for row, limit in found]
 
     def _has_stop(self, tokens: np.ndarray) -> bool:
         text = self._text(tokens)

@@ -8,7 +8,7 @@ import numpy as np
 
 from olmoe_jax.checkpoints import directory
 from olmoe_jax.checkpoints.expert_config import ExpertConfig
-from olmoe_jax.errors import SEED, ArgumentParser, whole_number
+from olmoe_jax.errors import SEED, ArgumentParser, UserError, whole_number
 from olmoe_jax.files import NEW_DIRECTORY, PATH_OR_ID, expand, user_path
 from olmoe_jax.methods.selection import FUNCTIONS, check_top_p, read_scores, select, write_scores
 
@@ -31,7 +31,15 @@ def main(arguments: Sequence[str]) -> None:
     score.add_argument("--output", **NEW_DIRECTORY)
     score.add_argument("--tokenizer", **PATH_OR_ID, help="default: the model's")
     score.add_argument("--max_tokens", type=whole_number(1), default=300_000, metavar="N")
-    score.add_argument("--max_seq_length", type=whole_number(1), default=4096, metavar="N")
+    score.add_argument(
+        "--max_seq_length",
+        type=whole_number(1),
+        metavar="N",
+        help="default: 4096, or fewer where the model's positions end",
+    )
+    score.add_argument(
+        "--allow_extrapolation", action="store_true", help="read beyond the model's positions"
+    )
     score.add_argument("--compute_dtype", choices=["float32", "bfloat16"], default="float32")
     score.add_argument("--seed", type=SEED, default=0, help="seeds the sample of examples")
     choose = commands.add_parser("select", help="write an expert config")
@@ -70,7 +78,14 @@ def run_score(args: argparse.Namespace, output: Path) -> str:
     source = open_source(args.model)
     dtype = jnp.dtype(args.compute_dtype)
     tokenizer = data.load_tokenizer(args.tokenizer or str(source.files))
-    dataset = data.tokenize_dataset(args.data, tokenizer, args.max_seq_length)
+    positions = source.config.max_position_embeddings
+    length = args.max_seq_length or min(4096, positions)
+    if length > positions and not args.allow_extrapolation:
+        raise UserError(
+            f"--max_seq_length {length}: the model has {positions} positions; write at most "
+            f"{positions}, or --allow_extrapolation"
+        )
+    dataset = data.tokenize_dataset(args.data, tokenizer, length)
     mesh = sharding.make_mesh()
     scores, tokens = expert_scores(
         graph_of(source.config, ModelSettings(compute_dtype=dtype)),
@@ -81,7 +96,7 @@ def run_score(args: argparse.Namespace, output: Path) -> str:
         max_tokens=args.max_tokens,
         seed=args.seed,
         layout={
-            "max_seq_length": args.max_seq_length,
+            "max_seq_length": length,
             "pack": True,
             "rows_per_batch": mesh.size,
             "pad_id": tokenizer.eos_token_id,

@@ -17,7 +17,7 @@ from olmoe_jax.plan.costs import Roofline, microbatch_traffic, roofline
 from olmoe_jax.plan.devices import Topology, open_devices, parse_topology
 from olmoe_jax.plan.known import KNOWN, known_config
 from olmoe_jax.plan.programs import CompiledProgram, StepPrograms, device_bytes
-from olmoe_jax.training.base_model import compute_settings, with_backends
+from olmoe_jax.training.base_model import check_positions, compute_settings, with_backends
 
 TUNED_EXPERTS = 4
 """Tuned experts per layer that a plan assumes for a run whose data decide which they are."""
@@ -109,6 +109,7 @@ def plan(
 
     # The model, as training would set it up on these devices.
     model_config = _architecture(config)
+    check_positions(config, model_config)
     method, assumed = methods.build(config.method, model_config).for_plan(
         config.train.seed, tuned_experts or TUNED_EXPERTS
     )

@@ -79,12 +79,24 @@ def open_model(config: Config) -> BaseModel:
             )
         source, files = None, path if path.is_dir() else path.parent
         model_config = read_model_config(files)
+    check_positions(config, model_config)
     sharding.check_experts(config.mesh.expert, model_config.num_experts)
     tokenizer = config.data.tokenizer_path or options.path
     compute = with_backends(compute_settings(config), model_config, jax.default_backend())
     method = methods.build(config.method, model_config)
     method.check()
     return BaseModel(model_config, compute, method, source, files, directory.resolve(tokenizer))
+
+
+def check_positions(config: Config, model: ModelConfig) -> None:
+    """Raises a `UserError` if rows may be longer than the model has positions."""
+    length, positions = config.data.max_seq_length, model.max_position_embeddings
+    if length > positions and not config.model.allow_extrapolation:
+        raise UserError(
+            f"data.max_seq_length={length}: the model has {positions} positions "
+            f"(max_position_embeddings of its config.json); write at most {positions}, or "
+            "model.allow_extrapolation=true"
+        )
 
 
 def compute_settings(config: Config) -> ModelSettings:

@@ -83,6 +83,8 @@ class HeldOut:
             filled,
             max_new_tokens=self.max_new_tokens,
             batch_size=size,
+            # `held_out_sample` chose these examples; as texts they may have other tokens.
+            allow_extrapolation=True,
         )
         return [
             Answer(prompt, expected, output, exact_match(self.scorer, output, expected))
@@ -95,7 +97,8 @@ def held_out_sample(config: Config, model: BaseModel, datasets: Datasets) -> Hel
 
     The model continues the prompt of an example, and its first answer is expected. An example is
     left out if it has no prompt, if the end of its first answer was cut, or if prompt and
-    generate.max_new_tokens do not fit the model's context together.
+    generate.max_new_tokens do not fit the model's positions together (unless
+    model.allow_extrapolation says that they need not).
 
     Raises:
       UserError: no example is left.
@@ -104,7 +107,10 @@ def held_out_sample(config: Config, model: BaseModel, datasets: Datasets) -> Hel
     if options.every is None or evaluation is None:
         return None
     tokenizer = data.load_tokenizer(str(model.tokenizer_files))
-    room = model.config.max_position_embeddings - options.max_new_tokens
+    positions = model.config.max_position_embeddings
+    room = positions - options.max_new_tokens
+    if config.model.allow_extrapolation:
+        room = config.data.max_seq_length
     found: list[tuple[np.ndarray, np.ndarray]] = []
     for index in np.random.RandomState(config.train.seed).permutation(len(evaluation)):
         parts = evaluation.example(index).prompt_and_answer(tokenizer.eos_token_id)
@@ -115,7 +121,7 @@ def held_out_sample(config: Config, model: BaseModel, datasets: Datasets) -> Hel
     if not found:
         raise UserError(
             f"generate.every={options.every}: no evaluation example has a prompt of 1 to {room} "
-            f"tokens and a whole answer ({model.config.max_position_embeddings} tokens of context "
+            f"tokens and a whole answer ({positions} positions of the model "
             f"less generate.max_new_tokens={options.max_new_tokens}); write a smaller "
             "generate.max_new_tokens, or none"
         )

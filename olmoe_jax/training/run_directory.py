@@ -62,6 +62,7 @@ FREE_FIELDS = {
     "train.export_best",
     "train.profile_steps",
     "train.wandb_project",
+    "model.allow_extrapolation",
     "model.grouped_matmul",
     "model.attention",
     "mesh.data",

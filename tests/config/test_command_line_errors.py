@@ -219,13 +219,21 @@ def test_mesh(error_of, mesh, expected):
             {"model__config_path": "{small}"},
             "the tokenizer of {tokenizer} gives token ",
         ),
+        (
+            {"data__max_seq_length": 513},
+            "data.max_seq_length=513: the model has 512 positions (max_position_embeddings of its "
+            "config.json); write at most 512, or model.allow_extrapolation=true",
+        ),
     ],
 )
 def test_model_and_tokenizer(error_of, files, changes, expected):
     names = ("absent", "nothing", "other", "small", "incomplete")
     paths = {name: str(folder(files) / name) for name in names}
     paths["tokenizer"] = str(files.tokenizer)
-    changes = {name: value and value.format(**paths) for name, value in changes.items()}
+    changes = {
+        name: value.format(**paths) if isinstance(value, str) else value
+        for name, value in changes.items()
+    }
     message = error_of(**changes)
     assert message.startswith(expected.format(**paths))
     if "small" in expected + str(changes):

@@ -99,6 +99,16 @@ def test_long_prompts_lose_examples(tmp_path):
     (tmp_path / "law/predictions.jsonl").unlink()
     arguments = (task, [long], settings | {"examples": 1}, tmp_path, lambda: backend, Tools())
     assert "context of 771 leaves 3 beside 768 new tokens" in message_of(evaluate, *arguments)
+    asked = settings_of(task, [long, short], Decoding(allow_extrapolation=True), None)
+    assert "allow_extrapolation=None, now it is True" in message_of(
+        open_output, tmp_path / "law", SETTINGS, asked
+    )
+    open_output(tmp_path / "other", SETTINGS, asked)
+    assert "allow_extrapolation=True, now it is None" in message_of(
+        open_output, tmp_path / "other", SETTINGS, settings
+    )
+    evaluate(task, [long], asked | {"examples": 1}, tmp_path, lambda: backend, Tools())
+    assert backend.calls[-1][0] == [long.prompt]
 
 
 def test_other_settings_are_refused_by_name(tmp_path, data_dir):

@@ -45,6 +45,33 @@ def test_greedy_is_the_argmax_of_the_full_forward(model, tokenizer, greedy):
         assert tokenizer.decode(new) == text
 
 
+def test_the_models_positions(model, tokenizer, greedy):
+    """A number of tokens must fit beside each prompt; without one a text ends at the positions."""
+    lengths = [len(tokenizer(prompt).input_ids) for prompt in PROMPTS]
+    config = tiny_config(vocab_size=len(tokenizer), max_position_embeddings=max(lengths) + 5)
+    short = make_model(config)
+    number = lengths.index(max(lengths)) + 1
+    assert message_of(lambda: generate(short, tokenizer, PROMPTS, max_new_tokens=6)) == (
+        f"prompt {number} has {max(lengths)} tokens: of the model's {max(lengths) + 5} positions 5 "
+        "are left for new tokens; write a shorter prompt or a smaller max_new_tokens, or "
+        "allow_extrapolation to decode beyond them"
+    )
+    beyond = {"max_new_tokens": 20, "allow_extrapolation": True}
+    assert generate(short, tokenizer, PROMPTS, **beyond) == greedy
+    five = {"max_new_tokens": 5}
+    assert generate(short, tokenizer, PROMPTS, **five) == generate(
+        model, tokenizer, PROMPTS, **five
+    )
+    for prompt, length, text in zip(
+        PROMPTS, lengths, generate(short, tokenizer, PROMPTS), strict=True
+    ):
+        room = max(lengths) + 5 - length
+        assert text == generate(model, tokenizer, [prompt], max_new_tokens=room)[0]
+    for over in (5, 6):
+        message = message_of(lambda o=over: generate(short, tokenizer, ["y" * (max(lengths) + o)]))
+        assert "positions 0 are left" in message
+
+
 @pytest.mark.slow
 def test_a_prompt_does_not_see_its_batch(model, tokenizer, greedy):
     draw = {"max_new_tokens": 20, "temperature": 1.0, "top_p": 0.9, "seed": 3}
