@@ -2,17 +2,21 @@
 
 The steps are AdamW updates on a few random tokens: the size of the state matters, the FLOPs do
 not. A save starts in the background, as in a run, and steps go on until it is complete. Then the
-same state is saved once more and waited for.
+same state is saved and waited for, in turns with the checksums of its files and without.
 """
 
 import argparse
 import json
+import os
+import platform
+import re
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -20,6 +24,7 @@ import numpy as np
 from benchmarks.memory import GIB
 from benchmarks.shapes import shape_of
 from benchmarks.step import build, make_parser, random_batch, timed
+from olmoe_jax.checkpoints import checksums
 from olmoe_jax.errors import UserError, run_command
 from olmoe_jax.parallel import sharding
 from olmoe_jax.parallel.cpu import restart_with_huge_pages
@@ -53,7 +58,7 @@ def measure(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
         run.step()  # compiles
         alone = [timed(run.step)[0] for _ in range(args.steps)]
         background = [run.save_behind_steps() for _ in range(args.saves)]
-        waited = [_seconds(run.save_and_wait) for _ in range(args.saves)]
+        waited = [(_seconds(run.save_and_wait), run.save_unlisted()) for _ in range(args.saves)]
     state = sum(array.nbytes for array in jax.tree.leaves(run.state))
     run.checkpoints.close()
     median = statistics.median
@@ -67,7 +72,10 @@ def measure(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
         "saving_step_seconds": median(blocked + steps[0] for blocked, steps, _ in background),
         "step_during_save_seconds": median(median(steps) for _, steps, _ in background),
         "complete_seconds": median(complete for _, _, complete in background),
-        "waited_seconds": median(waited),
+        "waited_seconds": median(listed for listed, _ in waited),
+        "waited_without_checksums_seconds": median(unlisted for _, unlisted in waited),
+        "checksum_seconds": median(run.checksum_seconds),
+        "processor": processor(),
     }
 
 
@@ -79,6 +87,14 @@ class _Run:
         self.batch = program.to_devices(random_batch(shape_of(args)))
         self.checkpoints = Checkpointer(directory, keep=1, identity={})
         self.saves = 0
+        self.checksum_seconds: list[float] = []
+        self._write_checksums = checksums.write
+        checksums.write = self._timed_checksums
+
+    def _timed_checksums(self, *arguments: Any, **keywords: Any) -> None:
+        start = time.perf_counter()
+        self._write_checksums(*arguments, **keywords)
+        self.checksum_seconds.append(time.perf_counter() - start)
 
     def step(self) -> Any:
         program = self.program
@@ -100,6 +116,11 @@ class _Run:
         self.save()
         self.checkpoints.wait()
 
+    def save_unlisted(self) -> float:
+        """Returns the seconds of a save that is waited for and writes no checksums."""
+        with mock.patch.object(checksums, "write"):
+            return _seconds(self.save_and_wait)
+
     def save_behind_steps(self) -> tuple[float, list[float], float]:
         """Saves in the background and steps until the save is complete.
 
@@ -114,6 +135,14 @@ class _Run:
         return blocked, steps, time.perf_counter() - started
 
 
+def processor() -> str:
+    """Returns the processor's name, as far as the system tells it, and its cores."""
+    file = Path("/proc/cpuinfo")
+    text = file.read_text() if file.exists() else ""
+    name = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
+    return f"{name[1] if name else platform.processor()}, {os.cpu_count()} cores"
+
+
 def _seconds(function: Callable[[], None]) -> float:
     start = time.perf_counter()
     function()
@@ -124,12 +153,16 @@ def report(result: dict[str, Any]) -> str:
     """Returns the result as text for a person."""
     step, blocked = result["step_seconds"], result["blocked_seconds"]
     complete, waited = result["complete_seconds"], result["waited_seconds"]
-    return f"""state                {result["state_gib"]:.2f} GiB
+    unlisted, checks = result["waited_without_checksums_seconds"], result["checksum_seconds"]
+    return f"""processor            {result["processor"]}
+state                {result["state_gib"]:.2f} GiB
 step without a save  {step:.3f} s median, {result["longest_step_seconds"] / step:.2f}x at most
 step with its start  {result["saving_step_seconds"] / step:.2f}x
 steps until its end  {result["step_during_save_seconds"] / step:.2f}x
 blocked by `save`    {blocked:.3f} s: {blocked / complete:.1%} of the {complete:.2f} s that it takes
-synchronous save     {waited:.2f} s: {waited / blocked:.1f}x as long as that"""
+synchronous save     {waited:.2f} s: {waited / blocked:.1f}x as long as that
+without checksums    {unlisted / waited:.2f}x
+checksums            {checks:.3f} s: {checks / waited:.1%} of the synchronous save"""
 
 
 if __name__ == "__main__":

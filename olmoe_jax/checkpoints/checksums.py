@@ -21,7 +21,7 @@ FILE = "checksums.json"
 
 _PIECE = 64 << 20
 """The bytes of a file that one thread hashes at a time."""
-_BLOCK = 1 << 20
+_BLOCK = 1 << 18
 
 
 @pydantic.with_config(STRICT)

@@ -14,4 +14,5 @@ def test_what_a_checkpoint_costs(capsys):
     assert result["blocked_seconds"] < result["waited_seconds"]
     # A weight and two moments in float32.
     assert result["state_gib"] * 2**30 == pytest.approx(12 * 165_000, rel=0.01)
-    assert "synchronous save" in checkpointing.report(result)
+    assert 0 < result["checksum_seconds"] < result["waited_seconds"]
+    assert "of the synchronous save" in checkpointing.report(result)
