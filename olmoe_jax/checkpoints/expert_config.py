@@ -1,4 +1,4 @@
-"""The expert config: the JSON file that says which experts ESFT tunes.
+"""The expert config: the JSON file that says which experts are tuned.
 
 {"experts": {"1": [ids…], …}, "shared_experts": false, "non_expert_modules": false}. The keys of
 the layers count from 1.
@@ -17,7 +17,7 @@ from olmoe_jax.model.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class ExpertConfig:
-    """The modules that ESFT trains.
+    """The modules that a method of expert tuning trains.
 
     Attributes:
       experts: experts[l] are the ids of the tuned experts of layer l (from 0), sorted whatever

@@ -164,7 +164,7 @@ def _stack_layers(
 
 
 def load_tuned(source: Source, tuned_experts: tuple[tuple[int, ...], ...]) -> dict[str, np.ndarray]:
-    """Reads the first values of ESFT's tuned experts from the base, float32 on the host.
+    """Reads the first values of the tuned experts from the base, float32 on the host.
 
     Returns:
       `tuned.gate`, `tuned.up` [U, D, F] and `tuned.down` [U, F, D], the U experts of all layers.
@@ -182,7 +182,7 @@ def load_tuned(source: Source, tuned_experts: tuple[tuple[int, ...], ...]) -> di
 
 
 def stack_tuned(parameters: Parameters, tuned_experts: tuple[tuple[int, ...], ...]) -> Parameters:
-    """Returns the first values of ESFT's tuned experts (see `load_tuned`) from a base on devices.
+    """Returns the first values of the tuned experts (see `load_tuned`) from a base on devices.
 
     No tuned experts give no parameters.
     """

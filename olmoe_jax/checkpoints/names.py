@@ -132,14 +132,14 @@ def all_to_hf(
 
 
 def tuned_name(weight: Weight) -> str:
-    """Returns the parameter that holds ESFT's tuned experts of an expert weight."""
+    """Returns the parameter that holds the tuned experts of an expert weight."""
     return f"tuned.{weight.name.rsplit('.', 1)[-1]}"
 
 
 def tuned_to_hf(
     parameters: dict[str, np.ndarray], tuned_experts: tuple[tuple[int, ...], ...]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields Hugging Face's names and tensors (views) of ESFT's tuned experts (`tuned_name`).
+    """Yields Hugging Face's names and tensors (views) of the tuned experts (`tuned_name`).
 
     Args:
       parameters: `tuned.gate`, `tuned.up` [U, D, F] and `tuned.down` [U, F, D], U experts of all

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 CHECKPOINTS = "checkpoints"
 """In a run's directory: the folder with an Orbax checkpoint for each saved step."""
 EXPERTS = "experts.json"
-"""In an ESFT run's directory: the expert config with the experts that the run trains."""
+"""In the directory of a run that tunes experts: the expert config with the experts that the run trains."""
 BASE = "base weights"
 """In the identity of a run's checkpoint: what `weights_identity` returned of the run's base."""
 
@@ -101,7 +101,7 @@ class RunCheckpoint:
       path: the run's directory.
       step: the checkpoint's step.
       lora: the run's adapters, or None.
-      experts: an ESFT run's expert config, or None.
+      experts: the expert config of a run that tunes experts, or None.
       base: hub id or directory of the model that the run started from.
     """
 

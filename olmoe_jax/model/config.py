@@ -90,7 +90,7 @@ class ModelSettings:
       router_gradient_dtype: dtype of DenseMixer's extra matmuls; None: compute_dtype.
       remat: what the backward recomputes of a layer (see `olmoe_jax.ops.remat`).
       lora: adapters beside the weights; None: no adapters.
-      tuned_experts: ESFT's experts of each layer, whose weights are parameters of their own
+      tuned_experts: the tuned experts of each layer, whose weights are parameters of their own
         (`tuned.*`) and replace the base's; None: no such parameters.
       grouped_matmul: backend name of `olmoe_jax.ops.grouped_matmul`; None: the platform's.
       attention: backend name of `olmoe_jax.ops.attention`; None: the platform's.

@@ -40,7 +40,7 @@ def step_flops_per_token(
 
     - W: weights that one token is multiplied with. A layer's experts count K/E of their weights;
       adapters and the head count whole; the embedding and the norms count nothing.
-    - W': the part of W whose gradient is computed. An ESFT expert counts K/E of its weights, the
+    - W': the part of W whose gradient is computed. A tuned expert counts K/E of its weights, the
       share of the tokens that an average expert sees.
     - A = 2 L context (heads * head size): attention's scores and mixtures.
     - w: weights of one expert.  m: experts with DenseMixer's term (E unless the settings say less).

@@ -74,7 +74,7 @@ def specs(model_function: Callable[[], nnx.Module]) -> dict[str, ParameterSpec]:
 def count_parameters(parameters: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> dict[str, int]:
     """Returns how many numbers of each parameter the model computes with.
 
-    ESFT's tuned experts (`tuned.*`) replace experts of the base. The base's copies of these experts
+    Tuned experts (`tuned.*`) replace experts of the base. The base's copies of these experts
     stay in memory, but no token passes through them: the base's experts count without them, so
     that a model of tuned experts has as many parameters as its base.
 

@@ -1,4 +1,4 @@
-"""Tuned experts: the experts that ESFT trains, stacked beside the frozen base.
+"""Tuned experts: the experts that a method such as ESFT trains, stacked beside the frozen base.
 
 Shapes: U tuned experts over all layers, u the most in one layer, L layers, E experts, D model
 width, F expert width. Only the stack [U, …] trains, so that gradients, master copies and moments

@@ -30,7 +30,7 @@ class Linear:
       weight: [..., D, F].
       a: [..., D, R], the adapter's first factor; None: no adapter.
       b: [..., R, F], the adapter's second factor.
-      tuned: [u, D, F], matrices that replace `weight[indices]` and get the gradient (ESFT).
+      tuned: [u, D, F], matrices that replace `weight[indices]` and get the gradient.
       indices: [u] int32, the experts that `tuned` replaces; E stands for none.
       scale: factor of the adapter's product.
     """
