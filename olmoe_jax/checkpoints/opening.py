@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 CHECKPOINTS = "checkpoints"
 """In a run's directory: the folder with an Orbax checkpoint for each saved step."""
 EXPERTS = "experts.json"
-"""In the directory of a run that tunes experts: the expert config with the experts that the run trains."""
+"""In the directory of a run that tunes experts: the expert config with these experts."""
 BASE = "base weights"
 """In the identity of a run's checkpoint: what `weights_identity` returned of the run's base."""
 

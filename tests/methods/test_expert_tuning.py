@@ -1,5 +1,6 @@
 """The decisions of methods that tune experts, without a run."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,7 +10,9 @@ from olmoe_jax import methods
 from olmoe_jax.checkpoints.expert_config import ExpertConfig
 from olmoe_jax.config import MethodOptions
 from olmoe_jax.errors import UserError
+from olmoe_jax.methods import Preparation
 from olmoe_jax.methods.expert_tuning import ExpertTuning
+from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.model.parameters import ROUTER
 
 CONFIG = tiny_config()
@@ -42,6 +45,16 @@ def test_a_plan_knows_a_choice_by_the_seed(seed):
     assert assumed is None
     assert method.experts.experts == (tuple(range(seed, 8, 2)),) * 2  # sorted
     assert trains(method) == {"tuned.gate"}
+
+
+def test_a_run_keeps_its_choice(tmp_path):
+    """The choice by the seed is written; a continued run takes what is written."""
+    method = Even(MethodOptions(name="esft_gate"), CONFIG)
+    run = Preparation(tmp_path, None, ModelSettings(), None, None, {}, seed=1)
+    chosen = method.prepare(run).experts
+    assert chosen.experts == ((1, 3, 5, 7),) * 2
+    assert method.prepare(dataclasses.replace(run, seed=0)).experts == chosen
+    assert json.loads((tmp_path / "experts.json").read_text()) == chosen.to_json()
 
 
 @pytest.mark.parametrize("head", [True, False])
