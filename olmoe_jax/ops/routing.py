@@ -4,6 +4,7 @@ Shapes: T tokens, D model width, E experts, K experts per token.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -107,29 +108,18 @@ def permute(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
     return dispatch(x, order, inverse, 1)
 
 
-def _dispatch_forward(
-    x: jax.Array, order: jax.Array, inverse: jax.Array, per_token: int
+# Each is the other's transpose, so that both backwards are gathers.
+def _forward(
+    function: Callable, x: jax.Array, order: jax.Array, inverse: jax.Array, per_token: int
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return dispatch(x, order, inverse, per_token), (order, inverse)
+    return function(x, order, inverse, per_token), (order, inverse)
 
 
-def _dispatch_backward(
-    per_token: int, residuals: tuple[jax.Array, jax.Array], g: jax.Array
+def _backward(
+    transpose: Callable, per_token: int, indices: tuple[jax.Array, jax.Array], g: jax.Array
 ) -> tuple[jax.Array, None, None]:
-    return combine(g, *residuals, per_token), None, None
+    return transpose(g, *indices, per_token), None, None
 
 
-def _combine_forward(
-    y: jax.Array, order: jax.Array, inverse: jax.Array, per_token: int
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return combine(y, order, inverse, per_token), (order, inverse)
-
-
-def _combine_backward(
-    per_token: int, residuals: tuple[jax.Array, jax.Array], g: jax.Array
-) -> tuple[jax.Array, None, None]:
-    return dispatch(g, *residuals, per_token), None, None
-
-
-dispatch.defvjp(_dispatch_forward, _dispatch_backward)
-combine.defvjp(_combine_forward, _combine_backward)
+dispatch.defvjp(functools.partial(_forward, dispatch), functools.partial(_backward, combine))
+combine.defvjp(functools.partial(_forward, combine), functools.partial(_backward, dispatch))
