@@ -37,7 +37,7 @@ def make_examples(lengths=LENGTHS):
     total = sum(lengths)
     return TokenizedDataset(
         tokens=random.integers(0, 258, total, dtype=np.int32),
-        trained=np.ones(total, bool),
+        in_loss=np.ones(total, bool),
         offsets=np.cumsum([0, *lengths], dtype=np.int64),
         prompt_lengths=np.zeros(len(lengths), np.int32),
         rows=np.arange(len(lengths)),
