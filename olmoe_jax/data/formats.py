@@ -163,8 +163,8 @@ def encode_batch(
         unfinished = [
             i
             for i, prefix in zip(unfinished, ids, strict=True)
-            # Longer prefixes end behind the example too.
-            if len(boundaries[i]) < len(rows[i].boundaries) and len(prefix) < enough
+            # Behind such a prefix, all boundaries are behind the example.
+            if len(boundaries[i]) < len(rows[i].boundaries) and len(prefix) < max_seq_length + 64
         ]
     for ids, places in zip(tokens, boundaries, strict=True):
         passed = np.searchsorted(np.sort(places), np.arange(len(ids)), side="right")

@@ -128,6 +128,34 @@ def test_damaged_cache_is_rebuilt(data, tokenizer, cache, tokenizations, damage)
     assert len(list((cache / "tokenized").iterdir())) == 1
 
 
+def test_no_damage_of_the_cache_changes_an_array(tmp_path):
+    """One bit flipped in any byte, and other things in place of the files."""
+    dtypes = {"a": np.int32, "b": np.bool_}
+    arrays = {"a": np.arange(40, dtype=np.int32), "b": np.arange(9) % 2 == 0}
+    save_arrays(tmp_path / "x", dtypes, [arrays])
+
+    def same():
+        loaded = load_arrays(tmp_path / "x", dtypes)
+        return loaded and all(np.array_equal(loaded[name], arrays[name]) for name in arrays)
+
+    assert same()
+    for file in [*(tmp_path / "x").iterdir()]:
+        content = file.read_bytes()
+        for index in range(len(content)):
+            changed = bytearray(content)
+            changed[index] ^= 1 << index % 8
+            file.write_bytes(changed)
+            assert same() is not False
+            assert file.name == "checks.json" or same() is None
+        file.unlink()
+        for make in (os.mkfifo, os.mkdir, lambda file: file.symlink_to(file)):
+            make(file)
+            assert same() is None
+            file.rmdir() if file.is_dir() else file.unlink()
+        file.write_bytes(content)
+    assert same()
+
+
 def test_second_of_two_writers_keeps_the_first_result(tmp_path):
     for first in (1, 2):
         parts = [{"a": np.array([first])}, {"a": np.array([5])}]
