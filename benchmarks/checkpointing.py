@@ -118,7 +118,7 @@ class _Run:
 
     def save_unlisted(self) -> float:
         """Returns the seconds of a save that is waited for and writes no checksums."""
-        with mock.patch.object(checksums, "write"):
+        with mock.patch.multiple(checksums, write=mock.DEFAULT, HashAhead=mock.DEFAULT):
             return _seconds(self.save_and_wait)
 
     def save_behind_steps(self) -> tuple[float, list[float], float]:

@@ -4,8 +4,10 @@ XXH3 finds damage by accident and is as fast as memory; it is no protection agai
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import os
+import threading
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ FILE = "checksums.json"
 _PIECE = 64 << 20
 """The bytes of a file that one thread hashes at a time."""
 _BLOCK = 1 << 18
+_PAUSE = 0.2
+"""Seconds between two looks at a directory that is being written."""
 
 
 @pydantic.with_config(STRICT)
@@ -40,6 +44,31 @@ def write(path: Path, leave_out: Collection[str] = ()) -> None:
         if file.is_file() and (name := str(file.relative_to(path))) not in leave_out
     )
     _write(path, {name: [checksum] for name, checksum in _checksums(path, names).items()})
+
+
+class HashAhead:
+    """Hashes the files of a directory that is being written as they become complete.
+
+    `write` then finds most of the work done: what it adds to a save is the last files' time.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self._ended = path, threading.Event()
+        self._thread = threading.Thread(target=self._run, name="olmoe_jax-checksums", daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        """Returns when the thread has ended."""
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._ended.wait(_PAUSE):
+            for file in self.path.rglob("*"):
+                # Tensorstore gives a file that is not complete another name.
+                if file.suffix != ".__lock" and not self._ended.is_set():
+                    with contextlib.suppress(OSError, UserError):  # renamed, or a directory
+                        _checksums(self.path, [str(file.relative_to(self.path))])
 
 
 def write_json(file: Path, value: Any) -> None:

@@ -25,6 +25,9 @@ from olmoe_jax.training.step import TrainState
 CHUNK_BYTES = 64 * 2**20
 """The size of a stored chunk, which bounds what a reader of a slice of a stacked weight reads."""
 
+FILE_BYTES = 256 * 2**20
+"""The size of a stored file. Files that are complete are hashed while the next ones are written."""
+
 NO_LIMIT = 100 * 365 * 86400
 """Seconds that a save may take. Orbax measures its 20 minutes by the wall clock, which may jump.
 jax's heartbeat notices a process that is gone. tests/faults (`clock_jumps`) fails without this."""
@@ -58,7 +61,7 @@ class Checkpointer:
         _silence_failed_saves()
         self._identity = identity
         self._output = output
-        self._step = 0  # of the last save
+        self._hashing: checksums.HashAhead | None = None  # of the last save
         _set_damaged_aside(output)
         best = preservation.BestN(
             get_metric_fn=score_of,
@@ -107,11 +110,12 @@ class Checkpointer:
         save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
         with self._saving():
             self._manager.wait_until_finished()  # until its checksums are written, too
-            self._step = step
+            if distributed.is_writer():
+                self._hashing = checksums.HashAhead(_unfinished(self._output, step))
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(tree, save_args=save_args),
+                    state=ocp.args.PyTreeSave(tree, save_args, FILE_BYTES),
                     data=ocp.args.JsonSave(data),
                     report=ocp.args.JsonSave(report),
                     identity=ocp.args.JsonSave(self._identity),
@@ -122,9 +126,10 @@ class Checkpointer:
 
     def _write_checksums(self) -> None:
         """Lists the files of a checkpoint that is complete, just before it gets its name."""
-        (path,) = (self._output / CHECKPOINTS).glob(f"{self._step}.*")
-        # Orbax writes its timestamps there after this, and needs nothing of what is in it.
-        checksums.write(path, leave_out=["_CHECKPOINT_METADATA"])
+        if self._hashing:
+            self._hashing.end()
+            # Orbax writes its timestamps there after this, and needs nothing of what is in it.
+            checksums.write(self._hashing.path, leave_out=["_CHECKPOINT_METADATA"])
 
     def check(self) -> None:
         """Raises a `UserError` if a save in the background has failed."""
@@ -198,6 +203,8 @@ class Checkpointer:
             raise self._failed(error) from error
 
     def _failed(self, error: Exception) -> UserError:
+        if self._hashing:
+            self._hashing.end()
         reason = " ".join(str(error).split())
         reason = "no space left on the disk" if "No space left" in reason else reason[:300]
         complete = self._manager.all_steps(read=True)
@@ -244,6 +251,11 @@ def _set_damaged_aside(output: Path) -> None:
             back = "" if newest else f"; going back to step {found[number]}"
             print(f"{unreadable}; it is now {_set_aside(output, step)}{back}", flush=True)
         distributed.barrier("damage")
+
+
+def _unfinished(output: Path, step: int) -> Path:
+    """Returns the directory that Orbax writes a checkpoint in until it is complete."""
+    return output / CHECKPOINTS / f"{step}{ocp.utils.TMP_DIR_SUFFIX}"
 
 
 def _set_aside(output: Path, step: int) -> Path:

@@ -1,6 +1,7 @@
 """Checksums: whatever happens to a listed file shows."""
 
 import os
+import time
 
 import pytest
 from helpers import message_of
@@ -84,6 +85,24 @@ def test_shares(listed):
     flip(listed / "small", 0)
     found = [checksums.damage(listed, share=slice(i, None, 2)) for i in range(2)]
     assert sorted(map(bool, found)) == [False, True]
+
+
+def test_hashed_ahead(tmp_path, monkeypatch):
+    """Files that are complete are hashed once; one that changes later is hashed again."""
+    monkeypatch.setattr(checksums, "_PAUSE", 0.01)
+    ahead = checksums.HashAhead(tmp_path / "run")
+    (tmp_path / "run" / "d").mkdir(parents=True)
+    for name in ("d/a", "d/b", "d/c.__lock"):
+        (tmp_path / "run" / name).write_bytes(os.urandom(1000))
+    wanted = {(tmp_path / "run" / name).stat().st_ino for name in ("d/a", "d/b")}
+    while not wanted <= {stamp.inode for stamp, _ in list(checksums._hashed)}:
+        time.sleep(0.01)
+    (tmp_path / "run" / "d" / "a").write_bytes(b"later")
+    ahead.end()
+    checksums.write(tmp_path / "run")
+    assert checksums.damage(tmp_path / "run") is None
+    flip(tmp_path / "run" / "d" / "a", 3)
+    assert checksums.damage(tmp_path / "run") is not None
 
 
 def test_a_json_file_is_valid_at_any_moment(tmp_path):
