@@ -163,8 +163,8 @@ def _table_rows(
         if sum(column.nbytes for column in columns) > LINE_LIMIT:
             raise OverflowError(f"longer than {_LIMIT}")
         rows = table.to_pylist()
-    # Text that is not UTF-8, and dates that Python does not have.
-    except (pyarrow.ArrowException, OverflowError, ValueError) as error:
+    # Text that is not UTF-8; dates and time zones that Python does not have.
+    except (pyarrow.ArrowException, OverflowError, ValueError, LookupError) as error:
         if table.num_rows == 1:
             reason = first_line(error)
             raise UserError(f"{path}: row {first} cannot be read ({reason}); correct it") from None

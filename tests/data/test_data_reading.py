@@ -81,6 +81,7 @@ def test_bad_files_name_the_file_and_the_line(tmp_path, name, content, message):
 PARQUET = {
     "text": (pyarrow.array([b"a", b"\xff"]).cast(pyarrow.string(), safe=False), "row 2 cannot be"),
     "date": (pyarrow.array([0, 2**30], pyarrow.int32()).cast(pyarrow.date32()), "row 2 cannot be"),
+    "zone": (pyarrow.array([None, 0], pyarrow.timestamp("s", "No/Where")), "row 2 cannot be read"),
     "long": (pyarrow.array(["a", "x" * (LINE_LIMIT + 1)]), r"row 2 cannot be read \(longer than 8"),
 }
 
