@@ -64,10 +64,11 @@ class HashAhead:
 
     def _run(self) -> None:
         while not self._ended.wait(_PAUSE):
-            for file in self.path.rglob("*"):
-                # Tensorstore gives a file that is not complete another name.
-                if file.suffix != ".__lock" and not self._ended.is_set():
-                    with contextlib.suppress(OSError, UserError):  # renamed, or a directory
+            with contextlib.suppress(OSError):  # renamed meanwhile: the next look finds it
+                for file in self.path.rglob("*"):
+                    # Tensorstore gives a file that is not complete another name.
+                    complete = file.suffix != ".__lock" and file.is_file()
+                    if complete and not self._ended.is_set():
                         _checksums(self.path, [str(file.relative_to(self.path))])
 
 

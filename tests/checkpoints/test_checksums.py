@@ -105,6 +105,18 @@ def test_hashed_ahead(tmp_path, monkeypatch):
     assert checksums.damage(tmp_path / "run") is not None
 
 
+@pytest.mark.filterwarnings("error")
+def test_hashing_ahead_while_directories_move(tmp_path, monkeypatch):
+    """Pytest reports an exception of the thread."""
+    monkeypatch.setattr(checksums, "_PAUSE", 0.0001)
+    ahead = checksums.HashAhead(tmp_path / "run")
+    for number in range(300):
+        (tmp_path / "run" / "old" / "d").mkdir(parents=True)
+        (tmp_path / "run" / "old" / "d" / "file").write_bytes(b"x")
+        (tmp_path / "run" / "old").rename(tmp_path / "run" / str(number))
+    ahead.end()
+
+
 def test_a_json_file_is_valid_at_any_moment(tmp_path):
     """Killed before the file is replaced, the old content is valid, and then the new one."""
     checksums.write_json(tmp_path / "config.json", 1)
