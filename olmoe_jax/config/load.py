@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from olmoe_jax.config.fields import nearest, show
-from olmoe_jax.config.methods import readers
+from olmoe_jax.config.methods import METHODS, readers
 from olmoe_jax.config.options import FIELDS, SECTIONS, Config
 from olmoe_jax.config.values import apply_overrides, check_types, unknown_field
 from olmoe_jax.errors import UserError, one_line, shorten, text_of
@@ -63,13 +63,22 @@ def help_text() -> str:
             accepted = field.type_name
             if field.rule and field.rule.requirement.startswith("must be "):
                 accepted += f"; {field.rule.requirement.removeprefix('must be ')}"
-            if names := section == "method" and readers(path.removeprefix("method.")):
-                accepted += f"; for {', '.join(names)}"
+            if section == "method":
+                accepted += _readers(path.removeprefix("method."))
             declared = f"  --config.{path}={show(field.default)}  ({accepted})"
             lines += _wrap(declared, "")
             lines += _wrap(field.help, _INDENT)
         lines.append("")
     return "\n".join(lines).rstrip()
+
+
+def _readers(name: str) -> str:
+    """Returns the methods that read a field of the section `method`, in words; "": all do."""
+    words = []
+    for method in readers(name):
+        switch = METHODS[method].switches.get(name)
+        words.append(f"{method} with {switch}" if switch else method)
+    return f"; for {', '.join(words)}" if words else ""
 
 
 def _wrap(text: str, indent: str) -> list[str]:
