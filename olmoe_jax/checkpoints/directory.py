@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,7 +55,8 @@ def copy_files(source: Path, destination: Path, names: tuple[str, ...]) -> None:
     """Copies the named files, as far as they exist."""
     for name in names:
         if (source / name).is_file():
-            shutil.copyfile(source / name, destination / name)
+            # An error of shutil.copyfile names the source, whichever of the two it is about.
+            (destination / name).write_bytes((source / name).read_bytes())
 
 
 @contextlib.contextmanager
@@ -98,8 +100,11 @@ def new_file(file: Path) -> Iterator[Path]:
     Raises:
       OSError: the file cannot be made, before the block, or written.
     """
-    if file.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
+    with contextlib.suppress(FileNotFoundError):
+        # A device or a FIFO would be replaced by a file.
+        if not stat.S_ISREG(file.stat().st_mode):
+            code = errno.EISDIR if file.is_dir() else errno.EEXIST
+            raise OSError(code, os.strerror(code), str(file))
     partial = _partial(file)
     with _named(file, partial):
         partial.touch()
