@@ -44,7 +44,7 @@ _WRAPPERS = re.compile(
 )
 """Parts that torch.compile, DDP and FSDP put into the names of a state_dict."""
 _TENSOR = re.compile(
-    r"(base_model[.])?(model[.])*(?P<module>.+)[.]lora_(?P<part>[AB])([.]default)?[.]weight"
+    r"((base_)?model[.])*(?P<module>.+)[.]lora_(?P<part>[AB])([.]default)?[.]weight"
 )
 ROUTER_WEIGHT = next(weight for weight in names.TABLE if weight.name == ROUTER)
 

@@ -380,6 +380,7 @@ def test_adapter_of_some_experts(base, tmp_path):
         lambda name: name.removeprefix("base_model."),
         lambda name: "_orig_mod." + name,
         lambda name: "module._orig_mod." + name,
+        lambda name: "model." + name,
         lambda name: name.replace("layers.0.", "layers.0._orig_mod."),
         lambda name: name.replace(".weight", ".default.weight"),
     ],
