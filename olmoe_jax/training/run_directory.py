@@ -147,7 +147,9 @@ def _create(config: Config, output: Path, model_files: Path, tokenizer_files: Pa
 def _locked(output: Path) -> TextIO:
     """Returns the locked file. The lock dies with the process; the file alone means nothing."""
     output.mkdir(parents=True, exist_ok=True)
-    lock = (output / LOCK).open("a+")
+    (output / LOCK).touch()
+    with open_regular(output / LOCK):
+        lock = (output / LOCK).open("a+")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers import assert_user_error, run_module, write_json
+from helpers import assert_user_error, message_of, run_module, write_json
 from tiny import hf_config, tiny_config, write_hf_checkpoint
 
 from convert import from_hf, parity, to_hf
@@ -28,6 +28,29 @@ def test_truncated_shard(tmp_path, model):
     arguments = ("--model", model, "--output", tmp_path / "out")
     assert_user_error(run_module("convert.from_hf", *arguments), shard.name, "truncated")
     assert left_behind(tmp_path) == []
+
+
+def test_a_damaged_conversion(tmp_path, model, capsys):
+    """One bit of any file; without checksums, as an earlier version wrote it, it opens."""
+    output = tmp_path / "out"
+    from_hf.main(["--model", str(model), "--output", str(output)])
+    arguments = ["--checkpoint", str(output), "--output", str(tmp_path / "hf")]
+    largest = max(output.rglob("*"), key=lambda path: path.stat().st_size)
+    for file in (largest, output / "model" / "config.json"):
+        content = file.read_bytes()
+        file.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+        message = message_of(to_hf.main, arguments)
+        assert message == (
+            f"{file}: damaged, its checksum differs; convert it again with convert.from_hf"
+        )
+        file.write_bytes(content)
+    (output / "checksums.json").unlink()
+    to_hf.main(arguments)
+    said = capsys.readouterr().err
+    assert said == (
+        f"warning: {output}: an earlier version of olmoe_jax wrote it, without checksums; damage "
+        "would not be noticed; convert it again to have them\n"
+    )
 
 
 def test_existing_output(tmp_path, model):
