@@ -1,38 +1,49 @@
 # Every target makes VENV when it is missing and brings it up to date when the requirements changed.
 # Another interpreter: make test PYTHON=python3.12 VENV=.venv-3.12
+# Another jax than the one for what is found: make install ACCELERATOR=cpu, cuda12, cuda13 or tpu
 
 PYTHON ?= python3
 VENV ?= .venv
 OUTPUT ?= runs/reproduce
+FOUND := $(shell $(PYTHON) olmoe_jax/accelerator.py)
+ACCELERATOR ?= $(or $(firstword $(subst :, ,$(FOUND))),cpu)
+ifeq ($(filter cpu cuda12 cuda13 tpu,$(ACCELERATOR)),)
+$(error ACCELERATOR=$(ACCELERATOR): write cpu, cuda12, cuda13 or tpu)
+endif
+JAX := $(if $(filter cpu,$(ACCELERATOR)),jax,"jax[$(ACCELERATOR)]")
+RUNTIME := $(VENV)/runtime-$(ACCELERATOR).stamp
+DEV := $(VENV)/dev-$(ACCELERATOR).stamp
 PYTEST := $(VENV)/bin/python -m pytest -q -n 2 --durations 30
 PIP := $(VENV)/bin/python -m pip install --quiet -c constraints.txt
 
-.PHONY: quickstart reproduce lint test test-slow test-devices test-golden test-compilers test-all
+.PHONY: install quickstart reproduce lint test test-slow test-devices test-golden test-compilers test-all
 
-quickstart: $(VENV)/runtime.stamp
+install: $(RUNTIME)
+
+quickstart: $(RUNTIME)
 	$(VENV)/bin/python -m olmoe_jax.quickstart
 
 # The paper's table, docs/reproduce.md; a small model on a CPU: make reproduce ARGS=--small
-reproduce: $(VENV)/runtime.stamp
+reproduce: $(RUNTIME)
 	$(VENV)/bin/python -m eval.reproduce --output $(OUTPUT) $(ARGS)
 
-test: $(VENV)/dev.stamp
+test: $(DEV)
 	$(PYTEST) -m "not slow and not golden"
 
-test-slow: $(VENV)/dev.stamp
+test-slow: $(DEV)
 	$(PYTEST) --dist loadfile --no-loadscope-reorder -m "slow and not exhaustive and not compilers"
 
 # XLA fixes the number of a CPU's devices when jax starts: these tests run in a session of their own.
-test-devices: $(VENV)/dev.stamp
+test-devices: $(DEV)
 	XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu $(PYTEST) \
 	    --dist loadfile tests/eight_devices
 
 # The numbers of the PyTorch reference, which lie in OLMOE_JAX_SHARED.
-test-golden: $(VENV)/dev.stamp
+test-golden: $(DEV)
 	$(PYTEST) -m golden tests/convert
 
 # Compilers of devices that are not there, in an environment of their own: jax would look for the devices.
-test-compilers: $(VENV)/dev.stamp
+test-compilers: $(DEV)
 	$(PIP) -r requirements-compilers.txt
 	JAX_PLATFORMS=cpu $(PYTEST) -m compilers
 
@@ -44,21 +55,23 @@ test-all: lint test test-slow test-devices test-golden
 	$(MAKE) test-compilers VENV=.venv-compilers
 	$(MAKE) test PYTHON=python3.12 VENV=.venv-3.12
 
-lint: $(VENV)/dev.stamp
+lint: $(DEV)
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
 	$(VENV)/bin/python -m mypy
 
-$(VENV)/runtime.stamp: requirements.txt constraints.txt | $(VENV)/bin/python
-	@echo "installing requirements.txt into $(VENV) (a few minutes the first time)"
-	$(PIP) -r requirements.txt
+$(RUNTIME): requirements.txt constraints.txt | $(VENV)/bin/python
+	@echo "this machine has $(wordlist 2,99,$(FOUND)):"
+	@echo "installing requirements.txt and jax for $(ACCELERATOR) into $(VENV) (a few minutes the first time)"
+	$(PIP) -r requirements.txt $(JAX)
 	@touch $@
 
 # The development requirements contain the runtime ones, hence both stamps.
-$(VENV)/dev.stamp: requirements.txt requirements-dev.txt constraints.txt | $(VENV)/bin/python
-	@echo "installing requirements-dev.txt into $(VENV) (a few minutes the first time)"
-	$(PIP) -r requirements-dev.txt
-	@touch $(VENV)/runtime.stamp $@
+$(DEV): requirements.txt requirements-dev.txt constraints.txt | $(VENV)/bin/python
+	@echo "this machine has $(wordlist 2,99,$(FOUND)):"
+	@echo "installing requirements-dev.txt and jax for $(ACCELERATOR) into $(VENV) (a few minutes the first time)"
+	$(PIP) -r requirements-dev.txt $(JAX)
+	@touch $(RUNTIME) $@
 
 # A .venv without pip would fail ever after: leave none behind.
 $(VENV)/bin/python:

@@ -11,8 +11,8 @@ _EPILOG = """\
 --config and --config.FIELD.SUBFIELD=VALUE are those of train.py (python train.py --help).
 
 The devices need not exist, but their compiler must be installed:
-  h100  pip install "jax[cuda12]" tokamax==0.0.12
-  v5e, v6e, v5p  pip install libtpu
+  h100  make install ACCELERATOR=cuda13, or pip install "jax[cuda13]"
+  v5e, v6e, v5p  make install ACCELERATOR=tpu, or pip install "jax[tpu]"
 
 example:
   python -m olmoe_jax.plan --config configs/densemixer_gsm.py --topology h100:8

@@ -49,7 +49,7 @@ class DeviceKind:
 
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _CUBE = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8"}
-_CUDA, _TPU = 'pip install "jax[cuda12]"', "pip install libtpu"
+_CUDA, _TPU = 'pip install "jax[cuda13]"', 'pip install "jax[tpu]"'
 
 # TPU interconnect: half of the documented bidirectional bandwidth per chip, all its ports together.
 # H100: NVLink inside a host of 8, one 400 Gb/s adapter for each GPU between hosts.

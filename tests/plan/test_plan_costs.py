@@ -139,7 +139,7 @@ def test_missing_compiler_says_how_to_install_it(monkeypatch, text, error):
     with pytest.raises(UserError) as caught:
         open_devices(topology)
     assert topology.kind.install in str(caught.value)
-    assert KINDS["h100"].install == 'pip install "jax[cuda12]"'
+    assert KINDS["h100"].install == 'pip install "jax[cuda13]"'
 
 
 def test_too_few_cpu_devices():
