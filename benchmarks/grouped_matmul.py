@@ -31,9 +31,11 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--intermediate", type=int, default=1024)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--backend", choices=BACKENDS, help="this one alone (default: all)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(arguments)
-    result = {backend: compiled(args, backend) for backend in backends(args.topology)}
+    chosen = [args.backend] if args.backend else backends(args.topology)
+    result = {backend: compiled(args, backend) for backend in chosen}
     print(json.dumps(result) if args.json else report(result))
 
 

@@ -59,10 +59,12 @@ class ModelOptions:
         "what the backward recomputes: full recomputes every layer and needs the least memory; "
         "selective keeps the outputs of matmuls and attention; none keeps everything",
     )
-    grouped_matmul: Literal["blocked", "ragged_dot", "tokamax", "pallas_triton"] | None = option(
+    grouped_matmul: (
+        Literal["blocked", "ragged_dot", "mosaic", "pallas_triton", "tokamax"] | None
+    ) = option(
         None,
-        "backend of the experts' matmuls; default: blocked on CPUs, tokamax on NVIDIA GPUs, "
-        "ragged_dot on TPUs",
+        "backend of the experts' matmuls; default: blocked on CPUs, mosaic on NVIDIA Hopper, "
+        "pallas_triton on other NVIDIA GPUs, ragged_dot on TPUs",
     )
     attention: Literal["chunked", "pallas_triton", "cudnn", "splash"] | None = option(
         None,

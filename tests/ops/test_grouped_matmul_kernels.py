@@ -1,6 +1,7 @@
 """Our GPU kernels in Pallas' interpreter, which runs them on a CPU, against a loop over rows."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -96,8 +97,7 @@ def test_only_selected_groups(interpreted, backend):
 
 
 def test_a_backend_that_cannot_run_says_what_can(monkeypatch):
-    monkeypatch.setattr(tokamax_matmul, "missing", lambda: None)
-    assert check_backend(None, "gpu") == "tokamax"
+    assert check_backend(None, "gpu") == "mosaic"
     assert check_backend("pallas_triton", "gpu") == "pallas_triton"
     assert check_backend(None, "tpu") == "ragged_dot"
     assert check_backend(None, "cpu") == "blocked"
@@ -107,9 +107,19 @@ def test_a_backend_that_cannot_run_says_what_can(monkeypatch):
         assert said.endswith(f"this is {platform}; write blocked")
 
 
-@pytest.mark.parametrize("chosen", [None, "tokamax"])
-def test_tokamax_that_is_not_installed(monkeypatch, chosen):
+def test_a_gpu_before_hopper(monkeypatch):
+    ampere = types.SimpleNamespace(compute_capability="8.0")
+    monkeypatch.setattr(jax, "devices", lambda: [ampere])
+    assert check_backend(None, "gpu") == "pallas_triton"
+    said = message_of(check_backend, "mosaic", "gpu")
+    assert said == (
+        "model.grouped_matmul=mosaic: runs on NVIDIA Hopper GPUs, and this is another; "
+        "write pallas_triton"
+    )
+
+
+def test_tokamax_that_is_not_installed(monkeypatch):
     monkeypatch.setattr(tokamax_matmul.importlib.util, "find_spec", lambda name: None)
-    said = message_of(check_backend, chosen, "gpu")
+    said = message_of(check_backend, "tokamax", "gpu")
     assert said.startswith("model.grouped_matmul=tokamax: is not installed; run pip install ")
     assert "or write pallas_triton or blocked" in said

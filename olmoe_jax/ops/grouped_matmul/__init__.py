@@ -20,25 +20,27 @@ import jax
 import jax.numpy as jnp
 
 from olmoe_jax.errors import UserError
-from olmoe_jax.ops.grouped_matmul import blocked, ragged, tokamax, triton
+from olmoe_jax.ops.grouped_matmul import blocked, mosaic, ragged, tokamax, triton
 
 BACKENDS: dict[str, ModuleType] = {
     "blocked": blocked,
     "ragged_dot": ragged,
-    "tokamax": tokamax,
+    "mosaic": mosaic,
     "pallas_triton": triton,
+    "tokamax": tokamax,
 }
-_PLATFORM = {"tokamax": "gpu", "pallas_triton": "gpu", "ragged_dot": "tpu"}
-_IN_ONE_PIECE = ("ragged_dot", "tokamax")
+_PLATFORM = {"mosaic": "gpu", "pallas_triton": "gpu", "tokamax": "gpu", "ragged_dot": "tpu"}
+_IN_ONE_PIECE = ("ragged_dot", "mosaic", "tokamax")
 """Backends whose `rows_by_rows` needs groups without a gap: ends is the cumulated sum of sizes."""
 
 
 def default_backend(platform: str) -> str:
     """Returns the backend for a platform ("cpu", "gpu" or "tpu").
 
-    GPUs get tokamax's kernels, which their makers test on GPUs. `pallas_triton` has not run on one.
+    Hopper GPUs get jax's own kernels, which their makers test there; other GPUs ours.
     """
-    return {"gpu": "tokamax", "tpu": "ragged_dot"}.get(platform, "blocked")
+    gpu = "mosaic" if platform == "gpu" and mosaic.is_hopper() else "pallas_triton"
+    return {"gpu": gpu, "tpu": "ragged_dot"}.get(platform, "blocked")
 
 
 def check_backend(backend: str | None, platform: str) -> str:
@@ -51,6 +53,8 @@ def check_backend(backend: str | None, platform: str) -> str:
     wrong = None
     if _PLATFORM.get(backend, platform) != platform:
         wrong = f"runs on {_PLATFORM[backend]}; this is {platform}; write blocked"
+    elif backend == "mosaic" and not mosaic.is_hopper():
+        wrong = "runs on NVIDIA Hopper GPUs, and this is another; write pallas_triton"
     elif backend == "tokamax" and (missing := tokamax.missing()):
         wrong = f"{missing}, or write pallas_triton or blocked, which need no other package"
     if wrong:
@@ -63,8 +67,8 @@ def grouped_matmul(
 ) -> jax.Array:
     """Returns y with y[i] = x[i] @ w[group of row i]. Differentiable in x and w.
 
-    The kernels (`tokamax`, `pallas_triton`) cannot be partitioned: under a mesh, call this inside
-    `jax.shard_map`.
+    The kernels (`mosaic`, `pallas_triton`, `tokamax`) cannot be partitioned: under a mesh, call
+    this inside `jax.shard_map`.
 
     Args:
       x: [N, D], rows sorted by group.
