@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from olmoe_jax.ops.grouped_matmul import triton
+import olmoe_jax.ops.grouped_matmul.triton as triton
 
 _TILE: dict[str, Any] = {"block_m": 128, "max_concurrent_steps": 4, "grid_block_n": 4}
 _INNER, _OUTER = 64, 128
