@@ -10,14 +10,18 @@ import safetensors.numpy
 from helpers import write_json
 
 from olmoe_jax.checkpoints import names
+from olmoe_jax.checkpoints.expert_config import ExpertConfig
 from olmoe_jax.checkpoints.huggingface import DTYPES, HFCheckpoint
 from olmoe_jax.checkpoints.loading import graph_of
 from olmoe_jax.config import Config
-from olmoe_jax.data import Batch
+from olmoe_jax.data import Batch, TokenizedDataset
 from olmoe_jax.model.config import ModelConfig, ModelSettings
 from olmoe_jax.model.decoder import Olmoe, parameter_specs
 from olmoe_jax.model.lora import LoraSettings
 from olmoe_jax.model.parameters import merge
+from olmoe_jax.parallel.sharding import make_mesh
+from olmoe_jax.training.base_model import open_model
+from olmoe_jax.training.program import build_program
 
 
 def tiny_config(**changes) -> ModelConfig:
@@ -198,3 +202,42 @@ def make_batch() -> Batch:
         "loss_weights": (segments / segments.sum()).astype(np.float32),
     }
     return Batch(**{field.name: values[field.name] for field in dataclasses.fields(Batch)})
+
+
+def program_of(config, experts=None):
+    """The program of a run on one device, perhaps with these tuned experts."""
+    model = open_model(config)
+    if experts:
+        method = model.method.with_experts(ExpertConfig(experts))
+        model = dataclasses.replace(model, method=method)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        return build_program(config, model, mesh, 4)
+
+
+LENGTHS = [5, 9, 3, 12, 1, 7, 4, 10]
+ROWS = {
+    "max_seq_length": 16,
+    "pack": True,
+    "rows_per_batch": 2,
+    "pad_id": 1,
+    "process_index": 0,
+    "process_count": 1,
+}
+"""How the examples of `make_examples` become rows: arguments of `evaluation_batches`."""
+
+
+def make_examples(lengths=LENGTHS):
+    """Examples with random tokens, the padding's id among them, where it counts like any other."""
+    random = np.random.default_rng(0)
+    total = sum(lengths)
+    return TokenizedDataset(
+        tokens=random.integers(0, 258, total, dtype=np.int32),
+        in_loss=np.ones(total, bool),
+        offsets=np.cumsum([0, *lengths], dtype=np.int64),
+        prompt_lengths=np.zeros(len(lengths), np.int32),
+        rows=np.arange(len(lengths)),
+        dropped_rows=0,
+        total_rows=len(lengths),
+        origin={"content": "synthetic"},
+    )

@@ -8,8 +8,15 @@ import numpy as np
 import pytest
 from helpers import relative_error
 from jax.sharding import Mesh
-from methods.test_esft_scores import ROWS, make_examples
-from tiny import make_batch, random_adapters, random_weights, tiny_config, write_base
+from tiny import (
+    ROWS,
+    make_batch,
+    make_examples,
+    random_adapters,
+    random_weights,
+    tiny_config,
+    write_base,
+)
 
 from olmoe_jax.checkpoints.huggingface import HFCheckpoint
 from olmoe_jax.checkpoints.loading import load_parameters, quantized_like, stack_tuned

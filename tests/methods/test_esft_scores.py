@@ -6,12 +6,11 @@ import jax
 import numpy as np
 import pytest
 from helpers import relative_error
-from tiny import BYTES, tiny_config
+from tiny import BYTES, LENGTHS, ROWS, make_examples, tiny_config
 
 from olmoe_jax import data
 from olmoe_jax.checkpoints.huggingface import HFCheckpoint
 from olmoe_jax.checkpoints.loading import load_parameters
-from olmoe_jax.data import TokenizedDataset
 from olmoe_jax.methods import esft_command as command
 from olmoe_jax.methods.scoring import expert_scores
 from olmoe_jax.model.config import ModelSettings
@@ -19,32 +18,7 @@ from olmoe_jax.model.decoder import graph_of
 from olmoe_jax.parallel.sharding import make_mesh
 
 CONFIG = tiny_config(**BYTES)
-LENGTHS = [5, 9, 3, 12, 1, 7, 4, 10]
 PAD = 1
-ROWS = {
-    "max_seq_length": 16,
-    "pack": True,
-    "rows_per_batch": 2,
-    "pad_id": PAD,
-    "process_index": 0,
-    "process_count": 1,
-}
-
-
-def make_examples(lengths=LENGTHS):
-    """Examples with random tokens, the padding's id among them, where it counts like any other."""
-    random = np.random.default_rng(0)
-    total = sum(lengths)
-    return TokenizedDataset(
-        tokens=random.integers(0, 258, total, dtype=np.int32),
-        in_loss=np.ones(total, bool),
-        offsets=np.cumsum([0, *lengths], dtype=np.int64),
-        prompt_lengths=np.zeros(len(lengths), np.int32),
-        rows=np.arange(len(lengths)),
-        dropped_rows=0,
-        total_rows=len(lengths),
-        origin={"content": "synthetic"},
-    )
 
 
 def rows_of(dataset, rows=None):

@@ -1,6 +1,5 @@
 """What a LoRA run holds in memory and on disk, and that each method trains and continues."""
 
-import dataclasses
 import json
 import math
 
@@ -8,30 +7,18 @@ import jax
 import numpy as np
 import pytest
 from helpers import assert_same_bits, load_checkpoint_tensors, saved_arrays
-from tiny import LORA, base_weights, short_run
+from tiny import LORA, base_weights, program_of, short_run
 from training.tiny_run import losses
 
 import olmoe_jax
 from convert import to_hf
-from olmoe_jax.checkpoints.expert_config import ExpertConfig
 from olmoe_jax.parallel.sharding import make_mesh
 from olmoe_jax.training.base_model import open_model
 from olmoe_jax.training.parameters import initial_parameters
-from olmoe_jax.training.program import build_program
 
 RAGGED = ((1, 4, 7), (0,))
 BFLOAT16 = {"model__compute_dtype": "bfloat16"}
 ESFT = {"method__name": "esft_gate"}
-
-
-def program_of(config, experts=None):
-    model = open_model(config)
-    if experts:
-        method = model.method.with_experts(ExpertConfig(experts))
-        model = dataclasses.replace(model, method=method)
-    mesh = make_mesh(devices=jax.devices()[:1])
-    with jax.set_mesh(mesh):
-        return build_program(config, model, mesh, 4)
 
 
 def size(tree) -> int:

@@ -14,11 +14,11 @@ from helpers import (
     load_checkpoint_tensors,
     message_of,
 )
-from methods.test_lora_training import program_of
 from tiny import (
     LORA,
     base_weights,
     make_batch,
+    program_of,
     random_adapters,
     random_weights,
     short_run,
