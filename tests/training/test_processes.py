@@ -116,6 +116,26 @@ def test_one_of_two_processes_writes(command, tmp_path, environment):
 
 
 @pytest.mark.slow
+def test_both_go_back_together(command, tmp_path, environment):
+    """Each reads a share of a checkpoint's files; one of them finds the damage."""
+    command = [*command, "--config.train.checkpoint_every=1", "--config.train.export_hf=false"]
+    started = processes.start(command, tmp_path / "log", environment)
+    assert started.wait() == [0, 0], started.output()
+    before = losses(tmp_path / "run")
+    files = (tmp_path / "run" / "checkpoints" / "2").rglob("*")
+    largest = max(files, key=lambda path: path.stat().st_size)
+    content = largest.read_bytes()
+    largest.write_bytes(content[:-99] + bytes([content[-99] ^ 1]) + content[-98:])
+    started = processes.start(command, tmp_path / "again", environment)
+    assert started.wait() == [0, 0], started.output()
+    first, second = started.output()
+    assert f"{largest}: damaged, its checksum differs" in first
+    assert "going back to step 1" in first
+    assert second == ""
+    assert losses(tmp_path / "run") == before
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("extra", "expected"),
     [
