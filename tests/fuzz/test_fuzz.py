@@ -26,7 +26,7 @@ SECONDS = float(os.environ.get("FUZZ_SECONDS", "60"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 LONGEST, LARGEST = 60, 3  # a command's seconds and GiB
 
-pytestmark = pytest.mark.exhaustive
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
 
 
 class Server:
