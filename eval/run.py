@@ -17,6 +17,7 @@ from olmoe_jax.checkpoints import directory
 from olmoe_jax.errors import SEED, ArgumentParser, UserError, run_command, whole_number
 from olmoe_jax.files import absolute, expand, user_path
 from olmoe_jax.generation.command import add_model
+from olmoe_jax.parallel.compilation import keep_programs
 from olmoe_jax.parallel.cpu import restart_with_huge_pages, use_all_cores
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ The same command continues an evaluation that was interrupted.
 
 def main(arguments: Sequence[str]) -> None:
     """Runs the command line."""
+    keep_programs()
     args = parser().parse_args(arguments)
     directory.check_writable(args.output)
     tasks = tasks_of(args.tasks)

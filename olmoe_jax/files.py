@@ -72,6 +72,11 @@ def user_path(path: str) -> Path:
     return Path(expand(path))
 
 
+def cache_directory(name: str) -> Path:
+    """Returns a folder of the cache, which is $OLMOE_JAX_CACHE or ~/.cache/olmoe_jax."""
+    return user_path(os.environ.get("OLMOE_JAX_CACHE") or "~/.cache/olmoe_jax") / name
+
+
 def absolute(path: str) -> str:
     """Returns a path that exists in its absolute form, and another text (a hub id) as it is."""
     return os.path.abspath(path) if os.path.exists(path) else path

@@ -17,6 +17,7 @@ from olmoe_jax.config import validate
 from olmoe_jax.config.load import load_config
 from olmoe_jax.errors import run_command
 from olmoe_jax.generation.answers import exact_match
+from olmoe_jax.parallel.compilation import keep_programs
 
 if TYPE_CHECKING:
     from olmoe_jax.model.decoder import Olmoe
@@ -147,6 +148,7 @@ def untrained_model(inputs: Path) -> "Olmoe":
 
 def main(arguments: Sequence[str]) -> None:
     """Trains, exports, reads the export back, and compares it with an untrained model."""
+    keep_programs()
     config = validate(load_config(CONFIG))
     inputs = Path(config.model.config_path)
     output = olmoe_jax.train(config).output_dir

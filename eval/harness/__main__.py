@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from eval.harness import NAME
 from olmoe_jax.errors import UserError, run_command
+from olmoe_jax.parallel.compilation import keep_programs
 from olmoe_jax.parallel.cpu import restart_with_huge_pages, use_all_cores
 
 
@@ -13,6 +14,7 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
       UserError: lm_eval is not installed.
     """
+    keep_programs()
     try:
         import lm_eval.models  # noqa: F401  registers lm_eval's own models
         from lm_eval.__main__ import cli_evaluate

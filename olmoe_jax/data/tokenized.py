@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,7 +20,7 @@ from olmoe_jax.data.formats import (
 )
 from olmoe_jax.data.reading import content_digest, read_rows
 from olmoe_jax.errors import UserError, os_reason
-from olmoe_jax.files import user_path
+from olmoe_jax.files import cache_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -133,8 +132,7 @@ def tokenize_dataset(
         "max_seq_length": max_seq_length,
         "rules": RULES_VERSION,
     }
-    root = os.environ.get("OLMOE_JAX_CACHE") or "~/.cache/olmoe_jax"
-    directory = user_path(root) / "tokenized" / _hash([_CACHE_VERSION, origin])
+    directory = cache_directory("tokenized") / _hash([_CACHE_VERSION, origin])
     arrays = load_arrays(directory, _ARRAYS)
     if arrays is None:
         try:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from olmoe_jax.errors import SEED, ArgumentParser, UserError, data_output, whole_number
 from olmoe_jax.files import BASE, PATH_OR_ID, expand, read_bytes, utf8
+from olmoe_jax.parallel.compilation import keep_programs
 
 EPILOG = """examples:
   python -m olmoe_jax.generate --model runs/quickstart/hf --prompt "Question: 2 + 3?
@@ -24,6 +25,7 @@ def main(arguments: Sequence[str]) -> None:
     """Runs the command."""
     args = parser().parse_args(arguments)
     prompts = _prompts(args)
+    keep_programs()
 
     import jax
     import jax.numpy as jnp
