@@ -18,11 +18,12 @@ from pathlib import Path
 
 def serve() -> None:
     """Answers requests until standard input ends."""
-    import jax  # noqa: F401
-    import transformers  # noqa: F401
-
+    for name in ("jax", "matplotlib.pyplot", "orbax.checkpoint", "transformers", "datasets"):
+        importlib.import_module(name)
     for line in sys.stdin:
-        print(json.dumps(_run(json.loads(line))), flush=True)
+        request = json.loads(line)
+        importlib.import_module(request["module"])
+        print(json.dumps(_run(request)), flush=True)
 
 
 def _run(request: dict) -> dict:
