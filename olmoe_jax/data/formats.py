@@ -79,8 +79,8 @@ class TokenizedExample:
 
     Attributes:
       tokens: int32 [n].
-      in_loss: bool [n], the tokens that train: the loss covers them. It leaves out the first token
-        of an example in any case, because no token before it predicts it.
+      in_loss: bool [n], the tokens that train: the loss covers them. The loss leaves out the first
+        token of an example in any case, because no token before it predicts it.
       prompt_length: how many tokens come before the first answer, at most n. A conversation of
         several turns has one prompt too: everything before its first assistant turn.
     """
@@ -153,23 +153,32 @@ def encode_batch(
         np.asarray(ids[:max_seq_length], np.int32)
         for ids in _token_ids([row.text for row in rows], tokenizer, enough)
     ]
-    boundaries: list[list[int]] = [[] for _ in rows]
+    token_boundaries: list[list[int]] = [[] for _ in rows]
     unfinished = list(range(len(rows)))
     while unfinished:
-        prefixes = [rows[i].text[: rows[i].boundaries[len(boundaries[i])]] for i in unfinished]
+        prefixes = [
+            rows[i].text[: rows[i].boundaries[len(token_boundaries[i])]] for i in unfinished
+        ]
         ids = _token_ids(prefixes, tokenizer, enough)
         for i, prefix in zip(unfinished, ids, strict=True):
-            boundaries[i].append(count_prompt_tokens(prefix, tokens[i]))
+            token_boundaries[i].append(count_prompt_tokens(prefix, tokens[i]))
         unfinished = [
             i
             for i, prefix in zip(unfinished, ids, strict=True)
-            # Behind such a prefix, all boundaries are behind the example.
-            if len(boundaries[i]) < len(rows[i].boundaries) and len(prefix) < max_seq_length + 64
+            # Behind such a prefix, all boundaries are behind the example: a longer prefix has fewer
+            # tokens only where the tokenizer merges the last ones of the shorter.
+            if len(token_boundaries[i]) < len(rows[i].boundaries)
+            and len(prefix) < max_seq_length + _MOST_MERGED
         ]
-    for ids, places in zip(tokens, boundaries, strict=True):
-        passed = np.searchsorted(np.sort(places), np.arange(len(ids)), side="right")
+    for ids, counts in zip(tokens, token_boundaries, strict=True):
+        # A longer prefix may have fewer tokens, hence the sorting.
+        passed = np.searchsorted(np.sort(counts), np.arange(len(ids)), side="right")
         # An answer has an odd number of boundaries before it.
-        yield TokenizedExample(ids, in_loss=passed % 2 == 1, prompt_length=places[0])
+        yield TokenizedExample(ids, in_loss=passed % 2 == 1, prompt_length=counts[0])
+
+
+_MOST_MERGED = 64
+"""More tokens than a tokenizer merges into one when a text goes on."""
 
 
 def _token_ids(

@@ -28,6 +28,11 @@ def build(options: MethodOptions, config: ModelConfig) -> Method:
             f"method.router_gradient_experts={m}: a token goes to {num_chosen} experts, whose "
             f"probabilities always get a gradient; write {num_chosen} (as conventional) or more"
         )
+    if m is not None and m > config.num_experts:
+        raise UserError(
+            f"method.router_gradient_experts={m}: the model has {config.num_experts} experts; "
+            "write none for all of them"
+        )
     method = implementation(options.name)(options, config)
     if (lora := LoraSettings.of_method(vars(options))) is not None:
         method = Lora(method, lora)

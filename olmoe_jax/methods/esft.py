@@ -73,7 +73,7 @@ class EsftGate(Esft):
 
 
 class EsftToken(Esft):
-    """Chooses by the share of the tokens that use an expert."""
+    """Chooses by the share of the tokens that give an expert a probability of 0.01 or more."""
 
     score = "token"
     top_p = 0.2

@@ -196,9 +196,8 @@ def moe_block(
 
     with jax.named_scope("route"):
         if not settings.router_trains:
-            # On the weight, not on the logits: x still gets its gradient through the router. The
-            # step differentiates trained parameters alone; this holds for whoever differentiates
-            # all of them.
+            # On the weight, not on the logits: x still gets its gradient through the router. A
+            # run's step does not differentiate this weight at all; other callers may.
             router = jax.lax.stop_gradient(router)
         routing = route(tokens, router, is_real, num_chosen, config.norm_topk_prob)
         own = own_experts(routing.chosen, first_expert, num_own)  # [T, K]

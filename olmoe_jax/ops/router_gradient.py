@@ -7,8 +7,8 @@ weight w_e, of a chosen expert or not, the gradient dL/dw_e = <g, E_e(x)> with g
 MoE block's output. The weight w_e is the probability p_e; with `norm_topk_prob` it is p_e / c, c
 being the sum of the chosen probabilities, and a constant in the weights of the other experts. A
 zero-valued term (the form of Levanter's `dense_router_delta`) carries this gradient; the experts
-that the forward did not run are run only in the backward. A loop over all E experts computes the
-chosen ones once more; their masked weights drop that.
+that the forward did not run are run only in the backward. Without a limit m, a loop scores all E
+experts; the scores of the chosen ones are discarded, because the block's own backward has them.
 """
 
 import functools
@@ -137,6 +137,7 @@ router_gradient.defvjp(_forward, _backward)
 
 def _scores(x: Any, g: Any, multiply: Callable[[Any, str], jax.Array]) -> jax.Array:
     """Computes <g, W_down h> as <W_down^T g, h>, h = silu(W_gate x) * W_up x: three matmuls."""
+    # `multiply(g, "down")` is g W_down^T.
     hidden = jax.nn.silu(multiply(x, "gate")) * multiply(x, "up")
     return jnp.sum(hidden * multiply(g, "down"), axis=-1)
 
