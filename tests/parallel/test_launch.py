@@ -31,7 +31,8 @@ def test_slurm(tmp_path):
     script = str(LAUNCH / "slurm.sbatch")
     subprocess.run(["bash", "-n", script], check=True)
     printed = run_with({"srun": 'printf "%s\\n" "$@"'}, tmp_path, [script, *COMMAND], {})
-    assert printed.splitlines() == ["--kill-on-bad-exit=1", "python", "train.py", *COMMAND]
+    python = ".venv/bin/python"  # of `make install`
+    assert printed.splitlines() == ["--kill-on-bad-exit=1", python, "train.py", *COMMAND]
     options = (LAUNCH / "slurm.sbatch").read_text().splitlines()
     assert "#SBATCH --ntasks-per-node=1" in options
     # To the tasks, not to the batch script alone (which would be B:TERM).
@@ -73,7 +74,11 @@ def test_a_pod_succeeds_only_when_the_run_is_finished(tmp_path, python, signal, 
     (container,) = jobset_job()[1]["template"]["spec"]["template"]["spec"]["containers"]
     (tmp_path / "python").write_text(f"#!/bin/bash\n{python}\n")
     (tmp_path / "python").chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "OUTPUT": str(tmp_path)}
+    environment = {
+        "PATH": os.environ["PATH"],
+        "OUTPUT": str(tmp_path),
+        "PYTHON": f"{tmp_path}/python",
+    }
     command = [*container["command"], *container["args"]]
     process = subprocess.Popen(command, env=environment | {"CONFIG": "c"}, stdout=subprocess.PIPE)
     if signal:
@@ -94,7 +99,7 @@ def test_skypilot(tmp_path):
         {"python": 'env | grep ^JAX_; printf "%s\\n" "$@"'},
         tmp_path,
         ["-c", task["run"]],
-        {**variables, **task["envs"]},
+        {**variables, **task["envs"], "PYTHON": "python"},
     ).splitlines()
     environment = dict(line.split("=", 1) for line in printed if line.startswith("JAX_"))
     assert find_cluster([], environment)[0] == Cluster("10.0.0.1:9876", 2, 1)
