@@ -72,9 +72,9 @@ def user_path(path: str) -> Path:
     return Path(expand(path))
 
 
-def cache_directory(name: str) -> Path:
-    """Returns a folder of the cache, which is $OLMOE_JAX_CACHE or ~/.cache/olmoe_jax."""
-    return user_path(os.environ.get("OLMOE_JAX_CACHE") or "~/.cache/olmoe_jax") / name
+def cache_directory(folder: str = "") -> Path:
+    """Returns the cache, or a folder in it. The cache is $OLMOE_JAX_CACHE or ~/.cache/olmoe_jax."""
+    return user_path(os.environ.get("OLMOE_JAX_CACHE") or "~/.cache/olmoe_jax") / folder
 
 
 def absolute(path: str) -> str:

@@ -60,13 +60,13 @@ def downloading(path: str, kind: str = "model") -> Iterator[None]:
     except Exception as error:
         raise UserError(
             f"{path}: no such path here, and the Hugging Face hub did not give it: "
-            f"{_reason(error, path.partition(':')[0], kind)}"
+            f"{reason(error, path.partition(':')[0], kind)}"
         ) from None
     finally:
         hub_logging.set_verbosity(verbosity)
 
 
-def _reason(error: Exception, repository: str, kind: str) -> str:
+def reason(error: Exception, repository: str, kind: str) -> str:
     """Returns why a download failed, and what to do about it."""
     import huggingface_hub
 

@@ -1,0 +1,125 @@
+"""Proofs: a backend's results and gradients on this device, against plain XLA.
+
+An error is the largest difference, relative to the largest number of the same row (or matrix).
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from olmoe_jax.ops.attention import attention
+from olmoe_jax.ops.grouped_matmul import grouped_matmul, grouped_matmul_tuned
+
+
+def tolerance(dtype: DTypeLike) -> float:
+    """Returns the largest error of a right backend: the rounding of a few numbers in a row."""
+    # GPUs may multiply float32 in tensor cores, which keep 10 bits of the mantissa.
+    return 2e-2 if jnp.dtype(dtype).itemsize == 2 else 3e-3
+
+
+def prove_grouped_matmul(backend: str, shape: tuple[int, int, int, int], dtype: DTypeLike) -> float:
+    """Returns the error of y, dx, dw and of the gradient of replaced matrices; NaN is one too.
+
+    The groups are uneven, two of them are empty, and an eighth of the rows belongs to none.
+
+    Args:
+      backend: one of `grouped_matmul.BACKENDS`.
+      shape: rows N, in D, out F, groups E (3 or more).
+      dtype: of x and w.
+    """
+    rows, width, out, groups = shape
+    rng = np.random.default_rng(0)
+    shares = rng.dirichlet(np.ones(groups)) * ~np.isin(np.arange(groups), (0, groups // 2))
+    sizes = jnp.asarray(rng.multinomial(rows - rows // 8, shares / shares.sum()), jnp.int32)
+    x, w, g = _normal(dtype, (rows, width), (groups, width, out), (rows, out))
+    indices = jnp.asarray([0, groups - 1, groups], jnp.int32)  # an empty group, one, and padding
+
+    @jax.jit
+    def products(x: jax.Array, w: jax.Array, g: jax.Array) -> tuple[jax.Array, ...]:
+        y, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, backend), x, w)
+        tuned = w[jnp.minimum(indices, groups - 1)]
+        _, pull_tuned = jax.vjp(
+            lambda tuned: grouped_matmul_tuned(x, w, tuned, indices, sizes, backend), tuned
+        )
+        return (y, *pull(g), *pull_tuned(g))
+
+    y, dx, dw = _products(x, w, g, sizes)
+    d_tuned = jnp.append(dw, jnp.zeros_like(dw[:1]), 0)[indices]
+    return _worst(products(x, w, g), (y, dx, dw, d_tuned))
+
+
+def prove_attention(backend: str, shape: tuple[int, int, int, int, int], dtype: DTypeLike) -> float:
+    """Returns the error of the output, dq, dk and dv.
+
+    Each row holds texts of uneven lengths, and ends in padding.
+
+    Args:
+      backend: one of `attention.BACKENDS`.
+      shape: rows B, positions S, heads H, key/value heads G, head size d.
+      dtype: of q, k and v.
+    """
+    batch, length, heads, groups, size = shape
+    q, k, v, g = _normal(dtype, *((batch, length, n, size) for n in (heads, groups, groups, heads)))
+    cuts = np.sort(np.random.default_rng(0).integers(1, length, (batch, 3)))
+    segments = jnp.asarray((np.arange(length) >= cuts[..., None]).sum(1), jnp.int32)
+
+    def run(function: Callable[..., jax.Array]) -> tuple[jax.Array, ...]:
+        y, pull = jax.vjp(lambda *qkv: function(*qkv, segments), q, k, v)
+        return (y, *pull(g.astype(y.dtype)))
+
+    expected = jax.jit(lambda: run(_attention))()
+    actual = jax.jit(lambda: run(functools.partial(attention, backend=backend)))()
+    # A key that few queries see has a small gradient, of large numbers that cancel.
+    return _worst(*([array.reshape(1, -1) for array in arrays] for arrays in (actual, expected)))
+
+
+def _normal(dtype: DTypeLike, *shapes: tuple[int, ...]) -> list[jax.Array]:
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return [jax.random.normal(*pair).astype(dtype) for pair in zip(keys, shapes, strict=True)]
+
+
+@jax.jit
+def _products(
+    x: jax.Array, w: jax.Array, g: jax.Array, sizes: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns y, dx and dw in float32: all rows by each matrix, and the rows of others masked."""
+    ends, row = jnp.cumsum(sizes), jnp.arange(len(x))
+    x, g = x.astype(jnp.float32), g.astype(jnp.float32)
+    dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+    def group(sums: tuple, one: tuple) -> tuple[tuple, jax.Array]:
+        (y, dx), (matrix, size, end) = sums, one
+        matrix, mine = matrix.astype(jnp.float32), ((row >= end - size) & (row < end))[:, None]
+        y, dx = y + mine * dot(x, matrix), dx + mine * dot(g, matrix.T)
+        return (y, dx), dot(x.T, mine * g)
+
+    (y, dx), dw = jax.lax.scan(group, (jnp.zeros_like(g), jnp.zeros_like(x)), (w, sizes, ends))
+    return y, dx, dw
+
+
+def _attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+    """Returns attention in float32 with all S^2 scores."""
+    repeats = q.shape[2] // k.shape[2]
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    k, v = (jnp.repeat(x, repeats, axis=2) for x in (k, v))
+    dot = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    scores = dot("bqhd,bkhd->bhqk", q, k) / np.sqrt(q.shape[-1])
+    position = jnp.arange(q.shape[1])
+    seen = (segments[:, :, None] == segments[:, None, :]) & (position[:, None] >= position)
+    probabilities = jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf))
+    return dot("bhqk,bkhd->bqhd", probabilities, v)
+
+
+def _worst(actual: Sequence[jax.Array], expected: Sequence[jax.Array]) -> float:
+    """Returns the largest error of some arrays; that of a row of zeros counts too."""
+    errors = []
+    for a, b in zip(actual, expected, strict=True):
+        axes = tuple(range(1, b.ndim))
+        scale = jnp.max(jnp.abs(b), axes)
+        scale = jnp.maximum(scale, 1e-3 * jnp.max(scale))
+        errors.append(jnp.max(jnp.max(jnp.abs(a.astype(jnp.float32) - b), axes) / scale))
+    return float(jnp.max(jnp.stack(errors)))
