@@ -1,19 +1,50 @@
 """Compiled programs on disk, so that the second start of a command compiles nothing again."""
 
 import os
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
 
 from olmoe_jax.files import cache_directory
+
+_DAMAGE = re.compile(r"Error reading persistent compilation cache entry for '([\w.-]+)'")
+"""jax's warning about a program that it cannot read and compiles again."""
 
 
 def keep_programs() -> None:
     """Lets jax keep what it compiles in the cache directory. Call it before jax is imported.
 
     JAX_COMPILATION_CACHE_DIR names another directory, and JAX_ENABLE_COMPILATION_CACHE=0 keeps
-    nothing. Programs that cannot be read or written cost one of jax's warnings, and are compiled.
+    nothing. Programs that cannot be read or written cost a warning, and are compiled.
 
     Raises:
       UserError: OLMOE_JAX_CACHE is no path.
     """
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_directory("compiled")))
     # jax's own limit, a second, leaves out most of what the start of a small model compiles.
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        directory = cache_directory("compiled")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory)
+        _replace_damaged_programs(directory)
+
+
+def _replace_damaged_programs(directory: Path) -> None:
+    """Removes a damaged program when jax warns of it: jax writes no file that is there.
+
+    A process that is killed while it writes a program leaves half of it.
+    """
+    show = warnings.showwarning
+
+    def remove(message: Warning | str, *rest: Any, **options: Any) -> None:
+        damage = _DAMAGE.match(str(message))
+        files = [*directory.glob(f"{damage[1]}-*-cache")] if damage else []
+        if damage is None or not files:
+            show(message, *rest, **options)
+            return
+        for file in files:
+            file.unlink(missing_ok=True)
+        print(f"compiling again: {damage[1]} in {directory} is damaged", file=sys.stderr)
+
+    warnings.showwarning = remove
