@@ -1,9 +1,11 @@
 """Compiled programs on disk, so that the second start of a command compiles nothing again."""
 
 import os
+import platform
 import re
 import sys
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,23 @@ def keep_programs() -> None:
     # jax's own limit, a second, leaves out most of what the start of a small model compiles.
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        directory = cache_directory("compiled")
+        directory = cache_directory("compiled") / _processor()
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory)
         _replace_damaged_programs(directory)
+
+
+def _processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Returns a name for this kind of processor.
+
+    jax's own key lacks it, and a home directory may be that of machines with other instructions.
+    """
+    try:
+        lines = cpuinfo.read_text().split("\n\n")[0].splitlines()
+    except OSError:  # not Linux
+        lines = []
+    kind = [line for line in lines if line.startswith(("model name", "flags", "CPU", "Features"))]
+    checksum = zlib.crc32("\n".join(kind).encode())
+    return f"{platform.machine()}-{checksum:08x}"
 
 
 def _replace_damaged_programs(directory: Path) -> None:

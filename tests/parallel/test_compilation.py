@@ -7,7 +7,7 @@ import sys
 import pytest
 from helpers import ROOT
 
-from olmoe_jax.parallel.compilation import keep_programs
+from olmoe_jax.parallel.compilation import _processor, keep_programs
 
 PROGRAM = """
 from olmoe_jax.parallel.compilation import keep_programs
@@ -35,7 +35,7 @@ def run(tmp_path):
         text=True,
         check=True,
     )
-    return result.stdout, result.stderr, [*(tmp_path / "compiled").glob("*-cache")]
+    return result.stdout, result.stderr, [*(tmp_path / "compiled").rglob("*-cache")]
 
 
 def test_second_start_compiles_nothing_and_damage_is_compiled_once(tmp_path):
@@ -65,3 +65,13 @@ def test_the_users_directory_wins(monkeypatch, value):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", value)
     keep_programs()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == value
+
+
+def test_processors_with_other_instructions_share_no_program(tmp_path):
+    names = set()
+    for clock, flags in [(1000, "avx2"), (2000, "avx2"), (1000, "avx2 avx512f")]:
+        text = f"processor: 0\nmodel name: X\ncpu MHz: {clock}\nflags: {flags}\n\nprocessor: 1\n"
+        (tmp_path / "cpuinfo").write_text(text)
+        names.add(_processor(tmp_path / "cpuinfo"))
+    assert len(names) == 2
+    assert _processor(tmp_path / "missing") not in names
