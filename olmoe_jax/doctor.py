@@ -79,6 +79,8 @@ def devices() -> Iterator[Line]:
     cure = f"make install ACCELERATOR={kind}" if unused else None
     if unused and os.environ.get("JAX_PLATFORMS"):
         cure = "unset JAX_PLATFORMS"
+    elif found[0].platform == "cpu" and "update it" in evidence:
+        cure = "update the NVIDIA driver, then make install"
     yield "devices", text, cure
     limit = (found[0].memory_stats() or {}).get("bytes_limit")
     if limit:
@@ -93,7 +95,11 @@ def memory_and_disk() -> Iterator[Line]:
         total, free = sizes["MemTotal"], sizes["MemAvailable"]
         cure = "end other programs" if free < 1 else None
         yield "memory", f"{free:.1f} of {total:.1f} GiB free", cure
-    cache = cache_directory()
+    try:
+        cache = cache_directory()
+    except UserError as error:
+        yield "cache", str(error), "set OLMOE_JAX_CACHE to a directory, or unset it"
+        return
     for name, path in (("here", Path.cwd()), ("cache", cache)):
         there = next(parent for parent in (path, *path.parents) if parent.exists())
         free = shutil.disk_usage(there).free / GIB

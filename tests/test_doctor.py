@@ -12,6 +12,8 @@ from olmoe_jax import accelerator, doctor
 from olmoe_jax.ops import grouped_matmul
 from olmoe_jax.ops.grouped_matmul import ragged
 
+DETECT = accelerator.detect
+
 
 @pytest.fixture
 def page(monkeypatch, capsys, tmp_path):
@@ -65,6 +67,14 @@ def test_wrong_kernel(page, monkeypatch, failure):
     assert "grouped_matmul: write --config.model.grouped_matmul=blocked\n" in text
 
 
+def test_driver_that_is_too_old(page, monkeypatch):
+    monkeypatch.setattr(accelerator, "detect", DETECT)
+    monkeypatch.setattr(accelerator, "_nvidia_driver", lambda system: ("470.1", 7.0))
+    code, text = page()
+    assert code == 2
+    assert "devices: update the NVIDIA driver" in text
+
+
 def test_jax_that_does_not_use_the_accelerator(page, monkeypatch):
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     monkeypatch.setattr(accelerator, "detect", lambda: ("cuda13", "a GPU"))
@@ -95,9 +105,11 @@ def test_silent_hub_holds_nothing_up(page, monkeypatch):
 
 
 @pytest.mark.usefixtures("without_kernels")
-def test_cache_that_cannot_be_written(page, monkeypatch, tmp_path):
+@pytest.mark.parametrize("path", ["file", "~nobody12/x"])
+def test_cache_that_cannot_be_written(page, monkeypatch, tmp_path, path):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("OLMOE_JAX_CACHE", str(tmp_path / "file"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OLMOE_JAX_CACHE", path)
     code, text = page()
     assert code == 2
     assert "cache: set OLMOE_JAX_CACHE to a directory" in text
