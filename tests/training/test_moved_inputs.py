@@ -19,6 +19,8 @@ from olmoe_jax.checkpoints.opening import open_source, weights_identity
 from olmoe_jax.generation import command
 from olmoe_jax.training.reporting import Reporter
 
+pytestmark = pytest.mark.slow
+
 ESFT = {"method__name": "esft_gate", "train__max_steps": 1}
 
 

@@ -28,6 +28,8 @@ from olmoe_jax.training import loop
 from olmoe_jax.training.best import best_step
 from olmoe_jax.training.reporting import Reporter
 
+pytestmark = pytest.mark.slow
+
 STEPS, STOPPED = 8, 6
 OPTIONS = {
     "method__name": "esft_gate",
