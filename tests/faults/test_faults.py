@@ -223,7 +223,7 @@ def test_a_damaged_latest_checkpoint(interrupted, finish, seed, count):
 
 
 def test_a_truncated_data_cache(sums, interrupted, finish, count):
-    caches = list(Path(os.environ["OLMOE_JAX_CACHE"]).rglob("tokens.npy"))
+    caches = list(Path(os.environ["OLMOE_JAX_CACHE"]).rglob("tokens"))
     assert len(caches) >= 2  # training and evaluation
     for tokens in caches:
         os.truncate(tokens, tokens.stat().st_size // 2)
