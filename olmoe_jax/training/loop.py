@@ -27,6 +27,7 @@ from olmoe_jax.training.evaluation import Evaluation
 from olmoe_jax.training.finishing import finish
 from olmoe_jax.training.introduction import introduction
 from olmoe_jax.training.program import Program, build_program
+from olmoe_jax.training.proofs import prove_kernels
 from olmoe_jax.training.reporting import (
     TENSORBOARD,
     Reporter,
@@ -71,6 +72,11 @@ def train(config: Config) -> TrainResult:
     steps = training_data(config, datasets, mesh)
     held_out = held_out_sample(config, model, datasets)
     _check_same_everywhere(config, datasets)
+    if jax.default_backend() != "cpu":
+        rows = config.train.rows_per_device
+        proven = prove_kernels(model.config, model.settings, rows, steps.row_length)
+        if distributed.is_writer():
+            print(proven, flush=True)
     try:
         with run_directory.opened(config, model.files, model.tokenizer_files) as output:
             preparation = Preparation(
