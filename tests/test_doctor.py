@@ -36,6 +36,7 @@ def without_kernels(monkeypatch):
     monkeypatch.setattr(doctor, "layer", lambda: iter(()))
 
 
+@pytest.mark.slow
 def test_healthy_machine(page, tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "_CPU_LAYER", doctor._CPU_LAYER | {"hidden": 16, "tokens": 64})
     (tmp_path / "compiled").mkdir()

@@ -45,6 +45,7 @@ def test_greedy_is_the_argmax_of_the_full_forward(model, tokenizer, greedy):
         assert tokenizer.decode(new) == text
 
 
+@pytest.mark.slow
 def test_the_models_positions(model, tokenizer, greedy):
     """A number of tokens must fit beside each prompt; without one a text ends at the positions."""
     lengths = [len(tokenizer(prompt).input_ids) for prompt in PROMPTS]

@@ -202,6 +202,7 @@ def test_adapter_config(run, base):
     assert (run / "adapter" / "tokenizer.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("targets", "rslora"),
     [

@@ -38,6 +38,7 @@ def run(tmp_path):
     return result.stdout, result.stderr, [*(tmp_path / "compiled").rglob("*-cache")]
 
 
+@pytest.mark.slow
 def test_second_start_compiles_nothing_and_damage_is_compiled_once(tmp_path):
     output, errors, files = run(tmp_path)
     assert (output, errors) == ("7.0 0\n", "")

@@ -11,6 +11,7 @@ import olmoe_jax
 from convert import to_hf
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "asked"),
     [("float16", None), pytest.param("float64", "float16", marks=pytest.mark.slow)],

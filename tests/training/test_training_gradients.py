@@ -151,6 +151,7 @@ def test_auxiliary_loss_is_of_the_step(setup_with_auxiliary_loss, pack, rows):
     assert difference(setup.gradients(part), setup.gradients(whole)) < 1e-5
 
 
+@pytest.mark.slow
 def test_auxiliary_loss_under_dropout(files, tmp_path_factory):
     """The tokens are counted with the dropout under which the step computes."""
     lora = {"method__lora_rank": 4, "method__lora_dropout": 0.5}

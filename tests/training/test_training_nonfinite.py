@@ -81,6 +81,7 @@ def test_n_in_a_row_stop_the_run_and_it_can_be_continued(files, tmp_path, poison
     assert [line["step"] for line in metrics(result.output_dir)] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [{}, {"method__lora_rank": 2}])
 def test_the_last_loss_is_not_finite(files, tmp_path, poison, method):
     """The run ends with an error and without an export, which the same command does not make."""
