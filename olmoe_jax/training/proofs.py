@@ -1,5 +1,6 @@
 """A run's kernels against plain XLA, on its device and at its sizes, before its first step."""
 
+import functools
 from collections.abc import Callable
 
 from olmoe_jax.errors import UserError, first_line, shorten
@@ -34,30 +35,29 @@ def prove_kernels(config: ModelConfig, settings: ModelSettings, rows: int, lengt
         matrices += [(settings.lora.rank, size) for size in sizes]
     matmul, attend = str(settings.grouped_matmul), str(settings.attention)
     heads = (config.num_heads, config.num_kv_heads, config.head_dim)
+    limit = tolerance(dtype)
+    grouped = functools.partial(_checked, f"model.grouped_matmul={matmul}", "blocked", limit)
     errors = {
         "grouped_matmul": max(
-            _checked(
-                f"model.grouped_matmul={matmul}",
-                "blocked",
-                lambda shape=(count, *matrix, config.num_experts): prove_grouped_matmul(
-                    matmul, shape, dtype
-                ),
-                tolerance(dtype),
+            grouped(
+                functools.partial(
+                    prove_grouped_matmul, matmul, (count, *matrix, config.num_experts), dtype
+                )
             )
             for matrix in matrices
         ),
         "attention": _checked(
             f"model.attention={attend}",
             "chunked",
-            lambda: prove_attention(attend, (1, length, *heads), dtype),
-            tolerance(dtype),
+            limit,
+            functools.partial(prove_attention, attend, (1, length, *heads), dtype),
         ),
     }
     found = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
-    return f"kernels proven against plain XLA: largest error {found} (of {tolerance(dtype):.0e})"
+    return f"kernels proven against plain XLA: largest error {found} (of {limit:.0e})"
 
 
-def _checked(backend: str, other: str, prove: Callable[[], float], limit: float) -> float:
+def _checked(backend: str, other: str, limit: float, prove: Callable[[], float]) -> float:
     """Returns the error of a backend that is right."""
     field = backend.partition("=")[0]
     try:
