@@ -7,8 +7,8 @@ from unittest import mock
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ROOT, load_checkpoint_tensors
-from tiny import tiny_config, write_hf_checkpoint
+from helpers import ROOT, load_checkpoint_tensors, write_json
+from tiny import hf_config, tiny_config, write_hf_checkpoint
 
 from examples import lora_on_my_data, router_gradient
 from olmoe_jax.config.methods import METHODS
@@ -29,8 +29,9 @@ def test_router_gradient_is_that_by_hand():
 @pytest.fixture
 def base(tmp_path, tokenizer_dir):
     """A random tiny OLMoE with a tokenizer of bytes."""
-    path = tmp_path / "base"
-    write_hf_checkpoint(path, tiny_config(vocab_size=258))
+    path, config = tmp_path / "base", tiny_config(vocab_size=258)
+    write_hf_checkpoint(path, config)
+    write_json(path / "config.json", hf_config(config, max_position_embeddings=4096))
     shutil.copytree(tokenizer_dir, path, dirs_exist_ok=True)
     return path
 
