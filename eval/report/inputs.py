@@ -130,7 +130,7 @@ def is_run(path: Path) -> bool:
 @pydantic.with_config(STRICT)
 @dataclass(frozen=True)
 class _Config:
-    """What the report needs of a run's config.json."""
+    """The fields of a run's config.json that the report reads."""
 
     method: Annotated[str, field_at("method", "name")]
     data: Annotated[str, field_at("data", "train_path")]

@@ -66,7 +66,7 @@ class Result:
 @pydantic.with_config(STRICT)
 @dataclass(frozen=True)
 class Model:
-    """What names an evaluated model, and how it computed."""
+    """The fields that name an evaluated model, and say how it computed."""
 
     model: Annotated[str, pydantic.Field(min_length=1)]
     adapter: str | None = None

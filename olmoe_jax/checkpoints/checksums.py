@@ -154,7 +154,7 @@ def _checksums(path: Path, names: Collection[str]) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class _Stamp:
-    """What changes when a file is written: one process hashes the same file once."""
+    """A file's state, which changes when it is written: a process hashes each state once."""
 
     device: int
     inode: int

@@ -104,7 +104,7 @@ class AdapterConfig:
 
     @property
     def rslora(self) -> bool:
-        """Whether scales are alpha / sqrt(rank)."""
+        """True where scales are alpha / sqrt(rank)."""
         return self._fields.use_rslora
 
     def adapts(self, module: str, parameter: str) -> bool:

@@ -89,7 +89,7 @@ def _local_rows(path: str) -> Iterator[tuple[str, Row]]:
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")
-"""What `surrogateescape` makes of a byte that is not UTF-8."""
+"""The character that `surrogateescape` makes of a byte that is not UTF-8."""
 
 
 def _list_rows(path: str) -> Iterator[tuple[str, Row]]:
