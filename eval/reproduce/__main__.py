@@ -14,7 +14,7 @@ from pathlib import Path
 from configs.table import DATASETS, EXPERIMENTS, FULL
 from eval.outputs import open_output
 from eval.reproduce import small
-from eval.reproduce.cells import Reproduction
+from eval.reproduce.cells import Reproduction, check_data
 from eval.reproduce.runner import Runner
 from eval.run import parser as eval_parser
 from olmoe_jax.config import ModelOptions
@@ -51,12 +51,12 @@ def main(arguments: Sequence[str]) -> None:
             "other data sets with --datasets"
         )
     if args.data:
-        table.check_data()
+        check_data(args.data, table.datasets)
     if not (args.small or args.model):
         _check_accelerator()
     asked = {
         "model": table.model,
-        "data": str(table.data) if table.data else None,
+        "data": str(args.data or table.data) if args.data or args.small else None,
         "config": dict(table.config),
         "evaluation": list(table.evaluation),
     }
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> None:
 
     runner = Runner(args.output)
     if args.small:
-        small.write_inputs(args.output / "small", runner.run)
+        small.write_inputs(table, args.data, runner.run)
     commands = list(table.commands())
     for number, command in enumerate(commands, 1):
         if not command.done():
@@ -92,8 +92,8 @@ def parser() -> ArgumentParser:
     add(
         "--small",
         action="store_true",
-        help="a small model and generated word problems, minutes on a CPU; gsm alone, and by "
-        f"default {' and '.join(small.METHODS)}",
+        help="a small model, minutes on a CPU; without --data generated word problems for gsm "
+        f"alone, with --data what lies there; by default {' and '.join(small.METHODS)}",
     )
     add(
         "--discard_weights",
@@ -108,18 +108,21 @@ def _reproduction(
 ) -> Reproduction:
     default = small.METHODS if args.small else EXPERIMENTS
     methods = _names(args.methods, EXPERIMENTS, default, "methods")
-    datasets = _names(args.datasets, DATASETS, ["gsm"] if args.small else DATASETS, "datasets")
+    there = small.datasets(args.data) if args.small else list(DATASETS)
+    datasets = _names(args.datasets, DATASETS, there, "datasets")
     if not args.small:
         model = args.model or ModelOptions().path
         dtype = config.get("model.compute_dtype", ModelOptions().compute_dtype)
         evaluation = [f"--compute_dtype={dtype}", *evaluation]
         return Reproduction(args.output, methods, datasets, model, args.data, config, evaluation)
-    for name in ("model", "data"):
-        if getattr(args, name):
-            raise UserError(f"--{name}: --small makes its own; leave one of the two out")
-    if datasets != ["gsm"]:
-        raise UserError(f"--datasets={args.datasets}: --small has gsm only; leave it out")
-    return small.small_reproduction(args.output, methods, config, evaluation)
+    if args.model:
+        raise UserError("--model: --small makes its own; leave one of the two out")
+    if not args.data and datasets != ["gsm"]:
+        raise UserError(
+            f"--datasets={args.datasets}: --small makes rows of gsm only; add --data DIR, or leave "
+            "the flag out"
+        )
+    return small.small_reproduction(args.output, methods, datasets, args.data, config, evaluation)
 
 
 def _names(

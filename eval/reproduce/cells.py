@@ -4,8 +4,9 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from configs.table import experiment
+from configs.table import DATASETS, experiment
 from eval.evaluation import RESULT
+from eval.tasks.task import local_path
 from olmoe_jax.config import Config, apply_overrides
 from olmoe_jax.errors import UserError
 
@@ -22,10 +23,31 @@ def tasks_of(dataset: str) -> tuple[str, ...]:
     return _OTHER_TASKS.get(dataset, (dataset,))
 
 
-def local_files(data: Path, dataset: str) -> list[Path]:
-    """Returns the rows to train on and, if there are any, the rows of the eval loss."""
+def own_files(dataset: str) -> tuple[str, ...]:
+    """Returns the paths below --data: rows to train on and, if there are any, of the eval loss."""
     names = (f"esft/train/{dataset}.jsonl", f"esft/eval/{dataset}.jsonl")
-    return [data / name for name in _OTHER_FILES.get(dataset, names)]
+    return _OTHER_FILES.get(dataset, names)
+
+
+def local_files(data: Path, dataset: str) -> list[Path]:
+    """Returns the files of `own_files` in `data`, where they may have the hub's paths."""
+    hub = DATASETS[dataset]
+    files = ("train.jsonl", hub.eval_file)
+    return [
+        local_path(data, name, f"{hub.hub_id}:{file}")
+        for name, file in zip(own_files(dataset), files, strict=False)
+    ]
+
+
+def check_data(data: Path, datasets: Sequence[str]) -> None:
+    """Raises `UserError` for a local data file that is missing."""
+    for dataset in datasets:
+        for file in local_files(data, dataset):
+            if not file.exists():
+                raise UserError(
+                    f"--data {data}: no {file.relative_to(data)} there for {dataset}; put the file "
+                    "there, or name the other data sets with --datasets"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,17 +95,6 @@ class Reproduction:
         for dataset in self.datasets:
             for method in self.methods:
                 self.resolved(method, dataset)
-
-    def check_data(self) -> None:
-        """Raises `UserError` for a local data file that is missing."""
-        for dataset in self.datasets:
-            for file in local_files(self.data, dataset) if self.data else ():
-                if not file.exists():
-                    raise UserError(
-                        f"--data {self.data}: no {file.relative_to(self.data)} there for "
-                        f"{dataset}; put the file there, or name the other data sets with "
-                        "--datasets"
-                    )
 
     def resolved(self, method: str, dataset: str) -> Config:
         """Returns a cell's configuration."""

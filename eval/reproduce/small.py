@@ -1,12 +1,26 @@
-"""A small model, pretrained on generated word problems, for --small."""
+"""A small model for --small, pretrained on generated word problems or on the rows in --data."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from configs.table import ESFT, FULL, LORA
-from eval.reproduce.cells import ROOT, Command, Reproduction
+from configs.table import DATASETS, ESFT, FULL, LORA
+from eval.reproduce.cells import (
+    ROOT,
+    Command,
+    Reproduction,
+    local_files,
+    own_files,
+    tasks_of,
+)
+from eval.tasks import TASKS
+from eval.tasks.task import local_path
 from olmoe_jax.checkpoints import directory
+from olmoe_jax.data.formats import format_row
+from olmoe_jax.data.reading import read_rows
+from olmoe_jax.errors import UserError
 
 METHODS = (FULL[-1], ESFT[0])
 """Trained by default: a method that trains everything, and one that trains some experts."""
@@ -31,47 +45,88 @@ LORA_FIELDS = {"optimizer.learning_rate": "1e-2", "method.lora_rank": "8"}
 ESFT_FIELDS = {"optimizer.learning_rate": "3e-3"}
 EVALUATION = ("--batch_size=60", "--max_new_tokens=32", "--compute_dtype=float32")
 
+OWN_ROWS, OWN_TEST_ROWS = 500, 20
+"""Rows at the beginning of each file in --data that are used, to train on and to evaluate."""
+OWN_POSITIONS = 8192
+OWN_FIELDS = FIELDS | {
+    "data.max_seq_length": "4096",
+    "train.batch_size": "8",
+    "train.rows_per_device": "1",
+    "train.max_steps": "10",
+    "train.checkpoint_every": "5",
+}
+OWN_EVALUATION = ("--batch_size=4", *EVALUATION[1:])
+"""What replaces the above for rows in --data, whose prompts may have thousands of tokens."""
+
+
+def datasets(data: Path | None) -> list[str]:
+    """Returns the data sets whose files lie in `data`; gsm, which is generated, without `data`."""
+    if data is None:
+        return ["gsm"]
+    found = [name for name in DATASETS if all(file.exists() for file in local_files(data, name))]
+    if not found:
+        files = ", ".join(str(file.relative_to(data)) for file in local_files(data, "intent"))
+        raise UserError(
+            f"--data {data}: has the files of no data set (e.g. {files}); docs/reproduce.md lists "
+            "their names"
+        )
+    return found
+
 
 def small_reproduction(
-    output: Path, methods: Sequence[str], config: Mapping[str, str], evaluation: Sequence[str]
+    output: Path,
+    methods: Sequence[str],
+    datasets: Sequence[str],
+    data: Path | None,
+    config: Mapping[str, str],
+    evaluation: Sequence[str],
 ) -> Reproduction:
-    """Returns gsm's part of the table with the small model; the user's settings come last."""
-    small = output / "small"
+    """Returns a part of the table with the small model; the user's settings come last."""
+    flags = OWN_EVALUATION if data else EVALUATION
     return Reproduction(
         output,
         methods,
-        ["gsm"],
-        str(small / "model"),
-        small / "data",
+        datasets,
+        str(output / "small/model"),
+        output / "small/data",
         config,
-        [*EVALUATION, *evaluation],
-        _fields,
+        [*flags, *evaluation],
+        lambda method: _fields(method, data is not None),
     )
 
 
-def _fields(method: str) -> Mapping[str, str]:
-    return FIELDS | (LORA_FIELDS if method in LORA else ESFT_FIELDS if method in ESFT else {})
+def _fields(method: str, own: bool) -> Mapping[str, str]:
+    rates = LORA_FIELDS if method in LORA else ESFT_FIELDS if method in ESFT else {}
+    return (OWN_FIELDS if own else FIELDS) | rates
 
 
-def write_inputs(path: Path, run: Callable[[Command], None]) -> None:
+def write_inputs(table: Reproduction, own: Path | None, run: Callable[[Command], None]) -> None:
     """Makes the data, then trains and exports the model; what is there already stays.
 
     Args:
-      path: the directory.
+      table: from `small_reproduction`.
+      own: the user's data.
       run: executes a command.
     """
+    path = table.output / "small"
     data, base, model = path / "data", path / "base", path / "model"
     if not data.exists():
-        _write_data(data)
-    fields = FIELDS | {
+        with directory.new_directory(data) as partial:
+            if own:
+                _write_sample(partial, own, table.datasets)
+            else:
+                _write_problems(partial)
+    fields = (OWN_FIELDS if own else FIELDS) | {
         "model.init": "random",
         "model.config_path": str(data / "model"),
         "data.tokenizer_path": str(data / "model"),
-        "data.train_path": str(data / "gsm/train.jsonl"),
+        "data.train_path": str(data / "model/rows.jsonl"),
         "data.eval_path": "none",
+        "data.eval_fraction": "0",
         "train.output_dir": str(base),
         "train.export_hf": "false",
         **BASE,
+        **({"train.max_steps": "30"} if own else {}),
     }
     train = [str(ROOT / "train.py"), "--config", str(ROOT / f"configs/{FULL[-1]}_gsm.py")]
     train += [f"--config.{name}={value}" for name, value in fields.items()]
@@ -86,9 +141,23 @@ def write_inputs(path: Path, run: Callable[[Command], None]) -> None:
             run(command)
 
 
-def _write_data(path: Path) -> None:
-    """Writes gsm/train.jsonl, gsm8k/test.jsonl, and model/ with tokenizer and config.json."""
-    from olmoe_jax.quickstart import MODEL, examples, train_tokenizer
+def _write_sample(path: Path, data: Path, datasets: Sequence[str]) -> None:
+    """Writes the first rows of each file in `data`, and model/."""
+    rows = []
+    for dataset in datasets:
+        train, *_ = local_files(data, dataset)
+        some = [row for _, row in islice(read_rows(str(train)), OWN_ROWS)]
+        _write_rows(path / own_files(dataset)[0], some)
+        rows += some
+        for task in map(TASKS.get, tasks_of(dataset)):
+            tests = read_rows(str(local_path(data, task.local_file, task.hub[0][0])))
+            _write_rows(path / task.local_file, [row for _, row in islice(tests, OWN_TEST_ROWS)])
+    _write_model(path, rows, vocabulary=4096, positions=OWN_POSITIONS)
+
+
+def _write_problems(path: Path) -> None:
+    """Writes gsm/train.jsonl, gsm8k/test.jsonl, and model/."""
+    from olmoe_jax.quickstart import examples
 
     rows = examples(ROWS + TEST_ROWS, seed=0)
     train = [
@@ -102,12 +171,25 @@ def _write_data(path: Path) -> None:
         }
         for row in rows[:TEST_ROWS]
     ]
-    with directory.new_directory(path) as partial:
-        for file, content in (("gsm/train.jsonl", train), ("gsm8k/test.jsonl", test)):
-            (partial / file).parent.mkdir()
-            text = "".join(json.dumps(row) + "\n" for row in content)
-            (partial / file).write_text(text, encoding="utf-8")
-        (partial / "model").mkdir()
-        texts = [f"{row['prompt']} {row['completion']}" for row in train]
-        vocabulary = train_tokenizer(texts, 512, partial / "model")
-        directory.write_json(partial / "model/config.json", MODEL | SIZES | vocabulary)
+    _write_rows(path / "gsm/train.jsonl", train)
+    _write_rows(path / "gsm8k/test.jsonl", test)
+    _write_model(path, train, vocabulary=512, positions=256)
+
+
+def _write_model(
+    path: Path, rows: Sequence[dict[str, Any]], vocabulary: int, positions: int
+) -> None:
+    """Writes model/ with tokenizer, config.json and the rows to train on, rows.jsonl."""
+    from olmoe_jax.quickstart import MODEL, train_tokenizer
+
+    _write_rows(path / "model/rows.jsonl", rows)
+    texts = [format_row(row, "").text for row in rows]
+    fields = train_tokenizer(texts, vocabulary, path / "model")
+    config = MODEL | SIZES | fields | {"max_position_embeddings": positions}
+    directory.write_json(path / "model/config.json", config)
+
+
+def _write_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    file.write_text(text, encoding="utf-8")

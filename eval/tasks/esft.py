@@ -4,12 +4,13 @@ A prompt holds solved examples, then the query: "User: EXAMPLE\\n\\n…QUERY\\n\
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
 import pydantic
 
 from eval.tasks.task import Example, Task
+from olmoe_jax.data.reading import Row
 from olmoe_jax.files import STRICT
 
 _FIRST, _LAST = "User: ", "\n\nAssistant:"
@@ -30,9 +31,13 @@ class EsftTask(Task):
 
     row = Query
 
+    def examples(self, rows: Iterable[tuple[str, Row]]) -> list[Example]:
+        """Returns the examples of rows with answers, or with a completion as the hub's rows."""
+        return super().examples((place, _with_answers(row)) for place, row in rows)
+
     def examples_of(self, rows: Sequence[Query]) -> list[Example]:
         return [
-            Example(str(index if row.idx is None else row.idx), row.prompt, row.answers[0])
+            Example(str(index if row.idx is None else row.idx), row.prompt, row.answers[0].strip())
             for index, row in enumerate(rows)
         ]
 
@@ -44,6 +49,16 @@ class EsftTask(Task):
         return _FIRST + rest + _LAST
 
 
+def _with_answers(row: Row) -> Row:
+    """Returns the row with its answer in a list. The hub fills missing columns with null."""
+    found = [row[name] for name in ("answers", "answer", "completion") if row.get(name) is not None]
+    return (
+        row | {"answers": [found[0]] if isinstance(found[0], str) else found[0]} if found else row
+    )
+
+
 def query_of(prompt: str) -> str:
-    """Returns the query alone, without the solved examples before it."""
+    """Returns the query alone, without the solved examples before it; some prompts have none."""
+    if not (prompt.startswith(_FIRST) and prompt.endswith(_LAST)):
+        return prompt
     return prompt.removesuffix(_LAST).rpartition("\n\n")[2].removeprefix(_FIRST)

@@ -1,9 +1,9 @@
 """A task: its rows as prompts, its post-processing, its scores."""
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from eval.statistics import Metric
@@ -64,7 +64,7 @@ class Task:
 
     Attributes:
       name: for --tasks and the output directory.
-      local_file: path under --data.
+      local_file: path under --data, where the hub's paths are found too (`local_path`).
       hub: (source of `read_rows`, split) pairs, whose rows follow each other.
       row: a dataclass, the fields that a row must have.
       max_new_tokens: an output that has not ended by then is cut.
@@ -113,6 +113,20 @@ class Task:
         raise NotImplementedError
 
 
+def local_path(data: Path, name: str, source: str) -> Path:
+    """Returns the path of a data file below the directory `data`.
+
+    Args:
+      data: the directory.
+      name: the file's path in this project's layout, also returned where there is no file.
+      source: the file on the hub, OWNER/REPOSITORY:FILE. Its path may be REPOSITORY/FILE or
+        OWNER/REPOSITORY/FILE, as a download leaves it.
+    """
+    path = source.replace(":", "/")
+    places = [data / name, data / path.partition("/")[2], data / path]
+    return next(filter(Path.is_file, places), places[0])
+
+
 def read_examples(task: Task, data: str | None) -> list[Example]:
     """Reads a task's examples from the directory `data`, or from the hub.
 
@@ -120,13 +134,13 @@ def read_examples(task: Task, data: str | None) -> list[Example]:
       UserError: the data is missing or lacks a field.
     """
     if data:
-        path = os.path.join(data, task.local_file)
-        if not os.path.exists(path):
+        path = local_path(Path(data), task.local_file, task.hub[0][0])
+        if not path.exists():
             raise UserError(
                 f"--data {data}: no {task.local_file} there for the task {task.name}; put the file "
                 "there, or leave --data out to read the hub"
             )
-        sources: Sequence[tuple[str, str]] = [(path, "train")]
+        sources: Sequence[tuple[str, str]] = [(str(path), "train")]
     else:
         sources = task.hub
     return task.examples(row for source, split in sources for row in read_rows(source, split))

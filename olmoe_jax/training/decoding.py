@@ -1,14 +1,17 @@
 """Decoding within a run: greedy answers to held-out prompts, compared by exact match."""
 
 import dataclasses
+import unicodedata
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from olmoe_jax import data
 from olmoe_jax.config import Config
+from olmoe_jax.data.formats import format_row
+from olmoe_jax.data.reading import read_rows
 from olmoe_jax.errors import UserError
-from olmoe_jax.generation.answers import Scorer, exact_match, scorer_for
+from olmoe_jax.generation.answers import Scorer, exact_match, reference_number, scorer_for
 from olmoe_jax.generation.decoding import generate
 from olmoe_jax.model.parameters import ROUTER, Parameters, merge
 from olmoe_jax.ops.quantization import Quantized
@@ -128,8 +131,22 @@ def held_out_sample(config: Config, model: BaseModel, datasets: Datasets) -> Hel
     # Prompts of like length share a batch, so that few shapes are compiled.
     found.sort(key=lambda parts: -len(parts[0]))
     texts = [(str(tokenizer.decode(p)), str(tokenizer.decode(a))) for p, a in found]
-    try:
-        scorer = scorer_for([expected for _, expected in texts])
-    except ValueError as error:
-        raise UserError(f"generate.every={options.every}: an answer to compare: {error}") from None
+    scorer = scorer_for([expected for _, expected in texts])
+    for prompt, expected in texts if scorer == "gsm" else ():
+        try:
+            reference_number(expected)
+        except ValueError as error:
+            place = _place(config, prompt, expected)
+            raise UserError(f"{place}: generate.every compares this answer: {error}") from None
     return HeldOut(tokenizer, texts, scorer, options.max_new_tokens)
+
+
+def _place(config: Config, prompt: str, answer: str) -> str:
+    """Returns file and line of the evaluation example with these texts, or the file alone."""
+    path, split = config.data.eval_path or config.data.train_path, "test"
+    for place, row in read_rows(path, split if config.data.eval_path else "train"):
+        # A tokenizer may normalise, and a cut text keeps its beginning.
+        text = unicodedata.normalize("NFC", format_row(row, "").text)
+        if text.startswith(prompt) and answer in text[len(prompt) :]:
+            return place
+    return path

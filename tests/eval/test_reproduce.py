@@ -117,6 +117,29 @@ def test_sigterm_and_failures_end_all(tmp_path):
         signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.slow
+def test_small_on_rows_as_on_the_hub(tmp_path):
+    """Rows of prompt and completion, in the hub's files, go through every step."""
+    answers = {"intent": '{"intent": "A", "slots": {"x": "甲"}}', "translation": "a stone"}
+    for name, answer in answers.items():
+        rows = [{"prompt": f"{n}\n答案：", "completion": answer} for n in range(1, 41)]
+        for file in ("train", "test"):
+            write(path := tmp_path / f"data/ESFT-{name}/{file}.jsonl")
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = tmp_path / "run"
+    arguments = ["--output", output, "--data", tmp_path / "data", "--methods", "frozen"]
+    small = ["--small", "--config.train.max_steps=2", "--config.data.max_seq_length=128"]
+    code, _, stderr = run_module("eval.reproduce", *arguments, *small, timeout=900)
+    assert code == 0, stderr
+    result = json.loads((output / "frozen_translation/eval/translation/result.json").read_text())
+    assert result["metrics"]["chrf"]["rows"] == 20
+    assert "intent (exact" in (output / "report/report.md").read_text()
+    assert_user_error(
+        run_module("eval.reproduce", "--output", tmp_path / "b", "--small", "--data", output),
+        "has the files of no data set (e.g. esft/train/intent.jsonl, esft/eval/intent.jsonl)",
+    )
+
+
 SMALL = ["--small", "--config.train.max_steps=20"]
 
 

@@ -8,7 +8,8 @@ import pytest
 from helpers import message_of
 
 from eval.tasks import TASKS, tasks_of
-from eval.tasks.task import Example, Prediction, Tools, read_examples
+from eval.tasks.esft import query_of
+from eval.tasks.task import Example, Prediction, Tools, local_path, read_examples
 from olmoe_jax.errors import UserError
 from olmoe_jax.generation.answers import intents_match, parse_intent
 from olmoe_jax.generation.stop_strings import cut_at
@@ -291,6 +292,33 @@ def test_data_that_is_missing(tmp_path):
     (tmp_path / "gsm8k").mkdir()
     (tmp_path / "gsm8k/test.jsonl").write_text('{"question": "1?", "answer": "1"}\n{"x": 1}\n')
     assert "line 2: field question is missing" in message_of(read_examples, GSM, str(tmp_path))
+
+
+def test_rows_as_on_the_hub(tmp_path):
+    """A completion stands for answers; the files may lie where a download leaves them."""
+    answer = '{"intent": "A", "slots": {}}'
+    rows = [
+        {"prompt": "甲\n\n乙\n答案：", "completion": f"{answer}。\n\n", "answers": None},
+        {"prompt": "丙", "completion": [answer]},
+    ]
+    for folder in ("esft/eval/intent.jsonl", "ESFT-intent/test.jsonl"):
+        file = tmp_path / folder.partition("/")[0] / folder
+        file.parent.mkdir(parents=True)
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for data in ("esft", "ESFT-intent"):
+        first, second = read_examples(INTENT, str(tmp_path / data))
+        assert (first.id, first.reference, second.reference) == ("0", f"{answer}。", answer)
+        assert first.prompt == query_of(first.prompt) == rows[0]["prompt"]
+        assert INTENT.score([Prediction(first, "", INTENT.answer(answer))], Tools()).rows == [
+            {"exact_match": 1}
+        ]
+    hub = tmp_path / "RoxanneWsyw/ESFT-law/test.jsonl"
+    hub.parent.mkdir(parents=True)
+    hub.write_text('{"prompt": "甲", "completion": 5}\n')
+    assert local_path(tmp_path, "x", "RoxanneWsyw/ESFT-law:test.jsonl") == hub
+    assert "test.jsonl: line 1: answers is 5; it must" in message_of(
+        read_examples, LAW, str(tmp_path)
+    )
 
 
 @pytest.mark.slow

@@ -67,6 +67,6 @@ def test_an_intent_with_a_line_separator_in_a_slot():
 
 
 def test_scorer_is_told_from_the_answers():
-    assert scorer_for(["a #### 1", "#### 2"]) == "gsm"
+    assert scorer_for(["a #### 1", "#### 2"]) == scorer_for(["#### 1", "#### x", "2"]) == "gsm"
     assert scorer_for([INTENT, INTENT]) == "intent"
     assert scorer_for(["#### 2", INTENT]) == scorer_for(["{}"]) == "text"

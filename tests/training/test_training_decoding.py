@@ -122,6 +122,16 @@ def test_no_example_fits(files, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_an_answer_without_a_number_is_refused_by_its_line(files, tmp_path):
+    rows = [{"question": f"{n}?", "answer": f"#### {n}"} for n in range(4)]
+    rows[2]["answer"] = "about two"
+    file = tmp_path / "test.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = DECODING | {"data__eval_path": str(file)}
+    message = message_of(olmoe_jax.train, files.config(tmp_path / "run", **changes))
+    assert message.startswith(f"{file}: line 3: generate.every compares this answer: 'about two'")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("last", [3, 5])
 def test_continues_after_a_crash(files, tmp_path, at_step, last):
