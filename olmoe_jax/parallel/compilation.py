@@ -1,4 +1,7 @@
-"""Compiled programs on disk, so that the second start of a command compiles nothing again."""
+"""How the programs of a step are compiled, and where compiled programs are kept.
+
+On disk they spare the second start of a command all compiling.
+"""
 
 import os
 import platform
@@ -13,6 +16,17 @@ from olmoe_jax.files import cache_directory
 
 _DAMAGE = re.compile(r"Error reading persistent compilation cache entry for '([\w.-]+)'")
 """jax's warning about a program that it cannot read and compiles again."""
+
+_GPU_OPTIONS: dict[str, bool | str] = {
+    # Kernels read a layer's weights where they lie in the stack of all layers. jax 0.12 does this
+    # by default; without it a scan over layers copies each layer's weights first.
+    "xla_gpu_enable_dynamic_slice_fusion": True,
+}
+
+
+def compiler_options(platform: str) -> dict[str, bool | str] | None:
+    """Returns XLA's options for the programs of a step on a platform ("cpu", "gpu" or "tpu")."""
+    return _GPU_OPTIONS if platform == "gpu" else None
 
 
 def keep_programs() -> None:

@@ -4,13 +4,14 @@ XLA prints one computation after the other and a loop's body once: the body coun
 loop's trip count says. All bytes are those of one device and one run of the program.
 """
 
-import dataclasses
 import functools
 import math
 import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
+
+from olmoe_jax.plan.hlo import Computation, Instruction, arrays, calls, parse
 
 KINDS = (
     "all-gather",
@@ -21,6 +22,7 @@ KINDS = (
     "ragged-all-to-all",
     "reduce-scatter",
 )
+_CHAIN = re.compile(r'\bchain_id="(\d+)"')
 
 
 class Collective(NamedTuple):
@@ -58,7 +60,7 @@ class Communication(NamedTuple):
 
 def communication(hlo: str) -> Communication:
     """Returns the collectives of an optimised HLO module (`compiled.as_text()`)."""
-    computations, entry = _parse(hlo)
+    computations, entry = parse(hlo)
     devices = math.prod(map(int, re.findall(r"(?:num_partitions|replica_count)=(\d+)", hlo)))
     exact, chains = True, set()
 
@@ -74,7 +76,7 @@ def communication(hlo: str) -> Communication:
             if kind in KINDS and not (chain and chain[1] in chains):
                 found.update(_transfers(kind, instruction, computations[name], devices))
                 chains.update(chain.groups() if chain else ())
-            for called, times in _calls(instruction, computations):
+            for called, times in calls(instruction, computations):
                 below = inside(called)
                 if below and times is None:
                     exact = False
@@ -102,75 +104,7 @@ class _Transfer(NamedTuple):
     wire_bytes: float
 
 
-# --- HLO text: `  ROOT %name = SHAPE opcode(OPERANDS), ATTRIBUTES` ---
-
-
-@dataclasses.dataclass(frozen=True)
-class _Instruction:
-    """One instruction's text, taken apart."""
-
-    name: str
-    shape: str
-    opcode: str
-    operands: str
-    attributes: str
-
-
-_Computation = dict[str, _Instruction]
-
-_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .* )?\{$")
-_NAME = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
-_OPCODE = re.compile(r"\s*([\w\-]+)\(")
-_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,<=]*)\]")
-_CALLED = re.compile(
-    r"\b(?:calls|to_apply|called_computations|branch_computations|true_computation|"
-    r"false_computation)=(?:\{([^}]*)\}|%?([\w.\-]+))"
-)
-_CHAIN = re.compile(r'\bchain_id="(\d+)"')
-_TRIP_COUNT = re.compile(r'known_trip_count"?\s*[:=]\s*\{\s*"?n"?\s*:\s*"?(\d+)')
-
-
-def _parse(hlo: str) -> tuple[dict[str, _Computation], str]:
-    """Returns the computations by name, and the name of the entry."""
-    computations: dict[str, _Computation] = {}
-    entry, current = "", {}
-    for line in hlo.splitlines():
-        if header := _HEADER.match(line):
-            current = computations.setdefault(header[2], {})
-            entry = header[2] if header[1] else entry
-        elif instruction := _instruction(line):
-            current[instruction.name] = instruction
-    return computations, entry
-
-
-def _instruction(line: str) -> _Instruction | None:
-    """Returns the instruction on a line, or None if the line holds none."""
-    name = _NAME.match(line)
-    if not name:
-        return None
-    start = name.end()
-    # Only a tuple's shape has spaces.
-    end = _closing(line, start) + 1 if line[start] == "(" else line.find(" ", start)
-    opcode = _OPCODE.match(line, end)
-    if not opcode:
-        return None
-    last = _closing(line, opcode.end() - 1)
-    return _Instruction(
-        name[1], line[start:end], opcode[1], line[opcode.end() : last], line[last + 1 :]
-    )
-
-
-def _closing(text: str, start: int) -> int:
-    """Returns the index of the parenthesis that closes the one at `start`."""
-    depth = 0
-    for index in range(start, len(text)):
-        depth += (text[index] == "(") - (text[index] == ")")
-        if depth == 0:
-            return index
-    return len(text)
-
-
-def _kind(instruction: _Instruction, computation: str) -> str:
+def _kind(instruction: Instruction, computation: str) -> str:
     """Returns the opcode without the "-start" of its asynchronous form."""
     # TPUs: a fusion of an all-reduce and a slice, whose computation has this name.
     if instruction.opcode == "all-reduce" and computation.startswith("all-reduce-scatter"):
@@ -182,7 +116,7 @@ def _kind(instruction: _Instruction, computation: str) -> str:
 
 
 def _transfers(
-    kind: str, instruction: _Instruction, computation: _Computation, devices: int
+    kind: str, instruction: Instruction, computation: Computation, devices: int
 ) -> Iterator[_Transfer]:
     """Yields a collective's transfer for each dtype among its operands."""
     permuted = kind in ("collective-permute", "collective-broadcast")
@@ -197,23 +131,12 @@ def _transfers(
         shapes = shapes[:1]
     by_dtype: Counter[str] = Counter()
     for shape in shapes:
-        for dtype, size in _arrays(shape):
+        for dtype, size in arrays(shape):
             by_dtype[dtype] += size
     for dtype, size in by_dtype.items():
         whole = size * members if kind == "all-gather" else size
         sent = 1.0 if permuted else (members - 1) / members
         yield _Transfer(kind, dtype, whole, whole * sent * (2 if kind == "all-reduce" else 1))
-
-
-def _arrays(shape: str) -> Iterator[tuple[str, int]]:
-    """Yields dtype and bytes of each array in a shape; tokens and the like have no size."""
-    for dtype, dimensions in _ARRAY.findall(shape):
-        digits = re.match(r"(?:bf|f|s|u|c)(\d+)", dtype)
-        bits = 8 if dtype == "pred" else int(digits[1]) if digits else None
-        if bits is not None:
-            # "<=4" is a dimension of at most 4.
-            sizes = [int(size.removeprefix("<=")) for size in dimensions.split(",") if size]
-            yield dtype, math.ceil(math.prod(sizes) * bits / 8)
 
 
 def _group_size(attributes: str, devices: int) -> int:
@@ -229,43 +152,3 @@ def _group_size(attributes: str, devices: int) -> int:
         return math.prod(int(part or sizes[axis]) for axis, part in axes)
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
     return len(listed[1].split(",")) if listed else devices
-
-
-# --- Calls ---
-
-
-def _calls(
-    instruction: _Instruction, computations: dict[str, _Computation]
-) -> Iterator[tuple[str, int | None]]:
-    """Yields the computations that an instruction runs, and how often; None if unknown.
-
-    Every branch of a conditional counts.
-    """
-    if instruction.opcode == "while":
-        body = re.search(r"\bbody=%?([\w.\-]+)", instruction.attributes)[1]
-        condition = re.search(r"\bcondition=%?([\w.\-]+)", instruction.attributes)[1]
-        known = _TRIP_COUNT.search(instruction.attributes)
-        yield body, int(known[1]) if known else _limit(computations[condition])
-        return
-    # Both name the computation of their async-start, which counts already.
-    if instruction.opcode in ("async-update", "async-done"):
-        return
-    for several, one in _CALLED.findall(instruction.attributes):
-        for name in re.findall(r"[\w.\-]+", several) if several else [one]:
-            if name in computations:
-                yield name, 1
-
-
-def _limit(condition: _Computation) -> int | None:
-    """Returns N of a loop's condition `i < N`, or None for another condition.
-
-    The condition qualifies if N is its only constant; XLA's counters start at 0.
-    """
-    limits = [
-        int(instruction.operands)
-        for instruction in condition.values()
-        if instruction.opcode == "constant" and instruction.operands.isdigit()
-    ]
-    less = any("direction=LT" in instruction.attributes for instruction in condition.values())
-    fused = any(instruction.opcode == "fusion" for instruction in condition.values())
-    return limits[0] if len(limits) == 1 and (less or fused) else None

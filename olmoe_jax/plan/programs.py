@@ -121,10 +121,10 @@ class StepPrograms:
 
     def compile(self, name: str, runs_per_step: int) -> CompiledProgram:
         """Compiles the program `name` for the mesh's devices."""
-        function, arguments, untouched = self._program(name)
+        _, arguments, untouched = self._program(name)
         resident = sum(map(device_bytes, untouched))
         try:
-            compiled, hlo = _compile(function, arguments, self.mesh)
+            compiled, hlo = self.executable(name)
         except jax.errors.JaxRuntimeError as error:
             temporaries = _refused_bytes(str(error))
             if temporaries is None:
@@ -142,6 +142,11 @@ class StepPrograms:
         )
         shown = communication(hlo) if hlo else None
         return CompiledProgram(name, runs_per_step, memory, memory.peak, shown)
+
+    def executable(self, name: str) -> tuple[Any, str | None]:
+        """Returns the compiled program, and its optimised HLO if the compiler shows it."""
+        function, arguments, _ = self._program(name)
+        return _compile(function, arguments, self.mesh)
 
     def _program(self, name: str) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...]]:
         """Returns a jitted function, its arguments, and the run's arrays that it leaves alone."""

@@ -18,6 +18,7 @@ from olmoe_jax.model.decoder import parameter_specs
 from olmoe_jax.model.parameters import Parameters
 from olmoe_jax.parallel import sharding
 from olmoe_jax.parallel.batch import DeviceBatch, place_batch
+from olmoe_jax.parallel.compilation import compiler_options
 from olmoe_jax.training.base_model import BaseModel
 from olmoe_jax.training.optimizer import adamw, schedule
 from olmoe_jax.training.parameters import initial_parameters
@@ -127,21 +128,22 @@ def step_functions(
     gradients: Any = {name: by_name[name] for name in trained}
     accumulated_shardings = Accumulated(gradients, replicated, replicated)
     places = state_shardings(trainer, trained, by_name, mesh)
+    jit: Any = functools.partial(
+        jax.jit, compiler_options=compiler_options(mesh.devices.flat[0].platform)
+    )
     # Not the arrays: what a function closes over stays alive.
     shapes: Any = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in trained.items()}
     return StepFunctions(
         trainer,
         places,
         accumulated_shardings,
-        zero_sums=jax.jit(
+        zero_sums=jit(
             functools.partial(trainer.zero_sums, shapes), out_shardings=accumulated_shardings
         ),
-        expert_load=jax.jit(trainer.expert_load, out_shardings=replicated),
-        accumulate=jax.jit(
-            trainer.accumulate, donate_argnums=2, out_shardings=accumulated_shardings
-        ),
-        update=jax.jit(trainer.update, donate_argnums=0, out_shardings=(places, replicated)),
-        evaluate=jax.jit(trainer.evaluate),
+        expert_load=jit(trainer.expert_load, out_shardings=replicated),
+        accumulate=jit(trainer.accumulate, donate_argnums=2, out_shardings=accumulated_shardings),
+        update=jit(trainer.update, donate_argnums=0, out_shardings=(places, replicated)),
+        evaluate=jit(trainer.evaluate),
     )
 
 
