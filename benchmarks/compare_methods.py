@@ -123,7 +123,7 @@ def write_inputs(path: Path, texts: Sequence[Path], task: Path | None, examples:
     formatted = [format_row(row, "") for row in trained]
     text = "\n".join(file.read_text(encoding="utf-8") for file in texts)
     # The base reads the questions, without their answers, to know the task's characters.
-    questions = "\n".join(row.text[: row.boundaries[0]] for row in formatted)
+    questions = "\n".join(row.text[: row.spans[0][0]] for row in formatted)
     with directory.new_directory(path) as partial:
         write_rows(partial / "text.jsonl", text_rows(text, 800) + text_rows(questions, 400))
         write_rows(partial / "eval.jsonl", held_out[:examples])
@@ -261,7 +261,7 @@ def answer(args: argparse.Namespace, checkpoint: Path) -> dict[str, Any]:
     inputs = args.output / "inputs"
     lines = (inputs / "eval.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [format_row(json.loads(line), "") for line in lines]
-    prompts = [row.text[: row.boundaries[0]] for row in rows]
+    prompts = [row.text[: row.spans[0][0]] for row in rows]
     answers = olmoe_jax.generate(
         olmoe_jax.from_pretrained(checkpoint),
         load_tokenizer(str(inputs)),
@@ -269,7 +269,7 @@ def answer(args: argparse.Namespace, checkpoint: Path) -> dict[str, Any]:
         max_new_tokens=LONGEST_ANSWER,
         batch_size=len(prompts),
     )
-    expected = [row.text[row.boundaries[0] :] for row in rows]
+    expected = [row.text[row.spans[0][0] :] for row in rows]
     return {**score(answers, expected), "answers": answers[:10]}
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from olmoe_jax.data.formats import TokenizedExample, encode_batch
+from olmoe_jax.data.formats import EncodedRow, encode_batch
 from olmoe_jax.data.reading import read_rows
 from olmoe_jax.data.tokenized import format_row_at
 from olmoe_jax.data.tokenizer import load_tokenizer
@@ -70,23 +70,28 @@ def _parser() -> ArgumentParser:
     preview.add_argument("--max_seq_length", required=True, type=whole_number(1), metavar="N")
     preview.add_argument("--rows", type=whole_number(1), default=5, metavar="N", help="default: 5")
     preview.add_argument(
-        "--json", action="store_true", help="one JSON line a row: kept, input_ids, labels"
+        "--json",
+        action="store_true",
+        help="one JSON line a row: kept, input_ids, trains (what the loss covers), labels (the "
+        "reference's, without tokens that hold the end of a prompt and the start of an answer)",
     )
     return parser
 
 
-def _as_json(example: TokenizedExample) -> str:
-    labels = np.where(example.in_loss, example.tokens, _UNTRAINED_LABEL)
+def _as_json(example: EncodedRow) -> str:
+    as_reference = example.in_loss & ~example.straddling
+    labels = np.where(as_reference, example.tokens, _UNTRAINED_LABEL)
     return json.dumps(
         {
             "kept": bool(example.in_loss.any()),
             "input_ids": example.tokens.tolist(),
             "labels": labels.tolist(),
+            "trains": example.in_loss.tolist(),
         }
     )
 
 
-def _print_text(examples: Sequence[TokenizedExample], tokenizer: "PreTrainedTokenizerBase") -> None:
+def _print_text(examples: Sequence[EncodedRow], tokenizer: "PreTrainedTokenizerBase") -> None:
     marks = _COLOUR if sys.stdout.isatty() else _PLAIN_MARKS
     for number, example in enumerate(examples, 1):
         count = int(example.in_loss.sum())
@@ -101,7 +106,7 @@ def _print_text(examples: Sequence[TokenizedExample], tokenizer: "PreTrainedToke
 
 
 def _marked_text(
-    example: TokenizedExample, tokenizer: "PreTrainedTokenizerBase", marks: tuple[str, str]
+    example: EncodedRow, tokenizer: "PreTrainedTokenizerBase", marks: tuple[str, str]
 ) -> str:
     """Returns the printable text of an example with `marks` around each part that trains."""
     changes = np.flatnonzero(np.diff(example.in_loss)) + 1

@@ -1,7 +1,7 @@
 """Rows of every accepted format -> text -> token ids, with a mark on the tokens that train.
 
-The texts and the masking are those of the PyTorch reference, down to its spaces. The rule that
-masks a prompt is `count_prompt_tokens`.
+The texts are those of the PyTorch reference, down to its spaces. So are the masks, but for a token
+that holds the end of a prompt and the start of an answer: here it trains.
 """
 
 import re
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # Part of a data set's identity: increase it whenever the same row would give other tokens or
 # another mask. A run then refuses to continue on the changed examples and says why.
-RULES_VERSION = 1
+RULES_VERSION = 2
 
 Fields = Mapping[str, Any]  # a row of a data file, by the names of its columns
 
@@ -62,15 +62,13 @@ context. Write a response that appropriately completes the request.
 
 @dataclass(frozen=True)
 class FormattedRow:
-    """The text of a row and the places where training on the text starts and stops.
+    """The text of a row and the parts of it that train.
 
-    Each boundary is a number of characters of `text`: the ends of the first prompt, the first
-    answer, the second prompt, and so on, up to that of the last prompt. What comes after an odd
-    number of boundaries trains. `count_prompt_tokens` places a boundary among the tokens.
+    Each span is (start, end) in characters of `text`, in their order.
     """
 
     text: str
-    boundaries: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -100,27 +98,15 @@ class TokenizedExample:
         return (prompt, rest[: ends[0]]) if len(ends) else None
 
 
-def count_prompt_tokens(prefix: Sequence[int], tokens: Sequence[int] | np.ndarray) -> int:
-    """Returns how many of `tokens` come before a boundary: the rule that masks a prompt.
+@dataclass(frozen=True)
+class EncodedRow(TokenizedExample):
+    """The tokens of a row, and what became of it on the way.
 
-    The rule counts: the text has as many tokens before the boundary as the prefix has when the
-    prefix is tokenised alone. The PyTorch reference counts in the same way. The count is off where
-    the prefix has other tokens alone than in the text:
-
-    - The tokenizer merges the prefix's last token with the start of the answer: the merged token
-      counts as prompt and does not train.
-    - It merges the prefix's last k + 1 tokens with the start of the answer: the boundary comes k
-      tokens too late, and the next k tokens, all answer, do not train either.
-    - The prefix has k tokens fewer alone than in the text: the boundary comes k tokens too early,
-      and the last k tokens of the prompt train.
-
-    A text that is cut before the boundary has no token behind the boundary.
-
-    Args:
-      prefix: token ids of the text up to the boundary, tokenised alone.
-      tokens: token ids of the whole text, possibly cut.
+    Attributes:
+      straddling: bool [n], the tokens that hold the end of a prompt and the start of an answer.
     """
-    return min(len(prefix), len(tokens))
+
+    straddling: np.ndarray
 
 
 def format_row(row: Fields, eos: str) -> FormattedRow:
@@ -141,56 +127,44 @@ def format_row(row: Fields, eos: str) -> FormattedRow:
 
 def encode_batch(
     rows: Sequence[FormattedRow], tokenizer: "PreTrainedTokenizerBase", max_seq_length: int
-) -> Iterator[TokenizedExample]:
-    """Yields the example of each row.
+) -> Iterator[EncodedRow]:
+    """Yields the tokens of each row.
 
-    A text longer than `max_seq_length` tokens loses its end. No token is put before a text.
+    A token trains if one of its characters does: also where the tokenizer merges the end of a
+    prompt with the start of an answer. A text longer than `max_seq_length` tokens loses its end. No
+    token is put before a text.
     """
     # Twice as many as an example keeps: the last tokens of a cut text may be others than the whole
     # text has there.
-    enough = 2 * max_seq_length
-    tokens = [
-        np.asarray(ids[:max_seq_length], np.int32)
-        for ids in _token_ids([row.text for row in rows], tokenizer, enough)
-    ]
-    token_boundaries: list[list[int]] = [[] for _ in rows]
-    unfinished = list(range(len(rows)))
-    while unfinished:
-        prefixes = [
-            rows[i].text[: rows[i].boundaries[len(token_boundaries[i])]] for i in unfinished
-        ]
-        ids = _token_ids(prefixes, tokenizer, enough)
-        for i, prefix in zip(unfinished, ids, strict=True):
-            token_boundaries[i].append(count_prompt_tokens(prefix, tokens[i]))
-        unfinished = [
-            i
-            for i, prefix in zip(unfinished, ids, strict=True)
-            # Behind such a prefix, all boundaries are behind the example: a longer prefix has fewer
-            # tokens only where the tokenizer merges the last ones of the shorter.
-            if len(token_boundaries[i]) < len(rows[i].boundaries)
-            and len(prefix) < max_seq_length + _MOST_MERGED
-        ]
-    for ids, counts in zip(tokens, token_boundaries, strict=True):
-        # A longer prefix may have fewer tokens, hence the sorting.
-        passed = np.searchsorted(np.sort(counts), np.arange(len(ids)), side="right")
-        # An answer has an odd number of boundaries before it.
-        yield TokenizedExample(ids, in_loss=passed % 2 == 1, prompt_length=counts[0])
+    encodings = _encode([row.text for row in rows], tokenizer, 2 * max_seq_length)
+    for row, (ids, offsets) in zip(rows, encodings, strict=True):
+        tokens = np.asarray(ids[:max_seq_length], np.int32)
+        starts, ends = np.asarray(offsets[:max_seq_length], np.int64).reshape(-1, 2).T
+        # Tokenizers leave the spaces at the start of a token out of its offsets.
+        starts = np.minimum(starts, np.append(0, ends)[:-1])
+        # The last entry is that of no span: a token before the first span finds it by index -1.
+        span_starts, span_ends = np.array([*row.spans, (0, 0)]).T
+        span = np.searchsorted(span_starts[:-1], ends) - 1
+        in_loss = starts < span_ends[span]
+        yield EncodedRow(
+            tokens,
+            in_loss,
+            prompt_length=int(in_loss.argmax()) if in_loss.any() else len(tokens),
+            straddling=in_loss & (starts < span_starts[span]),
+        )
 
 
-_MOST_MERGED = 64
-"""More tokens than a tokenizer merges into one when a text goes on."""
-
-
-def _token_ids(
+def _encode(
     texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", enough: int
-) -> list[list[int]]:
-    """Returns the token ids of each text; of a long text, the first `enough` or more.
+) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """Returns the token ids of each text, and the characters of each token as (start, end).
 
-    The tokenizer takes 300 bytes for each byte of a text.
+    Of a long text, these are the first `enough` tokens or more. The tokenizer takes 300 bytes for
+    each byte of a text.
     """
 
-    def ids(texts: Sequence[str]) -> list[list[int]]:
-        return tokenizer(
+    def encode(texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        encoded = tokenizer(
             texts,
             add_special_tokens=False,
             padding=False,
@@ -198,38 +172,46 @@ def _token_ids(
             verbose=False,
             return_attention_mask=False,
             return_token_type_ids=False,
-        )["input_ids"]
+            return_offsets_mapping=True,
+        )
+        return [*zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)]
 
     size = max(_WHOLE_TEXT, min(8 * enough, LONG_TEXT))
     sizes = [size] * len(texts)
-    found = ids([text[:size] for text in texts])
+    found = encode([text[:size] for text in texts])
     for index, text in enumerate(texts):
-        while sizes[index] < len(text) and len(found[index]) < enough:
+        while sizes[index] < len(text) and len(found[index][0]) < enough:
             sizes[index] *= 2
-            found[index] = ids([text[: sizes[index]]])[0]
+            found[index] = encode([text[: sizes[index]]])[0]
     return found
 
 
-def _join(before: str, after: str) -> str:
+def _answered(prompt: str, answer: str) -> FormattedRow:
+    """Returns the row of a prompt and of what follows it and trains."""
+    text = prompt + answer
+    return FormattedRow(text, ((len(prompt), len(text)),))
+
+
+def _after(before: str, text: str) -> str:
+    """Returns `text` as it follows `before`: with a space between unless there is whitespace."""
     # The reference looks at these three characters alone: other whitespace gets a space too.
     whitespace = (" ", "\n", "\t")
-    separated = before.endswith(whitespace) or after.startswith(whitespace)
-    return before + after if separated else f"{before} {after}"
+    separated = before.endswith(whitespace) or text.startswith(whitespace)
+    return text if separated else f" {text}"
 
 
 def _prompt_completion(row: Fields, eos: str) -> FormattedRow:
     prompt = _text(row, "prompt")
-    return FormattedRow(_join(prompt, _text(row, "completion")) + eos, (len(prompt),))
+    return _answered(prompt, _after(prompt, _text(row, "completion")) + eos)
 
 
 def _prompt_answer(row: Fields, eos: str) -> FormattedRow:
     prompt = _text(row, "prompt")
-    return FormattedRow(_join(prompt, _answer(row)) + eos, (len(prompt),))
+    return _answered(prompt, _after(prompt, _answer(row)) + eos)
 
 
 def _question_answer(row: Fields, eos: str) -> FormattedRow:
-    prompt = f"Question: {_text(row, 'question')}\nAnswer:"
-    return FormattedRow(prompt + _answer(row) + eos, (len(prompt),))
+    return _answered(f"Question: {_text(row, 'question')}\nAnswer:", _answer(row) + eos)
 
 
 def _choices(row: Fields, eos: str) -> FormattedRow:
@@ -242,7 +224,7 @@ def _choices(row: Fields, eos: str) -> FormattedRow:
     # The space after the last choice is the reference's.
     prompt = f"Question: {_text(row, 'question').strip()}\n{lines} \nAnswer:"
     answer = named[_choice_index(row["answer"], len(named))]
-    return FormattedRow(prompt + answer + eos, (len(prompt),))
+    return _answered(prompt, answer + eos)
 
 
 def _choice_index(value: Any, count: int) -> int:
@@ -257,8 +239,7 @@ def _instruction(row: Fields, eos: str) -> FormattedRow:
     fields = {"instruction": _text(row, "instruction")}
     if row.get("input"):
         fields["input"] = _text(row, "input")
-    prompt = template.format(**fields)
-    return FormattedRow(prompt + _text(row, "output") + eos, (len(prompt),))
+    return _answered(template.format(**fields), _text(row, "output") + eos)
 
 
 def _messages(row: Fields, eos: str) -> FormattedRow:
@@ -268,15 +249,16 @@ def _messages(row: Fields, eos: str) -> FormattedRow:
     turns are joined by the same rule. A system turn goes in front of the first user turn, with a
     newline between the two.
     """
-    pieces, ends, last = [], [0], ""
+    pieces, spans, length, last = [], [], 0, ""
     for index, content in enumerate(_turns(row["messages"])):
-        piece = _join(last, content).removeprefix(last) if index else content
+        piece = _after(last, content) if index else content
         if index % 2:
             piece += eos
+            spans.append((length, length + len(piece)))
         pieces.append(piece)
-        ends.append(ends[-1] + len(piece))
+        length += len(piece)
         last = piece[-1:] or last
-    return FormattedRow("".join(pieces), tuple(ends[1:-1]))
+    return FormattedRow("".join(pieces), tuple(spans))
 
 
 def _turns(messages: Any) -> list[str]:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from olmoe_jax.data import load_tokenizer
-from olmoe_jax.data.formats import count_prompt_tokens, encode_batch, format_row
+from olmoe_jax.data.formats import encode_batch, format_row
 from olmoe_jax.errors import UserError
 
 EOS = "<|endoftext|>"
@@ -22,22 +22,6 @@ def encode(row, tokenizer, max_seq_length=10_000):
 def trained_text(row, tokenizer, max_seq_length=10_000):
     example = encode(row, tokenizer, max_seq_length)
     return tokenizer.decode(example.tokens), tokenizer.decode(example.tokens[example.in_loss])
-
-
-@pytest.mark.parametrize(
-    ("prefix", "tokens", "before"),
-    [
-        ([5, 6], [5, 6, 7, 8], 2),
-        ([5, 6], [5, 67, 8], 2),  # 67 straddles: prompt
-        ([4, 5, 6], [4, 567, 8, 9], 3),  # 567 straddles and moves the boundary behind 8
-        ([456], [4, 5, 67, 8], 1),  # 5 is prompt and trains
-        ([5, 6], [5, 6], 2),
-        ([5, 6, 7], [5, 6], 2),  # cut
-        ([], [5], 0),
-    ],
-)
-def test_the_rule_that_masks_a_prompt(prefix, tokens, before):
-    assert count_prompt_tokens(prefix, tokens) == before
 
 
 STRADDLING = json.loads(Path(__file__).with_name("straddling_tokens.json").read_text())
@@ -99,6 +83,25 @@ def test_instruction(tokenizer):
     assert trained_text({**plain, "input": None}, tokenizer)[0] == text
     with_input, _ = trained_text({**plain, "input": "x = 1"}, tokenizer)
     assert "\n\n        ### Input:\n        x = 1\n\n        ### Response:\n    " in with_input
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "trained"),
+    [
+        ("Yes or no: ", "yes", " yes"),  # " yes" is one token, and so are two spaces
+        ("Yes or no:", "yes", " yes"),
+        ("Yes or no: ", " yes", "  yes"),
+        ("Yes or no:  ", "yes", "yes"),
+        ("Yes or no:\n", "yes", "yes"),
+        ("Yes or no:\n", "\nyes", "\nyes"),
+        ("caf", "\u0301e", " \u0301e"),
+        ("x", "\u4e0a\U0001d6fc", " \u4e0a\U0001d6fc"),  # several tokens for a character
+        ("a\t", "", ""),
+    ],
+)
+def test_what_an_answer_begins_with_trains(prompt, completion, trained, olmoe_tokenizer):
+    row = {"prompt": prompt, "completion": completion}
+    assert trained_text(row, olmoe_tokenizer)[1] == trained + EOS
 
 
 def test_every_assistant_turn_of_a_conversation_trains(tokenizer):
@@ -169,5 +172,6 @@ def test_golden_cases_of_the_reference(shared, olmoe_tokenizer):
         example = encode(case["example"], olmoe_tokenizer, case["max_seq_length"])
         assert example.in_loss.any() == case["kept"], case["name"]
         assert example.tokens.tolist() == case["expected"]["input_ids"], case["name"]
-        labels = np.where(example.in_loss, example.tokens, -100).tolist()
+        as_reference = example.in_loss & ~example.straddling
+        labels = np.where(as_reference, example.tokens, -100).tolist()
         assert labels == case["expected"]["labels"], case["name"]

@@ -20,9 +20,24 @@ def test_json(arguments, tokenizer, capsys):
     main([*arguments, "--json"])
     kept, dropped = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     ids = tokenizer("abc de<|endoftext|>")["input_ids"]
-    assert kept == {"kept": True, "input_ids": ids, "labels": [-100] * 3 + ids[3:]}
+    assert kept == {
+        "kept": True,
+        "input_ids": ids,
+        "labels": [-100] * 3 + ids[3:],
+        "trains": [False] * 3 + [True] * 4,
+    }
     assert not dropped["kept"]
     assert dropped["labels"] == [-100] * 10
+
+
+def test_labels_are_the_references(arguments, olmoe_tokenizer, shared, tmp_path, capsys):
+    (tmp_path / "data.jsonl").write_text('{"prompt": "Yes or no: ", "completion": "yes"}')
+    main([*arguments, f"--tokenizer={shared / 'data/tokenizer'}", "--json"])
+    row = json.loads(capsys.readouterr().out)
+    ids = olmoe_tokenizer(" yes<|endoftext|>")["input_ids"]
+    assert row["input_ids"][-2:] == ids
+    assert row["labels"][-3:] == [-100, -100, ids[1]]
+    assert row["trains"][-3:] == [False, True, True]
 
 
 def test_text(arguments, capsys):
