@@ -51,6 +51,7 @@ def test_healthy_machine(page, tmp_path, monkeypatch):
     assert text.endswith("nothing is wrong\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", ["wrong numbers", "no compiler"])
 def test_wrong_kernel(page, monkeypatch, failure):
     def rows_by_weights(x, w, group_sizes, contract_last):

@@ -80,7 +80,7 @@ def test_comparison_takes_the_best_of_all_rounds(monkeypatch):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_scaling_measures_and_draws(monkeypatch, tmp_path):
     monkeypatch.setattr(scaling, "BASE", ("--shape=tiny", "--rows=2"))
     monkeypatch.setattr(scaling, "METHODS", {"conventional": ("--method=conventional",)})

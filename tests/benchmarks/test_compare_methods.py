@@ -64,7 +64,7 @@ def test_nothing_to_report(tmp_path):
         compare_methods.main(arguments)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_cosines_grow_with_the_experts_that_get_their_gradient():
     config = tiny_config(num_experts=16)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 16)).astype(np.int32)

@@ -88,6 +88,7 @@ def torch_model(config):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_checkpoints_that_transformers_saves(tmp_path, fused, dtype):

@@ -83,6 +83,7 @@ def hf_names():
     return {name for name, _ in names.all_to_hf(weights, CONFIG)}
 
 
+@pytest.mark.slow
 def test_gradients(tmp_path):
     """Loss, logits, router logits and every gradient of transformers' OlmoeForCausalLM."""
     pytest.importorskip("torch")

@@ -23,6 +23,7 @@ def tokens(count: int) -> list[int]:
     return RANDOM.integers(0, CONFIG.vocab_size, count).tolist()
 
 
+@pytest.mark.slow
 def test_log_likelihoods_are_those_of_the_logits():
     """The pairs have several lengths, shared rows, more positions than a chunk, no continuation."""
     model, context = make_model(CONFIG), tokens(40)

@@ -83,7 +83,7 @@ def test_a_name_server_that_is_silent(monkeypatch):
     assert time.monotonic() - start < 2
 
 
-@pytest.mark.parametrize("silent", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("silent", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_a_dead_judge_ends_the_command_before_it_decodes(silent, tmp_path, tiny_model, data_dir):
     out = tmp_path / "out"
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -207,7 +207,7 @@ def test_sigterm(sums, nursery, finish, tmp_path, count):
     count("SIGTERM", survived=1)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_a_damaged_latest_checkpoint(interrupted, finish, seed, count):
     """Files of it, chosen at random, lose their ends."""
     first, latest = saved(interrupted)[-2:]
@@ -309,6 +309,7 @@ def jumping_clock(days: int) -> None:
     datetime.datetime = Jumping
 
 
+@pytest.mark.exhaustive
 def test_clock_jumps(sums, nursery, whole, tmp_path, count):
     """Within three runs, and from each to the next: a week forward, back, and the right time.
 
@@ -353,6 +354,7 @@ def read_only(tmp_path):
         subprocess.run(["umount", str(directory)], check=True)
 
 
+@pytest.mark.exhaustive
 def test_a_read_only_output(sums, nursery, read_only, tmp_path, count):
     if read_only is None:
         pytest.skip("root writes everywhere, and may not mount here")
@@ -364,7 +366,7 @@ def test_a_read_only_output(sums, nursery, read_only, tmp_path, count):
     count("read-only output", survived=1)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.exhaustive), 1])
 def test_one_process_of_two_is_killed(sums, tmp_path, environment, count, victim):
     """The other ends within a minute and says why; the same command continues."""
     output = tmp_path / "run"

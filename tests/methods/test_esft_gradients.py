@@ -32,9 +32,9 @@ def array(*shape):
 @pytest.mark.parametrize(
     ("sizes", "indices"),
     [
-        pytest.param((4, 3, 5, 0), (0, 2), marks=pytest.mark.slow),
+        pytest.param((4, 3, 5, 0), (0, 2), marks=pytest.mark.exhaustive),
         ((4, 0, 5, 1), (1, 3, 4)),  # an empty group, and padding (4: none)
-        pytest.param((0, 0, 10, 0), (4, 4), marks=pytest.mark.slow),
+        pytest.param((0, 0, 10, 0), (4, 4), marks=pytest.mark.exhaustive),
         ((3, 3, 3, 3), (3, 0, 1, 2)),
     ],
 )
@@ -102,14 +102,14 @@ def gradients_of(names, weights, config=CONFIG, **settings):
 @pytest.mark.parametrize(
     ("experts", "settings", "changes"),
     [
-        pytest.param(EXPERTS, {"dense_router_gradient": True}, {}, marks=pytest.mark.slow),
-        pytest.param(EXPERTS, {}, {}, marks=pytest.mark.slow),
-        pytest.param(((), (2, 6)), {"remat": "full"}, {}, marks=pytest.mark.slow),
+        pytest.param(EXPERTS, {"dense_router_gradient": True}, {}, marks=pytest.mark.exhaustive),
+        pytest.param(EXPERTS, {}, {}, marks=pytest.mark.exhaustive),
+        pytest.param(((), (2, 6)), {"remat": "full"}, {}, marks=pytest.mark.exhaustive),
         pytest.param(
             EXPERTS,
             {"dense_router_gradient": True, "router_gradient_experts": 4},
             {"norm_topk_prob": True, "tie_word_embeddings": True},
-            marks=pytest.mark.slow,
+            marks=pytest.mark.exhaustive,
         ),
     ],
 )

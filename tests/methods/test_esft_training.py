@@ -42,6 +42,7 @@ def chosen(run):
     return json.loads((run / "experts.json").read_text())["experts"]
 
 
+@pytest.mark.slow
 def test_scores_and_experts_are_kept(run, chosen):
     assert (run / "scores.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     scores = read_scores(run / "scores.json", "token")
@@ -105,6 +106,7 @@ def test_adapter_of_the_trained_tensors(run, chosen, bfloat16_base, tmp_path):
         assert tensors[name].tobytes() == np.ascontiguousarray(expected).tobytes(), name
 
 
+@pytest.mark.slow
 def test_a_continued_run_does_not_score_again(
     run, run_files, bfloat16_base, tmp_path, sigterm_at, monkeypatch
 ):
@@ -139,7 +141,12 @@ SHAREABLE = {"experts": {"1": [3], "2": [0, 5]}, "shared_experts": False}
     [
         ({"experts": EMPTY_LAYER}, {}, {"lm_head.weight"}),
         ({"experts": EMPTY_LAYER}, {"method__esft_train_head": False}, set()),
-        ({"experts": EMPTY_LAYER}, {"method__esft_densemixer": True}, {"lm_head.weight"}),
+        pytest.param(
+            {"experts": EMPTY_LAYER},
+            {"method__esft_densemixer": True},
+            {"lm_head.weight"},
+            marks=pytest.mark.exhaustive,
+        ),
         (
             {"experts": EMPTY_LAYER},
             {"method__esft_densemixer": True, "method__router_gradient_experts": 4},
@@ -178,7 +185,7 @@ def test_non_expert_modules(run_files, bfloat16_base, tmp_path):
     assert_same_bits(load_checkpoint_tensors(merged), load_checkpoint_tensors(output / "hf"))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_tied_embeddings(run_files, tmp_path):
     """The head is the embedding, which trains."""
     tied = write_base(tmp_path / "tied", "bfloat16", tie_word_embeddings=True)

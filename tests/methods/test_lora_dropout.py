@@ -103,7 +103,7 @@ def test_new_at_each_step_and_micro_batch_and_the_same_again(setting):
         np.testing.assert_array_equal(gradient, results[2].gradients[name])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_loss_varies_around_that_without_dropout(setting):
     """Small adapters, so that the loss is nearly linear in what is dropped."""
     adapters, weights, batch = setting
@@ -134,7 +134,7 @@ def test_the_loss_varies_around_that_without_dropout(setting):
     [
         "down",
         *(
-            pytest.param(name, marks=pytest.mark.slow)
+            pytest.param(name, marks=pytest.mark.exhaustive)
             for name in ("q", "k", "v", "o", "gate", "up")
         ),
     ],
@@ -147,7 +147,7 @@ def test_every_target_has_dropout(setting, target):
     assert dropped.loss(only, weights, batch, key)[0] != without.loss(only, weights, batch)[0]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_dropping_next_to_nothing_changes_nothing(setting):
     """What is dropped from is what the adapter sees, in its order: the loss stays."""
     adapters, weights, batch = setting
@@ -163,7 +163,15 @@ def test_none_in_evaluation(setting):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"data__pack": False, "train__rows_per_device": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param(
+            {"data__pack": False, "train__rows_per_device": 2}, marks=pytest.mark.exhaustive
+        ),
+    ],
+)
 def test_the_same_after_a_stop(run_files, base, tmp_path, sigterm_at, options):
     """A continued run's losses and adapter are those of a run that nothing stopped."""
     changes = LORA | {"method__lora_dropout": 0.4} | options

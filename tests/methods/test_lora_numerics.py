@@ -64,7 +64,7 @@ def test_dense_projection():
     "sizes",
     [
         (4, 0, 5, 1),
-        *(pytest.param(s, marks=pytest.mark.slow) for s in [(0, 0, 12, 0), (4, 3, 5, 0)]),
+        *(pytest.param(s, marks=pytest.mark.exhaustive) for s in [(0, 0, 12, 0), (4, 3, 5, 0)]),
     ],
 )
 def test_grouped_projection(backend, sizes):
@@ -101,7 +101,7 @@ def objective(graph, parameters, weighting):
         "q",
         "gate",
         "down",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("k", "v", "o", "up")),
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("k", "v", "o", "up")),
     ],
 )
 def test_each_target_is_reached(target):
@@ -114,12 +114,13 @@ def test_each_target_is_reached(target):
     assert relative_error(logits, make_model(CONFIG, WEIGHTS)(TOKENS)) > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "experts", "norm_topk"),
     [
         ("densemixer", None, False),
         *(
-            pytest.param(*case, marks=pytest.mark.slow)
+            pytest.param(*case, marks=pytest.mark.exhaustive)
             for case in [
                 ("conventional", None, False),
                 ("frozen", None, False),
@@ -173,7 +174,10 @@ def fresh_adapters(lora, seed=0):
     return random_parameters(CONFIG, ModelSettings(lora=lora), seed, mesh, lambda n: ".lora." in n)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float32, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "dtype", [jnp.bfloat16, pytest.param(jnp.float32, marks=pytest.mark.exhaustive)]
+)
 def test_at_the_start_the_model_is_the_base_bit_by_bit(dtype):
     lora = LoraSettings(4, 8.0)
     fresh = fresh_adapters(lora)

@@ -150,10 +150,14 @@ METHODS = {
     "esft_gate": {"method__name": "esft_gate", "method__esft_top_p": 0.5},
     "esft_token": {"method__name": "esft_token", "method__esft_densemixer": True},
 }
+IN_CI = ("conventional", "densemixer_lora", "esft_gate", "esft_token")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(name, marks=[] if name in IN_CI else pytest.mark.exhaustive) for name in METHODS],
+)
 def test_trains_and_continues(run_files, base, tmp_path, sigterm_at, method):
     """The loss falls, and a run that was stopped has the numbers of one that was not."""
     changes = METHODS[method] | {"optimizer__learning_rate": 0.02, "train__max_steps": 10}

@@ -55,18 +55,18 @@ ATTENTION = ("q", "k", "v", "o")
     ("targets", "rank", "options"),
     [
         pytest.param(
-            ("q", "v"), 4, {"target_modules": ["q_proj", "v_proj"]}, marks=pytest.mark.slow
+            ("q", "v"), 4, {"target_modules": ["q_proj", "v_proj"]}, marks=pytest.mark.exhaustive
         ),
         pytest.param(
             ATTENTION,
             4,
             {"target_modules": [MODULES[name] for name in ATTENTION]},
-            marks=pytest.mark.slow,
+            marks=pytest.mark.exhaustive,
         ),
         # On transformers 5 the experts are fused, and gate and up share an A of rank 2r.
         (TARGETS, 8, {"target_modules": list(MODULES.values())}),
         (TARGETS, 8, {"target_modules": list(MODULES.values()), "use_rslora": True}),
-        pytest.param(("down",), 4, {"target_modules": ["down_proj"]}, marks=pytest.mark.slow),
+        pytest.param(("down",), 4, {"target_modules": ["down_proj"]}, marks=pytest.mark.exhaustive),
         (
             ("q", "gate", "up", "down"),
             4,
@@ -79,7 +79,7 @@ ATTENTION = ("q", "k", "v", "o")
             ("gate", "up"),
             4,
             {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"]},
-            marks=pytest.mark.slow,
+            marks=pytest.mark.exhaustive,
         ),
         ((*TARGETS, "router"), 8, {"target_modules": "all-linear"}),
         # Adapters of some layers. PEFT has them in all layers where the experts are fused.

@@ -42,6 +42,7 @@ def run(run_files, base, tmp_path_factory):
     return output
 
 
+@pytest.mark.slow
 def test_our_adapter_in_peft(run, base):
     adapter = run / "adapter"
     model = with_peft(base, adapter)
@@ -56,6 +57,7 @@ def test_our_adapter_in_peft(run, base):
     assert relative_error(without, expected) > 1e-4
 
 
+@pytest.mark.slow
 def test_merged_as_peft_merges(run, base, tmp_path):
     """The command writes what merge_and_unload saves, tensor by tensor."""
     merge_lora.main(
@@ -69,6 +71,7 @@ def test_merged_as_peft_merges(run, base, tmp_path):
     assert_close(torch_logits(torch_base(tmp_path / "m")), our_logits(base, run / "adapter"))
 
 
+@pytest.mark.slow
 def test_export_is_what_trained(run, base, tmp_path):
     """The run, its adapter merged by the command, and convert.to_hf of the run: the same bytes."""
     to_hf.main(["--checkpoint", str(run), "--output", str(tmp_path / "merged")])
@@ -92,6 +95,7 @@ def test_export_is_what_trained(run, base, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_step_of_a_run(run, tmp_path):
     """--step exports an earlier checkpoint's adapter."""
     to_hf.main(
@@ -105,6 +109,7 @@ def test_step_of_a_run(run, tmp_path):
     assert any((early[name] != last[name]).any() for name in last)
 
 
+@pytest.mark.slow
 def test_key_names(run):
     """PEFT, vLLM and SGLang look for a module's full name, then lora_A or lora_B."""
     tensors = load_safetensors(run / "adapter" / "adapter_model.safetensors")
@@ -131,6 +136,7 @@ def test_key_names(run):
     }
 
 
+@pytest.mark.slow
 def test_adapter_config(run, base):
     """vLLM refuses an adapter whose lora_dropout is not 0, or with modules_to_save."""
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
@@ -158,9 +164,9 @@ def test_adapter_config(run, base):
     [
         (TARGETS, False),
         (("gate", "up", "down"), True),
-        pytest.param(("q", "v"), False, marks=pytest.mark.slow),
-        pytest.param(("gate", "up", "down"), False, marks=pytest.mark.slow),
-        pytest.param(TARGETS, True, marks=pytest.mark.slow),
+        pytest.param(("q", "v"), False, marks=pytest.mark.exhaustive),
+        pytest.param(("gate", "up", "down"), False, marks=pytest.mark.exhaustive),
+        pytest.param(TARGETS, True, marks=pytest.mark.exhaustive),
     ],
 )
 def test_per_expert_adapter_in_both(base, tmp_path, targets, rslora):
@@ -179,6 +185,7 @@ def test_per_expert_adapter_in_both(base, tmp_path, targets, rslora):
     assert relative_error(torch_logits(torch_base(base)), expected) > 0.01
 
 
+@pytest.mark.slow
 def test_router_and_dtype(run, base, tmp_path):
     """The router replaces the base's; --dtype rounds the base, then the sum."""
     output = tmp_path / "merged"
@@ -208,6 +215,7 @@ def test_router_and_dtype(run, base, tmp_path):
     assert config["torch_dtype"] == "bfloat16"
 
 
+@pytest.mark.slow
 def test_training_starts_from_an_adapter(run, run_files, base, tmp_path):
     """A run starts with the numbers of the adapter and its router: the same logits."""
     adapter = tmp_path / "adapter"

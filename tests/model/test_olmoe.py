@@ -234,6 +234,7 @@ def test_frozen_router():
     assert_close(frozen, conventional, 1e-6)
 
 
+@pytest.mark.slow
 def test_densemixer_in_the_whole_model():
     loss, densemixer = method_results("densemixer")
     conventional_loss, conventional = method_results("conventional")

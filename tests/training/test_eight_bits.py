@@ -83,6 +83,7 @@ def test_nothing_becomes_zero_but_zero(dtype):
     assert not np.asarray(decoded(nothing)).any()
 
 
+@pytest.mark.slow
 def test_the_update_follows_that_of_float32_moments():
     (parameters, state), (expected, expected_state) = updates(INT8), updates()
     for name, dtype in (("mu", "int8"), ("nu", "uint8")):

@@ -14,7 +14,7 @@ from convert import to_hf
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "asked"),
-    [("float16", None), pytest.param("float64", "float16", marks=pytest.mark.slow)],
+    [("float16", None), pytest.param("float64", "float16", marks=pytest.mark.exhaustive)],
 )
 def test_a_base_in_float16_or_float64(files, tmp_path, dtype, asked):
     base = write_base(tmp_path / "base", dtype)

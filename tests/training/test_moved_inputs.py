@@ -136,6 +136,7 @@ def test_another_spelling_is_the_same_place(inputs, runs, tmp_path, monkeypatch,
     )
 
 
+@pytest.mark.exhaustive
 def test_a_run_begun_with_relative_paths(inputs, runs, tmp_path, monkeypatch):
     """Its config.json has the absolute ones: another directory is the current one later."""
     files, path = inputs
@@ -203,6 +204,7 @@ def test_a_moved_expert_config(inputs, moved, runs, tmp_path, capsys):
     assert f"method.experts_path={file}: names other experts than {output}/experts.json" in message
 
 
+@pytest.mark.exhaustive
 def test_a_moved_adapter(inputs, runs, tmp_path, capsys):
     path, options = runs
     options = options["lora"] | {"method__adapter_path": str(path / "lora")}
@@ -245,7 +247,9 @@ def lost(inputs, runs, tmp_path_factory):
     return path / "runs", inputs[1] / "base", other_base(path / "other", inputs[1] / "base")
 
 
-@pytest.mark.parametrize("name", ["lora", "esft", "full"])
+@pytest.mark.parametrize(
+    "name", ["lora", "esft", pytest.param("full", marks=pytest.mark.exhaustive)]
+)
 def test_export_with_a_base_that_moved(lost, runs, tmp_path, name):
     path, base, other = lost
     export = ["--checkpoint", str(path / name), "--output", str(tmp_path / "out")]
@@ -261,7 +265,7 @@ def test_export_with_a_base_that_moved(lost, runs, tmp_path, name):
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "expected")
 
 
-@pytest.mark.parametrize("name", ["lora", "esft"])
+@pytest.mark.parametrize("name", ["lora", pytest.param("esft", marks=pytest.mark.exhaustive)])
 def test_generation_and_evaluation_with_a_base_that_moved(lost, capsys, name):
     path, base, other = lost
     run = str(path / name)

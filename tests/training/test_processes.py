@@ -145,7 +145,11 @@ def test_both_go_back_together(command, tmp_path, environment):
             "process 1 was started with another config than process 0: optimizer.learning_rate: "
             "the run has 0.003, this command says 1.0",
         ),
-        (["--config.data.train_path=missing.jsonl"], "missing.jsonl"),
+        pytest.param(
+            ["--config.data.train_path=missing.jsonl"],
+            "missing.jsonl",
+            marks=pytest.mark.exhaustive,
+        ),
     ],
     ids=["bad value", "another config", "missing file"],
 )
@@ -161,7 +165,7 @@ def test_an_error_of_one_process_ends_both_with_one_line(
     assert "error" not in first
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_error_of_both_processes_is_one_line(command, tmp_path, environment):
     extra = [["--config.train.batch_size=0"]] * 2
     started = processes.start(command, tmp_path / "log", environment, extra=extra)

@@ -27,7 +27,14 @@ def test_breakdown():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("wanted", "traced"), [(2, 2), (100, 10), (0, None)])
+@pytest.mark.parametrize(
+    ("wanted", "traced"),
+    [
+        (2, 2),
+        pytest.param(100, 10, marks=pytest.mark.exhaustive),
+        pytest.param(0, None, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_profile(files, tmp_path, capsys, wanted, traced):
     output = tmp_path / "run"
     olmoe_jax.train(files.config(output, train__profile_steps=wanted))

@@ -185,7 +185,10 @@ def lines(output: Path) -> dict[tuple[int, str], float]:
     }
 
 
-@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize(
+    "number",
+    [0, 1, *(pytest.param(number, marks=pytest.mark.exhaustive) for number in range(2, 6))],
+)
 def test_a_bit(runs, tmp_path, number):
     check(runs, tmp_path / "run", flip, random.Random(number))
 

@@ -133,7 +133,7 @@ def test_an_answer_without_a_number_is_refused_by_its_line(files, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("last", [3, 5])
+@pytest.mark.parametrize("last", [3, pytest.param(5, marks=pytest.mark.exhaustive)])
 def test_continues_after_a_crash(files, tmp_path, at_step, last):
     options = OPTIONS | DECODING | {"train__best_metric": "exact_match"}
     whole = olmoe_jax.train(files.config(tmp_path / "whole", **options)).output_dir
@@ -160,7 +160,10 @@ def test_continues_after_a_crash(files, tmp_path, at_step, last):
     [
         {"method__lora_rank": 4},
         {"method__name": "esft_token", "method__esft_score_tokens": 500},
-        {"method__name": "frozen", "model__compute_dtype": "bfloat16"},
+        pytest.param(
+            {"method__name": "frozen", "model__compute_dtype": "bfloat16"},
+            marks=pytest.mark.exhaustive,
+        ),
     ],
 )
 def test_with_adapters_and_tuned_experts(files, easy, tmp_path, method):
@@ -177,7 +180,9 @@ def test_with_adapters_and_tuned_experts(files, easy, tmp_path, method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "devices"), [(1, 8), (2, 2)])
+@pytest.mark.parametrize(
+    ("count", "devices"), [pytest.param(1, 8, marks=pytest.mark.exhaustive), (2, 2)]
+)
 def test_sharded(files, easy, run, tmp_path, environment, count, devices):
     """On several devices, also of two processes: the same answers, losses and best step."""
     options = easy | DECODING | {"generate__every": 3, "train__best_metric": "exact_match"}

@@ -76,7 +76,13 @@ def unpacked(setup):
     return setup.gradients(setup.first_step(pack=False, rows=4).batches)
 
 
-@pytest.mark.parametrize("rows", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (8, 1))])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param(2, marks=pytest.mark.slow),
+        *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (8, 1)),
+    ],
+)
 def test_micro_batches_of_ragged_lengths(setup, unpacked, rows):
     step = setup.first_step(pack=False, rows=rows)
     assert len(step.batches) == 8 // rows
@@ -141,6 +147,7 @@ def test_auxiliary_loss_reaches_the_router(setup_with_auxiliary_loss, unpacked):
     assert change > 0.05 * np.abs(unpacked.gradients[router]).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pack", "rows"), [(True, 4), (True, 1), (False, 2), (False, 8)])
 def test_auxiliary_loss_is_of_the_step(setup_with_auxiliary_loss, pack, rows):
     """Packing and micro-batches do not change the balance, since it is that of all tokens."""

@@ -100,7 +100,9 @@ def test_sigterm_saves_and_the_same_command_continues(files, whole, tmp_path, at
     assert_same_run(stopped.output_dir, whole)
 
 
-@pytest.mark.parametrize("last", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (7, 11))])
+@pytest.mark.parametrize(
+    "last", [2, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (7, 11))]
+)
 def test_steps_after_the_last_checkpoint_are_repeated(files, whole, tmp_path, at_step, last):
     """Also before the first checkpoint; what may change between the runs does."""
     output = tmp_path / "run"
@@ -138,7 +140,11 @@ def test_with_accumulation_unpacked(files, tmp_path, at_step):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("moments", "master"),
-    [("bfloat16", "float32"), ("bfloat16", "bfloat16"), ("int8", "float32")],
+    [
+        pytest.param("bfloat16", "float32", marks=pytest.mark.exhaustive),
+        ("bfloat16", "bfloat16"),
+        pytest.param("int8", "float32", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_with_a_lean_state(files, tmp_path, at_step, moments, master):
     """Stochastic rounding draws the same again; several micro-batches in a step."""
@@ -157,7 +163,7 @@ def test_with_a_lean_state(files, tmp_path, at_step, moments, master):
         olmoe_jax.train(files.config(output, **options | {"optimizer__moments_dtype": "float32"}))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", [{"lora_rank": 4}, {"name": "esft_gate"}])
 def test_adapters_and_tuned_experts_with_a_lean_state(files, tmp_path, method):
     options = {
@@ -342,7 +348,7 @@ def test_a_checkpoint_of_an_earlier_version_is_refused(stopped):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("rope_theta", 20000.0), pytest.param("hidden_size", 48, marks=pytest.mark.slow)],
+    [("rope_theta", 20000.0), pytest.param("hidden_size", 48, marks=pytest.mark.exhaustive)],
 )
 def test_a_checkpoint_of_a_different_model_is_refused(stopped, field, value):
     files, output = stopped
@@ -384,7 +390,7 @@ QUICKLY_TESTED = ("state truncated", "data missing", "identity truncated", "ever
 @pytest.mark.parametrize(
     "damage",
     [
-        pytest.param(name, marks=[] if name in QUICKLY_TESTED else pytest.mark.slow)
+        pytest.param(name, marks=[] if name in QUICKLY_TESTED else pytest.mark.exhaustive)
         for name in DAMAGES
     ],
 )
@@ -405,8 +411,8 @@ def test_a_damaged_checkpoint_is_one_clear_line(stopped, damage, capfd):
     "damage",
     [
         "everything truncated",
-        pytest.param("state truncated", marks=pytest.mark.slow),
-        pytest.param("data missing", marks=pytest.mark.slow),
+        pytest.param("state truncated", marks=pytest.mark.exhaustive),
+        pytest.param("data missing", marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(stopped, damage, whole, capsys):
@@ -431,7 +437,7 @@ def test_no_checkpoints_left_starts_from_the_beginning(stopped, whole):
     assert_same_run(output, whole)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_without_a_checkpoint_the_model_may_still_change(stopped):
     """What is exported then describes the model that was trained."""
     files, output = stopped

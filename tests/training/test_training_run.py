@@ -70,6 +70,7 @@ def output(run):
     return result.output_dir
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["zero_sums", "accumulate", "update", "evaluate"])
 def test_nothing_is_compiled_twice(run, name):
     """Over two epochs with a smaller last step each, and evaluations in between."""
