@@ -11,35 +11,47 @@ from olmoe_jax.plan.devices import Topology
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Lower bounds of a step's seconds, one for each resource while the others cost nothing."""
+    """Lower bounds of a step's seconds, one for each resource while the others cost nothing.
+
+    `exposed` is the part of `network` in which the devices compute nothing.
+    """
 
     compute: float
     memory: float
     network: float
+    exposed: float
 
     @property
     def seconds(self) -> float:
-        """The largest bound."""
-        return max(self.compute, self.memory, self.network)
+        """The least time of a step: what is exposed adds to the largest other bound."""
+        return max(max(self.compute, self.memory) + self.exposed, self.network)
 
     @property
     def bound(self) -> str:
-        """The name of the largest bound."""
-        return max(vars(self), key=vars(self).get)
+        """The name of the largest bound of a resource."""
+        return max(("compute", "memory", "network"), key=vars(self).get)
 
 
 def roofline(
-    topology: Topology, flops: float, memory_bytes: float, wire_bytes: float
+    topology: Topology,
+    flops: float,
+    memory_bytes: float,
+    wire_bytes: float,
+    exposed_wire_bytes: float,
 ) -> Roofline | None:
     """Returns the bounds for one device's FLOPs and bytes in a step.
 
+    `exposed_wire_bytes` are those of `wire_bytes` that travel while the device computes nothing.
     None for a kind of device without figures.
     """
     kind = topology.kind
     if kind.flops is None:
         return None
     return Roofline(
-        flops / kind.flops, memory_bytes / kind.bandwidth, wire_bytes / topology.interconnect
+        flops / kind.flops,
+        memory_bytes / kind.bandwidth,
+        wire_bytes / topology.interconnect,
+        exposed_wire_bytes / topology.interconnect,
     )
 
 

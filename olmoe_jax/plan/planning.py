@@ -146,7 +146,9 @@ def plan(
     traffic = microbatches * microbatch_traffic(model_config, settings, gradients, tokens)
     # The update reads gradients, weights and moments, and writes weights and moments.
     traffic += sum(gradients.values()) + 2 * device_bytes(shapes.state)
-    wire = sum(p.runs_per_step * p.communication.wire_bytes for p in programs if p.communication)
+    sent = [(p.runs_per_step, p.communication) for p in programs if p.communication]
+    wire = sum(runs * found.wire_bytes for runs, found in sent)
+    exposed = sum(runs * found.exposed_wire_bytes for runs, found in sent)
 
     counts = count_parameters(shapes.trained | shapes.frozen)
     trained = sum(counts[name] for name in shapes.trained)
@@ -163,7 +165,7 @@ def plan(
         programs=tuple(programs),
         divided=device_bytes((shapes.state, shapes.frozen, shapes.accumulated.gradients)),
         flops=flops,
-        roofline=roofline(where, microbatches * tokens * flops.executed, traffic, wire),
+        roofline=roofline(where, microbatches * tokens * flops.executed, traffic, wire, exposed),
         seconds=time.monotonic() - start,
     )
 

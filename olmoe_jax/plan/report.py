@@ -35,7 +35,8 @@ def facts(plan: RunPlan) -> dict[str, Any]:
         "rows_per_step": plan.rows_per_step,
         "microbatches_per_step": plan.microbatches,
         "tokens_per_step": tokens,
-        "collective_bytes_per_step": _collective_bytes(plan),
+        "collective_bytes_per_step": _collective_bytes(plan, "bytes"),
+        "collective_bytes_hidden_per_step": _collective_bytes(plan, "hidden_bytes"),
         "flops_per_token": flops.model,
         "flops_per_token_executed": flops.executed,
         "flops_per_token_parts": flops._asdict(),
@@ -46,6 +47,7 @@ def facts(plan: RunPlan) -> dict[str, Any]:
             "compute_seconds": bounds.compute,
             "memory_seconds": bounds.memory,
             "network_seconds": bounds.network,
+            "exposed_network_seconds": bounds.exposed,
             "seconds_per_step": bounds.seconds,
             "bound": bounds.bound,
             "tokens_per_second": tokens / bounds.seconds,
@@ -74,12 +76,12 @@ def _memory(program: CompiledProgram) -> dict[str, int]:
     return {**(vars(program.memory) if program.memory else {}), "peak": program.needs}
 
 
-def _collective_bytes(plan: RunPlan) -> int | None:
-    """Returns the bytes of a step's collectives; None if the compiler hides some of them."""
+def _collective_bytes(plan: RunPlan, part: str) -> int | None:
+    """Returns bytes of a step's collectives; None if the compiler does not show some of them."""
     running = [program for program in plan.programs if program.runs_per_step]
     if any(program.communication is None for program in running):
         return None
-    return sum(program.runs_per_step * program.communication.bytes for program in running)
+    return sum(program.runs_per_step * getattr(program.communication, part) for program in running)
 
 
 def _assumptions(plan: RunPlan) -> Iterator[str]:
@@ -116,7 +118,8 @@ _IN_VERDICT = (
 )
 _BYTES = (
     *(field.name for field in dataclasses.fields(Memory)),
-    *("peak", "bytes", "wire_bytes", "collective_bytes_per_step"),
+    *("peak", "bytes", "wire_bytes", "hidden_bytes", "exposed_wire_bytes"),
+    *("collective_bytes_per_step", "collective_bytes_hidden_per_step"),
 )
 """Facts and columns of tables that `to_text` prints in GiB."""
 

@@ -93,12 +93,18 @@ def test_tied_embeddings_count_as_head():
 
 
 def test_roofline():
-    bounds = roofline(parse_topology("h100:8"), 989e12, 3.35e12 / 2, 450e9 * 2)
+    bounds = roofline(parse_topology("h100:8"), 989e12, 3.35e12 / 2, 450e9 * 2, 0.0)
     assert (bounds.compute, bounds.memory, bounds.network) == pytest.approx((1.0, 0.5, 2.0))
     assert (bounds.bound, bounds.seconds) == ("network", pytest.approx(2.0))
-    between_hosts = roofline(parse_topology("h100:16"), 0.0, 0.0, 450e9)
+    between_hosts = roofline(parse_topology("h100:16"), 0.0, 0.0, 450e9, 0.0)
     assert between_hosts.network == pytest.approx(9.0)
-    assert roofline(parse_topology("cpu:8"), 1.0, 1.0, 1.0) is None
+    assert roofline(parse_topology("cpu:8"), 1.0, 1.0, 1.0, 1.0) is None
+
+
+def test_roofline_adds_what_is_exposed():
+    bounds = roofline(parse_topology("h100:8"), 989e12, 0.0, 450e9 / 2, 450e9 / 4)
+    assert (bounds.exposed, bounds.seconds) == pytest.approx((0.25, 1.25))
+    assert bounds.bound == "compute"
 
 
 @pytest.mark.parametrize(

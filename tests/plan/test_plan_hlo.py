@@ -98,6 +98,43 @@ def test_wrapped_in_an_asynchronous_computation():
     assert found(module(lines, before)) == {("reduce-scatter", "f32"): (1, 512, 448)}
 
 
+KERNEL = '  %k = f32[8]{0} custom-call(%x), custom_call_target="mosaic_gpu_v2"\n'
+MATMUL = "  %k = f32[8]{0} fusion(%x), kind=kCustom, calls=%matmul\n"
+OTHER = "  %k = f32[8,16]{1,0} add(%x, %x)\n"
+GATHER = (
+    f"  %s = (f32[8,16]{{1,0}}, f32[64,16]{{1,0}}) all-gather-start(%x), {GROUPS}, "
+    "dimensions={0}\n",
+    "  ROOT %d = f32[64,16]{1,0} all-gather-done(%s)",
+)
+WRAPPED = (
+    "  %s = ((f32[8,16]{1,0}), f32[1,16]{1,0}, u32[]) async-start(%x), calls=%wrapped\n",
+    "  ROOT %d = f32[1,16]{1,0} async-done(%s), calls=%wrapped",
+)
+COMPUTATIONS = (
+    "%matmul (p: f32[8,16]) -> f32[8,8] {\n"
+    "  %p = f32[8,16]{1,0} parameter(0)\n"
+    "  ROOT %m = f32[8,8]{1,0} dot(%p, %p), lhs_contracting_dims={1}, rhs_contracting_dims={1}\n"
+    "}\n\n"
+    "%wrapped (p: f32[8,16]) -> f32[1,16] {\n"
+    "  %p = f32[8,16]{1,0} parameter(0)\n"
+    f"  ROOT %r = f32[1,16]{{1,0}} reduce-scatter(%p), channel_id=1, {GROUPS}, to_apply=%add\n"
+    "}\n"
+)
+
+
+@pytest.mark.parametrize("collective", [GATHER, WRAPPED], ids=["gather", "wrapped"])
+@pytest.mark.parametrize(
+    ("before", "beside", "hidden"),
+    [("", KERNEL, True), ("", MATMUL, True), ("", OTHER, False), (KERNEL, "", False)],
+    ids=["kernel", "matmul", "no kernel", "kernel before"],
+)
+def test_what_a_kernel_hides(collective, before, beside, hidden):
+    start, done = collective
+    result = communication(module(before + start + beside + done, COMPUTATIONS))
+    assert result.hidden_bytes == hidden * result.bytes
+    assert result.exposed_wire_bytes == (not hidden) * result.wire_bytes
+
+
 def test_a_chain_of_fusions_is_one_collective():
     """A TPU's compiler puts the parts of a collective into the fusions before and after it."""
     part = (
@@ -156,5 +193,5 @@ def test_loops(limit, attribute, times):
 def test_a_loop_of_unknown_length_is_counted_once_and_said():
     limit = "get-tuple-element(%p), index=2"
     result = communication(module(WHILE, BODY.format(groups=GROUPS, limit=limit)))
-    assert result.collectives == (Collective("all-reduce", "f32", 1, 512, 896.0),)
+    assert result.collectives == (Collective("all-reduce", "f32", 1, 512, 896.0, 0, 896.0),)
     assert not result.exact
