@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,6 +24,11 @@ from benchmarks.compare_pytorch import ROOT, VENVS, busy_cores, make_venv, run_c
 from benchmarks.shapes import Shape, add_shape_flags, shape_of
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
 from olmoe_jax.parallel.cpu import use_all_cores
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from olmoe_jax.model.decoder import Olmoe
 
 PYTORCH = "transformers5"
 
@@ -82,8 +87,8 @@ def shape_flags(shape: Shape) -> list[str]:
     return [f"--{name}={value}" for name, value in sizes if isinstance(value, int)]
 
 
-def write_random_model(path: Path, shape: Shape) -> None:
-    """Writes a Hugging Face directory with weights from N(0, 0.02) and norms of ones."""
+def write_random_model(path: Path, shape: Shape, deviation: float = 0.02) -> None:
+    """Writes a Hugging Face directory with weights from N(0, deviation) and norms of ones."""
     from olmoe_jax.checkpoints import directory, names, safetensors_file
     from olmoe_jax.model.config import model_config_from_hf
     from olmoe_jax.model.decoder import parameter_specs
@@ -97,7 +102,7 @@ def write_random_model(path: Path, shape: Shape) -> None:
     weights = {
         name: np.ones(spec.shape, np.float32)
         if name.endswith("norm")
-        else 0.02 * random.standard_normal(spec.shape, np.float32)
+        else deviation * random.standard_normal(spec.shape, np.float32)
         for name, spec in parameter_specs(config).items()
     }
     tensors = {n: np.ascontiguousarray(v) for n, v in names.all_to_hf(weights, config)}
@@ -117,24 +122,34 @@ class Numbers:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Generates once with our side to compile, then `repeats` times. Returns times and tokens."""
+    """Decodes with our side and the model's weights. Returns times and tokens."""
     use_all_cores()
-    import jax
-
     import olmoe_jax
     from olmoe_jax.parallel import sharding
 
-    shape, numbers = shape_of(args), Numbers()
-    prompts = np.random.default_rng(0).integers(0, shape.vocab, (shape.rows, shape.length))
+    shape = shape_of(args)
     mesh = sharding.decoding_mesh(shape.experts)
     model = olmoe_jax.from_pretrained(args.model, mesh)
+    return decode(model, mesh, shape, args.new_tokens, args.repeats)
+
+
+def decode(
+    model: "Olmoe", mesh: "Mesh", shape: Shape, new_tokens: int, repeats: int
+) -> dict[str, Any]:
+    """Generates once to compile, then `repeats` times. Returns times and tokens."""
+    import jax
+
+    import olmoe_jax
+
+    numbers = Numbers()
+    prompts = np.random.default_rng(0).integers(0, shape.vocab, (shape.rows, shape.length))
     texts = [numbers.decode(row) for row in prompts]
     runs = []
-    for _ in range(args.repeats + 1):
+    for _ in range(repeats + 1):
         cpu, start = time.process_time(), time.perf_counter()
         with jax.set_mesh(mesh):
             new = olmoe_jax.generate(
-                model, numbers, texts, max_new_tokens=args.new_tokens, batch_size=shape.rows
+                model, numbers, texts, max_new_tokens=new_tokens, batch_size=shape.rows
             )
         runs.append((time.perf_counter() - start, time.process_time() - cpu))
     return {
@@ -142,6 +157,25 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "cpu_seconds": [cpu for _, cpu in runs[1:]],
         "tokens": [numbers(text).input_ids for text in new],
     }
+
+
+def random_model(shape: Shape, mesh: "Mesh") -> "Olmoe":
+    """Returns a model with random weights in the shape's compute dtype, made on the devices."""
+    import jax.numpy as jnp
+
+    from olmoe_jax.checkpoints.loading import random_parameters
+    from olmoe_jax.model.config import ModelSettings, model_config_from_hf
+    from olmoe_jax.model.decoder import graph_of, parameter_specs
+    from olmoe_jax.model.parameters import ROUTER, merge
+
+    config = model_config_from_hf(shape.hf_config())
+    settings = ModelSettings(compute_dtype=jnp.dtype(shape.compute_dtype))
+    wanted = parameter_specs(config).__contains__
+    parameters = {
+        name: value if name == ROUTER else value.astype(settings.compute_dtype)
+        for name, value in random_parameters(config, settings, 0, mesh, wanted).items()
+    }
+    return merge(graph_of(config, settings), parameters)
 
 
 def report(runs: dict[str, list[dict[str, Any]]]) -> str:

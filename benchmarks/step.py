@@ -23,7 +23,14 @@ from jax.sharding import Mesh
 from benchmarks.memory import GIB, peak_resident_gib, resident_gib
 from benchmarks.shapes import Shape, add_shape_flags, shape_of
 from olmoe_jax import methods
-from olmoe_jax.config import Config, MethodOptions, ModelOptions
+from olmoe_jax.config import (
+    Config,
+    DataOptions,
+    MethodOptions,
+    ModelOptions,
+    OptimizerOptions,
+    TrainOptions,
+)
 from olmoe_jax.data import Batch
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
 from olmoe_jax.model.config import ModelSettings, model_config_from_hf
@@ -35,6 +42,13 @@ from olmoe_jax.training.base_model import BaseModel
 from olmoe_jax.training.program import Program, build_program
 
 METHODS = ("frozen", "conventional", "densemixer", "esft")
+DTYPES = {
+    "router_gradient_dtype": ("bfloat16", "float8_e4m3fn"),
+    "moments_dtype": ("float32", "bfloat16", "int8"),
+    "gradients_dtype": ("float32", "bfloat16"),
+    "master_dtype": ("float32", "bfloat16"),
+}
+"""Flags that are fields of a run's configuration, and their values."""
 BACKENDS = [
     field.name
     for field in dataclasses.fields(ModelSettings)
@@ -69,6 +83,8 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--remat", choices=("none", "selective", "full"), default="none")
     for name in BACKENDS:
         parser.add_argument(f"--{name}", help="backend; default: the platform's")
+    for name, dtypes in DTYPES.items():
+        parser.add_argument(f"--{name}", choices=dtypes, help="default: the configuration's")
     parser.add_argument("--what", choices=("gradients", "update"), default="gradients")
     return parser
 
@@ -82,15 +98,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         step, flops_per_token = make_step(args, mesh)
         with_model = resident_gib()
         loss = float(step()[1])  # the first call compiles
+        first_step = time.time()
         timed(matmul)
         steps, matmuls = [], []
         for _ in range(args.steps):
             steps.append(timed(step))
             matmuls += [timed(matmul)[0] for _ in range(3)]
-    if on_cpu := jax.default_backend() == "cpu":
-        peak = peak_resident_gib() - imported
-    else:
-        peak = devices[0].memory_stats()["peak_bytes_in_use"] / GIB
+    on_cpu, stats = jax.default_backend() == "cpu", devices[0].memory_stats() or {}
+    peak = peak_resident_gib() - imported if on_cpu else stats.get("peak_bytes_in_use", 0) / GIB
     # One matmul uses all cores, which virtual CPU devices share.
     matmul_flops *= 1 if on_cpu else len(devices)
     return {
@@ -102,6 +117,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "remat": args.remat,
         "device": f"{len(devices)} x {devices[0].device_kind}",
         "loss": loss,
+        "first_step": first_step,  # seconds of the clock
         "step_seconds": [wall for wall, _ in steps],
         "step_cpu_seconds": [cpu for _, cpu in steps],
         "tokens_per_step": shape.tokens,
@@ -162,11 +178,22 @@ def build(args: argparse.Namespace, shape: Shape, mesh: Mesh) -> tuple[Program, 
 
     The FLOPs are what the mathematics of the step needs, as a run reports them.
     """
+    options, model = setup(args, shape)
+    program = build_program(options, model, mesh, total_steps=1000)
+    trains = program.state.parameters.__contains__
+    flops = step_flops_per_token(model.config, model.settings, trains, shape.length / 2)
+    return program, flops.model
+
+
+def setup(args: argparse.Namespace, shape: Shape) -> tuple[Config, BaseModel]:
+    """Returns the configuration and the model of a run with random weights."""
+    given = {name: value for name in DTYPES if (value := getattr(args, name))}
+    router_dtype = given.pop("router_gradient_dtype", None)
     # A step does not depend on how ESFT scores experts.
-    name = "esft_gate" if args.method == "esft" else args.method
     method = MethodOptions(
-        name=name,
+        name="esft_gate" if args.method == "esft" else args.method,
         router_gradient_experts=args.router_gradient_experts,
+        router_gradient_dtype=router_dtype,
         lora_rank=args.lora_rank,
     )
     settings = ModelSettings(
@@ -176,12 +203,14 @@ def build(args: argparse.Namespace, shape: Shape, mesh: Mesh) -> tuple[Program, 
     )
     config = model_config_from_hf(shape.hf_config(), f"--shape={args.shape}")
     chosen, _ = methods.build(method, config).for_plan(0, args.tuned_experts)
-    model = BaseModel(config, settings, chosen, None, None, None)
-    options = Config(model=ModelOptions(init="random"), method=method)
-    program = build_program(options, model, mesh, total_steps=1000)
-    trains = program.state.parameters.__contains__
-    flops = step_flops_per_token(config, model.settings, trains, shape.length / 2)
-    return program, flops.model
+    options = Config(
+        model=ModelOptions(init="random"),
+        data=DataOptions(max_seq_length=shape.length),
+        method=method,
+        optimizer=OptimizerOptions(**given),
+        train=TrainOptions(rows_per_device=shape.rows),
+    )
+    return options, BaseModel(config, settings, chosen, None, None, None)
 
 
 def random_batch(shape: Shape) -> Batch:

@@ -37,7 +37,8 @@ EXAMPLE = """example:
       --output ours.safetensors
 
 The batch file holds input_ids, attention_mask and labels, int64 [rows, positions], padded on the
-right; with --optimizer_steps [update, micro-batch, row, position]. Everything is float32. Written:
+right; with --optimizer_steps [update, micro-batch, row, position]. Everything is float32, unless
+--compute_dtype says another type of activations and matmuls. Written:
 loss, logits, router_logits.LAYER, grad.NAME (Hugging Face names); with --optimizer_steps loss,
 grad_norm, lr [updates] and param.NAME after the last update.
 """
@@ -66,6 +67,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--learning_rate", type=float, default=1e-6)
     parser.add_argument("--weight_decay", type=float, default=0.0)
     parser.add_argument("--warmup_steps", type=whole_number(0), default=0)
+    parser.add_argument("--compute_dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args(arguments)
     with directory.new_file(args.output) as partial, jax.default_matmul_precision("highest"):
         safetensors_file.save(partial, compute(args))
@@ -89,7 +91,8 @@ def compute(args: argparse.Namespace) -> dict[str, np.ndarray]:
         method = ExpertTuning(options, config)
         method.trains_head, method.dense_router_gradient = True, dense
         parameters |= method.added_parameters(Base(None, parameters, lambda wanted: {}))
-    settings = method.model_settings(ModelSettings())
+    compute = ModelSettings(compute_dtype=jnp.dtype(args.compute_dtype))
+    settings = method.model_settings(compute)
     trained, frozen = split_trained(method.trains, parameters)
     total = args.optimizer_steps or 1
     trainer = Trainer(

@@ -224,6 +224,7 @@ def tokens_per_second(
     from olmoe_jax.model.config import ModelConfig, ModelSettings
     from olmoe_jax.model.moe import moe_block
     from olmoe_jax.ops.linear import ExpertWeights, Linear
+    from olmoe_jax.ops.proof import best_seconds
 
     config = ModelConfig(512, hidden, intermediate, 1, 1, 1, hidden, experts, chosen, 1e4, 1e-5)
     inward, outward = (experts, hidden, intermediate), (experts, intermediate, hidden)
@@ -242,13 +243,7 @@ def tokens_per_second(
 
         return jax.grad(loss, (0, 1, 2))(x, router, weights)
 
-    jax.block_until_ready(step(x, router, weights))
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        jax.block_until_ready(step(x, router, weights))
-        seconds.append(time.perf_counter() - start)
-    return tokens / min(seconds)
+    return tokens / best_seconds(step, x, router, weights)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import re
 import pytest
 from helpers import ROOT
 
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
 OURS = ("olmoe_jax", "eval", "convert", "benchmarks", "examples", "configs")
 
 

@@ -1,10 +1,12 @@
-"""Proofs: a backend's results and gradients on this device, against plain XLA.
+"""Proofs: a backend's results and gradients on this device, against plain XLA; and their times.
 
 An error is the largest difference, relative to the largest number of the same row (or matrix).
 """
 
 import functools
+import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,11 +33,8 @@ def prove_grouped_matmul(backend: str, shape: tuple[int, int, int, int], dtype: 
       shape: rows N, in D, out F, groups E (3 or more).
       dtype: of x and w.
     """
-    rows, width, out, groups = shape
-    rng = np.random.default_rng(0)
-    shares = rng.dirichlet(np.ones(groups)) * ~np.isin(np.arange(groups), (0, groups // 2))
-    sizes = jnp.asarray(rng.multinomial(rows - rows // 8, shares / shares.sum()), jnp.int32)
-    x, w, g = _normal(dtype, (rows, width), (groups, width, out), (rows, out))
+    groups = shape[-1]
+    x, w, g, sizes = _grouped(shape, dtype)
     indices = jnp.asarray([0, groups - 1, groups], jnp.int32)  # an empty group, one, and padding
 
     @jax.jit
@@ -62,19 +61,72 @@ def prove_attention(backend: str, shape: tuple[int, int, int, int, int], dtype: 
       shape: rows B, positions S, heads H, key/value heads G, head size d.
       dtype: of q, k and v.
     """
-    batch, length, heads, groups, size = shape
-    q, k, v, g = _normal(dtype, *((batch, length, n, size) for n in (heads, groups, groups, heads)))
-    cuts = np.sort(np.random.default_rng(0).integers(1, length, (batch, 3)))
-    segments = jnp.asarray((np.arange(length) >= cuts[..., None]).sum(1), jnp.int32)
-
-    def run(function: Callable[..., jax.Array]) -> tuple[jax.Array, ...]:
-        y, pull = jax.vjp(lambda *qkv: function(*qkv, segments), q, k, v)
-        return (y, *pull(g.astype(y.dtype)))
-
-    expected = jax.jit(lambda: run(_attention))()
-    actual = jax.jit(lambda: run(functools.partial(attention, backend=backend)))()
+    *operands, segments = _texts(shape, dtype)
+    expected = _attention_results(_attention, *operands, segments)
+    actual = _attention_results(functools.partial(attention, backend=backend), *operands, segments)
     # A key that few queries see has a small gradient, of large numbers that cancel.
     return _worst(*([array.reshape(1, -1) for array in arrays] for arrays in (actual, expected)))
+
+
+def time_grouped_matmul(backend: str, shape: tuple[int, int, int, int], dtype: DTypeLike) -> float:
+    """Returns the seconds of y, dx and dw; the arguments are those of `prove_grouped_matmul`."""
+    x, w, g, sizes = _grouped(shape, dtype)
+
+    @jax.jit
+    def products(x: jax.Array, w: jax.Array, g: jax.Array, sizes: jax.Array) -> tuple:
+        y, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, backend), x, w)
+        return (y, *pull(g))
+
+    return best_seconds(products, x, w, g, sizes)
+
+
+def time_attention(backend: str, shape: tuple[int, int, int, int, int], dtype: DTypeLike) -> float:
+    """Returns the seconds of output, dq, dk and dv; arguments as in `prove_attention`."""
+    function = functools.partial(attention, backend=backend)
+    return best_seconds(functools.partial(_attention_results, function), *_texts(shape, dtype))
+
+
+def best_seconds(function: Callable[..., Any], *arguments: Any) -> float:
+    """Returns the seconds of the fastest of five calls, after one that compiles."""
+    jax.block_until_ready(function(*arguments))
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def _grouped(shape: tuple[int, int, int, int], dtype: DTypeLike) -> tuple[jax.Array, ...]:
+    """Returns x, w, dy and the sizes of uneven groups, two of them empty."""
+    rows, width, out, groups = shape
+    rng = np.random.default_rng(0)
+    shares = rng.dirichlet(np.ones(groups)) * ~np.isin(np.arange(groups), (0, groups // 2))
+    sizes = jnp.asarray(rng.multinomial(rows - rows // 8, shares / shares.sum()), jnp.int32)
+    return *_normal(dtype, (rows, width), (groups, width, out), (rows, out)), sizes
+
+
+def _texts(shape: tuple[int, int, int, int, int], dtype: DTypeLike) -> tuple[jax.Array, ...]:
+    """Returns q, k, v, the output's gradient, and segments of uneven lengths."""
+    batch, length, heads, groups, size = shape
+    arrays = _normal(dtype, *((batch, length, n, size) for n in (heads, groups, groups, heads)))
+    cuts = np.sort(np.random.default_rng(0).integers(1, length, (batch, 3)))
+    segments = (np.arange(length) >= cuts[..., None]).sum(1)
+    return *arrays, jnp.asarray(segments, jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _attention_results(
+    function: Callable[..., jax.Array],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    g: jax.Array,
+    segments: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """Returns the output, dq, dk and dv."""
+    y, pull = jax.vjp(lambda *qkv: function(*qkv, segments), q, k, v)
+    return (y, *pull(g.astype(y.dtype)))
 
 
 def _normal(dtype: DTypeLike, *shapes: tuple[int, ...]) -> list[jax.Array]:

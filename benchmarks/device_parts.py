@@ -1,0 +1,474 @@
+"""The parts of `benchmarks.device`: each runs in a process of its own and prints rows of JSON.
+
+`python -m benchmarks.device_parts NAME …` runs one of them alone.
+"""
+
+import argparse
+import contextlib
+import datetime
+import gc
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.shapes import SHAPES, Shape
+from olmoe_jax.errors import ArgumentParser, UserError, first_line, run_command, shorten
+
+STARTED = time.time()
+ROOT = Path(__file__).parents[1]
+PACKAGES = (
+    *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint"),
+    *("numpy", "pydantic", "typing_extensions", "xxhash", "tqdm"),
+)
+"""What the parts need; what these packages need themselves comes with them."""
+FEW_EXPERTS = {"tiny": 4}
+LORA_RANK = {"tiny": 8}
+STEPS = {
+    "conventional": ("--method=conventional",),
+    "densemixer": ("--method=densemixer",),
+    "m16": ("--method=densemixer", "--router_gradient_experts={few}"),
+    "float8": ("--method=densemixer", "--router_gradient_dtype=float8_e4m3fn"),
+    "lora": ("--method=densemixer", "--lora_rank={rank}"),
+    "esft": ("--method=esft", "--tuned_experts={few}"),
+}
+"""The flags of benchmarks.step for each kind of training."""
+LEAN = ("--gradients_dtype=bfloat16", "--moments_dtype=bfloat16")
+"""Flags with which full fine-tuning of OLMoE-1B-7B fits one GPU of 80 GB (docs/planning.md)."""
+LIMITS = {"float32": 1e-4, "bfloat16": 2.0}
+"""The largest error of a right device: in float32 that itself, in bfloat16 times the CPU's."""
+
+Row = dict[str, Any]
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = ArgumentParser(prog="python -m benchmarks.device_parts", description=__doc__)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--shape", choices=SHAPES, default="full")
+    parser.add_argument("--backend", help="proofs: of the grouped matmul, or of attention")
+    parser.add_argument("--kind", choices=STEPS, default="densemixer", help="step: what trains")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4], help="step: of a batch")
+    parser.add_argument("--remat", choices=("full", "selective", "none"), default="full")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--directory", type=Path, help="where to read and write")
+    args = parser.parse_args(arguments)
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    for row in PARTS[args.part](args):
+        print(json.dumps(row), flush=True)
+
+
+def _end_with_parent(parent: int) -> None:
+    """Ends this process when its parent is gone: it would keep the device's memory."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def machine(args: argparse.Namespace) -> Iterator[Row]:
+    """The device, the driver, the versions and the date."""
+    from olmoe_jax import accelerator
+
+    now = datetime.datetime.now(datetime.UTC)
+    yield {"what": "date", "found": now.isoformat(timespec="minutes")}
+    versions, missing = [], []
+    for package in PACKAGES:
+        try:
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(package)
+    yield {"what": "versions", "found": f"Python {sys.version.split()[0]}, {', '.join(versions)}"}
+    if missing:
+        yield {"what": "missing", "found": f"pip install {' '.join(missing)}"}
+    yield {"what": "driver", "found": accelerator.detect()[1]}
+    if program := shutil.which("nvidia-smi"):
+        query = "name,driver_version,memory.total,power.limit,clocks.max.sm"
+        command = [program, f"--query-gpu={query}", "--format=csv,noheader"]
+        smi = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        yield {"what": query, "found": smi.stdout.strip()}
+    import jax
+
+    from olmoe_jax.ops import attention, grouped_matmul
+
+    devices, platform = jax.devices(), jax.default_backend()
+    limit = (devices[0].memory_stats() or {}).get("bytes_limit", 0) / 2**30
+    memory = f", {limit:.1f} GiB for jax" if limit else ""
+    kind = f"{len(devices)} x {devices[0].device_kind} ({platform}){memory}"
+    yield {"what": "devices", "found": kind}
+    head, dtype = _head_size(SHAPES[args.shape]), _dtypes()[0]
+    for name, module in (("grouped matmul", grouped_matmul), ("attention", attention)):
+        size = (head, dtype) if module is attention else ()
+        yield {"what": f"default {name}", "found": module.check_backend(None, platform, *size)}
+        yield {"what": f"{name} backends", "found": ", ".join(_usable(module, platform, *size))}
+
+
+def _usable(module: Any, platform: str, *size: Any) -> Iterator[str]:
+    """Yields the backends that run on the platform and are installed."""
+    for backend in module.BACKENDS:
+        with contextlib.suppress(UserError):
+            yield module.check_backend(backend, platform, *size)
+
+
+def proofs(args: argparse.Namespace) -> Iterator[Row]:
+    """Each backend at the model's sizes: its error against plain XLA, and its time."""
+    from olmoe_jax.ops import attention, grouped_matmul, proof
+
+    shape, backend = SHAPES[args.shape], args.backend
+    sizes, rank = (shape.hidden, shape.intermediate), LORA_RANK.get(args.shape, 64)
+    rows = shape.tokens * shape.experts_per_token
+    heads = (shape.heads, shape.heads, _head_size(shape))
+    for dtype in _dtypes():
+        cases: list[tuple[Any, Any, tuple[int, ...], int | None]] = []
+        if backend in attention.BACKENDS:
+            run = proof.prove_attention, proof.time_attention
+            cases.append((*run, (1, shape.length, *heads), None))
+        if backend in grouped_matmul.BACKENDS:
+            matrices = [sizes, sizes[::-1], (sizes[0], rank), (rank, sizes[0]), (sizes[0], 8)]
+            run = proof.prove_grouped_matmul, proof.time_grouped_matmul
+            # Programs take seconds to compile: the type that trains here gets all sizes.
+            for matrix in matrices if dtype == _dtypes()[0] else matrices[:1]:
+                # An eighth of the rows belongs to no group.
+                flops = 3 * 2 * (rows - rows // 8) * matrix[0] * matrix[1]
+                cases.append((*run, (rows, *matrix, shape.experts), flops))
+        for prove, measure, size, flops in cases:
+            row: Row = {"backend": backend, "dtype": dtype, "sizes": "x".join(map(str, size))}
+            try:
+                error = prove(backend, size, dtype)
+                row |= {"error": error, "right": error <= proof.tolerance(dtype)}
+                seconds = measure(backend, size, dtype)
+                row |= {"ms": seconds * 1e3}
+                row |= {"TFLOP/s": flops / seconds / 1e12} if flops else {}
+            except Exception as failure:  # a compiler's, of any type: it is this case's result
+                row |= {"right": False, "failed": shorten(first_line(failure), 200)}
+            yield row
+
+
+def golden(args: argparse.Namespace) -> Iterator[Row]:
+    """Loss, logits and gradients of convert.parity on this device, against the CPU's in float32."""
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(temporary)
+        _write_golden_inputs(directory)
+        flags = ["golden_numbers", f"--directory={directory}"]
+        _child(flags, JAX_PLATFORMS="cpu", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+        for case, dtype, here in _golden_numbers(directory, "device"):
+            exact, rounded = (directory / f"cpu-{case}-{kind}" for kind in LIMITS)
+            error, worst = _worst(here, exact)
+            row = {"case": case, "dtype": dtype, "error": error, "of": worst}
+            allowed = LIMITS[dtype]
+            if dtype == "bfloat16":
+                row["error on the CPU"] = _worst(rounded, exact)[0]
+                allowed *= row["error on the CPU"]
+            yield row | {"right": error <= allowed}
+
+
+_GOLDEN = Shape(2, 256, 128, 2, 16, 4, vocab=512, rows=2, length=128)
+_GOLDEN_CASES = {
+    "densemixer": ("--method=densemixer",),
+    "lora": ("--method=densemixer", "--adapter={}/adapter", "--router=trained"),
+    "esft": ("--method=conventional", "--experts={}/experts.json"),
+}
+
+
+def _write_golden_inputs(directory: Path) -> None:
+    """Writes a model, a batch with padding, an adapter and an expert config."""
+    import numpy as np
+
+    from benchmarks.generation import write_random_model
+    from olmoe_jax.checkpoints import peft, safetensors_file
+    from olmoe_jax.checkpoints.expert_config import ExpertConfig
+    from olmoe_jax.model.config import LoraSettings, ModelSettings, model_config_from_hf
+    from olmoe_jax.model.decoder import parameter_specs
+    from olmoe_jax.model.parameters import ROUTER
+
+    for name in ("model", "adapter"):
+        (directory / name).mkdir()
+    # Large weights, so that the router prefers some experts clearly.
+    write_random_model(directory / "model", _GOLDEN, deviation=0.1)
+    random, lora = np.random.default_rng(1), LoraSettings(16, 32.0)
+    size = (_GOLDEN.rows, _GOLDEN.length)
+    tokens = random.integers(0, _GOLDEN.vocab, size)
+    mask = (np.arange(size[1]) < np.array([[size[1]], [size[1] * 3 // 4]])).astype(np.int64)
+    labels = np.where(mask == 1, tokens, -100)
+    batch = {"input_ids": tokens, "attention_mask": mask, "labels": labels}
+    safetensors_file.save(directory / "batch.safetensors", batch)
+    specs = parameter_specs(model_config_from_hf(_GOLDEN.hf_config()), ModelSettings(lora=lora))
+    adapter = {
+        name: 0.1 * random.standard_normal(spec.shape, np.float32)
+        for name, spec in specs.items()
+        if ".lora." in name or name == ROUTER
+    }
+    peft.write_adapter(directory / "adapter", adapter, lora, "model")
+    experts = ExpertConfig(tuple((0, 3, 7) for _ in range(_GOLDEN.layers)))
+    (directory / "experts.json").write_text(json.dumps(experts.to_json()))
+
+
+def golden_numbers(args: argparse.Namespace) -> Iterator[Row]:
+    """Writes convert.parity's numbers of all cases on the CPU."""
+    for case, dtype, _ in _golden_numbers(args.directory, "cpu"):
+        yield {"case": case, "dtype": dtype}
+
+
+def _golden_numbers(directory: Path, where: str) -> Iterator[tuple[str, str, Path]]:
+    """Yields case, dtype and the file with the numbers that convert.parity writes here."""
+    from convert import parity
+
+    for dtype in LIMITS:
+        for case, flags in _GOLDEN_CASES.items():
+            output = directory / f"{where}-{case}-{dtype}"
+            parity.main(
+                [
+                    *(f"--model={directory / 'model'}", f"--compute_dtype={dtype}"),
+                    *(f"--batch={directory / 'batch.safetensors'}", f"--output={output}"),
+                    *(flag.format(directory) for flag in flags),
+                ]
+            )
+            yield case, dtype, output
+
+
+def _worst(actual: Path, expected: Path) -> tuple[float, str]:
+    """Returns the largest error of a tensor, |a - e| / |e|, and the tensor's name."""
+    import numpy as np
+
+    from olmoe_jax.checkpoints import safetensors_file
+
+    found, wanted = safetensors_file.load(actual), safetensors_file.load(expected)
+    if found.keys() != wanted.keys():
+        raise UserError(f"{actual}: holds other tensors than {expected}")
+    errors = {}
+    for name, value in wanted.items():
+        a, e = (np.asarray(x, np.float64) for x in (found[name], value))
+        errors[name] = float(np.linalg.norm(a - e) / (np.linalg.norm(e) or 1.0))
+    worst = max(errors, key=lambda name: (np.isnan(errors[name]), errors[name]))
+    return errors[worst], worst
+
+
+def matmul(args: argparse.Namespace) -> Iterator[Row]:
+    """The speed of a large square matmul: what everything else is a share of."""
+    import jax.numpy as jnp
+
+    from benchmarks.step import dense_matmul
+    from olmoe_jax.ops.proof import best_seconds
+
+    for dtype in ("bfloat16", "float32"):
+        multiply, flops = dense_matmul(jnp.dtype(dtype))
+        yield {"dtype": dtype, "TFLOP/s": flops / best_seconds(multiply) / 1e12}
+
+
+def step(args: argparse.Namespace) -> Iterator[Row]:
+    """Steps with their update, on random tokens."""
+    from benchmarks import step as benchmark
+
+    for rows in args.rows:
+        flags = benchmark.make_parser().parse_args(step_flags(args.shape, args.kind, rows))
+        flags.remat, flags.steps = args.remat, args.steps
+        gc.collect()  # the state of the rows before
+        result = benchmark.measure(flags)
+        seconds, flops = min(result["step_seconds"]), result["flops_per_step"]
+        yield {
+            "kind": args.kind,
+            "rows": rows,
+            "remat": args.remat,
+            "ms": seconds * 1e3,
+            "tokens/s": result["tokens_per_step"] / seconds,
+            "model TFLOP/s": flops / seconds / 1e12,
+            "of the matmul": flops / seconds / result["matmul_flops_per_second"],
+            "peak GiB": result["peak_memory_gib"],
+            "loss": result["loss"],
+            "first step after s": result["first_step"] - STARTED,
+        }
+
+
+def step_flags(shape: str, kind: str, rows: int) -> list[str]:
+    """Returns the flags of benchmarks.step, with the smallest state that a GPU of 80 GB needs."""
+    sizes = {"few": FEW_EXPERTS.get(shape, 16), "rank": LORA_RANK.get(shape, 64)}
+    flags = [f"--shape={shape}", f"--rows={rows}", "--what=update"]
+    flags += [flag.format(**sizes) for flag in STEPS[kind]]
+    return [*flags, *(LEAN if SHAPES[shape].compute_dtype == "bfloat16" else ())]
+
+
+def plan(args: argparse.Namespace) -> Iterator[Row]:
+    """What `plan` says of the steps that were measured, compiled for an H100 on the CPU."""
+    from olmoe_jax.plan.devices import open_devices, parse_topology, prepare_environment
+
+    measured = list(read_rows(args.directory, "step"))
+    on_cpu = any("(cpu)" in row["found"] for row in read_rows(args.directory, "machine"))
+    topology = parse_topology("cpu:1" if on_cpu else "h100:1")
+    prepare_environment(topology)
+    import jax
+
+    from benchmarks import step as benchmark
+    from benchmarks.shapes import shape_of
+    from olmoe_jax.parallel.sharding import make_mesh
+    from olmoe_jax.plan.programs import StepPrograms
+    from olmoe_jax.training.base_model import with_backends
+
+    jax.config.update("jax_platforms", "cpu")
+    mesh = make_mesh(devices=open_devices(topology))
+    for row in measured:
+        flags = step_flags(args.shape, row["kind"], row["rows"])
+        parsed = benchmark.make_parser().parse_args([*flags, f"--remat={row['remat']}"])
+        config, model = benchmark.setup(parsed, shape_of(parsed))
+        compute = with_backends(model.compute, model.config, topology.kind.platform)
+        settings = model.method.model_settings(compute)
+        programs = StepPrograms(config, model.config, settings, model.method, mesh)
+        needs = max(programs.compile(name, 1).needs for name in ("accumulate", "update")) / 2**30
+        same = {name: row[name] for name in ("kind", "rows", "remat")}
+        ratio = row["peak GiB"] / needs
+        yield same | {"planned GiB": needs, "measured GiB": row["peak GiB"], "ratio": ratio}
+
+
+def read_rows(output: Path, begin: str) -> Iterator[Row]:
+    """Yields the rows of the parts whose names begin with `begin`."""
+    for line in (output / "results.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if record["part"].startswith(begin) and "row" in record:
+            yield record["row"]
+
+
+def decoding(args: argparse.Namespace) -> Iterator[Row]:
+    """Greedy decoding of random prompts of 64 tokens, their prefill included."""
+    import dataclasses
+
+    from benchmarks.generation import decode, random_model
+    from olmoe_jax.parallel import sharding
+
+    shape, new = SHAPES[args.shape], 128 if args.shape == "full" else 32
+    mesh = sharding.decoding_mesh(shape.experts)
+    model = random_model(shape, mesh)
+    for batch in (1, 16, 64):
+        prompts = dataclasses.replace(shape, rows=batch, length=64)
+        seconds = min(decode(model, mesh, prompts, new, 2)["seconds"])
+        yield {"batch": batch, "new tokens": new, "s": seconds, "tokens/s": batch * new / seconds}
+
+
+def first_step(args: argparse.Namespace) -> Iterator[Row]:
+    """The time from a command to the end of its first step, without and with its programs kept."""
+    with tempfile.TemporaryDirectory() as cache:
+        for kept in ("no (cold)", "yes (warm)"):
+            flags = ["step", f"--shape={args.shape}", "--rows=1", "--steps=1"]
+            (row,) = _child(flags, JAX_COMPILATION_CACHE_DIR=cache)
+            yield {"programs kept": kept, "first step after s": row["first step after s"]}
+
+
+def resume(args: argparse.Namespace) -> Iterator[Row]:
+    """A run that is killed and continued, against one that is not."""
+    # A run of the full shape does not fit every disk.
+    shape = "tiny" if args.shape == "tiny" else "mid"
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(temporary)
+        flags = ["resume_run", f"--shape={shape}", "--steps=8", "--directory"]
+        programs = {"JAX_COMPILATION_CACHE_DIR": str(directory / "programs")}
+        whole = {row["step"]: row for row in _child([*flags, str(directory / "a")], **programs)}
+        for kept in ("yes", "no"):
+            run = str(directory / f"b-{kept}")
+            first = _child([*flags, run], kill_after=5, **programs)
+            if kept == "no":
+                programs = {"JAX_COMPILATION_CACHE_DIR": str(directory / "others")}
+            rest = _child([*flags, run], **programs)
+            both = [*first, *rest]
+            wrong = [row["step"] for row in both if row != whole[row["step"]]]
+            yield {
+                "programs kept": kept,
+                "killed after step": first[-1]["step"],
+                "continued with step": rest[0]["step"],
+                "bit-identical": not wrong,
+                "first difference": f"step {wrong[0]}" if wrong else "none",
+            }
+
+
+def resume_run(args: argparse.Namespace) -> Iterator[Row]:
+    """A run of `args.steps` steps with a checkpoint after every second one."""
+    import jax
+    import numpy as np
+    import xxhash
+
+    from benchmarks import step as benchmark
+    from benchmarks.shapes import shape_of
+    from olmoe_jax.parallel.sharding import make_mesh
+    from olmoe_jax.training.checkpoint import Checkpointer
+
+    flags = [
+        f"--shape={args.shape}",
+        "--layers=2",
+        "--what=update",
+        f"--compute_dtype={_dtypes()[0]}",
+    ]
+    flags, mesh = benchmark.make_parser().parse_args(flags), make_mesh()
+    shape = shape_of(flags)
+    with jax.set_mesh(mesh):
+        program, _ = benchmark.build(flags, shape, mesh)
+        batch = program.to_devices(benchmark.random_batch(shape))
+        checkpoints = Checkpointer(args.directory, keep=2, identity={})
+        restored = checkpoints.restore(program.state)
+        state, done = (restored.state, restored.step) if restored else (program.state, 0)
+        for index in range(done, args.steps):
+            state, metrics = program.step(state, [batch], index)
+            arrays = jax.device_get(jax.tree.leaves(state))
+            bits = xxhash.xxh3_128_hexdigest(b"".join(np.asarray(x).tobytes() for x in arrays))
+            yield {"step": index + 1, "loss": float(metrics.loss), "state": bits}
+            if index % 2:
+                checkpoints.save(index + 1, state, {}, {}, {}, None)
+                checkpoints.wait()
+        checkpoints.close()
+
+
+def _child(flags: Sequence[str], kill_after: int | None = None, **environment: str) -> list[Row]:
+    """Runs a part as a process of its own; kills it after that many rows. Returns its rows.
+
+    Raises:
+      UserError: the part failed.
+    """
+    command = [sys.executable, "-m", "benchmarks.device_parts", *flags]
+    rows = []
+    with subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        for row in _rows(process.stdout):
+            rows.append(row)
+            if len(rows) == kill_after:
+                process.kill()
+                return rows
+    if process.returncode:
+        raise UserError(f"{' '.join(flags)}: exit code {process.returncode}; its log is above")
+    return rows
+
+
+def _rows(lines: Iterable[str]) -> Iterator[Row]:
+    return (json.loads(line) for line in lines if line.startswith("{"))
+
+
+def _dtypes() -> tuple[str, ...]:
+    """Returns the dtypes of a device: that of training first."""
+    import jax
+
+    both = ("bfloat16", "float32")
+    return both[::-1] if jax.default_backend() == "cpu" else both
+
+
+def _head_size(shape: Shape) -> int:
+    return shape.hidden // shape.heads
+
+
+PARTS = {
+    part.__name__: part
+    for part in (
+        *(machine, proofs, golden, golden_numbers, matmul, step, plan, decoding),
+        *(first_step, resume, resume_run),
+    )
+}
+
+if __name__ == "__main__":
+    from olmoe_jax.parallel.compilation import keep_programs
+    from olmoe_jax.parallel.cpu import restart_with_huge_pages
+
+    restart_with_huge_pages()
+    keep_programs()
+    run_command(main)
