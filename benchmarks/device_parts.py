@@ -42,6 +42,8 @@ STEPS = {
     "esft": ("--method=esft", "--tuned_experts={few}"),
 }
 """The flags of benchmarks.step for each kind of training."""
+PLANNED = ("densemixer", "lora", "esft")
+"""The kinds that take different memory, in order of worth: a compilation takes half a minute."""
 LEAN = ("--gradients_dtype=bfloat16", "--moments_dtype=bfloat16")
 """Flags with which full fine-tuning of OLMoE-1B-7B fits one GPU of 80 GB (docs/planning.md)."""
 LIMITS = {"float32": 1e-4, "bfloat16": 2.0}
@@ -298,7 +300,8 @@ def plan(args: argparse.Namespace) -> Iterator[Row]:
     """What `plan` says of the steps that were measured, compiled for an H100 on the CPU."""
     from olmoe_jax.plan.devices import open_devices, parse_topology, prepare_environment
 
-    measured = list(read_rows(args.directory, "step"))
+    measured = [row for row in read_rows(args.directory, "step") if row["kind"] in PLANNED]
+    measured.sort(key=lambda row: (row["rows"], PLANNED.index(row["kind"])))
     on_cpu = any("(cpu)" in row["found"] for row in read_rows(args.directory, "machine"))
     topology = parse_topology("cpu:1" if on_cpu else "h100:1")
     prepare_environment(topology)
@@ -395,14 +398,9 @@ def resume_run(args: argparse.Namespace) -> Iterator[Row]:
     from olmoe_jax.parallel.sharding import make_mesh
     from olmoe_jax.training.checkpoint import Checkpointer
 
-    flags = [
-        f"--shape={args.shape}",
-        "--layers=2",
-        "--what=update",
-        f"--compute_dtype={_dtypes()[0]}",
-    ]
-    flags, mesh = benchmark.make_parser().parse_args(flags), make_mesh()
-    shape = shape_of(flags)
+    flags = [f"--shape={args.shape}", "--layers=2", "--what=update"]
+    flags = benchmark.make_parser().parse_args([*flags, f"--compute_dtype={_dtypes()[0]}"])
+    shape, mesh = shape_of(flags), make_mesh()
     with jax.set_mesh(mesh):
         program, _ = benchmark.build(flags, shape, mesh)
         batch = program.to_devices(benchmark.random_batch(shape))
