@@ -5,6 +5,9 @@ https://fengyao.notion.site/moe-posttraining). The free texts (law, summary, tra
 scored by the judge of its authors: the scores of another judge are not comparable.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from configs.table import FULL, LORA
 
 TASKS = ("gsm", "mbpp", "humaneval", "intent", "law", "summary", "translation")
@@ -18,6 +21,20 @@ METRICS = {
     "translation": "judge",
 }
 """{task: the metric of eval.run that equals the published one}."""
+
+DATA = {
+    "gsm": (1319, "b0e7a137785c48fb", "RoxanneWsyw/gsm:test.jsonl"),
+    "mbpp": (500, "260f0fbbce921f8f", "google-research-datasets/mbpp"),
+    "humaneval": (164, "6321965c49af7c68", "openai/openai_humaneval"),
+    "intent": (500, "570f71f5e30db637", "RoxanneWsyw/ESFT-intent:test.jsonl"),
+    "law": (100, "633605a267213e7e", "RoxanneWsyw/ESFT-law:test.jsonl"),
+    "summary": (100, "82e815bacd6d1bf1", "RoxanneWsyw/ESFT-summary:test.jsonl"),
+    "translation": (100, "7161bb561aa0369a", "RoxanneWsyw/ESFT-translation:test.jsonl"),
+}
+"""{task: rows of the published evaluation, `data` of the settings, source on the hub}.
+
+The hashes of the last four are those of deepseek-ai/ESFT's files, from which the hub's were made.
+"""
 
 # fmt: off
 _ROWS = (
@@ -38,3 +55,10 @@ def published(method: str, task: str, metric: str) -> float | None:
     if method not in _SCORES or METRICS.get(task) != metric:
         return None
     return _SCORES[method][TASKS.index(task)]
+
+
+def is_published_data(task: str, settings: Mapping[str, Any]) -> bool:
+    """Returns whether a result of eval.run is on all rows of the published evaluation."""
+    rows, digest, source = DATA[task]
+    whole = (settings.get("source"), settings.get("examples")) == (source, rows)
+    return whole or settings.get("data") == digest

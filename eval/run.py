@@ -12,7 +12,7 @@ from eval.evaluation import MODEL, RESULT, SETTINGS, Decoding, evaluate, setting
 from eval.outputs import open_output
 from eval.tasks import TASKS, tasks_of
 from eval.tasks.judged import JudgedTask
-from eval.tasks.task import RunPrograms, Task, Tools, read_examples
+from eval.tasks.task import RunPrograms, Task, Tools, read_examples, source_of
 from olmoe_jax.checkpoints import directory
 from olmoe_jax.errors import SEED, ArgumentParser, UserError, run_command, whole_number
 from olmoe_jax.files import absolute, expand, user_path
@@ -51,10 +51,13 @@ def main(arguments: Sequence[str]) -> None:
     # The same content under another path is the same model.
     open_output(args.output, MODEL, _model(args), free=["model", "adapter"])
     settings = {
-        task.name: settings_of(task, examples[task.name], decoding, args.limit) for task in tasks
+        task.name: settings_of(task, examples[task.name], decoding, args.limit)
+        | {"source": source_of(task, args.data)[0]}
+        for task in tasks
     }
     for name, asked in settings.items():
-        open_output(args.output / name, SETTINGS, asked)
+        # The same rows may come from elsewhere.
+        open_output(args.output / name, SETTINGS, asked, free=["source"])
     if server:
         from eval.judge.judge import Judge
 
@@ -186,10 +189,10 @@ def _judge_server(args: argparse.Namespace) -> "Server | None":
 
 def _print_result(name: str, result: Mapping[str, Any]) -> None:
     for metric, value in result["metrics"].items():
-        print(
-            f"{name:12} {metric:12} {value['value']:6.2f}  "
-            f"(95% interval {value['low']:.2f} to {value['high']:.2f}, {value['rows']} rows)"
-        )
+        interval = "no interval: all rows score the same"
+        if value["low"] is not None:
+            interval = f"95% interval {value['low']:.2f} to {value['high']:.2f}"
+        print(f"{name:12} {metric:12} {value['value']:6.2f}  ({interval}, {value['rows']} rows)")
     counts = {what: count for what, count in result["counts"].items() if count}
     if counts:
         print(f"{name:12} " + ", ".join(f"{what} {count}" for what, count in counts.items()))

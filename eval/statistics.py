@@ -13,18 +13,18 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class Metric:
-    """A score in percent over `rows` rows; `low` and `high` bound its 95% bootstrap interval."""
+    """A score in percent over `rows` rows; `low` and `high` bound its 95% interval, if any."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     rows: int
 
 
 def bootstrap(
     rows: np.ndarray, score: Callable[[np.ndarray], float], resamples: int = RESAMPLES
 ) -> Metric:
-    """Returns a score and its 95% percentile interval.
+    """Returns a score and its 95% percentile interval, or none where all samples score the same.
 
     Args:
       rows: statistics [rows, ...] that add up: what each row contributes.
@@ -34,26 +34,46 @@ def bootstrap(
     random = np.random.default_rng(_SEED)
     count = len(rows)
     drawn = [score(rows[random.integers(0, count, count)].sum(axis=0)) for _ in range(resamples)]
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return Metric(float(score(rows.sum(axis=0))), float(low), float(high), count)
+    # A sample in which nothing varies says nothing about other rows: it is not exact.
+    varies = max(drawn) - min(drawn) > 1e-9
+    low, high = map(float, np.percentile(drawn, [2.5, 97.5])) if varies else (None, None)
+    return Metric(float(score(rows.sum(axis=0))), low, high, count)
 
 
 def mean_metric(values: Sequence[float]) -> Metric:
-    """Returns the mean of the rows' scores (0 to 1) in percent."""
+    """Returns the mean of the rows' scores (0 to 1) in percent.
+
+    The interval is Wilson's if rows are right or wrong, else a bootstrap interval.
+    """
     rows = np.asarray(values, np.float64)
+    if np.isin(rows, (0, 1)).all():
+        return Metric(float(100 * rows.mean()), *wilson(int(rows.sum()), len(rows)), len(rows))
     return bootstrap(rows, lambda total: 100 * total / len(rows))
+
+
+def wilson(right: int, rows: int) -> tuple[float, float]:
+    """Returns the 95% score interval (Wilson 1927) of a share, in percent.
+
+    It lies within 0 and 100, and has a width where all rows are right or all are wrong.
+    """
+    z = 1.959964
+    share, scale = right / rows, 1 + z * z / rows
+    center = (share + z * z / (2 * rows)) / scale
+    margin = z / scale * math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
+    return 100 * max(0.0, center - margin), 100 * min(1.0, center + margin)
 
 
 @dataclass(frozen=True)
 class Difference:
     """A mean difference of paired scores, in percent.
 
-    `low` and `high` bound the 95% bootstrap interval; `p` is the p value of the two-sided `test`.
+    `low` and `high` bound the 95% bootstrap interval, None where all rows differ by the same; `p`
+    is the p value of the two-sided `test`.
     """
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     p: float
     test: str
     rows: int
@@ -66,7 +86,7 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> Difference:
     """
     first, second = np.asarray(a, np.float64), np.asarray(b, np.float64)
     differences = first - second
-    metric = mean_metric(differences)
+    metric = bootstrap(differences, lambda total: 100 * total / len(differences))
     if np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all():
         test, p = "McNemar", mcnemar(int((differences > 0).sum()), int((differences < 0).sum()))
     else:

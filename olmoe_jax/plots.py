@@ -15,17 +15,23 @@ def label(text: str) -> str:
 
 
 def heat_maps(values: Mapping[str, np.ndarray], file: Path | IO[bytes]) -> None:
-    """Writes a PNG with one map for each title's values [L, E]: layers down, experts across."""
+    """Writes a PNG with one map for each title's values [L, E]: layers from 0 down, experts across.
+
+    TensorBoard shows a picture 400 pixels wide: the text is large for the figure.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 1.5 + 0.3 * sum(map(len, values.values()))))
+    figure = Figure(figsize=(6, 1.5 + 0.24 * sum(map(len, values.values()))))
     figure.set_layout_engine("constrained")
     for axes, (title, map_) in zip(
         figure.subplots(len(values), squeeze=False)[:, 0], values.items(), strict=True
     ):
         image = axes.imshow(map_, aspect="auto", cmap="viridis")
-        axes.set(title=title, xlabel="expert", ylabel="layer")
-        axes.set_yticks(range(len(map_)), [str(layer + 1) for layer in range(len(map_))])
+        axes.set_title(title, fontsize=12)
+        axes.set_xlabel("expert", fontsize=12)
+        axes.set_ylabel("layer", fontsize=12)
+        axes.set_yticks(range(len(map_)))
+        axes.tick_params(labelsize=11)
         figure.colorbar(image, ax=axes)
     figure.savefig(file, dpi=120, format="png")
 

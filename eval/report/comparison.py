@@ -12,7 +12,7 @@ from olmoe_jax.errors import UserError
 
 _ROW_SCORES = {"pass@1": "passed"}
 """{metric: the name of a row's score in rows.jsonl}, if the names differ."""
-_IGNORED_SETTINGS = ("task", "data", "examples", "limit", "batch_size", "seed")
+_IGNORED_SETTINGS = ("task", "data", "source", "examples", "limit", "batch_size", "seed")
 """Settings that may differ between compared results; `data` is compared separately."""
 
 
@@ -101,9 +101,9 @@ def remarks(inputs: Inputs) -> Iterator[str]:
             if setting not in _IGNORED_SETTINGS and len(set(map(str, found))) > 1:
                 yield f"{task}: {setting} is not the same everywhere: {_grouped(names, found)}."
     for field in ("backend", "compute_dtype"):
-        found = [getattr(model, field) for model in inputs.models.values()]
+        found = [getattr(evaluation.model, field) for _, evaluation in inputs.evaluations]
         if len(set(found)) > 1:
-            names = list(inputs.models)
+            names = [name for name, _ in inputs.evaluations]
             yield f"Not all were decoded with the same {field}: {_grouped(names, found)}."
 
 

@@ -6,8 +6,8 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from eval.published import DATA, is_published_data, published
 from eval.published import METRICS as PUBLISHED_METRICS
-from eval.published import published
 from eval.report.comparison import Pair, main_metric, pairs, remarks, row_scores
 from eval.report.document import (
     Block,
@@ -23,10 +23,12 @@ from eval.report.document import (
 from eval.report.figures import Named, loss_curves, match_curves, router_curves
 from eval.report.harness import PREFIX
 from eval.report.inputs import Inputs
-from eval.report.results import Metric
+from eval.report.results import Evaluation, Metric
 from olmoe_jax.files import read_bytes
 
 SIGNIFICANT = 0.05
+OTHER_DATA = "other data"
+"""The mark of a score that is not compared with the published one."""
 _PROMPT_END = 600
 """How many of a prompt's last characters are shown: the end holds the question."""
 
@@ -39,6 +41,7 @@ def report(inputs: Inputs, samples: int) -> list[Block]:
         *_scores(inputs, metrics),
         *_published(inputs, metrics),
         *_tests(inputs, metrics),
+        *_models(inputs),
         *_training(inputs),
         *_outputs(inputs, metrics, samples),
     ]
@@ -48,11 +51,16 @@ def _scores(inputs: Inputs, metrics: dict[str, str]) -> Iterator[Block]:
     if not metrics:
         return
     yield Heading(2, "Scores")
-    text = "In percent, with the 95% bootstrap interval over the rows; the best of a task is bold."
+    text = (
+        "In percent, with the 95% interval over the rows: Wilson's if rows are right or wrong, "
+        "else a bootstrap interval; none where all rows score the same. The best of a task are "
+        "bold."
+    )
     if any(task.startswith(PREFIX) for task in metrics):
         text += (
-            " The interval of lm_eval's tasks is 1.96 standard errors to both sides. A metric that "
-            "is no share of the rows is in lm_eval's own unit; a ↓ says that less is better."
+            " The interval of lm_eval's other metrics is 1.96 standard errors to both sides. A "
+            "metric that is no share of the rows is in lm_eval's own unit; a ↓ says that less is "
+            "better."
         )
     yield Paragraph(text)
     columns = {task: _column(inputs, task, metric) for task, metric in metrics.items()}
@@ -80,34 +88,50 @@ def _score_cells(columns: Mapping[str, Mapping[str, Metric]], name: str) -> Iter
             yield "–"
             continue
         cell = column[name]
-        text = f"{cell.value:.2f} ({cell.low:.1f} to {cell.high:.1f})"
+        text = shown = f"{cell.value:.2f}"
+        if cell.low is not None:
+            text += f" ({cell.low:.1f} to {cell.high:.1f})"
         best = max if _higher_is_better(column) else min
         best_value = best(other.value for other in column.values())
-        yield Strong(text) if cell.value == best_value and len(column) > 1 else text
+        # Values that read the same are equal.
+        is_best = len(column) > 1 and shown == f"{best_value:.2f}"
+        yield Strong(text) if is_best else text
 
 
 def _published(inputs: Inputs, metrics: dict[str, str]) -> Iterator[Block]:
-    rows = []
+    rows, other_data = [], {}
     for name in inputs.methods:
         cells = []
         for task, metric in metrics.items():
             result, known = inputs.results[task].get(name), published(name, task, metric)
-            missing = result is None or known is None
-            value = None if missing else result.metrics[metric].value
-            cells.append("–" if missing else f"{value - known:+.2f} ({known:.2f})")
+            cell = "–"
+            if result and known is not None and is_published_data(task, result.settings):
+                cell = f"{result.metrics[metric].value - known:+.2f} ({known:.2f})"
+            elif result and known is not None:
+                cell = OTHER_DATA
+                other_data.setdefault(task, []).append(name)
+            cells.append(cell)
         if set(cells) != {"–"}:
             rows.append([name, *cells])
     if not rows:
         return
     yield Heading(2, "Difference to the published scores")
-    yield Paragraph(
-        "The score here minus the published score, which is in brackets. The README of DenseMixer "
-        "(yaof20/DenseMixer) has the published scores of OLMoE-1B-7B-0125; law, summary and "
-        "translation depend on the judge."
-    )
-    yield Table(["method", *(f"{task} ({metric})" for task, metric in metrics.items())], rows)
+    compared = any(set(cells) - {"–", OTHER_DATA} for _, *cells in rows)
+    if compared:
+        yield Paragraph(
+            "The score here minus the published score, which is in brackets. The README of "
+            "DenseMixer (yaof20/DenseMixer) has the published scores of OLMoE-1B-7B-0125; law, "
+            "summary and translation depend on the judge."
+        )
+        yield Table(["method", *(f"{task} ({metric})" for task, metric in metrics.items())], rows)
+    for task, names in other_data.items():
+        count = DATA[task][0]
+        yield Paragraph(
+            f"{task}: {', '.join(names)} not compared, evaluated on {OTHER_DATA}: the published "
+            f"scores are of {count:,} rows, the hub's."
+        )
     other = [t for t, metric in metrics.items() if PUBLISHED_METRICS.get(t, metric) != metric]
-    if other:
+    if compared and other:
         yield Paragraph(f"Without a judge there is nothing to compare for {', '.join(other)}.")
 
 
@@ -139,7 +163,7 @@ def _pair_row(pair: Pair) -> list[str]:
     return [
         f"{pair.first} − {pair.second}",
         Strong(value) if pair.adjusted < SIGNIFICANT else value,
-        f"{found.low:+.2f} to {found.high:+.2f}",
+        "–" if found.low is None else f"{found.low:+.2f} to {found.high:+.2f}",
         _p(found.p),
         _p(pair.adjusted),
         found.test,
@@ -149,6 +173,27 @@ def _pair_row(pair: Pair) -> list[str]:
 
 def _p(value: float) -> str:
     return f"{value:.4f}" if value >= 0.0001 else "< 0.0001"
+
+
+def _models(inputs: Inputs) -> Iterator[Block]:
+    """Yields the table of what every row of the other tables stands for."""
+    if not inputs.evaluations:
+        return
+    yield Heading(2, "Models")
+    rows = sorted(inputs.evaluations, key=lambda pair: inputs.methods.index(pair[0]))
+    head = ["method", "tasks", "model", "evaluation", "decoded with"]
+    yield Table(head, [[name, *_names(evaluation)] for name, evaluation in rows], wraps=True)
+
+
+def _names(evaluation: Evaluation) -> list[str]:
+    """Returns the tasks, the model and its adapter, the directory, and how the model computed."""
+    model = evaluation.model
+    return [
+        ", ".join(evaluation.results),
+        model.model + (f" with the adapter {model.adapter}" if model.adapter else ""),
+        str(evaluation.path),
+        ", ".join(filter(None, (model.backend, model.compute_dtype))),
+    ]
 
 
 def _training(inputs: Inputs) -> Iterator[Block]:

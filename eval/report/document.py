@@ -40,10 +40,17 @@ class Items:
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose first column names the rows and whose others are numbers or short words."""
+    """A table whose first column names the rows.
+
+    Attributes:
+      head: the names of the columns.
+      rows: the cells: numbers and short words.
+      wraps: the cells are long texts instead.
+    """
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
+    wraps: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,11 +130,15 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
 h1, h2, h3 { line-height: 1.25; margin: 2rem 0 .5rem }
 .scroll { overflow-x: auto; margin: 1rem 0 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right;
+th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: right;
   white-space: nowrap }
-th[scope=col] { border-bottom-color: #888 }
+wbr { white-space: normal }
+th[scope=col] { border-bottom-color: #888; white-space: normal; vertical-align: bottom }
 th:first-child { position: sticky; left: 0; background: #fff; text-align: left;
-  white-space: normal; font-weight: normal }
+  white-space: normal; font-weight: normal; min-width: min(11rem, 27vw); max-width: 33vw;
+  overflow-wrap: anywhere }
+.texts td, .texts th { text-align: left; white-space: normal; overflow-wrap: anywhere;
+  vertical-align: top; min-width: 7rem }
 .figures { display: flex; flex-wrap: wrap; gap: 1rem }
 img { max-width: 100%; height: auto }
 pre { margin: .3rem 0 1rem; padding: .6rem; background: #f5f5f5; border-left: 3px solid #ccc;
@@ -170,10 +181,11 @@ def _html(block: Block) -> str:
             return f"<p>{_escaped(text)}</p>"
         case Items(texts):
             return "\n".join(["<ul>", *(f"<li>{_escaped(text)}</li>" for text in texts), "</ul>"])
-        case Table(head, rows):
-            columns = "".join(f'<th scope="col">{_escaped(name)}</th>' for name in head)
+        case Table(head, rows, wraps):
+            columns = "".join(f'<th scope="col">{_cell(name)}</th>' for name in head)
             lines = [f"<tr>{columns}</tr>", *map(_html_row, rows)]
-            return "\n".join(['<div class="scroll"><table>', *lines, "</table></div>"])
+            start = f'<div class="scroll"><table{" class=texts" if wraps else ""}>'
+            return "\n".join([start, *lines, "</table></div>"])
         case Pictures(pictures):
             return "\n".join(['<div class="figures">', *map(_html_picture, pictures), "</div>"])
         case Output(label, text):
@@ -188,6 +200,15 @@ def _html_picture(picture: Picture) -> str:
 
 def _html_row(cells: Sequence[str]) -> str:
     first, *others = cells
-    texts = (f"<b>{_escaped(c)}</b>" if isinstance(c, Strong) else _escaped(c) for c in others)
+    texts = (f"<b>{_cell(c)}</b>" if isinstance(c, Strong) else _cell(c) for c in others)
     inside = "".join(f"<td>{text}</td>" for text in texts)
-    return f'<tr><th scope="row">{_escaped(first)}</th>{inside}</tr>'
+    return f'<tr><th scope="row">{_cell(first)}</th>{inside}</tr>'
+
+
+def _cell(text: str) -> str:
+    """Returns a cell's text, which may break before an interval and within a long name."""
+    texts = (
+        re.sub(r"[_/](?=\w)", r"\g<0><wbr>", _escaped(word)) if len(word) > 16 else _escaped(word)
+        for word in text.split(" ")
+    )
+    return re.sub(r" (?=\([^)]* to )", " <wbr>", " ".join(texts))

@@ -4,7 +4,8 @@ PATH/MODEL/results_DATE.json      the metrics of a run's tasks and groups
 PATH/MODEL/samples_TASK_DATE.jsonl  the rows of each task (--log_samples)
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypeVar
@@ -14,6 +15,7 @@ from typing_extensions import TypedDict
 
 from eval.harness import NAME
 from eval.report.results import Evaluation, Metric, Model, Result, Row, Setting
+from eval.statistics import wilson
 from olmoe_jax.errors import UserError
 from olmoe_jax.files import STRICT, FileName, field_at, read_json, read_json_lines
 
@@ -119,7 +121,7 @@ def _result(file: Path, stored: _Stored, name: str) -> Result:
     """Returns the metrics and rows of a task, or of a group with the rows of all its tasks.
 
     A metric whose rows' scores are all between 0 and 1 is a share, in percent; others are as
-    lm_eval gives them. The interval is 1.96 of lm_eval's standard errors to both sides.
+    lm_eval gives them.
     """
     in_group = [name, *_members(stored, [name])]
     tasks = [task for task in in_group if not stored.group_subtasks.get(task)]
@@ -137,13 +139,10 @@ def _result(file: Path, stored: _Stored, name: str) -> Result:
     for metric, kind, value in _values(stored, name):
         label = _label(metric, kind)
         scores = [row.scores[label] for (row,) in rows.values() if label in row.scores]
-        scale = 100 if scores and all(0 <= score <= 1 for score in [value, *scores]) else 1
         error = stored.results[name].get(f"{metric}_stderr,{kind}")
-        margin = 1.96 * error if _is_number(error) else 0.0
         # None: the members of a group do not agree.
         higher_is_better = stored.higher_is_better.get(name, {}).get(metric) is not False
-        interval = [scale * bound for bound in (value, value - margin, value + margin)]
-        metrics[label] = Metric(*interval, higher_is_better)
+        metrics[label] = _metric(value, scores, error, higher_is_better)
     settings = {
         "data": " ".join(stored.task_hashes[task] for task in tasks),
         "limit": None if stored.limit is None else len(rows),
@@ -151,6 +150,25 @@ def _result(file: Path, stored: _Stored, name: str) -> Result:
         "lm_eval": stored.lm_eval_version,
     }
     return Result(file, settings, metrics, rows)
+
+
+def _metric(value: float, scores: Sequence[float], error: Any, higher_is_better: bool) -> Metric:
+    """Returns a metric with its interval.
+
+    The interval is Wilson's if rows are right or wrong and the metric is their mean, else 1.96 of
+    lm_eval's standard errors to both sides, within 0 and 100 of a share.
+    """
+    is_share = bool(scores) and all(0 <= score <= 1 for score in [value, *scores])
+    if is_share and set(scores) <= {0, 1} and math.isclose(value, sum(scores) / len(scores)):
+        return Metric(100 * value, *wilson(int(sum(scores)), len(scores)), higher_is_better)
+    low = high = None
+    if _is_number(error) and error > 0:
+        low, high = value - 1.96 * error, value + 1.96 * error
+    if not is_share:
+        return Metric(value, low, high, higher_is_better)
+    if low is not None:
+        low, high = 100 * max(0.0, low), 100 * min(1.0, high)
+    return Metric(100 * value, low, high, higher_is_better)
 
 
 def _samples(file: Path, task: str) -> Iterator[Mapping[str, Any]]:

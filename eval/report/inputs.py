@@ -17,7 +17,7 @@ import pydantic
 from configs.table import DATASETS, EXPERIMENTS
 from eval.evaluation import MODEL
 from eval.report.harness import harness_directories, read_harness
-from eval.report.results import Evaluation, Model, Result, is_evaluation, read_evaluation
+from eval.report.results import Evaluation, Result, is_evaluation, read_evaluation
 from olmoe_jax.config import ModelOptions
 from olmoe_jax.errors import UserError
 from olmoe_jax.files import STRICT, absolute, expand, field_at, read_json
@@ -54,13 +54,13 @@ class Inputs:
     Attributes:
       runs: (row's name, run) pairs.
       results: {task: {row's name: result}}.
-      models: {row's name: its model}.
+      evaluations: (row's name, evaluation) pairs.
       unfinished: directories of tasks that were begun and have no result yet.
     """
 
     runs: list[tuple[str, TrainingRun]]
     results: dict[str, dict[str, Result]] = field(default_factory=dict)
-    models: dict[str, Model] = field(default_factory=dict)
+    evaluations: list[tuple[str, Evaluation]] = field(default_factory=list)
     unfinished: list[Path] = field(default_factory=list)
 
     @property
@@ -84,7 +84,8 @@ class Inputs:
                     f"them, e.g. {name}_2={evaluation.path}, or leave one out"
                 )
             column[name] = result
-            self.models[name] = evaluation.model
+        if evaluation.results:
+            self.evaluations.append((name, evaluation))
         self.unfinished.extend(evaluation.unfinished)
 
 

@@ -28,11 +28,14 @@ _Share = Annotated[float, pydantic.Field(ge=-0.00001, le=1.00001)]
 
 @dataclass(frozen=True)
 class Metric:
-    """A task's score with its 95% interval: eval.run's in percent, lm_eval's in its own unit."""
+    """A task's score with its 95% interval: eval.run's in percent, lm_eval's in its own unit.
+
+    The bounds are None where nothing varies.
+    """
 
     value: _Percent
-    low: _Percent
-    high: _Percent
+    low: _Percent | None
+    high: _Percent | None
     higher_is_better: bool = True
 
 

@@ -127,20 +127,30 @@ def local_path(data: Path, name: str, source: str) -> Path:
     return next(filter(Path.is_file, places), places[0])
 
 
+def source_of(task: Task, data: str | None) -> tuple[str, Path | None]:
+    """Returns where a task's rows come from: the hub's name or ours, and the local file if any.
+
+    Raises:
+      UserError: the directory `data` has no file for the task.
+    """
+    hub = task.hub[0][0]
+    if data is None:
+        return hub, None
+    path, own = local_path(Path(data), task.local_file, hub), Path(data) / task.local_file
+    if not path.exists():
+        raise UserError(
+            f"--data {data}: no {task.local_file} there for the task {task.name}; put the file "
+            "there, or leave --data out to read the hub"
+        )
+    return (task.local_file if path == own else hub), path
+
+
 def read_examples(task: Task, data: str | None) -> list[Example]:
     """Reads a task's examples from the directory `data`, or from the hub.
 
     Raises:
       UserError: the data is missing or lacks a field.
     """
-    if data:
-        path = local_path(Path(data), task.local_file, task.hub[0][0])
-        if not path.exists():
-            raise UserError(
-                f"--data {data}: no {task.local_file} there for the task {task.name}; put the file "
-                "there, or leave --data out to read the hub"
-            )
-        sources: Sequence[tuple[str, str]] = [(str(path), "train")]
-    else:
-        sources = task.hub
+    _, path = source_of(task, data)
+    sources = [(str(path), "train")] if path else task.hub
     return task.examples(row for source, split in sources for row in read_rows(source, split))

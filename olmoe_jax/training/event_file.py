@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from tensorboard.compat.proto import event_pb2, summary_pb2
-from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+from tensorboard.plugins.hparams.summary_v2 import (
+    HParam,
+    Metric,
+    hparams_config_pb,
+    hparams_pb,
+)
 from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tensorboard.util import tensor_util
@@ -21,6 +26,19 @@ from tensorboard.util import tensor_util
 from olmoe_jax.errors import printable
 
 _PREFIX = "events.out.tfevents."
+_FIRST = {
+    "train/loss": "loss",
+    "train/learning_rate": "learning_rate",
+    "train/grad_norm": "gradient_norm",
+    "speed/tokens_per_second": "tokens_per_second",
+    "eval/loss": "eval_loss",
+    "eval/exact_match": "exact_match",
+}
+"""The scalars that a reader looks for first. TensorBoard sorts its charts by their tags."""
+TAGS = {tag: f"1_run/{place}_{name}" for place, (tag, name) in enumerate(_FIRST.items(), 1)}
+"""{name of a scalar elsewhere: its tag in TensorBoard}, if the two differ."""
+_METRICS = ("train/loss", "eval/loss", "eval/exact_match")
+"""The metrics of the HPARAMS page."""
 
 
 class EventFile:
@@ -42,8 +60,8 @@ class EventFile:
         self._write(file_version="brain.Event:2")
 
     def scalar(self, tag: str, value: float, step: int) -> None:
-        """Adds a value."""
-        self._add(step, tag=tag, simple_value=value)
+        """Adds a value, under its name in `TAGS`."""
+        self._add(step, tag=TAGS.get(tag, tag), simple_value=value)
 
     def text(self, tag: str, text: str, step: int = 0) -> None:
         """Adds Markdown text."""
@@ -67,6 +85,9 @@ class EventFile:
             name: printable(value) if isinstance(value, str) else value
             for name, value in values.items()
         }
+        metrics = [Metric(TAGS[name], display_name=_FIRST[name]) for name in _METRICS]
+        columns = hparams_config_pb([HParam(name) for name in shown], metrics)
+        self._write(step=0, summary=columns)
         self._write(step=0, summary=hparams_pb(shown, trial_id=printable(run)))
 
     def restart(self, step: int) -> None:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from olmoe_jax.plots import heat_maps
 from olmoe_jax.training.decoding import Answer
 from olmoe_jax.training.event_file import EventFile
-from olmoe_jax.training.run_directory import FREE_FIELDS, METRICS, metrics_report
+from olmoe_jax.training.run_directory import METRICS, metrics_report
 from olmoe_jax.training.telemetry import WandB
 
 TENSORBOARD = "tensorboard"
@@ -207,10 +207,9 @@ def answers_text(answers: Sequence[Answer]) -> str:
 
 
 def hyperparameters(config: dict[str, dict[str, Any]]) -> dict[str, bool | float | str]:
-    """Returns the columns of TensorBoard's HPARAMS page: what can make a run better."""
-    columns = {}
-    for section in ("model", "data", "method", "optimizer", "train"):
-        for name, value in config[section].items():
-            if f"{section}.{name}" not in FREE_FIELDS and value is not None:
-                columns[f"{section}.{name}"] = value
-    return columns
+    """Returns the columns of TensorBoard's HPARAMS page: every field, None as text."""
+    return {
+        f"{section}.{name}": "none" if value is None else value
+        for section, fields in config.items()
+        for name, value in fields.items()
+    }

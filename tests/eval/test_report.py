@@ -14,13 +14,21 @@ import pytest
 from helpers import message_of
 from tiny_report import write_evaluation, write_json, write_result, write_run
 
-from eval.published import published
+from eval.published import DATA, is_published_data, published
 from eval.report.__main__ import main
 from eval.report.comparison import pairs
 from eval.report.document import Heading, Output, Strong, Table, to_html, to_markdown
+from eval.report.harness import _metric
 from eval.report.inputs import data_name, read_inputs
 from eval.report.results import Metric, Row
-from eval.statistics import holm, mcnemar, mean_metric, paired_difference, permutation_test
+from eval.statistics import (
+    holm,
+    mcnemar,
+    mean_metric,
+    paired_difference,
+    permutation_test,
+    wilson,
+)
 from olmoe_jax.training.run_directory import Metrics
 
 RIGHT = {
@@ -39,9 +47,11 @@ def runs(tmp_path):
     paths = []
     for method in ("densemixer", "frozen"):
         path = write_run(tmp_path / f"{method}_gsm", method)
-        write_evaluation(path / "eval", str(path / "hf"), gsm=RIGHT[method])
+        evaluation = write_evaluation(path / "eval", str(path / "hf"))
+        write_result(evaluation, "gsm", "exact_match", RIGHT[method], data=DATA["gsm"][1])
         paths.append(path)
-    base = write_evaluation(tmp_path / "first", "allenai/OLMoE-1B-7B-0125", gsm=RIGHT["base"])
+    base = write_evaluation(tmp_path / "first", "allenai/OLMoE-1B-7B-0125")
+    write_result(base, "gsm", "exact_match", RIGHT["base"], data=DATA["gsm"][1])
     return [str(base), *map(str, paths)]
 
 
@@ -61,7 +71,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "wbr"):
             self.open.append(tag)
         if tag == "table":
             self.tables.append([])
@@ -132,7 +142,11 @@ def test_results_of_lm_eval(tmp_path):
     assert list(inputs.results) == ["lm_eval:all", "lm_eval:d"]
     group, task = (column["x"] for column in inputs.results.values())
     assert list(group.rows) == ["a/0", "a/1", "b/0", "c/0"]
-    assert task.metrics["acc"] == Metric(50.0, 50 - 19.6, 50 + 19.6, higher_is_better=True)
+    assert task.metrics["acc"] == Metric(50.0, *wilson(1, 2), higher_is_better=True)
+    # Standard errors stay within the shares, and none is no interval.
+    assert _metric(0.1, [0.2, 0.0], 0.2, True) == Metric(10, 0, pytest.approx(49.2))
+    assert _metric(7, [], 2.0, False) == Metric(7, 7 - 3.92, 7 + 3.92, False)
+    assert _metric(0.5, [0.5, 0.5], 0.0, True) == Metric(50, None, None)
     assert task.settings["limit"] == 2
     assert task.rows["0"] == [Row("0?", "no", "yes", {"acc": 1.0})]
     (path / "samples_d_3.jsonl").unlink()
@@ -149,15 +163,48 @@ def test_the_best_is_bold(tmp_path, runs):
     paths = [write_harness(tmp_path / name, {}, t=value) for name, value in (("a", 9.5), ("b", 12))]
     markdown, _ = report(tmp_path / "lower", *map(str, paths))
     assert "lm\\_eval:t (m ↓)" in markdown
-    assert markdown.count("**9.50 (") == 1
-    assert "**12.00 (" not in markdown
+    assert markdown.count("**9.50**") == 1
+    assert "**12.00**" not in markdown
+
+
+def test_equal_values_share_the_bold(tmp_path):
+    paths = [write_evaluation(tmp_path / name, gsm=[1.0, 0.0]) for name in "ab"]
+    paths.append(write_evaluation(tmp_path / "c", gsm=[0.0, 0.0]))
+    markdown, _ = report(tmp_path / "report", *map(str, paths))
+    assert markdown.count("**50.00 (") == 2
+    assert "**0.00" not in markdown
+
+
+def test_other_data_is_not_compared_with_the_published_scores(tmp_path, runs):
+    """A toy's score beside the paper's means nothing."""
+    toy = write_evaluation(tmp_path / "toy")
+    write_result(toy, "gsm", "exact_match", [1.0] * 60, data="generated")
+    markdown, _ = report(tmp_path / "mixed", *runs[:2], f"frozen={toy}")
+    assert "| frozen | other data |" in markdown
+    assert "| densemixer | +41.00 (49.00) |" in markdown
+    assert "gsm: frozen not compared, evaluated on other data" in markdown
+    markdown, _ = report(tmp_path / "alone", f"frozen={toy}")
+    assert "| frozen | other data |" not in markdown
+    assert "gsm: frozen not compared, evaluated on other data" in markdown
+    # The hub's rows, all of them.
+    hub = {"source": "RoxanneWsyw/ESFT-law:test.jsonl", "data": "x"}
+    assert is_published_data("law", hub | {"examples": 100})
+    assert not is_published_data("law", hub | {"examples": 20})
+    assert not is_published_data("law", {"data": "x", "examples": 100})
+
+
+def test_every_row_names_models_and_directories(tmp_path, runs):
+    *_, models = Page(report(tmp_path / "report", *runs)[1]).tables
+    assert models[0] == ["method", "tasks", "model", "evaluation", "decoded with"]
+    run = tmp_path / "frozen_gsm"
+    assert models[2] == ["frozen", "gsm", f"{run}/hf", f"{run}/eval", "jax, float32"]
 
 
 def test_numbers_of_the_tables(tmp_path, runs):
     markdown, text = report(tmp_path / "report", *runs)
     page = Page(text)
     assert not page.open
-    scores, known, tests = page.tables
+    scores, known, tests, _ = page.tables
     interval = {name: mean_metric(values) for name, values in RIGHT.items()}
     assert scores == [
         ["method", "gsm (exact_match)"],

@@ -13,6 +13,7 @@ from eval.statistics import (
     rouge_l,
     rouge_words,
     sentence_chrf,
+    wilson,
 )
 
 
@@ -22,7 +23,15 @@ def test_mean_and_interval():
     assert metric.low < 50 < metric.high
     assert mean_metric([1, 0, 0, 1]) == metric
     always = mean_metric([1.0] * 5)
-    assert (always.value, always.low, always.high) == (100, 100, 100)
+    # By Wilson's formula: 5 / (5 + 1.96^2).
+    assert (always.value, always.high) == (100, 100)
+    assert always.low == pytest.approx(100 * 5 / (5 + 1.96**2), abs=0.01)
+    assert mean_metric([0.0]).low == 0 < mean_metric([0.0]).high < 100
+    same = mean_metric([0.25] * 9)
+    assert (same.value, same.low, same.high) == (25, None, None)
+    part = mean_metric([0.5, 0.25, 1.0])
+    assert 25 <= part.low < part.value < part.high <= 100
+    assert all(0 <= bound <= 100 for n in range(4) for bound in wilson(n, 3))
     values = np.arange(400) % 2  # the standard error of the mean is 2.5
     wide = mean_metric(values)
     assert wide.high - wide.low == pytest.approx(2 * 1.96 * 2.5, rel=0.1)

@@ -17,6 +17,7 @@ from convert import to_hf
 from olmoe_jax.config import TrainOptions, to_dict
 from olmoe_jax.training.best import Best, best_step, score_of
 from olmoe_jax.training.decoding import Answer
+from olmoe_jax.training.event_file import TAGS
 from olmoe_jax.training.reporting import answers_text
 
 __all__ = ["at_step"]
@@ -69,7 +70,7 @@ def test_it_sees_the_model_learn(run, files):
     assert found[1] == 0
     assert found[STEPS] == 1
     scalars, _ = board(run)
-    assert scalars["eval/exact_match"] == pytest.approx(found)
+    assert scalars[TAGS["eval/exact_match"]] == pytest.approx(found)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.util import tensor_util
 
@@ -143,7 +144,7 @@ def test_continues_after_a_crash(files, tmp_path, at_step, last):
     output = olmoe_jax.train(files.config(tmp_path / "run", **options)).output_dir
     assert without_seconds(metrics(output)) == without_seconds(metrics(whole))
     assert exported_bytes(output) == exported_bytes(whole)
-    assert board(output)[0]["eval/exact_match"] == board(whole)[0]["eval/exact_match"]
+    assert board(output)[0][TAGS["eval/exact_match"]] == board(whole)[0][TAGS["eval/exact_match"]]
     # How often it decodes may change; the score that names the best may not.
     changed = options | {"generate__every": 3}
     assert olmoe_jax.train(files.config(output, **changed)).finished

@@ -14,6 +14,7 @@ from training.tiny_run import exported_bytes, losses, make_files, metrics
 import olmoe_jax
 from olmoe_jax.errors import UserError
 from olmoe_jax.training import run_directory
+from olmoe_jax.training.event_file import TAGS
 from olmoe_jax.training.reporting import Reporter
 
 STEPS = 12
@@ -77,7 +78,7 @@ def assert_same_run(output, whole):
     assert without_seconds(metrics(output)) == without_seconds(metrics(whole))
     assert exported_bytes(output) == exported_bytes(whole)
     ours, theirs = board(output)[0], board(whole)[0]
-    for tag in ("train/loss", "eval/loss", "router/entropy_mean", "train/epoch"):
+    for tag in (TAGS["train/loss"], TAGS["eval/loss"], "router/entropy_mean", "train/epoch"):
         assert ours[tag] == theirs[tag]
 
 

@@ -18,6 +18,7 @@ from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.parallel import sharding
 from olmoe_jax.training import loop, reporting
 from olmoe_jax.training import program as program_module
+from olmoe_jax.training.event_file import TAGS
 from olmoe_jax.training.step import changed_choices
 
 STEPS = 12
@@ -142,15 +143,15 @@ def board(output):
 def test_tensorboard(output, config):
     scalars, texts = board(output)
     assert set(scalars) == {
-        "train/loss",
-        "train/learning_rate",
-        "train/grad_norm",
+        TAGS["train/loss"],
+        TAGS["train/learning_rate"],
+        TAGS["train/grad_norm"],
         "train/skipped_updates",
         "train/epoch",
         "data/padding_share",
         "data/tokens",
         "speed/seconds_per_step",
-        "speed/tokens_per_second",
+        TAGS["speed/tokens_per_second"],
         "speed/model_teraflops_per_second",
         "router/entropy_mean",
         "router/unused_experts",
@@ -168,7 +169,7 @@ def test_tensorboard(output, config):
         "time/evaluation_seconds",
         "time/checkpoint_seconds",
         "memory/host_gib",
-        "eval/loss",
+        TAGS["eval/loss"],
         "eval/perplexity",
     }
     for tag, values in scalars.items():
@@ -177,17 +178,18 @@ def test_tensorboard(output, config):
         assert np.isfinite(list(values.values())).all(), tag
     for line in metrics(output):
         if "loss" in line:
-            assert scalars["train/loss"][line["step"]] == pytest.approx(line["loss"])
-            assert scalars["train/grad_norm"][line["step"]] == pytest.approx(line["grad_norm"])
+            assert scalars[TAGS["train/loss"]][line["step"]] == pytest.approx(line["loss"])
+            norm = scalars[TAGS["train/grad_norm"]][line["step"]]
+            assert norm == pytest.approx(line["grad_norm"])
         else:
-            assert scalars["eval/loss"][line["step"]] == pytest.approx(line["eval_loss"])
+            assert scalars[TAGS["eval/loss"]][line["step"]] == pytest.approx(line["eval_loss"])
     assert scalars["train/epoch"][6] == 1
     assert scalars["train/epoch"][STEPS] == 2
     # Between one expert and all, in nats.
     assert all(0 < entropy <= np.log(8) for entropy in scalars["router/entropy_mean"].values())
     assert all(1 <= load <= 8 for load in scalars["router_load_max/layer_00"].values())
     for step in range(1, STEPS + 1):
-        assert scalars["router_gradient/norm"][step] < scalars["train/grad_norm"][step]
+        assert scalars["router_gradient/norm"][step] < scalars[TAGS["train/grad_norm"]][step]
     assert len(texts) == 1
     assert json.loads(texts[0].removeprefix("```json").removesuffix("```")) == to_dict(config)
 
@@ -195,7 +197,9 @@ def test_tensorboard(output, config):
 def test_tensorboard_images_and_hyperparameters(output, config):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams.metadata import (
+        EXPERIMENT_TAG,
         SESSION_START_INFO_TAG,
+        parse_experiment_plugin_data,
         parse_session_start_info_plugin_data,
     )
 
@@ -207,7 +211,17 @@ def test_tensorboard_images_and_hyperparameters(output, config):
     columns = parse_session_start_info_plugin_data(content).hparams
     assert columns["optimizer.learning_rate"].number_value == config.optimizer.learning_rate
     assert columns["method.name"].string_value == "densemixer"
-    assert "train.output_dir" not in columns
+    # Every field has its column, also one without a value.
+    fields = {f"{s}.{name}" for s, values in to_dict(config).items() for name in values}
+    assert columns.keys() == fields
+    assert columns["method.lora_rank"].string_value == "none"
+    content = events.SummaryMetadata(EXPERIMENT_TAG).plugin_data.content
+    shown = parse_experiment_plugin_data(content).metric_infos
+    assert [metric.display_name for metric in shown] == ["loss", "eval_loss", "exact_match"]
+    assert shown[0].name.tag in events.Tags()["scalars"]
+    first = sorted(events.Tags()["scalars"])[:5]
+    names = ("loss", "learning_rate", "gradient_norm", "tokens_per_second", "eval_loss")
+    assert first == [f"1_run/{place}_{name}" for place, name in enumerate(names, 1)]
 
 
 def test_changed_choices():
