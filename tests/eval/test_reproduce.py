@@ -117,7 +117,7 @@ def test_sigterm_and_failures_end_all(tmp_path):
         signal.signal(signal.SIGTERM, before)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_small_on_rows_as_on_the_hub(tmp_path):
     """Rows of prompt and completion, in the hub's files, go through every step."""
     answers = {"intent": '{"intent": "A", "slots": {"x": "甲"}}', "translation": "a stone"}

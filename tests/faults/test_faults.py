@@ -366,7 +366,8 @@ def test_a_read_only_output(sums, nursery, read_only, tmp_path, count):
     count("read-only output", survived=1)
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.exhaustive), 1])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("victim", [0, 1])
 def test_one_process_of_two_is_killed(sums, tmp_path, environment, count, victim):
     """The other ends within a minute and says why; the same command continues."""
     output = tmp_path / "run"
