@@ -60,10 +60,11 @@ class ModelOptions:
         "selective keeps the outputs of matmuls and attention; none keeps everything",
     )
     grouped_matmul: (
-        Literal["blocked", "ragged_dot", "mosaic", "pallas_triton", "tokamax"] | None
+        Literal["auto", "blocked", "ragged_dot", "mosaic", "pallas_triton", "tokamax"] | None
     ) = option(
         None,
-        "backend of the experts' matmuls; default: blocked on CPUs, mosaic on NVIDIA Hopper, "
+        "backend of the experts' matmuls; auto: on GPUs the fastest that is right at this run's "
+        "sizes, which the run keeps; default: blocked on CPUs, mosaic on NVIDIA Hopper, "
         "pallas_triton on other NVIDIA GPUs, ragged_dot on TPUs",
     )
     attention: Literal["chunked", "pallas_triton", "cudnn", "splash"] | None = option(

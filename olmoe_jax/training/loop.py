@@ -27,7 +27,7 @@ from olmoe_jax.training.evaluation import Evaluation
 from olmoe_jax.training.finishing import finish
 from olmoe_jax.training.introduction import introduction
 from olmoe_jax.training.program import Program, build_program
-from olmoe_jax.training.proofs import prove_kernels
+from olmoe_jax.training.proofs import prove_kernels, with_fastest_grouped_matmul
 from olmoe_jax.training.reporting import (
     TENSORBOARD,
     Reporter,
@@ -72,6 +72,7 @@ def train(config: Config) -> TrainResult:
     steps = training_data(config, datasets, mesh)
     held_out = held_out_sample(config, model, datasets)
     _check_same_everywhere(config, datasets)
+    config, model = with_fastest_grouped_matmul(config, model, steps.row_length)
     if jax.default_backend() != "cpu":
         rows = config.train.rows_per_device
         proven = prove_kernels(model.config, model.settings, rows, steps.row_length)
@@ -187,7 +188,7 @@ class _Run:
             self.reporter.say(line)
         if self.done:
             self.reporter.say(f"continuing after step {self.done} of {self.steps.total_steps}")
-            moved = run_directory.update_locations(self.config) if distributed.is_writer() else ()
+            moved = run_directory.update_config(self.config) if distributed.is_writer() else ()
             for line in moved:
                 self.reporter.say(line)
         try:

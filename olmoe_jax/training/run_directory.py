@@ -106,6 +106,14 @@ def check(config: Config) -> None:
         )
 
 
+def continued(config: Config) -> dict[str, dict[str, Any]] | None:
+    """Returns the stored configuration of the run that `config` continues; None: it begins."""
+    output = Path(config.train.output_dir)
+    if config.train.resume == "restart" or not opening.steps(output):
+        return None
+    return _read_config(output)
+
+
 @contextlib.contextmanager
 def opened(config: Config, model_files: Path, tokenizer_files: Path) -> Iterator[Path]:
     """Makes the run's directory with its small files, or takes the existing one; locks it.
@@ -191,16 +199,17 @@ def write_run_config(output: Path, config: Config) -> None:
     checksums.write_json(output / CONFIG, values)
 
 
-def update_locations(config: Config) -> list[str]:
-    """Writes into the config.json of a continued run where things lie now.
+def update_config(config: Config) -> list[str]:
+    """Writes into the config.json of a continued run where things lie now, and its backend.
 
     Returns:
       A line for each thing that lay elsewhere.
     """
     output = Path(config.train.output_dir)
     values = _read_config(output)
-    lines = _locate(values, config)
-    if lines:
+    lines, backend = _locate(values, config), config.model.grouped_matmul
+    if lines or values["model"].get("grouped_matmul") != backend:
+        values["model"]["grouped_matmul"] = backend
         checksums.write_json(output / CONFIG, values)
     return lines
 

@@ -199,6 +199,15 @@ def test_a_finished_run_is_left_alone(files, whole):
 
 
 @pytest.mark.slow
+def test_the_chosen_backend_is_in_config_json(files, whole, tmp_path, at_step, capsys):
+    config = files.config(tmp_path / "run", **OPTIONS, model__grouped_matmul="auto")
+    output = assert_same_when_stopped(config, at_step, whole)
+    stored = json.loads((output / "config.json").read_text())
+    assert stored["model"]["grouped_matmul"] == "blocked"
+    assert "model.grouped_matmul=auto: keeps the run's blocked\n" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_restart_sets_the_old_run_aside(files, whole, tmp_path, capsys):
     output = tmp_path / "run"
     shutil.copytree(whole, output)

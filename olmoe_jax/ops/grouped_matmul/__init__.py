@@ -44,12 +44,14 @@ def default_backend(platform: str) -> str:
 
 
 def check_backend(backend: str | None, platform: str) -> str:
-    """Checks that a backend can run. Returns `backend`, or the platform's default if it is None.
+    """Checks that a backend can run. None and "auto" stand for the platform's default.
+
+    Returns the backend.
 
     Raises:
       UserError: the backend does not run on the platform, or is not installed.
     """
-    backend = backend or default_backend(platform)
+    backend = default_backend(platform) if backend in (None, "auto") else backend
     wrong = None
     if _PLATFORM.get(backend, platform) != platform:
         wrong = f"runs on {_PLATFORM[backend]}; this is {platform}; write blocked"
