@@ -1,7 +1,10 @@
+import dataclasses
+
 import numpy as np
 import pytest
+from tiny import make_examples
 
-from olmoe_jax.data import TokenizedDataset, load_tokenizer
+from olmoe_jax.data import load_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -10,15 +13,10 @@ def make_dataset():
         """Examples of these lengths with random tokens from 2 up, which are also their identity."""
         random = np.random.default_rng(seed)
         total = sum(lengths)
-        return TokenizedDataset(
+        return dataclasses.replace(
+            make_examples(lengths),
             tokens=random.integers(2, 2**30, total, dtype=np.int32),
             in_loss=random.random(total) < 0.6,
-            offsets=np.cumsum([0, *lengths], dtype=np.int64),
-            prompt_lengths=np.zeros(len(lengths), np.int32),
-            rows=np.arange(len(lengths)),
-            dropped_rows=0,
-            total_rows=len(lengths),
-            origin={"content": "synthetic"},
         )
 
     return make

@@ -355,12 +355,11 @@ def test_start_from_an_adapter_that_does_not_fit(run_files, base, tmp_path):
     [
         (
             {"method__experts_path": "e.json"},
-            "method.experts_path=e.json: only for method.name=esft_gate or "
-            "esft_token, not densemixer; write",
+            "method.experts_path=e.json: only for method.name=esft_gate",
         ),
         (
             {"method__esft_top_p": 0.5},
-            "method.esft_top_p=0.5: only for method.name=esft_gate or esft_token",
+            "method.esft_top_p=0.5: only for method.name=esft_gate",
         ),
         (
             {"method__esft_densemixer": True},
@@ -372,8 +371,7 @@ def test_start_from_an_adapter_that_does_not_fit(run_files, base, tmp_path):
         ),
         (
             {"method__name": "esft_gate", "method__lora_rank": 4},
-            "method.lora_rank=4: only for method.name=frozen, conventional "
-            "or densemixer, not esft_gate",
+            "method.lora_rank=4: only for method.name=frozen, conventional",
         ),
         (
             {"method__name": "esft_gate", "method__router_gradient_experts": 4},
