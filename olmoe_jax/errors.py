@@ -53,6 +53,8 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any):
         kwargs.setdefault("allow_abbrev", False)
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        if sys.argv[0].startswith("olmoe-jax ") and kwargs.get("prog", "").startswith("python "):
+            kwargs["prog"] = sys.argv[0]  # of olmoe_jax.commands
         super().__init__(*args, **kwargs)
         self.register("type", int, whole_number(-_INT64))
         self.register("type", float, _finite_number)

@@ -15,14 +15,15 @@ import olmoe_jax
 from olmoe_jax.checkpoints import directory
 from olmoe_jax.config import validate
 from olmoe_jax.config.load import load_config
-from olmoe_jax.errors import run_command
+from olmoe_jax.errors import ArgumentParser, run_command
 from olmoe_jax.generation.answers import exact_match
 from olmoe_jax.parallel.compilation import keep_programs
+from olmoe_jax.root import ROOT
 
 if TYPE_CHECKING:
     from olmoe_jax.model.decoder import Olmoe
 
-CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.py"
+CONFIG = ROOT / "configs" / "quickstart.py"
 EOS, PAD = "<|endoftext|>", "<|padding|>"
 
 NAMES = "Ada Ben Chen Dana Eli Fay Gus Hana Ivan Jo Kim Leo Mia Noor Otto Pia"
@@ -148,6 +149,7 @@ def untrained_model(inputs: Path) -> "Olmoe":
 
 def main(arguments: Sequence[str]) -> None:
     """Trains, exports, reads the export back, and compares it with an untrained model."""
+    ArgumentParser(prog="python -m olmoe_jax.quickstart", description=__doc__).parse_args(arguments)
     keep_programs()
     config = validate(load_config(CONFIG))
     inputs = Path(config.model.config_path)

@@ -9,8 +9,8 @@ from eval.evaluation import RESULT
 from eval.tasks.task import local_path
 from olmoe_jax.config import Config, apply_overrides
 from olmoe_jax.errors import UserError
+from olmoe_jax.root import ROOT
 
-ROOT = Path(__file__).parents[2]
 _OTHER_TASKS = {"codealpaca": ("mbpp", "humaneval")}
 _OTHER_FILES = {
     "gsm": ("gsm/train.jsonl", "gsm8k/test.jsonl"),
@@ -137,7 +137,7 @@ class Reproduction:
     def _cell(self, method: str, dataset: str) -> Iterator[Command]:
         run, name = self.run(method, dataset), f"{method} {dataset}"
         evaluate = self._evaluate(name, str(run / "hf"), run / "eval", tasks_of(dataset))
-        train = [str(ROOT / "train.py"), "--config", str(ROOT / f"configs/{run.name}.py")]
+        train = ["-m", "olmoe_jax.training", "--config", str(ROOT / f"configs/{run.name}.py")]
         fields = self.overrides(method, dataset).items()
         train += [f"--config.{field}={value}" for field, value in fields]
         export = ["-m", "convert.to_hf", "--checkpoint", str(run), "--output", str(run / "hf")]

@@ -6,8 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from eval.reproduce.cells import ROOT, Command
+from eval.reproduce.cells import Command
 from olmoe_jax.errors import UserError
+from olmoe_jax.root import ROOT
 
 
 class Runner:

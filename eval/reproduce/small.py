@@ -8,7 +8,6 @@ from typing import Any
 
 from configs.table import DATASETS, ESFT, FULL, LORA
 from eval.reproduce.cells import (
-    ROOT,
     Command,
     Reproduction,
     local_files,
@@ -21,6 +20,7 @@ from olmoe_jax.checkpoints import directory
 from olmoe_jax.data.formats import format_row
 from olmoe_jax.data.reading import read_rows
 from olmoe_jax.errors import UserError
+from olmoe_jax.root import ROOT
 
 METHODS = (FULL[-1], ESFT[0])
 """Trained by default: a method that trains everything, and one that trains some experts."""
@@ -128,7 +128,7 @@ def write_inputs(table: Reproduction, own: Path | None, run: Callable[[Command],
         **BASE,
         **({"train.max_steps": "30"} if own else {}),
     }
-    train = [str(ROOT / "train.py"), "--config", str(ROOT / f"configs/{FULL[-1]}_gsm.py")]
+    train = ["-m", "olmoe_jax.training", "--config", str(ROOT / f"configs/{FULL[-1]}_gsm.py")]
     train += [f"--config.{name}={value}" for name, value in fields.items()]
     export = ["-m", "convert.to_hf", "--checkpoint", str(base), "--output", str(model)]
     trained = base / "loss.png"

@@ -15,6 +15,7 @@ from olmoe_jax.config.options import FIELDS, SECTIONS, Config
 from olmoe_jax.config.values import apply_overrides, check_types, unknown_field
 from olmoe_jax.errors import UserError, one_line, shorten, text_of
 from olmoe_jax.files import read_text, user_path
+from olmoe_jax.root import ROOT
 
 _INDENT = " " * 6
 EXAMPLE = "--config configs/densemixer_gsm.py"
@@ -120,6 +121,8 @@ def load_config(path: str | Path) -> Config:
       UserError: the file is missing, fails, or defines no Config.
     """
     path = user_path(str(path))
+    if path.parts[:1] == ("configs",) and not path.exists():
+        path = ROOT / path  # the project's own, from any directory
     if not path.exists():
         raise UserError(_missing_file(path))
     read_text(path)  # nothing that is no text runs

@@ -47,7 +47,7 @@ def test_steps_of_a_cell(tmp_path):
     cell = table(tmp_path, ["esft_token"], ["gsm"], tmp_path, train__batch_size="8")
     _, train, export, evaluate = cell.commands()
     run = tmp_path / "esft_token_gsm"
-    assert train.arguments[2].endswith("configs/esft_token_gsm.py")
+    assert train.arguments[3].endswith("configs/esft_token_gsm.py")
     assert f"--config.data.eval_path={tmp_path}/gsm8k/test.jsonl" in train.arguments
     assert train.arguments[-1] == "--config.train.batch_size=8"
     assert export.arguments[-1] == str(run / "hf")
