@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from benchmarks.device_parts import ROOT, STEPS, Row
+from benchmarks.device_parts import ROOT, STEPS, Row, parse_row
 from benchmarks.shapes import SHAPES
 from olmoe_jax.errors import ArgumentParser, UserError, run_command, shorten
 
@@ -29,6 +29,7 @@ LIMIT, TRIAL_LIMIT = 180, 900
 ENVIRONMENT = {
     # Three quarters, jax's default, are too few for the full state on a GPU of 80 GB.
     "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
+    "CUDA_VISIBLE_DEVICES": "0",
     "TF_CPP_MIN_LOG_LEVEL": "2",
     "HF_HUB_OFFLINE": "1",
 }
@@ -198,6 +199,7 @@ def run(part: Part, limit: float, results: Results) -> str:
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
+            errors="replace",
             start_new_session=True,
         ) as process,
     ):
@@ -205,8 +207,8 @@ def run(part: Part, limit: float, results: Results) -> str:
         late.start()
         try:
             for line in process.stdout or ():
-                if line.startswith("{"):
-                    results.found(part, json.loads(line))
+                if row := parse_row(line):
+                    results.found(part, row)
                 else:
                     print(line, end="", flush=True)
             code = process.wait()

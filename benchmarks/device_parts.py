@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -265,11 +265,14 @@ def matmul(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def step(args: argparse.Namespace) -> Iterator[Row]:
-    """Steps with their update, on random tokens."""
+    """Steps with their update, on random tokens; the rows are those of each device."""
+    import jax
+
     from benchmarks import step as benchmark
 
     for rows in args.rows:
-        flags = benchmark.make_parser().parse_args(step_flags(args.shape, args.kind, rows))
+        flags = step_flags(args.shape, args.kind, rows * jax.device_count())
+        flags = benchmark.make_parser().parse_args(flags)
         flags.remat, flags.steps = args.remat, args.steps
         gc.collect()  # the state of the rows before
         result = benchmark.measure(flags)
@@ -314,6 +317,8 @@ def plan(args: argparse.Namespace) -> Iterator[Row]:
     from olmoe_jax.training.base_model import with_backends
 
     jax.config.update("jax_platforms", "cpu")
+    # Programs for a device that is described cannot be read back.
+    jax.config.update("jax_enable_compilation_cache", False)
     mesh = make_mesh(devices=open_devices(topology))
     for row in measured:
         flags = step_flags(args.shape, row["kind"], row["rows"])
@@ -429,8 +434,8 @@ def _child(flags: Sequence[str], kill_after: int | None = None, **environment: s
     with subprocess.Popen(
         command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, text=True
     ) as process:
-        for row in _rows(process.stdout):
-            rows.append(row)
+        for line in process.stdout or ():
+            rows += [row] if (row := parse_row(line)) else []
             if len(rows) == kill_after:
                 process.kill()
                 return rows
@@ -439,8 +444,12 @@ def _child(flags: Sequence[str], kill_after: int | None = None, **environment: s
     return rows
 
 
-def _rows(lines: Iterable[str]) -> Iterator[Row]:
-    return (json.loads(line) for line in lines if line.startswith("{"))
+def parse_row(line: str) -> Row | None:
+    """Returns the row that a line of a part's output holds; None: something else, or cut off."""
+    with contextlib.suppress(ValueError):
+        value = json.loads(line)
+        return value if isinstance(value, dict) else None
+    return None
 
 
 def _dtypes() -> tuple[str, ...]:

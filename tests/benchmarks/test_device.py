@@ -17,6 +17,10 @@ KINDS = {
     "fine": (ROW, "done"),
     "wrong": (ROW + "raise SystemExit('error: no memory')", "failed with 1: error: no memory"),
     "crash": (ROW + "import os; os.abort()", "failed with -6: no message"),
+    "cut off": (
+        ROW + "print('{\"size\":', end=''); raise SystemExit(3)",
+        "failed with 3: no message",
+    ),
     "endless": (ROW + "import time; time.sleep(60)", "stopped after 2 s"),
 }
 BLOCKER = """
