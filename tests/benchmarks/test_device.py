@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from helpers import ROOT, run_module
 
 from benchmarks import device, device_parts
+from olmoe_jax.checkpoints import safetensors_file
 
 ROW = 'print(\'{"size": 1234.5, "right": false}\', flush=True); '
 KINDS = {
@@ -75,6 +77,23 @@ def test_only_backends_of_the_machine_are_proven(tmp_path):
 def test_the_page_names_what_is_needed():
     text = (ROOT / "docs" / "devices" / "README.md").read_text()
     assert [name for name in device_parts.PACKAGES if name not in text] == []
+
+
+def test_the_golden_cases_find_a_wrong_tensor(tmp_path):
+    """The error is that of all experts together, and NaN is the largest."""
+    exact = {f"grad.experts.{e}.up": np.full((2, 2), e + 1.0) for e in range(3)}
+    cases = {
+        "same": (exact, 0.0),
+        "one": (exact | {"grad.experts.2.up": np.zeros((2, 2))}, (9 / 14) ** 0.5),
+        "nan": (exact | {"loss": np.array(np.nan)}, np.nan),
+    }
+    for name, (tensors, error) in cases.items():
+        wanted = exact | {"loss": np.array(2.0)}
+        for file, content in (("a", {"loss": np.array(2.0)} | tensors), ("e", wanted)):
+            safetensors_file.save(tmp_path / f"{file}-{name}", content)
+        found, kind = device_parts._worst(tmp_path / f"a-{name}", tmp_path / f"e-{name}")
+        np.testing.assert_allclose(found, error, rtol=1e-12)
+        assert kind in {"one": ["grad.experts.N.up"], "nan": ["loss"]}.get(name, [kind])
 
 
 def blocked(tmp_path):
