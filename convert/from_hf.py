@@ -31,6 +31,9 @@ def main(arguments: Sequence[str]) -> None:
     with directory.new_directory(args.output) as partial:
         (partial / MODEL_DIRECTORY).mkdir()
         write_config(partial / MODEL_DIRECTORY, checkpoint.files, dtype=None)
+        directory.copy_files(
+            checkpoint.files, partial / MODEL_DIRECTORY, (directory.CARD, *directory.LICENSE_FILES)
+        )
         write_weights(checkpoint, partial, args.allow_nonfinite)
         checksums.write(partial)
     print(f"converted {args.model} to {args.output}")

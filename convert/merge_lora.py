@@ -52,7 +52,9 @@ def main(arguments: Sequence[str]) -> None:
         if (adapter / WEIGHTS_FILE).exists()
         else MergedSource(base, adapter, dtype)
     )
-    export_hf(merged, args.output, args.dtype, allow_nonfinite=args.allow_nonfinite)
+    export_hf(
+        merged, args.output, args.dtype, allow_nonfinite=args.allow_nonfinite, adapter=adapter
+    )
     print(f"wrote {args.output}")
 
 

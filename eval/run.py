@@ -5,6 +5,7 @@ import functools
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.backends import BACKENDS, DTYPES, check_backend, open_backend
@@ -68,12 +69,20 @@ def main(arguments: Sequence[str]) -> None:
             open_backend, args.backend, args.model, args.compute_dtype, args.adapter, args.base
         )
     )
+    scores: dict[str, dict[str, float]] = {}
     for task in tasks:
         result = evaluate(
             task, examples[task.name], settings[task.name], args.output, backend, tools
         )
         _print_result(task.name, result)
+        scores[task.name] = {name: score["value"] for name, score in result["metrics"].items()}
     print(f"wrote {args.output}")
+    from olmoe_jax.checkpoints.card import add_results
+
+    place = Path(args.adapter or args.model)
+    for export in (place, place / "hf", place / "adapter"):  # an export, or a run's
+        if args.limit is None and add_results(export, scores):
+            print(f"added the scores to the model card in {export}")
 
 
 def parser() -> ArgumentParser:

@@ -15,6 +15,8 @@ from olmoe_jax import hub
 from olmoe_jax.errors import UserError
 
 MODEL_FILES = ("config.json", "generation_config.json")
+CARD = "README.md"
+LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
 ADAPTER_FILES = ("adapter_config.json", "expert_config.json")
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -36,7 +38,8 @@ def resolve(path_or_hub_id: str) -> Path:
       UserError: as for `hub.directory_of`.
     """
     patterns = ["*.safetensors", "*.safetensors.index.json", *MODEL_FILES, *TOKENIZER_FILES]
-    return hub.directory_of(path_or_hub_id, [*patterns, *ADAPTER_FILES])
+    patterns += [*ADAPTER_FILES, CARD, *LICENSE_FILES]
+    return hub.directory_of(path_or_hub_id, patterns)
 
 
 def write_json(file: Path, value: Any) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from olmoe_jax.checkpoints import directory, names, safetensors_file
+from olmoe_jax.checkpoints.card import write_card
 from olmoe_jax.checkpoints.huggingface import (
     DTYPES,
     TooLargeError,
@@ -30,6 +31,7 @@ def export_hf(
     dtype: str | None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     allow_nonfinite: bool = False,
+    adapter: Path | None = None,
 ) -> None:
     """Writes a directory that transformers loads. The directory appears when it is complete.
 
@@ -40,6 +42,7 @@ def export_hf(
         that says why, if that cannot hold the weights.
       max_shard_bytes: no file of weights grows larger; several files get an index.
       allow_nonfinite: write weights that are not finite, and those of a run whose loss is not.
+      adapter: the directory of the adapter that `source` has merged, for the model card.
 
     Raises:
       UserError: a weight or a loss is not finite, or a weight is too large for `dtype`.
@@ -54,6 +57,7 @@ def export_hf(
         with directory.new_directory(output) as partial, _finite(source, partial, allow_nonfinite):
             write_config(partial, source.files, dtype)
             write_checkpoint(partial, source.config, source.read, stored, max_shard_bytes)
+            write_card(partial, source, adapter)
 
     own = source.export_dtype()
     if not dtype and own and own not in DTYPES:
@@ -91,6 +95,7 @@ def export_adapter(run: RunCheckpoint, output: Path, allow_nonfinite: bool = Fal
             ]
             write_overrides(partial, tensors, run.experts)
         directory.copy_files(run.files, partial, directory.TOKENIZER_FILES)
+        write_card(partial, run)
 
 
 @contextlib.contextmanager

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 CHECKPOINTS = "checkpoints"
 """In a run's directory: the folder with an Orbax checkpoint for each saved step."""
+METRICS = "metrics.jsonl"
+"""In a run's directory: a JSON line for each step and each evaluation."""
 EXPERTS = "experts.json"
 """In the directory of a run that tunes experts: the expert config with these experts."""
 BASE = "base weights"
@@ -100,6 +102,7 @@ class RunCheckpoint:
     Attributes:
       path: the run's directory.
       step: the checkpoint's step.
+      checkpoint: its directory.
       lora: the run's adapters, or None.
       experts: the expert config of a run that tunes experts, or None.
       base: hub id or directory of the model that the run started from.
@@ -114,8 +117,9 @@ class RunCheckpoint:
             raise UserError(f"{path}: no checkpoint of step {self.step}; there are {steps(path)}")
         if step is not None and (reason := step_damage(path, step)):
             raise UserError(f"{unreadable(path, step, reason)}; bring it back, or write another")
-        item = path / CHECKPOINTS / str(self.step) / "state"
-        self.lora = LoraSettings.of_method(self._run_config["method"])
+        self.checkpoint = path / CHECKPOINTS / str(self.step)
+        item = self.checkpoint / "state"
+        self.lora = LoraSettings.of_method(self.run_config["method"])
         file = path / EXPERTS
         self.experts = read_expert_config(file, self.config) if file.exists() else None
         self._tuned = places(self.experts.experts) if self.experts else []
@@ -124,12 +128,12 @@ class RunCheckpoint:
         self._specs = parameter_specs(self.config, settings)
         self._arrays = OrbaxArrays(item)
         self._stored = _stored_parameters(item)
-        self.base = self._run_config["model"]["path"] if base is None else absolute(base)
+        self.base = self.run_config["model"]["path"] if base is None else absolute(base)
         if base is not None:
             _ = self.opened_base  # a wrong one is refused, whether or not a weight is read from it
 
     @functools.cached_property
-    def _run_config(self) -> dict[str, Any]:
+    def run_config(self) -> dict[str, Any]:
         """The run's configuration, which says what the run trains and on which base."""
         return read_json(dict[str, Any], self.path / "config.json")
 
@@ -148,7 +152,7 @@ class RunCheckpoint:
             base = open_source(self.base)
         except UserError as error:
             raise UserError(f"{self.path} needs its base: {error}; {advice}") from None
-        file = self.path / CHECKPOINTS / str(self.step) / "identity" / "metadata"
+        file = self.checkpoint / "identity" / "metadata"
         # Earlier versions kept no identity of the base.
         began_with = read_json(dict[str, Any], file).get(BASE) if file.exists() else None
         if began_with and began_with != weights_identity(base):
@@ -206,7 +210,7 @@ class RunCheckpoint:
         Raises:
           UserError: one is not finite.
         """
-        file = self.path / CHECKPOINTS / str(self.step) / "report" / "metadata"
+        file = self.checkpoint / "report" / "metadata"
         report = read_json(dict[str, Any], file) if file.exists() else {}
         if bad := report.get("nonfinite"):
             raise UserError(
@@ -216,7 +220,7 @@ class RunCheckpoint:
 
     def export_dtype(self) -> str | None:
         config = read_json(dict[str, Any], self.files / "config.json")
-        wanted = self._run_config["train"].get("export_dtype")
+        wanted = self.run_config["train"].get("export_dtype")
         return wanted or config.get("dtype") or config.get("torch_dtype") or "float32"
 
     def _array(self, name: str) -> "TensorStore":

@@ -30,7 +30,7 @@ import pydantic
 import xxhash
 
 from olmoe_jax.checkpoints import checksums, directory, opening
-from olmoe_jax.checkpoints.opening import CHECKPOINTS, EXPERTS
+from olmoe_jax.checkpoints.opening import CHECKPOINTS, EXPERTS, METRICS
 from olmoe_jax.checkpoints.source import MODEL_DIRECTORY
 from olmoe_jax.config import FIELDS, Config, first_difference, to_dict
 from olmoe_jax.config.fields import show
@@ -39,7 +39,6 @@ from olmoe_jax.files import STRICT, absolute, open_regular, read_json, read_json
 from olmoe_jax.parallel import distributed
 
 CONFIG = "config.json"
-METRICS = "metrics.jsonl"
 LOSS_PLOT = "loss.png"
 PARTIAL_MODEL = ".model.partial"
 LOCK = ".lock"
@@ -182,7 +181,9 @@ def _write_small_files(
 ) -> None:
     model, partial = output / MODEL_DIRECTORY, output / PARTIAL_MODEL
     partial.mkdir(parents=True, exist_ok=True)
-    directory.copy_files(model_files, partial, directory.MODEL_FILES)
+    directory.copy_files(
+        model_files, partial, (*directory.MODEL_FILES, directory.CARD, *directory.LICENSE_FILES)
+    )
     directory.copy_files(tokenizer_files, partial, directory.TOKENIZER_FILES)
     checksums.write(partial)
     for name in (checksums.FILE, EXPERTS):

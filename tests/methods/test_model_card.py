@@ -1,0 +1,98 @@
+"""Model cards: the hub's own parser reads them, and they say what trained and how."""
+
+import json
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from tiny import short_run, write_base
+
+import olmoe_jax
+from convert import merge_lora, to_hf
+from olmoe_jax.checkpoints.card import add_results
+
+BASE_CARD = """---
+license: apache-2.0
+language: en
+base_model: allenai/OLMoE-1B-7B-0125
+---
+# A base
+"""
+
+
+@pytest.fixture(scope="module")
+def described(tmp_path_factory):
+    """A base with a card and a license."""
+    path = write_base(tmp_path_factory.mktemp("base") / "base")
+    (path / "README.md").write_text(BASE_CARD)
+    (path / "LICENSE").write_text("the license")
+    return path
+
+
+@pytest.fixture(scope="module")
+def lora(run_files, described, tmp_path_factory):
+    """A finished LoRA run whose router trained."""
+    output = tmp_path_factory.mktemp("runs") / "lora"
+    options = {"method__lora_rank": 4, "method__name": "densemixer", "train__max_steps": 1}
+    return olmoe_jax.train(short_run(run_files, described, output, **options)).output_dir
+
+
+def metadata(path) -> dict:
+    card = ModelCard.load(path / "README.md")
+    assert yaml.safe_load(card.content.split("---")[1]) == card.data.to_dict()
+    return card.data.to_dict()
+
+
+@pytest.mark.slow
+def test_the_card_of_an_adapter_and_of_its_merge(lora, described, tmp_path):
+    found = metadata(lora / "adapter")
+    assert found["base_model"] == "allenai/OLMoE-1B-7B-0125"
+    assert (found["license"], found["library_name"]) == ("apache-2.0", "peft")
+    assert found["pipeline_tag"] == "text-generation"
+    assert found["tags"] == ["olmoe_jax", "moe", "densemixer", "lora"]
+    assert (lora / "adapter" / "LICENSE").read_text() == "the license"
+    text = (lora / "adapter" / "README.md").read_text()
+    assert "densemixer` with LoRA of rank 4: step 1." in text
+    assert "PeftModel" in text
+    assert "router.safetensors" in text
+    loss = json.loads((lora / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+    assert f"| training loss at the end | {loss} |" in text
+    assert "| fingerprint of the data | " in text
+    assert str(described) not in text
+    assert str(lora) not in text
+
+    flags = ["--model", str(described), "--adapter", str(lora / "adapter")]
+    merge_lora.main([*flags, "--output", str(tmp_path / "merged")])
+    to_hf.main(["--checkpoint", str(lora), "--output", str(tmp_path / "exported")])
+    merged, exported = (
+        (tmp_path / name / "README.md").read_text() for name in ("merged", "exported")
+    )
+    assert merged == exported
+    assert metadata(tmp_path / "merged")["library_name"] == "transformers"
+    assert "PeftModel" not in merged
+
+
+@pytest.mark.slow
+def test_scores_become_the_hubs_model_index(lora, tmp_path):
+    to_hf.main(["--checkpoint", str(lora), "--output", str(tmp_path / "model")])
+    before = (tmp_path / "model" / "README.md").read_text()
+    assert add_results(tmp_path / "model", {"gsm": {"exact_match": 12.345}})
+    assert add_results(tmp_path / "model", {"law": {"judge": 50.0, "rouge": float("nan")}})
+    assert add_results(tmp_path / "model", {"gsm": {"exact_match": 13.0}})
+    results = ModelCard.load(tmp_path / "model" / "README.md").data.eval_results
+    scores = {(r.dataset_name, r.metric_type): r.metric_value for r in results}
+    assert scores == {("gsm", "exact_match"): 13.0, ("law", "judge"): 50.0}
+    after = (tmp_path / "model" / "README.md").read_text()
+    assert before.partition("\n---\n")[2] == after.partition("\n---\n")[2]
+
+
+@pytest.mark.parametrize("text", ["", "no metadata", "---\nlicense: [\n---\n", "---\n- 1\n---\n"])
+def test_a_base_with_another_card(text, tmp_path, described):
+    copy = tmp_path / "base"
+    copy.mkdir()
+    for file in described.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    (copy / "README.md").write_text(text)
+    to_hf.main(["--checkpoint", str(copy), "--output", str(tmp_path / "model")])
+    assert (tmp_path / "model" / "README.md").read_text() == text
+    assert not add_results(tmp_path / "model", {"gsm": {"exact_match": 1.0}})
