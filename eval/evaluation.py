@@ -30,36 +30,51 @@ ROWS, RESULT = "rows.jsonl", "result.json"
 
 @dataclass(frozen=True)
 class Decoding:
-    """How all tasks are decoded; a task without `sampled` has one greedy sample a row.
-
-    max_new_tokens: None takes each task's own number.
+    """How all tasks are decoded; None takes each task's own. A task without `sampled` has one
+    sample a row.
     """
 
     batch_size: int = 16
     max_new_tokens: int | None = None
     samples: int = 1
-    temperature: float = 0.0
+    temperature: float | None = None
     seed: int = 0
     allow_extrapolation: bool = False
+    top_p: float | None = None
+    top_k: int | None = None
+    dtype: str | None = None
 
 
 def settings_of(
     task: Task, examples: Sequence[Example], decoding: Decoding, limit: int | None
 ) -> dict[str, Any]:
-    """Returns what a task's predictions depend on besides the model."""
-    content = json.dumps([[e.id, e.prompt, e.reference] for e in examples])
+    """Returns what a task's predictions depend on besides the model.
+
+    With another protocol the caller sets "data" to that of our own examples of the rows.
+    """
     return {
         "task": task.name,
+        "protocol": task.protocol,
         "examples": len(examples),
         "limit": limit,
-        "data": hashlib.sha256(content.encode()).hexdigest()[:16],
+        "data": digest(examples),
         "max_new_tokens": decoding.max_new_tokens or task.max_new_tokens,
         "samples": decoding.samples if task.sampled else 1,
-        "temperature": decoding.temperature if task.sampled else 0.0,
+        **{
+            name: getattr(task if getattr(decoding, name) is None else decoding, name)
+            for name in ("temperature", "top_p", "top_k")
+        },
+        "decode_dtype": decoding.dtype or task.dtype,
         "seed": decoding.seed,
         "batch_size": decoding.batch_size,
         **({"allow_extrapolation": True} if decoding.allow_extrapolation else {}),
     }
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """Returns a hash of examples: the same rows have the same."""
+    content = json.dumps([[e.id, e.prompt, e.reference] for e in examples])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def evaluate(
@@ -153,7 +168,8 @@ def _decode_batch(
         prompts = [_fitting(task, examples[index], model, limit) for index, _ in batch]
     # Batches must not draw the same numbers.
     seed = settings["seed"] * 1_000_003 + number
-    texts = model.generate(prompts, Sampling(limit, settings["temperature"], seed, task.stop))
+    drawing = (settings["temperature"], seed, task.stop, settings["top_p"], settings["top_k"])
+    texts = model.generate(prompts, Sampling(limit, *drawing))
     return [
         Output(
             examples[index].id,

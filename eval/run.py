@@ -8,15 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.backends import BACKENDS, DTYPES, check_backend, open_backend
-from eval.evaluation import MODEL, RESULT, SETTINGS, Decoding, evaluate, settings_of
+from eval.backends import BACKENDS, DTYPES, Backend, check_backend, open_backend
+from eval.evaluation import MODEL, RESULT, SETTINGS, Decoding, digest, evaluate, settings_of
 from eval.outputs import open_output
-from eval.tasks import TASKS, tasks_of
+from eval.tasks import PROTOCOLS, TASKS, tasks_of
 from eval.tasks.judged import JudgedTask
 from eval.tasks.task import RunPrograms, Task, Tools, read_examples, source_of
 from olmoe_jax.checkpoints import directory
 from olmoe_jax.errors import SEED, ArgumentParser, UserError, run_command, whole_number
-from olmoe_jax.files import absolute, expand, user_path
+from olmoe_jax.files import PATH_OR_ID, absolute, expand, user_path
 from olmoe_jax.generation.command import add_model
 from olmoe_jax.parallel.compilation import keep_programs
 from olmoe_jax.parallel.cpu import restart_with_huge_pages, use_all_cores
@@ -40,20 +40,23 @@ def main(arguments: Sequence[str]) -> None:
     keep_programs()
     args = parser().parse_args(arguments)
     directory.check_writable(args.output)
-    tasks = tasks_of(args.tasks)
+    tasks = tasks_of(args.tasks, args.protocol)
     decoding = _decoding(args)
     tools = Tools(run_programs=_sandbox(args, tasks))
     examples = {task.name: read_examples(task, args.data)[: args.limit] for task in tasks}
     check_backend(args.backend, args.model, args.adapter, args.base)
-    server = _judge_server(args)
     judged = [task.name for task in tasks if isinstance(task, JudgedTask)]
+    server, questions = _judge(args, judged)
     if server and not all((args.output / name / RESULT).exists() for name in judged):
-        server.check()
+        server.check(questions.body(server.model, "Write yes."))
     # The same content under another path is the same model.
     open_output(args.output, MODEL, _model(args), free=["model", "adapter"])
     settings = {
         task.name: settings_of(task, examples[task.name], decoding, args.limit)
-        | {"source": source_of(task, args.data)[0]}
+        | {
+            "source": source_of(task, args.data)[0],
+            "data": _digest(TASKS[task.name], args),
+        }
         for task in tasks
     }
     for name, asked in settings.items():
@@ -62,18 +65,15 @@ def main(arguments: Sequence[str]) -> None:
     if server:
         from eval.judge.judge import Judge
 
-        judge = Judge(server, args.output / "judge.jsonl", args.judge_workers)
+        cache = args.output / "judge.jsonl"
+        judge = Judge(server, cache, args.judge_workers, questions=questions)
         tools = Tools(tools.run_programs, judge)
-    backend = functools.cache(
-        functools.partial(
-            open_backend, args.backend, args.model, args.compute_dtype, args.adapter, args.base
-        )
-    )
+    models = _Models(args)
     scores: dict[str, dict[str, float]] = {}
     for task in tasks:
-        result = evaluate(
-            task, examples[task.name], settings[task.name], args.output, backend, tools
-        )
+        asked = settings[task.name]
+        backend = functools.partial(models.open, asked["decode_dtype"])
+        result = evaluate(task, examples[task.name], asked, args.output, backend, tools)
         _print_result(task.name, result)
         scores[task.name] = {name: score["value"] for name, score in result["metrics"].items()}
     print(f"wrote {args.output}")
@@ -100,10 +100,26 @@ def parser() -> ArgumentParser:
         help="local data files (docs/evaluation.md); default: the hub",
     )
     add("--limit", type=whole_number(1), metavar="N", help="only the first N rows of each task")
-    add("--compute_dtype", choices=DTYPES, default="float32")
+    add(
+        "--protocol",
+        choices=PROTOCOLS,
+        default="ours",
+        help="reference: prompts, decoding, cutting and scoring of the published evaluation",
+    )
+    add(
+        "--decode_dtype",
+        "--compute_dtype",
+        choices=DTYPES,
+        help="default: float32; with --protocol reference each task's own",
+    )
+    add("--tokenizer", **PATH_OR_ID, help="default: the model's")
     add("--batch_size", type=whole_number(1), default=16, metavar="N", help="prompts together (16)")
     add("--max_new_tokens", type=whole_number(1), metavar="N", help="default: each task's own")
     add("--allow_extrapolation", action="store_true", help="read beyond the model's positions")
+    add("--temperature", type=float, metavar="T", help="0: greedy; default: each task's own")
+    add("--top_p", type=float, metavar="P", help="draw from the likeliest tokens only")
+    add("--top_k", type=whole_number(0), metavar="K", help="draw from K tokens only; 0: all")
+    add("--seed", type=SEED, default=0, help="of the draws")
     code = result.add_argument_group("humaneval and mbpp")
     code.add_argument(
         "--allow_code_execution", action="store_true", help="run what the model wrote, in a sandbox"
@@ -111,8 +127,6 @@ def parser() -> ArgumentParser:
     code.add_argument(
         "--samples", type=whole_number(1, 10_000), default=1, metavar="N", help="for pass@k, k <= N"
     )
-    code.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: greedy")
-    code.add_argument("--seed", type=SEED, default=0, help="of the samples")
     judge = result.add_argument_group(
         "judge of law, summary and translation", "JUDGE_API_KEY holds the key"
     )
@@ -121,6 +135,12 @@ def parser() -> ArgumentParser:
         "--judge_url",
         metavar="URL",
         help="an OpenAI-compatible server, up to /v1; default: $JUDGE_BASE_URL",
+    )
+    judge.add_argument(
+        "--judge_prompts",
+        type=user_path,
+        metavar="DIR",
+        help="system.txt, law.txt, summary.txt, translation.txt (--protocol reference)",
     )
     judge.add_argument(
         "--judge_workers", type=whole_number(1), default=8, metavar="N", help="requests at once (8)"
@@ -138,14 +158,46 @@ def _model(args: argparse.Namespace) -> dict[str, str | None]:
         "adapter": args.adapter and absolute(args.adapter),
         "adapter_fingerprint": adapter_fingerprint(args.adapter) if args.adapter else None,
         "backend": args.backend,
-        "compute_dtype": args.compute_dtype,
+        "compute_dtype": args.decode_dtype or (None if args.protocol != "ours" else DTYPES[0]),
+        "tokenizer": args.tokenizer and absolute(args.tokenizer),
     }
 
 
+def _digest(task: Task, args: argparse.Namespace) -> str:
+    """Returns the hash of our own examples of the rows, which are the same in every protocol."""
+    return digest(read_examples(task, args.data)[: args.limit])
+
+
+class _Models:
+    """The model, loaded when a task needs it. One is in memory at a time.
+
+    Args:
+      args: of the command line.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        self._args = args
+        self._dtype: str | None = None
+        self._backend: Backend | None = None
+
+    def open(self, dtype: str) -> Backend:
+        """Returns the model that computes in `dtype`."""
+        if dtype != self._dtype:
+            self._backend = None
+            args = self._args
+            self._backend = open_backend(
+                args.backend, args.model, dtype, args.adapter, args.base, args.tokenizer
+            )
+            self._dtype = dtype
+        return self._backend
+
+
 def _decoding(args: argparse.Namespace) -> Decoding:
-    if args.temperature < 0:
+    if args.temperature is not None and args.temperature < 0:
         raise UserError(f"--temperature={args.temperature}: must be 0 or more")
-    if args.samples > 1 and args.temperature == 0:
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        raise UserError(f"--top_p={args.top_p}: must be above 0 and at most 1")
+    if args.samples > 1 and not args.temperature:
         raise UserError(
             f"--samples={args.samples}: greedy samples are all the same; add e.g. --temperature 0.8"
         )
@@ -158,6 +210,9 @@ def _decoding(args: argparse.Namespace) -> Decoding:
         args.temperature,
         args.seed,
         args.allow_extrapolation,
+        args.top_p,
+        args.top_k,
+        args.decode_dtype,
     )
 
 
@@ -178,10 +233,35 @@ def _sandbox(args: argparse.Namespace, tasks: Sequence[Task]) -> RunPrograms | N
     return sandbox.run_all
 
 
+def _judge(args: argparse.Namespace, tasks: Sequence[str]) -> "tuple[Server | None, Any]":
+    """Returns the judge's server and the questions to it; None if no judge is named."""
+    server = _judge_server(args)
+    if args.protocol == "ours" and args.judge_prompts:
+        raise UserError("--judge_prompts: add --protocol reference, or leave the flag out")
+    if not server or not tasks:
+        return None, None
+    if args.protocol == "ours":
+        from eval.judge.prompts import OWN_QUESTIONS
+
+        return server, OWN_QUESTIONS
+    if not args.judge_prompts:
+        raise UserError(
+            "--protocol reference: the judge's words are not part of this project; add "
+            "--judge_prompts DIR (docs/evaluation.md says where they are), or name no judge"
+        )
+    from eval.judge.reference import ReferenceQuestions
+
+    return server, ReferenceQuestions(args.judge_prompts, tasks)
+
+
 def _judge_server(args: argparse.Namespace) -> "Server | None":
     """Returns the judge's server, or None if no judge is named."""
     model = args.judge_model or os.environ.get("JUDGE_MODEL")
     url = args.judge_url or os.environ.get("JUDGE_BASE_URL")
+    if args.protocol == "reference" and url and not model:
+        from eval.judge.reference import MODEL as REFERENCE_JUDGE
+
+        model = REFERENCE_JUDGE
     if not model:
         if args.judge_url:
             raise UserError("--judge_url: name a model of that server too, with --judge_model")

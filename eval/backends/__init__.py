@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BACKENDS = ("jax", "hf", "vllm")
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,16 @@ class Sampling:
       temperature: 0 takes the most probable token.
       seed: of the draws above 0.
       stop: strings that end a text, which is cut before the first of them.
+      top_p: draws from the fewest tokens with this probability together; 1: from all.
+      top_k: draws from so many most probable tokens; 0: from all.
     """
 
     max_new_tokens: int
     temperature: float
     seed: int
     stop: Sequence[str]
+    top_p: float = 1.0
+    top_k: int = 0
 
 
 class Backend(Protocol):
@@ -97,9 +101,14 @@ def check_backend(
 
 
 def open_backend(
-    name: str, model: str, compute_dtype: str, adapter: str | None = None, base: str | None = None
+    name: str,
+    model: str,
+    compute_dtype: str,
+    adapter: str | None = None,
+    base: str | None = None,
+    tokenizer: str | None = None,
 ) -> Backend:
-    """Loads a model that `check_backend` accepts.
+    """Loads a model that `check_backend` accepts; `tokenizer` replaces the model's.
 
     Raises:
       UserError: the model cannot be loaded.
@@ -109,10 +118,10 @@ def open_backend(
     from eval.backends.vllm import VllmBackend
 
     if name == "vllm":
-        return VllmBackend(model, compute_dtype)
+        return VllmBackend(model, compute_dtype, tokenizer)
     if name == "hf":
-        return HfBackend(model, compute_dtype, adapter)
-    return JaxBackend(model, compute_dtype, adapter, base)
+        return HfBackend(model, compute_dtype, adapter, tokenizer)
+    return JaxBackend(model, compute_dtype, adapter, base, tokenizer)
 
 
 class Prompts:

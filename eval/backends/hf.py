@@ -18,12 +18,18 @@ if TYPE_CHECKING:
 class HfBackend(Prompts):
     """A causal language model that transformers loads."""
 
-    def __init__(self, model: str, compute_dtype: str, adapter: str | None = None):
+    def __init__(
+        self,
+        model: str,
+        compute_dtype: str,
+        adapter: str | None = None,
+        tokenizer: str | None = None,
+    ):
         import torch
         from transformers import AutoModelForCausalLM
 
         path = directory.resolve(model)
-        super().__init__(load_tokenizer(str(path)))
+        super().__init__(load_tokenizer(tokenizer or str(path)))
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             loaded = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, compute_dtype))
@@ -46,7 +52,7 @@ class HfBackend(Prompts):
         draws = {"do_sample": False}
         if sampling.temperature > 0:
             draws = {"do_sample": True, "temperature": sampling.temperature}
-            draws |= {"top_k": 0, "top_p": 1.0}
+            draws |= {"top_k": sampling.top_k, "top_p": sampling.top_p}
         torch.manual_seed(sampling.seed)
         with torch.inference_mode():
             # Not the checkpoint's configuration, which may sample.

@@ -18,10 +18,15 @@ class JaxBackend(Prompts):
     """A checkpoint that `olmoe_jax.from_pretrained` opens, on all devices."""
 
     def __init__(
-        self, model: str, compute_dtype: str, adapter: str | None = None, base: str | None = None
+        self,
+        model: str,
+        compute_dtype: str,
+        adapter: str | None = None,
+        base: str | None = None,
+        tokenizer: str | None = None,
     ):
         source = open_source(model)
-        super().__init__(load_tokenizer(str(source.files)))
+        super().__init__(load_tokenizer(tokenizer or str(source.files)))
         self.context = source.config.max_position_embeddings
         settings = ModelSettings(compute_dtype=jnp.dtype(compute_dtype))
         self._mesh = decoding_mesh(source.config.num_experts)
@@ -38,6 +43,8 @@ class JaxBackend(Prompts):
                 prompts,
                 max_new_tokens=sampling.max_new_tokens,
                 temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
                 stop=sampling.stop,
                 seed=sampling.seed,
                 batch_size=len(prompts),

@@ -16,7 +16,7 @@ from eval.harness import NAME
 from olmoe_jax.errors import UserError
 from olmoe_jax.generation.likelihood import TokenPair
 
-_NEUTRAL = {"num_beams": 1, "top_p": 1, "top_k": 0}
+_NEUTRAL = {"num_beams": 1}
 """Options of a generation that change nothing at these values."""
 
 
@@ -169,6 +169,7 @@ def sampling_of(options: Mapping[str, Any], seed: int = 0) -> Sampling:
     """
     rest = dict(normalize_gen_kwargs(dict(options)))
     limit, temperature = rest.pop("max_gen_toks"), rest.pop("temperature", 0.0)
+    top_p, top_k = rest.pop("top_p", None) or 1.0, max(0, rest.pop("top_k", None) or 0)
     stop = tuple(text for text in rest.pop("until") if text)
     del rest["do_sample"]
     for name, value in rest.items():
@@ -176,4 +177,4 @@ def sampling_of(options: Mapping[str, Any], seed: int = 0) -> Sampling:
             raise UserError(
                 f"a task decodes with {name}={value}, which is not supported; leave the task out"
             )
-    return Sampling(limit, temperature, seed, stop)
+    return Sampling(limit, temperature, seed, stop, top_p, top_k)

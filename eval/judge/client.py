@@ -138,25 +138,21 @@ class Server:
             reason = f"{error}; check the environment's proxies and SSL_CERT_FILE"
             raise UserError(f"--judge_url: {reason}") from None
 
-    def body(self, prompt: str) -> dict[str, Any]:
-        """Returns the request for a prompt."""
-        messages = [{"role": "user", "content": prompt}]
-        return {"model": self.model, "messages": messages, "temperature": 0}
-
-    def check(self) -> None:
-        """Makes sure that the server is there and answers, by a request of two words.
+    def check(self, body: Mapping[str, Any] | None = None) -> None:
+        """Makes sure that the server is there and answers `body`, or a request of two words.
 
         Raises:
           UserError: the server does not.
         """
-        run(self._check())
+        messages = [{"role": "user", "content": "Write yes."}]
+        run(self._check(body or {"model": self.model, "messages": messages, "temperature": 0}))
 
-    async def _check(self) -> None:
+    async def _check(self, body: Mapping[str, Any]) -> None:
         async with self.client() as client:
             await self.find(client)
             try:
                 quick = dataclasses.replace(self, patience=self.timeout)
-                await quick.ask(client, self.body("Write yes."))
+                await quick.ask(client, body)
             except RequestError as error:
                 raise self._unusable(f"answers no request: {error}") from None
 

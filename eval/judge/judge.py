@@ -14,7 +14,8 @@ import pydantic
 from tqdm import tqdm
 
 from eval.judge.client import Answer, RequestError, Server, run
-from eval.judge.prompts import judge_prompt, total_of
+from eval.judge.prompts import OWN_QUESTIONS, Questions
+from eval.judge.reference import ReferenceQuestions
 from eval.tasks.task import Prediction
 from olmoe_jax import files
 from olmoe_jax.errors import UserError
@@ -82,12 +83,19 @@ class Judge:
       cache: the file of answers.
       workers: requests at a time.
       say: prints a line for the user.
+      questions: what the judge is asked, and how its answers are read.
     """
 
     def __init__(
-        self, server: Server, cache: Path, workers: int = 8, say: Callable[[str], None] = print
+        self,
+        server: Server,
+        cache: Path,
+        workers: int = 8,
+        say: Callable[[str], None] = print,
+        questions: Questions | ReferenceQuestions = OWN_QUESTIONS,
     ):
         self._server, self._workers, self._say = server, workers, say
+        self._questions = questions
         self._cache = AnswerCache(cache)
 
     def __call__(
@@ -98,7 +106,8 @@ class Judge:
         Raises:
           UserError: the server cannot be reached, or refuses every request.
         """
-        bodies = [self._server.body(judge_prompt(task, prediction)) for prediction in predictions]
+        model, questions = self._server.model, self._questions
+        bodies = [questions.body(model, questions.question(task, p)) for p in predictions]
         keys = [self._key(body) for body in bodies]
         missing = {
             key: body
@@ -108,15 +117,19 @@ class Judge:
         self._say(self._estimate(task, missing, len(set(keys))))
         failures = run(self._ask_all(task, missing)) if missing else {}
         entries = [self._cache.get(key) for key in keys]
-        scores = [total_of(entry.answer) if entry else None for entry in entries]
+        scores = [questions.score(task, entry.answer) if entry else None for entry in entries]
         unparsable = sum(
             score is None and entry is not None
             for score, entry in zip(scores, entries, strict=True)
         )
         unanswered = sum(entry is None for entry in entries)
+        is_reference = isinstance(questions, ReferenceQuestions)
+        counted = "count 0" if is_reference else "have no score"
         for name, count in (("unparsable", unparsable), ("unanswered", unanswered)):
             if count:
-                self._say(f"judge: {task}: {count} of {len(keys)} rows have no score: {name}")
+                self._say(f"judge: {task}: {count} of {len(keys)} rows {counted}: {name}")
+        if is_reference:
+            scores = [score or 0.0 for score in scores]
         # In the order of the requests: which of them failed first is chance.
         reasons = Counter(failures[key] for key in missing if key in failures)
         for reason, count in reasons.most_common(_REASONS):
@@ -130,6 +143,7 @@ class Judge:
             "judge_model": self._server.model,
             "judge_unparsable": unparsable,
             "judge_unanswered": unanswered,
+            **questions.facts,
         }
 
     def _key(self, body: Mapping[str, Any]) -> str:
@@ -137,7 +151,7 @@ class Judge:
         return hashlib.sha256(content.encode()).hexdigest()
 
     def _estimate(self, task: str, missing: Mapping[str, Any], requests: int) -> str:
-        prompts = [body["messages"][0]["content"] for body in missing.values()]
+        prompts = [message["content"] for body in missing.values() for message in body["messages"]]
         return (
             f"judge: {task}: {len(missing)} requests to {self._server.model} at "
             f"{self._server.url} ({requests - len(missing)} answered before), about "

@@ -1,7 +1,8 @@
 """The judge's questions, in the task's language, and the reading of its answers."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from eval.tasks.esft import query_of
 from eval.tasks.task import Prediction
@@ -90,6 +91,29 @@ _TOTAL = re.compile(
     r"(?:[^\S\n]*+分)?+(?:[^\S\n]*+/[^\S\n]*+10)?+(?:[^\S\n]|[*_。.])*+$",
     re.IGNORECASE | re.MULTILINE,
 )
+
+
+class Questions:
+    """This project's questions to a judge, in one message, at temperature 0."""
+
+    facts: Mapping[str, str] = {}
+    """What results keep of the questions."""
+
+    def body(self, model: str, question: str) -> dict[str, Any]:
+        """Returns a request to the judge `model`."""
+        messages = [{"role": "user", "content": question}]
+        return {"model": model, "messages": messages, "temperature": 0}
+
+    def question(self, task: str, prediction: Prediction) -> str:
+        """Returns the question about one prediction."""
+        return judge_prompt(task, prediction)
+
+    def score(self, task: str, answer: str) -> float | None:
+        """Returns the score in a judge's answer, 0 to 1, or None."""
+        return total_of(answer)
+
+
+OWN_QUESTIONS = Questions()
 
 
 def judge_prompt(task: str, prediction: Prediction) -> str:

@@ -12,8 +12,15 @@ from olmoe_jax.errors import UserError
 
 _ROW_SCORES = {"pass@1": "passed"}
 """{metric: the name of a row's score in rows.jsonl}, if the names differ."""
-_IGNORED_SETTINGS = ("task", "data", "source", "examples", "limit", "batch_size", "seed")
-"""Settings that may differ between compared results; `data` is compared separately."""
+_IGNORED_SETTINGS = ("task", "source", "examples", "limit", "batch_size", "seed")
+"""Settings that may differ between compared results."""
+_SEPARATE = ("data", "protocol")
+"""Settings with a remark of their own."""
+
+
+OURS = "ours"
+MARK = "†"
+"""Stands behind a result of another protocol than ours."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ def row_scores(result: Result, metric: str) -> dict[str, float]:
 
 
 def pairs(inputs: Inputs, task: str, metric: str) -> list[Pair]:
-    """Returns all pairs of methods that have the same data of a task, the smallest p first."""
+    """Returns all pairs of methods with the same data and protocol of a task, smallest p first."""
     results = inputs.results[task]
     methods = [name for name in inputs.methods if name in results]
     scores = {name: row_scores(results[name], metric) for name in methods}
@@ -68,7 +75,7 @@ def pairs(inputs: Inputs, task: str, metric: str) -> list[Pair]:
     # The later method minus the earlier: a gain over the base is positive.
     for second, first in itertools.combinations(methods, 2):
         common = scores[first].keys() & scores[second].keys()
-        if not common or _data(results[first]) != _data(results[second]):
+        if not common or _rules(results[first]) != _rules(results[second]):
             continue
         rows = sorted(common)
         a, b = ([scores[name][row] for row in rows] for name in (first, second))
@@ -80,6 +87,15 @@ def pairs(inputs: Inputs, task: str, metric: str) -> list[Pair]:
 
 def _data(result: Result) -> Any:
     return result.settings.get("data")
+
+
+def protocol(result: Result) -> str:
+    """Returns by whose rules a task was evaluated; lm_eval's tasks are by lm_eval's."""
+    return str(result.settings.get("protocol", OURS))
+
+
+def _rules(result: Result) -> tuple[Any, str]:
+    return _data(result), protocol(result)
 
 
 def remarks(inputs: Inputs) -> Iterator[str]:
@@ -94,11 +110,18 @@ def remarks(inputs: Inputs) -> Iterator[str]:
                 f"{task}: not all methods were evaluated on the same rows ({groups}); only those "
                 "on the same rows are tested against each other."
             )
-        elif limit := values[0].settings.get("limit"):
+        if len({protocol(result) for result in values}) > 1:
+            yield (
+                f"{task}: results by the protocol of the published evaluation have the mark "
+                f"{MARK}. They do not compare with the others: no test and no bold number does so."
+            )
+        elif {protocol(result) for result in values} == {"reference"}:
+            yield f"{task}: by the protocol of the published evaluation."
+        if limit := values[0].settings.get("limit"):
             yield f"{task}: only the first {limit} rows were evaluated."
-        for setting in values[0].settings:
+        for setting in dict.fromkeys(name for value in values for name in value.settings):
             found = [result.settings.get(setting) for result in values]
-            if setting not in _IGNORED_SETTINGS and len(set(map(str, found))) > 1:
+            if setting not in (*_IGNORED_SETTINGS, *_SEPARATE) and len(set(map(str, found))) > 1:
                 yield f"{task}: {setting} is not the same everywhere: {_grouped(names, found)}."
     for field in ("backend", "compute_dtype"):
         found = [getattr(evaluation.model, field) for _, evaluation in inputs.evaluations]

@@ -8,7 +8,16 @@ from pathlib import Path
 
 from eval.published import DATA, is_published_data, published
 from eval.published import METRICS as PUBLISHED_METRICS
-from eval.report.comparison import Pair, main_metric, pairs, remarks, row_scores
+from eval.report.comparison import (
+    MARK,
+    OURS,
+    Pair,
+    main_metric,
+    pairs,
+    protocol,
+    remarks,
+    row_scores,
+)
 from eval.report.document import (
     Block,
     Heading,
@@ -64,10 +73,11 @@ def _scores(inputs: Inputs, metrics: dict[str, str]) -> Iterator[Block]:
         )
     yield Paragraph(text)
     columns = {task: _column(inputs, task, metric) for task, metric in metrics.items()}
+    marks = {task: _marks(inputs, task) for task in metrics}
     head = ["method"]
     for task, metric in metrics.items():
         head.append(f"{task} ({metric}{'' if _higher_is_better(columns[task]) else ' ↓'})")
-    rows = [[name, *_score_cells(columns, name)] for name in inputs.methods]
+    rows = [[name, *_score_cells(columns, marks, name)] for name in inputs.methods]
     yield Table(head, rows)
     if notes := list(remarks(inputs)):
         yield Items(notes)
@@ -82,19 +92,30 @@ def _higher_is_better(column: Mapping[str, Metric]) -> bool:
     return all(cell.higher_is_better for cell in column.values())
 
 
-def _score_cells(columns: Mapping[str, Mapping[str, Metric]], name: str) -> Iterator[str]:
-    for column in columns.values():
+def _marks(inputs: Inputs, task: str) -> dict[str, str]:
+    """Returns {method: what stands behind its result}: a mark where a task has two protocols."""
+    found = {name: protocol(result) for name, result in inputs.results[task].items()}
+    several = len(set(found.values())) > 1
+    return {name: MARK if several and found[name] != OURS else "" for name in found}
+
+
+def _score_cells(
+    columns: Mapping[str, Mapping[str, Metric]], marks: Mapping[str, Mapping[str, str]], name: str
+) -> Iterator[str]:
+    for task, column in columns.items():
         if name not in column:
             yield "–"
             continue
-        cell = column[name]
-        text = shown = f"{cell.value:.2f}"
+        cell, mark = column[name], marks[task]
+        rivals = [other.value for n, other in column.items() if mark[n] == mark[name]]
+        shown = f"{cell.value:.2f}"
+        text = shown + mark[name]
         if cell.low is not None:
             text += f" ({cell.low:.1f} to {cell.high:.1f})"
         best = max if _higher_is_better(column) else min
-        best_value = best(other.value for other in column.values())
+        best_value = best(rivals)
         # Values that read the same are equal.
-        is_best = len(column) > 1 and shown == f"{best_value:.2f}"
+        is_best = len(rivals) > 1 and shown == f"{best_value:.2f}"
         yield Strong(text) if is_best else text
 
 
@@ -106,7 +127,8 @@ def _published(inputs: Inputs, metrics: dict[str, str]) -> Iterator[Block]:
             result, known = inputs.results[task].get(name), published(name, task, metric)
             cell = "–"
             if result and known is not None and is_published_data(task, result.settings):
-                cell = f"{result.metrics[metric].value - known:+.2f} ({known:.2f})"
+                mark = _marks(inputs, task)[name]
+                cell = f"{result.metrics[metric].value - known:+.2f}{mark} ({known:.2f})"
             elif result and known is not None:
                 cell = OTHER_DATA
                 other_data.setdefault(task, []).append(name)
@@ -121,7 +143,8 @@ def _published(inputs: Inputs, metrics: dict[str, str]) -> Iterator[Block]:
         yield Paragraph(
             "The score here minus the published score, which is in brackets. The README of "
             "DenseMixer (yaof20/DenseMixer) has the published scores of OLMoE-1B-7B-0125; law, "
-            "summary and translation depend on the judge."
+            "summary and translation depend on the judge. The published scores are by the protocol "
+            "reference (docs/differences.md), whose results --protocol reference makes."
         )
         yield Table(["method", *(f"{task} ({metric})" for task, metric in metrics.items())], rows)
     for task, names in other_data.items():
@@ -187,12 +210,17 @@ def _models(inputs: Inputs) -> Iterator[Block]:
 
 def _names(evaluation: Evaluation) -> list[str]:
     """Returns the tasks, the model and its adapter, the directory, and how the model computed."""
-    model = evaluation.model
+    model, settings = evaluation.model, [r.settings for r in evaluation.results.values()]
+    dtypes = dict.fromkeys(s.get("decode_dtype", model.compute_dtype) for s in settings)
+    protocols = dict.fromkeys(s["protocol"] for s in settings if "protocol" in s)
+    how = [model.backend, *dtypes, *(f"protocol {name}" for name in protocols)]
+    if model.tokenizer:
+        how.append(f"tokenizer {model.tokenizer}")
     return [
         ", ".join(evaluation.results),
         model.model + (f" with the adapter {model.adapter}" if model.adapter else ""),
         str(evaluation.path),
-        ", ".join(filter(None, (model.backend, model.compute_dtype))),
+        ", ".join(filter(None, how)),
     ]
 
 
@@ -250,6 +278,7 @@ def _outputs(inputs: Inputs, metrics: dict[str, str], samples: int) -> Iterator[
     for task, metric in metrics.items():
         results = inputs.results[task]
         names = [name for name in inputs.methods if name in results]
+        marks = _marks(inputs, task)
         scores = {name: row_scores(results[name], metric) for name in names}
         # The methods' common rows; if there are none, the rows of the first.
         common = set.intersection(*(set(results[name].rows) for name in names))
@@ -262,7 +291,8 @@ def _outputs(inputs: Inputs, metrics: dict[str, str], samples: int) -> Iterator[
             for name in names:
                 if id_ in results[name].rows:
                     score = scores[name].get(id_)
-                    label = name if score is None else f"{name} ({metric} {100 * score:.0f}%)"
+                    label = name + marks[name]
+                    label += "" if score is None else f" ({metric} {100 * score:.0f}%)"
                     yield Output(label, results[name].rows[id_][0].output.strip())
 
 

@@ -75,6 +75,7 @@ class Model:
     adapter: str | None = None
     backend: str | None = None
     compute_dtype: str | None = None
+    tokenizer: str | None = None
 
 
 @dataclass(frozen=True)

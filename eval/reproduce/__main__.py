@@ -17,12 +17,13 @@ from eval.reproduce import small
 from eval.reproduce.cells import Reproduction, check_data
 from eval.reproduce.runner import Runner
 from eval.run import parser as eval_parser
+from eval.tasks import PROTOCOLS
 from olmoe_jax.config import ModelOptions
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
 from olmoe_jax.files import PATH_OR_ID, user_path
 
 ASKED = "reproduce.json"
-_OWN_FLAGS = ("model", "tasks", "output", "data")
+_OWN_FLAGS = ("model", "tasks", "output", "data", "protocol")
 _OWN_FIELDS = ("model.path", "train.output_dir", "train.export_hf", "method.experts_path")
 """Flags of eval.run and fields of a run that this command sets itself."""
 
@@ -95,6 +96,7 @@ def parser() -> ArgumentParser:
         help="a small model, minutes on a CPU; without --data generated word problems for gsm "
         f"alone, with --data what lies there; by default {' and '.join(small.METHODS)}",
     )
+    add("--protocol", choices=PROTOCOLS, default="ours", help="of the evaluations, see eval.run")
     add(
         "--discard_weights",
         action="store_true",
@@ -107,13 +109,16 @@ def _reproduction(
     args: argparse.Namespace, config: dict[str, str], evaluation: list[str]
 ) -> Reproduction:
     default = small.METHODS if args.small else EXPERIMENTS
+    if args.protocol != "ours":
+        evaluation = [f"--protocol={args.protocol}", *evaluation]
     methods = _names(args.methods, EXPERIMENTS, default, "methods")
     there = small.datasets(args.data) if args.small else list(DATASETS)
     datasets = _names(args.datasets, DATASETS, there, "datasets")
     if not args.small:
         model = args.model or ModelOptions().path
         dtype = config.get("model.compute_dtype", ModelOptions().compute_dtype)
-        evaluation = [f"--compute_dtype={dtype}", *evaluation]
+        if args.protocol == "ours":
+            evaluation = [f"--decode_dtype={dtype}", *evaluation]
         return Reproduction(args.output, methods, datasets, model, args.data, config, evaluation)
     if args.model:
         raise UserError("--model: --small makes its own; leave one of the two out")

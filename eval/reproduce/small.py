@@ -43,7 +43,7 @@ FIELDS = {
 BASE = {"train.max_steps": "120", "optimizer.learning_rate": "3e-3"}
 LORA_FIELDS = {"optimizer.learning_rate": "1e-2", "method.lora_rank": "8"}
 ESFT_FIELDS = {"optimizer.learning_rate": "3e-3"}
-EVALUATION = ("--batch_size=60", "--max_new_tokens=32", "--compute_dtype=float32")
+EVALUATION = ("--batch_size=60", "--max_new_tokens=32", "--decode_dtype=float32")
 
 OWN_ROWS, OWN_TEST_ROWS = 500, 20
 """Rows at the beginning of each file in --data that are used, to train on and to evaluate."""

@@ -226,6 +226,7 @@ def run_program(request: dict) -> None:
     module = types.ModuleType("program")
     sys.modules["program"] = module
     try:
+        signal.setitimer(signal.ITIMER_REAL, request["limits"]["program_seconds"])
         filter_calls(bytes.fromhex(request["filter"]))
         exec(compile(request["program"], "program.py", "exec"), module.__dict__)
         result = request["token"]

@@ -7,6 +7,7 @@ from eval.tasks.code import HumanEval, Mbpp
 from eval.tasks.gsm import Gsm
 from eval.tasks.intent import Intent
 from eval.tasks.judged import Law, Summary, Translation
+from eval.tasks.reference import REFERENCE
 from eval.tasks.task import Task
 from olmoe_jax.config.fields import nearest
 from olmoe_jax.errors import UserError
@@ -17,8 +18,12 @@ TASKS: dict[str, Task] = {
 }
 
 
-def tasks_of(names: str) -> Sequence[Task]:
-    """Returns the tasks in a comma-separated list, each once.
+PROTOCOLS = {"ours": TASKS, "reference": REFERENCE}
+"""{protocol: its tasks by name}."""
+
+
+def tasks_of(names: str, protocol: str = "ours") -> Sequence[Task]:
+    """Returns the tasks of a protocol in a comma-separated list, each once.
 
     Raises:
       UserError: there is no such task.
@@ -37,4 +42,4 @@ def tasks_of(names: str) -> Sequence[Task]:
                 f"--tasks: there is no task {name!r}; did you mean {nearest(name, TASKS)}? "
                 f"The tasks are {', '.join(TASKS)}"
             )
-    return [TASKS[name] for name in wanted]
+    return [PROTOCOLS[protocol][name] for name in wanted]

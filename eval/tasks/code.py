@@ -1,7 +1,8 @@
 """The tasks humaneval and mbpp: programs, scored by the data set's tests in the sandbox."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import pydantic
 
@@ -19,6 +20,8 @@ class CodeTask(Task):
 
     sampled = True
     runs_code = True
+    limits: ClassVar[Mapping[str, float]] = {}
+    """What differs from the sandbox's own limits."""
 
     def answer(self, output: str) -> str:
         """Returns the output, which was cut at the stop strings."""
@@ -31,7 +34,7 @@ class CodeTask(Task):
     def score(self, predictions: Sequence[Prediction], tools: Tools) -> Scores:
         """Returns pass@k; a row says why the program failed."""
         assert tools.run_programs, "the command checks this before it starts"
-        failures = tools.run_programs([self.program(p) for p in predictions])
+        failures = tools.run_programs([self.program(p) for p in predictions], **self.limits)
         passed: dict[str, list[bool]] = {}
         for prediction, failure in zip(predictions, failures, strict=True):
             passed.setdefault(prediction.example.id, []).append(failure is None)
@@ -107,28 +110,37 @@ class Mbpp(CodeTask):
                 "mbpp: the problems 2, 3 and 4 are missing; the prompt shows their solutions"
             )
         solved = "".join(
-            f"{_question(by_id[id_])}{_unix(by_id[id_].code)}\n[DONE]\n\n" for id_ in (2, 3, 4)
+            f"{self.question(by_id[id_])}{self.solution(by_id[id_])}\n[DONE]\n\n"
+            for id_ in (2, 3, 4)
         )
         return [
-            Example(str(id_), solved + _question(by_id[id_]), _tests(by_id[id_]))
+            Example(str(id_), solved + self.question(by_id[id_]), self.reference(by_id[id_]))
             for id_ in range(11, 511)
             if id_ in by_id
         ]
 
+    def question(self, row: Problem) -> str:
+        """Returns the prompt's part for a problem, without its solution."""
+        tests = "\n".join(self.tests(row))
+        return (
+            f"You are an expert Python programmer, and here is your task: {row.text} "
+            f"Your code should pass these tests:\n\n{tests}\n[BEGIN]\n"
+        )
+
+    def tests(self, row: Problem) -> list[str]:
+        """Returns the tests that the prompt shows."""
+        return row.test_list
+
+    def solution(self, row: Problem) -> str:
+        """Returns the solution that the prompt shows."""
+        return _unix(row.code)
+
+    def reference(self, row: Problem) -> str:
+        """Returns the tests that a program must pass."""
+        return _unix("\n".join([row.test_setup_code, *row.test_list])) + "\n"
+
     def program(self, prediction: Prediction) -> tuple[str, str]:
         return prediction.answer, prediction.example.reference
-
-
-def _question(row: Problem) -> str:
-    tests = "\n".join(row.test_list)
-    return (
-        f"You are an expert Python programmer, and here is your task: {row.text} "
-        f"Your code should pass these tests:\n\n{tests}\n[BEGIN]\n"
-    )
-
-
-def _tests(row: Problem) -> str:
-    return _unix("\n".join([row.test_setup_code, *row.test_list])) + "\n"
 
 
 def _unix(text: str) -> str:

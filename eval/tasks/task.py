@@ -30,8 +30,9 @@ class Prediction:
     answer: Any
 
 
-RunPrograms = Callable[[Sequence[tuple[str, str]]], list[str | None]]
-"""Runs (program, tests) pairs in the sandbox. Returns for each why it failed, None if it passed."""
+RunPrograms = Callable[..., list[str | None]]
+"""Runs (program, tests) pairs in the sandbox, under limits named in keywords. Returns for each why
+it failed, None if it passed."""
 Judging = Callable[[str, Sequence[Prediction]], tuple[list[float | None], dict[str, Any]]]
 """Asks the judge about a task's predictions. Returns a score (0 to 1) for each, None if the judge
 gave none, and counts to report."""
@@ -67,9 +68,12 @@ class Task:
       local_file: path under --data, where the hub's paths are found too (`local_path`).
       hub: (source of `read_rows`, split) pairs, whose rows follow each other.
       row: a dataclass, the fields that a row must have.
+      protocol: whose rules these are.
+      dtype: in which the model computes, unless a flag says otherwise.
       max_new_tokens: an output that has not ended by then is cut.
+      temperature, top_p, top_k: see `Sampling`; flags override them.
       stop: the output ends before the first of these strings.
-      sampled: --samples and --temperature apply; else one greedy sample a row.
+      sampled: --samples applies; else there is one sample a row.
       runs_code: scoring needs `Tools.run_programs`.
     """
 
@@ -77,7 +81,12 @@ class Task:
     local_file: ClassVar[str]
     hub: ClassVar[tuple[tuple[str, str], ...]]
     row: ClassVar[type]
+    protocol: ClassVar[str] = "ours"
+    dtype: ClassVar[str] = "float32"
     max_new_tokens: ClassVar[int] = 512
+    temperature: ClassVar[float] = 0.0
+    top_p: ClassVar[float] = 1.0
+    top_k: ClassVar[int] = 0
     stop: ClassVar[tuple[str, ...]] = ()
     sampled: ClassVar[bool] = False
     runs_code: ClassVar[bool] = False

@@ -51,6 +51,7 @@ def main(arguments: Sequence[str]) -> None:
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
             top_p=args.top_p,
+            top_k=args.top_k,
             stop=args.stop,
             seed=args.seed,
             batch_size=args.batch_size,
@@ -85,6 +86,7 @@ def parser() -> ArgumentParser:
     add("--allow_extrapolation", action="store_true", help="decode beyond the model's positions")
     add("--temperature", type=float, default=0.0, metavar="T", help="0 (default): greedy")
     add("--top_p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens only")
+    add("--top_k", type=whole_number(0), default=0, metavar="K", help="draw from K tokens; 0: all")
     add("--stop", action="append", default=[], metavar="TEXT", help="ends a text; may be repeated")
     add("--seed", type=SEED, default=0, metavar="N", help="seeds the draws")
     add("--batch_size", type=whole_number(1), default=16, metavar="N", help="prompts together (16)")

@@ -18,7 +18,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from olmoe_jax.errors import UserError
-from olmoe_jax.generation.sampling import Kind, Sampling, sample
+from olmoe_jax.generation.sampling import Kind, Numbers, Sampling, sample
 from olmoe_jax.generation.stop_strings import cut_at
 from olmoe_jax.model.decoder import KVCache, Olmoe
 from olmoe_jax.model.parameters import Parameters, merge, split
@@ -54,6 +54,7 @@ def generate(
     max_new_tokens: int | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    top_k: int = 0,
     stop: Sequence[str] = (),
     seed: int = 0,
     batch_size: int = 64,
@@ -74,6 +75,7 @@ def generate(
         end.
       temperature: see `Sampling`.
       top_p: see `Sampling`.
+      top_k: see `Sampling`.
       stop: strings that end a text, which is cut before the first of them.
       seed: see `Sampling`.
       batch_size: prompts decoded together.
@@ -86,7 +88,7 @@ def generate(
     for name, value in {"max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
         if value is not None and value < 1:
             raise UserError(f"{name}={value}: must be 1 or more")
-    sampling = Sampling(temperature, top_p, seed)
+    sampling = Sampling(temperature, top_p, seed, top_k)
     if not all(stop):
         raise UserError("a stop string is empty; leave it out")
     encoded = [tokenizer(p, add_special_tokens=False, verbose=False).input_ids for p in prompts]
@@ -140,7 +142,7 @@ class _Decoder:
         self._parameters = _replicated(parameters)
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._kind, self._key = sampling.kind, jax.random.key(sampling.seed)
-        self._numbers = jnp.float32(sampling.temperature or 1), jnp.float32(sampling.top_p)
+        self._numbers = sampling.numbers
 
     def run(
         self,
@@ -179,7 +181,7 @@ class _Decoder:
             segments,
             self._key,
             seeds,
-            *self._numbers,
+            self._numbers,
         )
 
         # Decode CHUNK tokens at a time, until every row has ended.
@@ -196,7 +198,7 @@ class _Decoder:
                 break
             until = min(until + CHUNK, longest)
             state = _continue(
-                self._graph, self._kind, eos, self._parameters, state, ended, until, *self._numbers
+                self._graph, self._kind, eos, self._parameters, state, ended, until, self._numbers
             )
         found = zip(new[: len(prompts), :count], limits, strict=True)
         return [cut_at(self._text(row[:limit]), self._stop) for row, limit in found]
@@ -284,8 +286,7 @@ def _prefill(
     segments: jax.Array,
     key: jax.Array,
     seeds: jax.Array,
-    temperature: jax.Array,
-    top_p: jax.Array,
+    numbers: Numbers,
 ) -> _State:
     """Returns the state after the prompts [B, P] and one new token.
 
@@ -298,7 +299,7 @@ def _prefill(
     positions = jnp.maximum(0, jnp.cumsum(segments, axis=1) - 1)
     logits, cache = model.prefill(tokens, segments, positions, room)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, seeds)
-    first = sample(kind, logits, keys, jnp.int32(0), temperature, top_p)
+    first = sample(kind, logits, keys, jnp.int32(0), numbers)
     lengths = segments.sum(axis=1)
     ended = (lengths == 0) | (first == eos)
     new = jnp.full((batch, room), eos, jnp.int32).at[:, 0].set(jnp.where(ended, eos, first))
@@ -314,8 +315,7 @@ def _continue(
     state: _State,
     ended: jax.Array,
     until: jax.Array,
-    temperature: jax.Array,
-    top_p: jax.Array,
+    numbers: Numbers,
 ) -> _State:
     """Decodes until there are `until` new tokens or every row has ended.
 
@@ -334,7 +334,7 @@ def _continue(
         logits, cache = model.decode(
             layers, shard_batch(last), shard_batch(~ended), lengths + count - 1, cache
         )
-        token = jnp.where(ended, eos, sample(kind, logits, keys, count, temperature, top_p))
+        token = jnp.where(ended, eos, sample(kind, logits, keys, count, numbers))
         new = jax.lax.dynamic_update_slice_in_dim(new, token[:, None], count, axis=1)
         return _State(cache, new, count + 1, ended | (token == eos), lengths, keys)
 

@@ -12,7 +12,7 @@ from tiny import make_model, merged_weights, random_adapters, random_weights, ti
 from olmoe_jax import generate
 from olmoe_jax.generation import decoding as generation
 from olmoe_jax.generation.decoding import bucket
-from olmoe_jax.generation.sampling import sample
+from olmoe_jax.generation.sampling import Sampling, sample
 from olmoe_jax.generation.stop_strings import cut_at
 from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.model.decoder import graph_of, parameter_specs
@@ -163,9 +163,8 @@ def test_draws_have_their_probabilities(temperature, top_p):
     expected = np.where(kept, expected, 0) / expected[kept].sum()
     count = 20_000
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(1), jnp.arange(count))
-    kind = "all" if top_p == 1 else "top_p"
-    rows = jnp.broadcast_to(logits, (count, 11))
-    drawn = sample(kind, rows, keys, jnp.int32(5), jnp.float32(temperature), jnp.float32(top_p))
+    rows, sampling = jnp.broadcast_to(logits, (count, 11)), Sampling(temperature, top_p)
+    drawn = sample(sampling.kind, rows, keys, jnp.int32(5), sampling.numbers)
     observed = np.bincount(drawn, minlength=11) / count
     assert not observed[~kept].any()
     deviation = np.sqrt(expected * (1 - expected) / count)
