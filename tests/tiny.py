@@ -15,6 +15,7 @@ from olmoe_jax.checkpoints.huggingface import DTYPES, HFCheckpoint
 from olmoe_jax.checkpoints.loading import graph_of
 from olmoe_jax.config import Config
 from olmoe_jax.data import Batch, TokenizedDataset
+from olmoe_jax.data.counts import Counts
 from olmoe_jax.model.config import ModelConfig, ModelSettings
 from olmoe_jax.model.decoder import Olmoe, parameter_specs
 from olmoe_jax.model.lora import LoraSettings
@@ -237,7 +238,6 @@ def make_examples(lengths=LENGTHS):
         offsets=np.cumsum([0, *lengths], dtype=np.int64),
         prompt_lengths=np.zeros(len(lengths), np.int32),
         rows=np.arange(len(lengths)),
-        dropped_rows=0,
-        total_rows=len(lengths),
+        counts=Counts(rows=len(lengths)),
         origin={"content": "synthetic"},
     )

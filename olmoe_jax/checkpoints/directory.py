@@ -18,6 +18,7 @@ MODEL_FILES = ("config.json", "generation_config.json")
 CARD = "README.md"
 LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
 ADAPTER_FILES = ("adapter_config.json", "expert_config.json")
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -26,8 +27,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
+    *TEMPLATE_FILES,
 )
 
 

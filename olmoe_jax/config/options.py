@@ -25,6 +25,7 @@ from olmoe_jax.config.fields import (
     read_fields,
 )
 from olmoe_jax.config.methods import METHODS
+from olmoe_jax.data.chat import BOOKKEEPING
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,22 @@ class DataOptions:
     )
     tokenizer_path: str | None = option(
         None, "hub id or directory of the tokenizer; default: model.path", path_or_id()
+    )
+    chat_template: str | None = option(
+        "auto",
+        "Jinja file that turns conversations into text; auto: the tokenizer's own, if it has one; "
+        "none: turns are joined like prompt and completion",
+        path_or_id("auto"),
+    )
+    train_on: Literal["answers", "last_answer", "all"] = option(
+        "answers",
+        "what of an example trains: answers (what assistants write), the last answer only, or all "
+        "of the text; an assistant turn with weight 0 or train false never does",
+    )
+    ignore_fields: str = option(
+        BOOKKEEPING,
+        "fields of rows and messages that count as absent, separated by commas; another field that "
+        "has content and is not used is an error",
     )
     max_seq_length: int = option(
         4096, "tokens per row; a longer example loses its end", between(2, 2**20)

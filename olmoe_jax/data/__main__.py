@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from olmoe_jax.data.arguments import add_row_arguments, rules_of
+from olmoe_jax.data.counts import Counts
 from olmoe_jax.data.formats import EncodedRow, encode_batch
 from olmoe_jax.data.reading import read_rows
 from olmoe_jax.data.tokenized import format_row_at
@@ -35,11 +37,12 @@ def main(argv: Sequence[str]) -> None:
     """
     args = _parser().parse_args(argv)
     tokenizer = load_tokenizer(args.tokenizer)
+    rules = rules_of(args, tokenizer)
     examples = [
         example
         for place, row in itertools.islice(read_rows(args.data), args.rows)
         for example in encode_batch(
-            [format_row_at(place, row, tokenizer.eos_token)], tokenizer, args.max_seq_length
+            [format_row_at(place, row, tokenizer.eos_token, rules)], tokenizer, args.max_seq_length
         )
     ]
     if args.json:
@@ -47,6 +50,10 @@ def main(argv: Sequence[str]) -> None:
             print(_as_json(example))
     else:
         _print_text(examples, tokenizer)
+        ends = rules.ends(tokenizer)
+        print(_summary(examples, ends, args.max_seq_length))
+        if any(example.templated for example in examples):
+            print(f"conversations: {rules.describe()}")
 
 
 def _parser() -> ArgumentParser:
@@ -69,6 +76,7 @@ def _parser() -> ArgumentParser:
     preview.add_argument("--tokenizer", required=True, **PATH_OR_ID)
     preview.add_argument("--max_seq_length", required=True, type=whole_number(1), metavar="N")
     preview.add_argument("--rows", type=whole_number(1), default=5, metavar="N", help="default: 5")
+    add_row_arguments(preview)
     preview.add_argument(
         "--json",
         action="store_true",
@@ -98,10 +106,17 @@ def _print_text(examples: Sequence[EncodedRow], tokenizer: "PreTrainedTokenizerB
         fate = f"{count} to train on" if count else "dropped: none to train on"
         print(f"--- row {number}: {len(example.tokens)} tokens, {fate}")
         print(_marked_text(example, tokenizer, marks), file=unescaped(sys.stdout))
-    kept = [len(example.tokens) for example in examples if example.in_loss.any()]
-    print(
-        f"rows {len(examples)}, kept {len(kept)}, dropped {len(examples) - len(kept)}, "
-        f"tokens {sum(kept)}, longest {max(kept, default=0)}"
+
+
+def _summary(examples: Sequence[EncodedRow], ends: list[int], max_seq_length: int) -> str:
+    kept = [example for example in examples if example.in_loss.any()]
+    tokens = sum(len(example.tokens) for example in kept)
+    train = sum(int(example.in_loss.sum()) for example in kept)
+    counts = Counts.of(examples, ends).describe(max_seq_length)
+    longest = max((len(example.tokens) for example in kept), default=0)
+    return (
+        f"rows: {counts}; {len(kept)} kept: {tokens:,} tokens ({train:,} train), "
+        f"longest {longest:,}"
     )
 
 

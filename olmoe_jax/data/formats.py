@@ -5,13 +5,27 @@ that holds the end of a prompt and the start of an answer: here it trains.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from olmoe_jax.data.chat import (
+    BOOKKEEPING,
+    ChatTemplate,
+    FormattedRow,
+    after,
+    chat_template,
+    checked_messages,
+    checked_text,
+    has_content,
+    joined,
+    templated,
+    trained,
+)
 from olmoe_jax.errors import UserError
+from olmoe_jax.files import decode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,8 +38,8 @@ Fields = Mapping[str, Any]  # a row of a data file, by the names of its columns
 
 ACCEPTED_FIELDS = (
     "prompt + completion; prompt + answer or answers; question + answer or answers; "
-    "question + choices + answer (the index of a choice); instruction + output (input optional); "
-    "messages (an optional system turn, then user and assistant turns)"
+    "question + choices + answer (the index of a choice); instruction + output (input, system and "
+    "history optional); messages, or conversations of ShareGPT (tools and system optional); text"
 )
 
 LONG_TEXT = 1 << 19
@@ -61,17 +75,6 @@ context. Write a response that appropriately completes the request.
 
 
 @dataclass(frozen=True)
-class FormattedRow:
-    """The text of a row and the parts of it that train.
-
-    Each span is (start, end) in characters of `text`, in their order.
-    """
-
-    text: str
-    spans: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
 class TokenizedExample:
     """The tokens of a row.
 
@@ -87,15 +90,15 @@ class TokenizedExample:
     in_loss: np.ndarray
     prompt_length: int
 
-    def prompt_and_answer(self, eos_id: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """Returns the tokens of the prompt and those of the first answer, without its eos.
+    def prompt_and_answer(self, ends: Collection[int]) -> tuple[np.ndarray, np.ndarray] | None:
+        """Returns the tokens of the prompt and those of the first answer, without its end.
 
-        The first answer ends at the first eos after the prompt, in a conversation too. None: the
-        example holds no eos there, because the text was cut.
+        The first answer ends at the first of the ids `ends` after the prompt, in a conversation
+        too. None: the example holds none there, because the text was cut.
         """
         prompt, rest = np.split(self.tokens, [self.prompt_length])
-        ends = np.flatnonzero(rest == eos_id)
-        return (prompt, rest[: ends[0]]) if len(ends) else None
+        found = np.flatnonzero(np.isin(rest, [*ends]))
+        return (prompt, rest[: found[0]]) if len(found) else None
 
 
 @dataclass(frozen=True)
@@ -104,23 +107,90 @@ class EncodedRow(TokenizedExample):
 
     Attributes:
       straddling: bool [n], the tokens that hold the end of a prompt and the start of an answer.
+      cut: whether the text has more tokens than an example keeps.
+      templated: whether a chat template made the text.
     """
 
     straddling: np.ndarray
+    cut: bool
+    templated: bool
 
 
-def format_row(row: Fields, eos: str) -> FormattedRow:
-    """Returns the text of `row`, `eos` included.
+@dataclass(frozen=True)
+class RowRules:
+    """How rows become text, and what of it trains.
+
+    Attributes:
+      template: the template of conversations; None: turns are joined plainly.
+      train_on: "answers", "last_answer" or "all" (the whole text).
+      ignored: fields that count as absent, in a row and in a message.
+    """
+
+    template: ChatTemplate | None = None
+    train_on: str = "answers"
+    ignored: frozenset[str] = frozenset(BOOKKEEPING.split(","))
+
+    def ends(self, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+        """Returns the token ids that end a turn."""
+        return self.template.ends if self.template else [tokenizer.eos_token_id]
+
+    def describe(self) -> str:
+        """Returns which template conversations have, in words."""
+        return self.template.name if self.template else "none: turns are joined plainly"
+
+    def identity(self) -> dict[str, str]:
+        """Returns the named parts that determine a row's text and mask."""
+        return {
+            "chat template": self.template.digest if self.template else "",
+            "train_on": self.train_on,
+            "ignored fields": ",".join(sorted(self.ignored)),
+        }
+
+
+def row_rules(
+    tokenizer: "PreTrainedTokenizerBase",
+    template: str | None = "auto",
+    train_on: str = "answers",
+    ignore_fields: str = BOOKKEEPING,
+) -> RowRules:
+    """Returns the rules that the fields of `DataOptions` say.
+
+    Raises:
+      UserError: as for `chat_template`.
+    """
+    ignored = frozenset(name.strip() for name in ignore_fields.split(","))
+    return RowRules(chat_template(template, tokenizer), train_on, ignored)
+
+
+def format_row(row: Fields, eos: str, rules: RowRules | None = None) -> FormattedRow:
+    """Returns the text of `row`, `eos` included, and the parts that train.
 
     A field that is null counts as absent, because the hub fills missing columns with null.
 
     Raises:
-      UserError: the fields are of no accepted format, or a field has the wrong type.
+      UserError: the fields are of no accepted format, a field has the wrong type, or says something
+        that the format does not use.
     """
-    fields = {name: value for name, value in row.items() if value is not None}
-    for required, formatter in _FORMATS:
+    rules = rules or RowRules()
+    fields = {
+        name: value
+        for name, value in row.items()
+        if value is not None and name not in rules.ignored
+    }
+    if {"chosen", "rejected"} <= fields.keys():
+        raise UserError(
+            "a preference row (chosen, rejected): this is supervised training; write rows of "
+            "prompt and completion with the chosen answers"
+        )
+    for required, optional, formatter in _FORMATS:
         if all(name in fields for name in required):
-            return formatter(fields, eos)
+            for name in fields.keys() - {*required, *optional}:
+                if has_content(fields[name]):
+                    raise UserError(
+                        f"field {name} is not used by rows of {' + '.join(required)}; remove it, "
+                        f"or set data.ignore_fields={name}"
+                    )
+            return formatter(fields, eos, rules)
     found = ", ".join(fields) or "none"
     raise UserError(f"unknown fields (found: {found}); accepted: {ACCEPTED_FIELDS}")
 
@@ -151,6 +221,8 @@ def encode_batch(
             in_loss,
             prompt_length=int(in_loss.argmax()) if in_loss.any() else len(tokens),
             straddling=in_loss & (starts < span_starts[span]),
+            cut=len(ids) > max_seq_length,
+            templated=row.templated,
         )
 
 
@@ -186,45 +258,59 @@ def _encode(
     return found
 
 
-def _answered(prompt: str, answer: str) -> FormattedRow:
-    """Returns the row of a prompt and of what follows it and trains."""
-    text = prompt + answer
-    return FormattedRow(text, ((len(prompt), len(text)),))
+def _answered(rules: RowRules, *turns: tuple[str, str]) -> FormattedRow:
+    """Returns the row of prompts and their answers."""
+    pieces, spans, length = [], {}, 0
+    for index, (prompt, answer) in enumerate(turns):
+        spans[index] = (length + len(prompt), length + len(prompt) + len(answer))
+        pieces += [prompt, answer]
+        length = spans[index][1]
+    last = len(turns) - 1
+    wanted = {index: index == last or rules.train_on != "last_answer" for index in spans}
+    return FormattedRow("".join(pieces), trained(length, spans, wanted, rules.train_on))
 
 
-def _after(before: str, text: str) -> str:
-    """Returns `text` as it follows `before`: with a space between unless there is whitespace."""
-    # The reference looks at these three characters alone: other whitespace gets a space too.
-    whitespace = (" ", "\n", "\t")
-    separated = before.endswith(whitespace) or text.startswith(whitespace)
-    return text if separated else f" {text}"
+def _prompt_completion(row: Fields, eos: str, rules: RowRules) -> FormattedRow:
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, list) or isinstance(completion, list):
+        before = _as_messages(prompt, "prompt", "user", rules)
+        answers = _as_messages(completion, "completion", "assistant", rules)
+        # The prompt may hold a conversation; what is to be learnt is the completion.
+        given = [{**m, "train": False} if m["role"] == "assistant" else m for m in before]
+        return _conversation(row, [*given, *answers], eos, rules)
+    for name in ("tools", "system"):
+        if has_content(row.get(name)):
+            raise UserError(f"field {name} is not used by texts; write prompt as messages")
+    prompt, completion = _text(row, "prompt"), _text(row, "completion")
+    return _answered(rules, (prompt, after(prompt, completion) + eos))
 
 
-def _prompt_completion(row: Fields, eos: str) -> FormattedRow:
+def _as_messages(value: Any, field: str, role: str, rules: RowRules) -> list[dict[str, Any]]:
+    if not isinstance(value, list):
+        return [{"role": role, "content": checked_text(value, field)}]
+    return checked_messages(value, field, rules.ignored)
+
+
+def _prompt_answer(row: Fields, eos: str, rules: RowRules) -> FormattedRow:
     prompt = _text(row, "prompt")
-    return _answered(prompt, _after(prompt, _text(row, "completion")) + eos)
+    return _answered(rules, (prompt, after(prompt, _answer(row)) + eos))
 
 
-def _prompt_answer(row: Fields, eos: str) -> FormattedRow:
-    prompt = _text(row, "prompt")
-    return _answered(prompt, _after(prompt, _answer(row)) + eos)
+def _question_answer(row: Fields, eos: str, rules: RowRules) -> FormattedRow:
+    return _answered(rules, (f"Question: {_text(row, 'question')}\nAnswer:", _answer(row) + eos))
 
 
-def _question_answer(row: Fields, eos: str) -> FormattedRow:
-    return _answered(f"Question: {_text(row, 'question')}\nAnswer:", _answer(row) + eos)
-
-
-def _choices(row: Fields, eos: str) -> FormattedRow:
+def _choices(row: Fields, eos: str, rules: RowRules) -> FormattedRow:
     choices = row["choices"]
     if not isinstance(choices, list) or not 1 <= len(choices) <= len(_CHOICE_NAMES):
         raise UserError(f"field choices must be a list of 1 to {len(_CHOICE_NAMES)} texts")
-    texts = [_checked_text(choice, "choices") for choice in choices]
+    texts = [checked_text(choice, "choices") for choice in choices]
     named = [f"{name}. {text}" for name, text in zip(_CHOICE_NAMES, texts, strict=False)]
     lines = "\n".join(named)
     # The space after the last choice is the reference's.
     prompt = f"Question: {_text(row, 'question').strip()}\n{lines} \nAnswer:"
     answer = named[_choice_index(row["answer"], len(named))]
-    return _answered(prompt, answer + eos)
+    return _answered(rules, (prompt, answer + eos))
 
 
 def _choice_index(value: Any, count: int) -> int:
@@ -234,48 +320,84 @@ def _choice_index(value: Any, count: int) -> int:
     return int(number)
 
 
-def _instruction(row: Fields, eos: str) -> FormattedRow:
+def _instruction(row: Fields, eos: str, rules: RowRules) -> FormattedRow:
+    """Returns instruction and output behind the pairs of `history`, and `system` in front."""
+    turns = []
+    for pair in row.get("history", []):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise UserError("field history must be a list of pairs: instruction and output")
+        instruction, output = (checked_text(text, "history") for text in pair)
+        turns.append((_INSTRUCTION_PROMPT.format(instruction=instruction), output + eos))
     template = _INSTRUCTION_WITH_INPUT_PROMPT if row.get("input") else _INSTRUCTION_PROMPT
     fields = {"instruction": _text(row, "instruction")}
     if row.get("input"):
         fields["input"] = _text(row, "input")
-    return _answered(template.format(**fields), _text(row, "output") + eos)
+    turns.append((template.format(**fields), _text(row, "output") + eos))
+    if row.get("system"):
+        turns[0] = (f"{_text(row, 'system')}\n{turns[0][0]}", turns[0][1])
+    return _answered(rules, *turns)
 
 
-def _messages(row: Fields, eos: str) -> FormattedRow:
-    """Returns a conversation, in which every assistant turn ends in `eos` and trains.
-
-    One user and one assistant turn give exactly the text of a prompt and its completion. Further
-    turns are joined by the same rule. A system turn goes in front of the first user turn, with a
-    newline between the two.
-    """
-    pieces, spans, length, last = [], [], 0, ""
-    for index, content in enumerate(_turns(row["messages"])):
-        piece = _after(last, content) if index else content
-        if index % 2:
-            piece += eos
-            spans.append((length, length + len(piece)))
-        pieces.append(piece)
-        length += len(piece)
-        last = piece[-1:] or last
-    return FormattedRow("".join(pieces), tuple(spans))
+def _messages(row: Fields, eos: str, rules: RowRules) -> FormattedRow:
+    messages = checked_messages(row["messages"], "messages", rules.ignored)
+    return _conversation(row, messages, eos, rules)
 
 
-def _turns(messages: Any) -> list[str]:
-    """Returns the contents of the turns, user and assistant alternately."""
-    if not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
-        raise UserError("field messages must be a list of objects with role and content")
-    roles = [message.get("role") for message in messages]
-    contents = [_checked_text(message.get("content"), "content") for message in messages]
-    if roles[:1] == ["system"]:
-        system, roles, contents = contents[0], roles[1:], contents[1:]
-        contents[:1] = [f"{system}\n{content}" for content in contents[:1]]
-    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+}
+
+
+def _sharegpt(row: Fields, eos: str, rules: RowRules) -> FormattedRow:
+    turns = row["conversations"]
+    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+        raise UserError("field conversations must be a list of objects with from and value")
+    messages = []
+    for index, turn in enumerate(turns):
+        # Some of these files have the fields of messages.
+        name = turn.get("from") or turn.get("role")
+        if name not in _SHAREGPT_ROLES:
+            known = ", ".join(_SHAREGPT_ROLES)
+            raise UserError(f"field conversations[{index}].from must be one of {known}")
+        content = turn.get("value") if "value" in turn else turn.get("content")
+        used = ("from", "role", "value", "content")
+        rest = {field: value for field, value in turn.items() if field not in used}
+        messages.append({**rest, "role": _SHAREGPT_ROLES[name], "content": content})
+    return _conversation(row, checked_messages(messages, "", rules.ignored), eos, rules)
+
+
+def _conversation(
+    row: Fields, messages: list[dict[str, Any]], eos: str, rules: RowRules
+) -> FormattedRow:
+    if has_content(row.get("system")):
+        messages = [{"role": "system", "content": _text(row, "system")}, *messages]
+    tools = row.get("tools")
+    if isinstance(tools, str):  # tables have no column for schemas of any shape
+        tools = decode(list[dict[str, Any]], tools, "field tools") if tools.strip() else None
+    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise UserError("field tools must be a list of JSON schemas")
+    if rules.template:
+        return templated(messages, tools or None, rules.template, rules.train_on)
+    formatted = joined(messages, eos, rules.train_on)
+    if tools:
         raise UserError(
-            "field messages must hold an optional system turn, then user and assistant turns "
-            "that alternate and end with the assistant's"
+            "field tools is used only by a chat template; set data.chat_template to one, or leave "
+            "it out by data.ignore_fields"
         )
-    return contents
+    return formatted
+
+
+def _whole_text(row: Fields, eos: str, rules: RowRules) -> FormattedRow:
+    text = _text(row, "text") + eos
+    return FormattedRow(text, ((0, len(text)),))
 
 
 def _answer(row: Fields) -> str:
@@ -284,30 +406,24 @@ def _answer(row: Fields) -> str:
     answers = row["answers"]
     if not isinstance(answers, list) or not answers:
         raise UserError("field answers must be a list with at least one text")
-    return _checked_text(answers[0], "answers")
+    return checked_text(answers[0], "answers")
 
 
 def _text(row: Fields, field: str) -> str:
-    return _checked_text(row[field], field)
+    return checked_text(row[field], field)
 
 
-def _checked_text(value: Any, field: str) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"field {field} must be text, not {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON can hold half of a surrogate pair
-        raise UserError(f"field {field} is not valid Unicode: {error.reason}") from error
-    return value
-
-
-_FORMATS: tuple[tuple[tuple[str, ...], Callable[[Fields, str], FormattedRow]], ...] = (
-    (("prompt", "completion"), _prompt_completion),
-    (("messages",), _messages),
-    (("question", "choices", "answer"), _choices),
-    (("question", "answer"), _question_answer),
-    (("question", "answers"), _question_answer),
-    (("instruction", "output"), _instruction),
-    (("prompt", "answer"), _prompt_answer),
-    (("prompt", "answers"), _prompt_answer),
+_Formatter = Callable[[Fields, str, RowRules], FormattedRow]
+_FORMATS: tuple[tuple[tuple[str, ...], tuple[str, ...], _Formatter], ...] = (
+    (("prompt", "completion"), ("tools", "system"), _prompt_completion),
+    (("messages",), ("tools", "system"), _messages),
+    (("conversations",), ("tools", "system"), _sharegpt),
+    (("question", "choices", "answer"), (), _choices),
+    (("question", "answer"), (), _question_answer),
+    (("question", "answers"), (), _question_answer),
+    (("instruction", "output"), ("input", "system", "history"), _instruction),
+    (("prompt", "answer"), (), _prompt_answer),
+    (("prompt", "answers"), (), _prompt_answer),
+    (("text",), (), _whole_text),
 )
+"""The fields of each format: those that it needs, those that it may have, and what reads them."""

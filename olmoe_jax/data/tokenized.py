@@ -3,20 +3,23 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from olmoe_jax.data.cache import load_arrays, save_arrays
+from olmoe_jax.data.counts import Counts
 from olmoe_jax.data.formats import (
     LONG_TEXT,
     RULES_VERSION,
     FormattedRow,
+    RowRules,
     TokenizedExample,
     encode_batch,
     format_row,
+    row_rules,
 )
 from olmoe_jax.data.reading import content_digest, read_rows
 from olmoe_jax.errors import UserError, os_reason
@@ -27,13 +30,13 @@ if TYPE_CHECKING:
 
 # Part of the cache's directory name alone: increase it whenever the stored arrays change their
 # layout. A new layout holds the same examples, so a run may continue across it.
-_CACHE_VERSION = 4
+_CACHE_VERSION = 5
 _ARRAYS = {
     "tokens": np.int32,
     "in_loss": np.bool_,
     "lengths": np.int32,
     "prompt_lengths": np.int32,
-    "dropped_rows": np.int64,
+    "counts": np.int64,
 }
 """The arrays of the cache: those of `TokenizedDataset`, with lengths in place of offsets."""
 _BATCH_ROWS = 1000
@@ -49,8 +52,7 @@ class TokenizedDataset:
       offsets: int64 [stored examples + 1], where each example starts in `tokens`.
       prompt_lengths: int32 [stored examples], see `TokenizedExample`.
       rows: int64 [N], the stored examples that this data set holds.
-      dropped_rows: rows of the data file without a token to train on, also in a subset.
-      total_rows: rows of the data file, also in a subset.
+      counts: what became of the rows of the data file, also in a subset.
       origin: the named parts that determine the stored examples, see `identity`.
     """
 
@@ -59,8 +61,7 @@ class TokenizedDataset:
     offsets: np.ndarray
     prompt_lengths: np.ndarray
     rows: np.ndarray
-    dropped_rows: int
-    total_rows: int
+    counts: Counts
     origin: Mapping[str, str | int]
 
     def __len__(self) -> int:
@@ -99,7 +100,8 @@ class TokenizedDataset:
         content: hash of the data file or of the hub's rows.
         tokenizer: hash of the tokenizer and its end-of-text token.
         max_seq_length: the length at which an example is cut.
-        rules: the version of the rules in data/formats.py.
+          rules: the version of the rules in data/formats.py.
+        and the parts of `RowRules.identity`.
         split: hash of the positions of this set's examples among those of the file.
         """
         return {**self.origin, "split": hashlib.sha256(self.rows.tobytes()).hexdigest()}
@@ -115,10 +117,18 @@ def tokenize_dataset(
     tokenizer: "PreTrainedTokenizerBase",
     max_seq_length: int,
     split: str = "train",
+    rules: RowRules | None = None,
 ) -> TokenizedDataset:
     """Returns the tokenised rows of `path` (see `read_rows`), from the cache where it holds them.
 
     The cache is $OLMOE_JAX_CACHE, or ~/.cache/olmoe_jax.
+
+    Args:
+      path: the data.
+      tokenizer: the tokenizer.
+      max_seq_length: the length at which an example is cut.
+      split: the split of a hub data set.
+      rules: how rows become text; None: `row_rules` of the tokenizer.
 
     Raises:
       UserError: a row cannot be read or formatted (the message names file and line), no row is left
@@ -126,17 +136,21 @@ def tokenize_dataset(
     """
     if max_seq_length < 1:
         raise ValueError(f"max_seq_length must be positive, not {max_seq_length}")
+    rules = rules or row_rules(tokenizer)
     origin: dict[str, str | int] = {
         "content": content_digest(path, split),
         "tokenizer": _tokenizer_digest(tokenizer),
         "max_seq_length": max_seq_length,
         "rules": RULES_VERSION,
+        **rules.identity(),
     }
     directory = cache_directory("tokenized") / _hash([_CACHE_VERSION, origin])
     arrays = load_arrays(directory, _ARRAYS)
     if arrays is None:
         try:
-            save_arrays(directory, _ARRAYS, _tokenize(path, split, tokenizer, max_seq_length))
+            save_arrays(
+                directory, _ARRAYS, _tokenize(path, split, tokenizer, max_seq_length, rules)
+            )
         except OSError as error:
             raise UserError(
                 f"cannot write the token cache {directory} ({os_reason(error)}): "
@@ -145,15 +159,13 @@ def tokenize_dataset(
         arrays = load_arrays(directory, _ARRAYS)
     if arrays is None:
         raise UserError(f"the token cache {directory} changes while it is read; check the disk")
-    count, dropped = len(arrays["lengths"]), int(arrays["dropped_rows"][0])
     return TokenizedDataset(
         tokens=arrays["tokens"],
         in_loss=arrays["in_loss"],
         offsets=np.concatenate([[0], np.cumsum(arrays["lengths"], dtype=np.int64)]),
         prompt_lengths=arrays["prompt_lengths"],
-        rows=np.arange(count),
-        dropped_rows=dropped,
-        total_rows=dropped + count,
+        rows=np.arange(len(arrays["lengths"])),
+        counts=Counts(*arrays["counts"].tolist()),
         origin=origin,
     )
 
@@ -197,15 +209,19 @@ def _hash(value: Any) -> str:
 
 
 def _tokenize(
-    path: str, split: str, tokenizer: "PreTrainedTokenizerBase", max_seq_length: int
+    path: str,
+    split: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_seq_length: int,
+    rules: RowRules,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields the arrays of `_ARRAYS` part by part, for the cache."""
-    dropped = kept = 0
-    for texts in _batches(path, split, tokenizer.eos_token):
+    counts = Counts()
+    ends = rules.ends(tokenizer)
+    for texts in _batches(path, split, tokenizer.eos_token, rules):
         examples = list(encode_batch(texts, tokenizer, max_seq_length))
         learnt = [example for example in examples if example.in_loss.any()]
-        dropped += len(examples) - len(learnt)
-        kept += len(learnt)
+        counts += Counts.of(examples, ends)
         if learnt:
             yield {
                 "tokens": np.concatenate([example.tokens for example in learnt]),
@@ -213,19 +229,19 @@ def _tokenize(
                 "lengths": np.array([len(example.tokens) for example in learnt], np.int32),
                 "prompt_lengths": np.array([e.prompt_length for e in learnt], np.int32),
             }
-    if not kept:
+    if counts.rows == counts.dropped:
         raise UserError(
             f"{path}: no row has a token to train on within max_seq_length={max_seq_length}; "
             "raise data.max_seq_length"
         )
-    yield {"dropped_rows": np.array([dropped])}
+    yield {"counts": np.array(astuple(counts))}
 
 
-def _batches(path: str, split: str, eos: str) -> Iterator[list[FormattedRow]]:
+def _batches(path: str, split: str, eos: str, rules: RowRules) -> Iterator[list[FormattedRow]]:
     """Yields the formatted rows of a data set in batches of about `LONG_TEXT` characters."""
     batch, size = [], 0
     for place, row in read_rows(path, split):
-        batch.append(format_row_at(place, row, eos))
+        batch.append(format_row_at(place, row, eos, rules))
         size += len(batch[-1].text)
         if size >= LONG_TEXT or len(batch) == _BATCH_ROWS:
             yield batch
@@ -234,9 +250,9 @@ def _batches(path: str, split: str, eos: str) -> Iterator[list[FormattedRow]]:
         yield batch
 
 
-def format_row_at(place: str, row: Mapping[str, Any], eos: str) -> FormattedRow:
+def format_row_at(place: str, row: Mapping[str, Any], eos: str, rules: RowRules) -> FormattedRow:
     """Returns `format_row` of a row of `read_rows`; errors name its place."""
     try:
-        return format_row(row, eos)
+        return format_row(row, eos, rules)
     except UserError as error:
         raise UserError(f"{place}: {error}") from None

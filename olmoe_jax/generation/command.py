@@ -32,6 +32,7 @@ def main(arguments: Sequence[str]) -> None:
 
     import olmoe_jax
     from olmoe_jax.checkpoints.opening import open_source
+    from olmoe_jax.checkpoints.turn_ends import read_turn_ends
     from olmoe_jax.data import load_tokenizer
     from olmoe_jax.model.config import ModelSettings
     from olmoe_jax.parallel import sharding
@@ -57,6 +58,7 @@ def main(arguments: Sequence[str]) -> None:
             batch_size=args.batch_size,
             progress=len(prompts) > 1,
             allow_extrapolation=args.allow_extrapolation,
+            ends={tokenizer.eos_token_id, *read_turn_ends(source.files)},
         )
     output = data_output()
     if len(prompts) == 1:

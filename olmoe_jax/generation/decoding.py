@@ -8,7 +8,7 @@ devices for CHUNK tokens; then the host looks for stop strings.
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -39,7 +39,7 @@ class _State(NamedTuple):
     """The state that the loop carries from token to token."""
 
     cache: KVCache
-    new: jax.Array  # [B, N] int32; after a row's eos only eos
+    new: jax.Array  # [B, N] int32; after a row's end only ends[0]
     count: jax.Array  # [] int32: filled columns of `new`
     ended: jax.Array  # [B] bool
     lengths: jax.Array  # [B] int32: tokens of the prompts
@@ -60,6 +60,7 @@ def generate(
     batch_size: int = 64,
     progress: bool = False,
     allow_extrapolation: bool = False,
+    ends: Collection[int] | None = None,
 ) -> list[str]:
     """Returns the model's continuations, without the prompts and the end-of-text token.
 
@@ -69,7 +70,7 @@ def generate(
 
     Args:
       model: from `olmoe_jax.from_pretrained`.
-      tokenizer: the model's; its eos token ends a text.
+      tokenizer: the model's.
       prompts: non-empty texts.
       max_new_tokens: the length at which a text is cut; None: 256, or where the model's positions
         end.
@@ -81,6 +82,7 @@ def generate(
       batch_size: prompts decoded together.
       progress: shows a bar.
       allow_extrapolation: decodes beyond the model's positions (max_position_embeddings).
+      ends: the token ids that end a text; None: the tokenizer's eos.
 
     Raises:
       UserError: a prompt is empty or too long, or a number is out of range.
@@ -106,7 +108,8 @@ def generate(
 
     # Prompts of similar length share a batch, the longest first: short memory shows at once.
     order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
-    decoder = _Decoder(model, tokenizer, stop, sampling)
+    ends = tuple(sorted({tokenizer.eos_token_id} if ends is None else ends))
+    decoder = _Decoder(model, tokenizer, stop, ends, sampling)
     texts = [""] * len(encoded)
     with tqdm(total=len(encoded), unit="prompt", disable=not progress, leave=False) as bar:
         for start in range(0, len(order), batch_size):
@@ -136,11 +139,12 @@ class _Decoder:
         model: Olmoe,
         tokenizer: "PreTrainedTokenizerBase",
         stop: Sequence[str],
+        ends: tuple[int, ...],
         sampling: Sampling,
     ):
         self._graph, parameters = split(model)
         self._parameters = _replicated(parameters)
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._tokenizer, self._stop, self._ends = tokenizer, tuple(stop), ends
         self._kind, self._key = sampling.kind, jax.random.key(sampling.seed)
         self._numbers = sampling.numbers
 
@@ -162,11 +166,11 @@ class _Decoder:
           done: called with n when n more rows have ended.
         """
         # Pad the batch, and run the prompts.
-        eos, mesh = self._tokenizer.eos_token_id, active_mesh()
+        ends, mesh = self._ends, active_mesh()
         devices = 1 if mesh is None else mesh.size
         rows = min(bucket(len(prompts)), max(batch_size, len(prompts)))
         rows = -(-rows // devices) * devices
-        tokens, segments = _left_padded(prompts, rows, eos)
+        tokens, segments = _left_padded(prompts, rows, ends[0])
         seeds = np.zeros(rows, np.uint32)
         seeds[: len(indices)] = indices
         longest, limit_of_row = max(limits), np.zeros(rows, np.int32)
@@ -175,7 +179,7 @@ class _Decoder:
             self._graph,
             self._kind,
             bucket(longest, _SHORTEST),
-            eos,
+            ends,
             self._parameters,
             tokens,
             segments,
@@ -198,7 +202,7 @@ class _Decoder:
                 break
             until = min(until + CHUNK, longest)
             state = _continue(
-                self._graph, self._kind, eos, self._parameters, state, ended, until, self._numbers
+                self._graph, self._kind, ends, self._parameters, state, ended, until, self._numbers
             )
         found = zip(new[: len(prompts), :count], limits, strict=True)
         return [cut_at(self._text(row[:limit]), self._stop) for row, limit in found]
@@ -208,9 +212,9 @@ class _Decoder:
         return any(string in text for string in self._stop)
 
     def _text(self, tokens: np.ndarray) -> str:
-        """Returns the text before the first eos."""
-        ends = np.flatnonzero(tokens == self._tokenizer.eos_token_id)
-        return self._tokenizer.decode(tokens[: ends[0]] if len(ends) else tokens)
+        """Returns the text before the first token that ends one."""
+        found = np.flatnonzero(np.isin(tokens, self._ends))
+        return self._tokenizer.decode(tokens[: found[0]] if len(found) else tokens)
 
 
 def _replicated(parameters: Parameters) -> Parameters:
@@ -280,7 +284,7 @@ def _prefill(
     graph: nnx.GraphDef,
     kind: Kind,
     room: int,
-    eos: int,
+    ends: tuple[int, ...],
     parameters: Parameters,
     tokens: jax.Array,
     segments: jax.Array,
@@ -301,8 +305,9 @@ def _prefill(
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, seeds)
     first = sample(kind, logits, keys, jnp.int32(0), numbers)
     lengths = segments.sum(axis=1)
-    ended = (lengths == 0) | (first == eos)
-    new = jnp.full((batch, room), eos, jnp.int32).at[:, 0].set(jnp.where(ended, eos, first))
+    ended = (lengths == 0) | jnp.isin(first, jnp.array(ends))
+    end = ends[0]
+    new = jnp.full((batch, room), end, jnp.int32).at[:, 0].set(jnp.where(ended, end, first))
     return _readable(_State(cache, new, jnp.int32(1), ended, lengths, keys))
 
 
@@ -310,7 +315,7 @@ def _prefill(
 def _continue(
     graph: nnx.GraphDef,
     kind: Kind,
-    eos: int,
+    ends: tuple[int, ...],
     parameters: Parameters,
     state: _State,
     ended: jax.Array,
@@ -334,9 +339,11 @@ def _continue(
         logits, cache = model.decode(
             layers, shard_batch(last), shard_batch(~ended), lengths + count - 1, cache
         )
-        token = jnp.where(ended, eos, sample(kind, logits, keys, count, numbers))
+        token = jnp.where(ended, ends[0], sample(kind, logits, keys, count, numbers))
         new = jax.lax.dynamic_update_slice_in_dim(new, token[:, None], count, axis=1)
-        return _State(cache, new, count + 1, ended | (token == eos), lengths, keys)
+        return _State(
+            cache, new, count + 1, ended | jnp.isin(token, jnp.array(ends)), lengths, keys
+        )
 
     state = state._replace(ended=gathered(ended))
     # XLA gives the loop's result a sharding of its own, whatever the sharding in the loop is.

@@ -8,6 +8,7 @@ import numpy as np
 
 from olmoe_jax.checkpoints import directory
 from olmoe_jax.checkpoints.expert_config import ExpertConfig
+from olmoe_jax.data.arguments import add_row_arguments
 from olmoe_jax.errors import SEED, ArgumentParser, UserError, whole_number
 from olmoe_jax.files import NEW_DIRECTORY, PATH_OR_ID, expand, user_path
 from olmoe_jax.methods.selection import FUNCTIONS, check_top_p, read_scores, select, write_scores
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str]) -> None:
     score.add_argument(
         "--allow_extrapolation", action="store_true", help="read beyond the model's positions"
     )
+    add_row_arguments(score)
     score.add_argument("--compute_dtype", choices=["float32", "bfloat16"], default="float32")
     score.add_argument("--seed", type=SEED, default=0, help="seeds the sample of examples")
     choose = commands.add_parser("select", help="write an expert config")
@@ -70,6 +72,7 @@ def run_score(args: argparse.Namespace, output: Path) -> str:
     from olmoe_jax import data
     from olmoe_jax.checkpoints.loading import load_parameters
     from olmoe_jax.checkpoints.opening import open_source
+    from olmoe_jax.data.arguments import rules_of
     from olmoe_jax.methods.scoring import expert_scores
     from olmoe_jax.model.config import ModelSettings
     from olmoe_jax.model.decoder import graph_of
@@ -85,7 +88,8 @@ def run_score(args: argparse.Namespace, output: Path) -> str:
             f"--max_seq_length {length}: the model has {positions} positions; write at most "
             f"{positions}, or --allow_extrapolation"
         )
-    dataset = data.tokenize_dataset(args.data, tokenizer, length)
+    rules = rules_of(args, tokenizer)
+    dataset = data.tokenize_dataset(args.data, tokenizer, length, rules=rules)
     mesh = sharding.make_mesh()
     scores, tokens = expert_scores(
         graph_of(source.config, ModelSettings(compute_dtype=dtype)),

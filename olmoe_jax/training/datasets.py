@@ -2,24 +2,37 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from olmoe_jax import data
+from olmoe_jax.checkpoints.turn_ends import write_turn_ends
 from olmoe_jax.config import Config
+from olmoe_jax.data.chat import write_template
 from olmoe_jax.errors import UserError
 from olmoe_jax.training.base_model import BaseModel
 
 
 @dataclasses.dataclass(frozen=True)
 class Datasets:
-    """Tokenised examples."""
+    """Tokenised examples.
+
+    Attributes:
+      train: the training examples.
+      evaluation: the evaluation examples.
+      pad_id: the token id of padding.
+      rules: how rows became text.
+      ends: the token ids that end a turn.
+    """
 
     train: data.TokenizedDataset
     evaluation: data.TokenizedDataset | None
     pad_id: int
+    rules: data.RowRules
+    ends: list[int]
 
     def identity(self) -> dict[str, Any]:
         """Returns what a continued run must find unchanged."""
@@ -35,12 +48,21 @@ def load_datasets(config: Config, model: BaseModel) -> Datasets:
     """
     options = config.data
     tokenizer = data.load_tokenizer(str(model.tokenizer_files))
+    rules = data.row_rules(
+        tokenizer, options.chat_template, options.train_on, options.ignore_fields
+    )
     tokenize = functools.partial(
         data.tokenize_dataset,
         tokenizer=tokenizer,
         max_seq_length=options.max_seq_length,
+        rules=rules,
     )
     train, evaluation = tokenize(options.train_path), None
+    if options.chat_template not in (None, "auto") and not train.counts.templated:
+        raise UserError(
+            f"data.chat_template={options.chat_template}: no row of {options.train_path} is a "
+            "conversation; write auto, or rows of messages"
+        )
     if options.eval_path:
         evaluation = tokenize(options.eval_path, split="test")
     elif options.eval_fraction:
@@ -53,7 +75,16 @@ def load_datasets(config: Config, model: BaseModel) -> Datasets:
                 f"vocabulary has {model.config.vocab_size}; set data.tokenizer_path to the model's"
             )
     pad_id = tokenizer.pad_token_id
-    return Datasets(train, evaluation, pad_id if pad_id is not None else tokenizer.eos_token_id)
+    pad_id = tokenizer.eos_token_id if pad_id is None else pad_id
+    return Datasets(train, evaluation, pad_id, rules, rules.ends(tokenizer))
+
+
+def write_format(config: Config, datasets: Datasets, files: Path) -> None:
+    """Makes the files that the exports carry say how the examples are: chat template, end ids."""
+    # With auto, the template is in the files already.
+    if config.data.chat_template != "auto":
+        write_template(files, datasets.rules.template)
+    write_turn_ends(files, datasets.ends)
 
 
 def training_data(config: Config, datasets: Datasets, mesh: Mesh) -> data.TrainingData:

@@ -52,12 +52,14 @@ class HeldOut:
       texts: (prompt, expected answer) of each example.
       scorer: how an answer is compared.
       max_new_tokens: the length at which an answer is cut.
+      ends: the token ids that end an answer.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
     texts: list[tuple[str, str]]
     scorer: Scorer
     max_new_tokens: int
+    ends: list[int]
 
     def answers(self, program: Program, parameters: Parameters) -> list[Answer]:
         """Returns the model's answer to each prompt; call under the run's mesh.
@@ -86,6 +88,7 @@ class HeldOut:
             filled,
             max_new_tokens=self.max_new_tokens,
             batch_size=size,
+            ends=self.ends,
             # `held_out_sample` chose these examples; as texts they may have other tokens.
             allow_extrapolation=True,
         )
@@ -116,7 +119,7 @@ def held_out_sample(config: Config, model: BaseModel, datasets: Datasets) -> Hel
         room = config.data.max_seq_length
     found: list[tuple[np.ndarray, np.ndarray]] = []
     for index in np.random.RandomState(config.train.seed).permutation(len(evaluation)):
-        parts = evaluation.example(index).prompt_and_answer(tokenizer.eos_token_id)
+        parts = evaluation.example(index).prompt_and_answer(datasets.ends)
         if parts and 0 < len(parts[0]) <= room:
             found.append(parts)
         if len(found) == options.examples:
@@ -138,7 +141,7 @@ def held_out_sample(config: Config, model: BaseModel, datasets: Datasets) -> Hel
         except ValueError as error:
             place = _place(config, prompt, expected)
             raise UserError(f"{place}: generate.every compares this answer: {error}") from None
-    return HeldOut(tokenizer, texts, scorer, options.max_new_tokens)
+    return HeldOut(tokenizer, texts, scorer, options.max_new_tokens, datasets.ends)
 
 
 def _place(config: Config, prompt: str, answer: str) -> str:

@@ -1,11 +1,12 @@
 """The lines that a run prints before its first step."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jax
 
 from olmoe_jax import data
+from olmoe_jax.checkpoints.turn_ends import read_turn_ends
 from olmoe_jax.config import Config
 from olmoe_jax.model.lora import is_adapter
 from olmoe_jax.model.parameters import Parameters, count_parameters
@@ -32,16 +33,31 @@ def introduction(
     yield f"method: {model.method.describe()}{base}"
     yield from parameter_table(program.state.parameters, program.frozen)
     train, evaluation = steps.dataset, datasets.evaluation
+    length = config.data.max_seq_length
     yield (
-        f"data: {len(train):,} examples ({train.dropped_rows} rows dropped), "
-        f"{train.lengths.sum():,} tokens, rows of {steps.row_length:,}, "
+        f"data: {len(train):,} examples ({train.counts.describe(length)}), "
+        f"{train.lengths.sum():,} tokens ({train.target_counts.sum():,} train), "
+        f"rows of {steps.row_length:,}, "
         f"padding {steps.first_epoch_padding_share():.1%}, "
         f"{len(evaluation) if evaluation else 0:,} evaluation examples"
     )
+    if train.counts.templated:
+        yield f"conversations: {datasets.rules.describe()}"
+    named = read_turn_ends(model.files)
+    if named != set(datasets.ends):
+        yield (
+            f"note: examples end with token {_ids(datasets.ends)}, where the base's config names "
+            f"{_ids(named) or 'none'}: config.json and generation_config.json of the exports name "
+            f"{_ids(datasets.ends)}"
+        )
     yield (
         f"steps: {steps.total_steps:,} ({steps.steps_per_epoch:,} per epoch of "
         f"{config.train.batch_size} examples each); output: {Path(config.train.output_dir)}"
     )
+
+
+def _ids(ids: Iterable[int]) -> str:
+    return " and ".join(map(str, sorted(ids)))
 
 
 def parameter_table(trained: Parameters, frozen: Parameters) -> list[str]:

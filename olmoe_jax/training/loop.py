@@ -1,6 +1,7 @@
 """The run: steps, evaluations, checkpoints, reports, and at the end the export."""
 
 import dataclasses
+import functools
 import json
 import time
 from pathlib import Path
@@ -21,7 +22,13 @@ from olmoe_jax.training import run_directory
 from olmoe_jax.training.base_model import BaseModel, open_model
 from olmoe_jax.training.best import Best
 from olmoe_jax.training.checkpoint import Checkpointer, Restored
-from olmoe_jax.training.datasets import Datasets, load_datasets, row_layout, training_data
+from olmoe_jax.training.datasets import (
+    Datasets,
+    load_datasets,
+    row_layout,
+    training_data,
+    write_format,
+)
 from olmoe_jax.training.decoding import HeldOut, held_out_sample
 from olmoe_jax.training.evaluation import Evaluation
 from olmoe_jax.training.finishing import finish
@@ -79,7 +86,12 @@ def train(config: Config) -> TrainResult:
         if distributed.is_writer():
             print(proven, flush=True)
     try:
-        with run_directory.opened(config, model.files, model.tokenizer_files) as output:
+        with run_directory.opened(
+            config,
+            model.files,
+            model.tokenizer_files,
+            functools.partial(write_format, config, datasets),
+        ) as output:
             preparation = Preparation(
                 output=output,
                 source=model.source,

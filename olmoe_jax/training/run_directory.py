@@ -22,7 +22,7 @@ import math
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -114,18 +114,21 @@ def continued(config: Config) -> dict[str, dict[str, Any]] | None:
 
 
 @contextlib.contextmanager
-def opened(config: Config, model_files: Path, tokenizer_files: Path) -> Iterator[Path]:
+def opened(
+    config: Config, model_files: Path, tokenizer_files: Path, adapt: Callable[[Path], None]
+) -> Iterator[Path]:
     """Makes the run's directory with its small files, or takes the existing one; locks it.
 
-    Process 0 makes and locks it; the others wait. Yields the directory.
+    Process 0 makes and locks it; the others wait. Yields the directory. `adapt` changes the copies
+    of the model's and the tokenizer's files, which the exports carry.
 
     Raises:
       UserError: another run writes there, or the directory cannot be written.
     """
     output = Path(config.train.output_dir)
-    lock = (
-        _create(config, output, model_files, tokenizer_files) if distributed.is_writer() else None
-    )
+    lock = None
+    if distributed.is_writer():
+        lock = _create(config, output, model_files, tokenizer_files, adapt)
     try:
         distributed.barrier("output directory")
         if not (output / CONFIG).exists():
@@ -139,7 +142,13 @@ def opened(config: Config, model_files: Path, tokenizer_files: Path) -> Iterator
             lock.close()
 
 
-def _create(config: Config, output: Path, model_files: Path, tokenizer_files: Path) -> TextIO:
+def _create(
+    config: Config,
+    output: Path,
+    model_files: Path,
+    tokenizer_files: Path,
+    adapt: Callable[[Path], None],
+) -> TextIO:
     lock = _locked(output)
     if config.train.resume == "restart" and any(entry.name != LOCK for entry in output.iterdir()):
         _set_aside(output)
@@ -147,7 +156,7 @@ def _create(config: Config, output: Path, model_files: Path, tokenizer_files: Pa
     # Until there is a checkpoint (be it a damaged one), nothing depends on the files of an earlier
     # attempt.
     if not any((output / CHECKPOINTS).glob("[0-9]*")):
-        _write_small_files(output, config, model_files, tokenizer_files)
+        _write_small_files(output, config, model_files, tokenizer_files, adapt)
     return lock
 
 
@@ -177,7 +186,11 @@ def _locked(output: Path) -> TextIO:
 
 
 def _write_small_files(
-    output: Path, config: Config, model_files: Path, tokenizer_files: Path
+    output: Path,
+    config: Config,
+    model_files: Path,
+    tokenizer_files: Path,
+    adapt: Callable[[Path], None],
 ) -> None:
     model, partial = output / MODEL_DIRECTORY, output / PARTIAL_MODEL
     partial.mkdir(parents=True, exist_ok=True)
@@ -185,6 +198,7 @@ def _write_small_files(
         model_files, partial, (*directory.MODEL_FILES, directory.CARD, *directory.LICENSE_FILES)
     )
     directory.copy_files(tokenizer_files, partial, directory.TOKENIZER_FILES)
+    adapt(partial)
     checksums.write(partial)
     for name in (checksums.FILE, EXPERTS):
         (output / name).unlink(missing_ok=True)

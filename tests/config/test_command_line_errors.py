@@ -16,7 +16,7 @@ ROWS = {
     "blank.jsonl": "\n\n",
     "broken.jsonl": '{"prompt": "1+1=", "completion": "2"}\n\n{"prompt": \n',
     "list.jsonl": '{"prompt": "1+1=", "completion": "2"}\n[1, 2]\n',
-    "fields.jsonl": '{"prompt": "1+1=", "completion": "2"}\n{"text": "hello"}\n',
+    "fields.jsonl": '{"prompt": "1+1=", "completion": "2"}\n{"txt": "hello"}\n',
     "types.jsonl": '{"prompt": "1+1=", "completion": 2}\n',
     "long.jsonl": json.dumps({"prompt": "1+" * 50 + "1=", "completion": "51"}) + "\n",
     "one.jsonl": '{"prompt": "1+1=", "completion": "2"}\n',
@@ -86,7 +86,7 @@ DATA = [
     ("list.jsonl", "{path}: line 2: the content is "),
     (
         "fields.jsonl",
-        "{path}: line 2: unknown fields (found: text); accepted: prompt + completion; prompt + ",
+        "{path}: line 2: unknown fields (found: txt); accepted: prompt + completion; prompt + ",
     ),
     ("types.jsonl", "{path}: line 1: field completion must be text, not int"),
     (

@@ -130,7 +130,7 @@ def test_prompt_and_first_answer(contents, max_seq_length, expected, tokenizer):
     roles = ["user", "assistant"] * 2
     turns = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
     example = encode({"messages": turns}, tokenizer, max_seq_length)
-    found = example.prompt_and_answer(tokenizer.eos_token_id)
+    found = example.prompt_and_answer([tokenizer.eos_token_id])
     assert (found and tuple(tokenizer.decode(part) for part in found)) == expected
 
 
@@ -145,7 +145,7 @@ def test_truncation_cuts_the_end(tokenizer):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "x"}, r"found: text.*prompt \+ completion.*messages"),
+        ({"txt": "x"}, r"found: txt.*prompt \+ completion.*messages"),
         ({"prompt": "x", "completion": None}, "found: prompt"),
         ({}, "found: none"),
         ({"prompt": 5, "completion": "x"}, "prompt must be text, not int"),
@@ -163,6 +163,61 @@ def test_truncation_cuts_the_end(tokenizer):
     ],
 )
 def test_bad_rows_say_what_is_wrong(row, message):
+    with pytest.raises(UserError, match=message):
+        format_row(row, EOS)
+
+
+SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]
+ASKED = [{"role": "user", "content": "Hi"}]
+ANSWERED = [{"role": "assistant", "content": "Yo"}]
+CHAT = ("Hi Yo" + EOS, " Yo" + EOS)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"conversations": SHAREGPT}, CHAT),
+        ({"conversations": ASKED + ANSWERED, "id": "x", "source": "y"}, CHAT),
+        ({"conversations": SHAREGPT, "system": "Be."}, ("Be.\n" + CHAT[0], CHAT[1])),
+        ({"messages": ASKED + ANSWERED, "tools": []}, CHAT),
+        ({"prompt": ASKED, "completion": ANSWERED}, CHAT),
+        ({"prompt": "Hi", "completion": ANSWERED}, CHAT),
+        (
+            {"prompt": [*ASKED, *ANSWERED, *ASKED], "completion": ANSWERED},
+            (f"Hi Yo{EOS} Hi Yo{EOS}", " Yo" + EOS),
+        ),
+        ({"text": "Hi Yo"}, ("Hi Yo" + EOS, "Hi Yo" + EOS)),
+    ],
+)
+def test_conversations_and_texts(row, expected, tokenizer):
+    assert trained_text(row, tokenizer) == expected
+
+
+def test_alpaca_with_system_and_history(tokenizer):
+    plain = {"instruction": "Add.", "input": "", "output": "3"}
+    (text, _), earlier = trained_text(plain, tokenizer), [["Say hi.", "hi"]]
+    row = {**plain, "system": "Be.", "history": earlier}
+    before = trained_text({"instruction": "Say hi.", "output": "hi"}, tokenizer)[0]
+    assert trained_text(row, tokenizer) == (f"Be.\n{before}{text}", f"hi{EOS}3{EOS}")
+    assert trained_text({**plain, "system": "", "history": []}, tokenizer)[0] == text
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "x", "chosen": "a", "rejected": "b"}, "this is supervised training"),
+        ({"prompt": "x", "completion": "y", "note": "z"}, "field note is not used by rows of pro"),
+        ({"prompt": "x", "completion": "y", "score": 0.5}, "data.ignore_fields=score"),
+        ({"prompt": "x", "completion": "y", "system": "z"}, "field system is not used by texts"),
+        ({"text": "x", "label": False}, "field label is not used"),
+        ({"conversations": [{"from": "narrator", "value": "x"}]}, r"\[0\].from must be one of"),
+        ({"conversations": "x"}, "list of objects with from and value"),
+        ({"instruction": "x", "output": "y", "history": ["z"]}, "list of pairs"),
+        ({"messages": ASKED + ANSWERED, "tools": "{"}, "field tools: not JSON"),
+        ({"messages": ASKED + ANSWERED, "tools": [1]}, "list of JSON schemas"),
+    ],
+)
+def test_what_a_format_does_not_use_is_refused(row, message):
     with pytest.raises(UserError, match=message):
         format_row(row, EOS)
 

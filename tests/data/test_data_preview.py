@@ -48,7 +48,8 @@ def test_text(arguments, capsys):
         "abc⟦ de<|endoftext|>⟧",
         "--- row 2: 10 tokens, dropped: none to train on",
         "p" * 10,
-        "rows 2, kept 1, dropped 1, tokens 7, longest 7",
+        "rows: 1 of 2 rows dropped, 1 cut at 10 tokens, of which 0 lost the end of an answer; "
+        "1 kept: 7 tokens (4 train), longest 7",
     ]
 
 

@@ -8,6 +8,7 @@ import pytest
 from olmoe_jax.data import formats, held_out_split, load_tokenizer, tokenize_dataset
 from olmoe_jax.data import tokenized as module
 from olmoe_jax.data.cache import load_arrays, save_arrays
+from olmoe_jax.data.counts import Counts
 from olmoe_jax.data.formats import encode_batch, format_row
 from olmoe_jax.errors import UserError
 
@@ -38,7 +39,8 @@ def tokenizations(monkeypatch):
 
 def test_examples_and_counts(data, tokenizer, tmp_path):
     dataset = tokenize_dataset(data, tokenizer, 20)
-    assert (len(dataset), dataset.dropped_rows, dataset.total_rows) == (3, 1, 4)
+    assert len(dataset) == 3
+    assert dataset.counts == Counts(rows=4, dropped=1, cut=1)
     assert dataset.lengths.tolist() == [5, 6, 7]
     assert dataset.target_counts.tolist() == [3, 4, 5]
     example = dataset.subset([2, 1]).example(1)
@@ -172,7 +174,7 @@ def test_default_cache_is_in_the_home_directory(data, tokenizer, tmp_path, monke
 
 
 def test_errors_are_one_line_for_the_user(tokenizer, tmp_path, cache, monkeypatch):
-    data = write(tmp_path / "a.jsonl", [ROWS[0], {"text": "x"}])
+    data = write(tmp_path / "a.jsonl", [ROWS[0], {"txt": "x"}])
     with pytest.raises(UserError, match=r"a\.jsonl: line 2: unknown fields"):
         tokenize_dataset(data, tokenizer, 20)
     data = write(tmp_path / "b.jsonl", ROWS[3:])

@@ -132,12 +132,12 @@ def test_weights_lie_in_memory_once():
     tokens = jax.ShapeDtypeStruct((2, 32), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     prefill = generation._prefill.program("cpu").lower(
-        *(graph, "greedy", 32, 0, parameters, tokens, tokens, key),
+        *(graph, "greedy", 32, (0,), parameters, tokens, tokens, key),
         *(jax.ShapeDtypeStruct((2,), jnp.uint32), number, number),
     )
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), prefill.out_info)
     decode = generation._continue.program("cpu").lower(
-        *(graph, "greedy", 0, parameters, state, jax.ShapeDtypeStruct((2,), bool)),
+        *(graph, "greedy", (0,), parameters, state, jax.ShapeDtypeStruct((2,), bool)),
         *(jax.ShapeDtypeStruct((), jnp.int32), number, number),
     )
     experts = sum(p.size for name, p in parameters.items() if ".experts." in name)

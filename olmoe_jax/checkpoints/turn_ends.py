@@ -1,0 +1,37 @@
+"""The token ids that end a text, in the files of a Hugging Face directory."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from olmoe_jax.checkpoints.directory import MODEL_FILES, write_json
+from olmoe_jax.files import read_json, validate
+
+_FIELD = "eos_token_id"
+
+
+def read_turn_ends(files: Path) -> set[int]:
+    """Returns the ids that config.json and generation_config.json name, as far as they exist.
+
+    Raises:
+      UserError: a file is damaged, or names what is no id.
+    """
+    ids: set[int] = set()
+    for file in (files / name for name in MODEL_FILES):
+        if file.is_file():
+            value = read_json(dict[str, Any], file).get(_FIELD)
+            found = validate(int | list[int] | None, value, f"{file}: {_FIELD}")
+            ids |= set([found] if isinstance(found, int) else found or [])
+    return ids
+
+
+def write_turn_ends(files: Path, ids: Collection[int]) -> None:
+    """Makes the files that exist name these ids; a file that does so already stays as it is."""
+    for file in (files / name for name in MODEL_FILES):
+        if not file.is_file():
+            continue
+        content = read_json(dict[str, Any], file)
+        now = content.get(_FIELD)
+        if set(now if isinstance(now, list) else [now]) != set(ids):
+            value = sorted(ids) if len(ids) > 1 else next(iter(ids))
+            write_json(file, content | {_FIELD: value})

@@ -1,0 +1,32 @@
+"""Flags of the commands that read rows."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from olmoe_jax.data.chat import BOOKKEEPING
+from olmoe_jax.data.formats import RowRules, row_rules
+from olmoe_jax.files import expand
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def add_row_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say how rows become text."""
+    parser.add_argument(
+        "--chat_template",
+        default="auto",
+        type=expand,
+        metavar="auto|none|FILE",
+        help="as data.chat_template of a run",
+    )
+    parser.add_argument("--train_on", choices=["answers", "last_answer", "all"], default="answers")
+    parser.add_argument(
+        "--ignore_fields", default=BOOKKEEPING, metavar="NAMES", help=f"default: {BOOKKEEPING}"
+    )
+
+
+def rules_of(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> RowRules:
+    """Returns what the flags say."""
+    template = None if args.chat_template == "none" else args.chat_template
+    return row_rules(tokenizer, template, args.train_on, args.ignore_fields)

@@ -1,0 +1,77 @@
+"""Counts of what became of a data set's rows."""
+
+from collections.abc import Collection, Iterable
+from dataclasses import astuple, dataclass, fields
+
+import numpy as np
+
+from olmoe_jax.data.formats import EncodedRow
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of rows.
+
+    Attributes:
+      rows: read.
+      dropped: without a token to train on.
+      cut: longer than an example may be.
+      lost_end: of those that were cut and train, the ones that lost the end of an answer.
+      without_end: not cut, but the answer does not end in a token that ends a turn.
+      straddling: with a token that holds the end of a prompt and the start of an answer.
+      templated: rendered by a chat template.
+    """
+
+    rows: int = 0
+    dropped: int = 0
+    cut: int = 0
+    lost_end: int = 0
+    without_end: int = 0
+    straddling: int = 0
+    templated: int = 0
+
+    @classmethod
+    def of(cls, examples: Iterable[EncodedRow], ends: Collection[int]) -> "Counts":
+        """Returns the counts of some rows, given the token ids that end a turn."""
+        numbers = np.zeros(len(fields(cls)), np.int64)
+        for row in examples:
+            trains = bool(row.in_loss.any())
+            open_ended = trains and not _ends(row, ends)
+            numbers += [
+                1,
+                not trains,
+                row.cut,
+                row.cut and open_ended,
+                open_ended and not row.cut,
+                bool(row.straddling.any()),
+                row.templated,
+            ]
+        return cls(*numbers.tolist())
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(*map(sum, zip(astuple(self), astuple(other), strict=True)))
+
+    def describe(self, max_seq_length: int) -> str:
+        """Returns the counts in words; those that are seldom only where they are not 0."""
+        words = [
+            f"{self.dropped:,} of {self.rows:,} rows dropped",
+            f"{self.cut:,} cut at {max_seq_length:,} tokens",
+        ]
+        if self.cut:
+            words[-1] += f", of which {self.lost_end:,} lost the end of an answer"
+        if self.without_end:
+            words.append(f"{self.without_end:,} without an end token")
+        if self.straddling:
+            words.append(f"{self.straddling:,} with a token of both prompt and answer")
+        return ", ".join(words)
+
+
+def _ends(row: EncodedRow, ends: Collection[int]) -> bool:
+    """Returns whether the last part that trains ends in an end token, or one and whitespace."""
+    last = int(np.flatnonzero(row.in_loss)[-1])
+    for index in range(last, max(last - 3, -1), -1):
+        if not row.in_loss[index]:
+            break
+        if row.tokens[index] in ends:
+            return True
+    return False
