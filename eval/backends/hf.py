@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from eval.backends import Prompts, Sampling
 from olmoe_jax.checkpoints import directory, safetensors_file
-from olmoe_jax.checkpoints.peft import ROUTER_FILE, adapter_directory
+from olmoe_jax.checkpoints.peft import adapter_directory, router_file
 from olmoe_jax.data import load_tokenizer
 from olmoe_jax.errors import UserError, first_line
 from olmoe_jax.generation.stop_strings import cut_at
@@ -75,8 +75,8 @@ def _adapted(model: "PreTrainedModel", adapter: str) -> "PeftModel":
     from peft import PeftModel
 
     path = adapter_directory(adapter)
-    if (path / ROUTER_FILE).exists():
-        stored = safetensors_file.read_header(path / ROUTER_FILE)
+    if router := router_file(path):
+        stored = safetensors_file.read_header(router)
         routers = {
             name: torch.from_numpy(tensor.read().astype("float32"))
             for name, tensor in stored.items()

@@ -6,7 +6,7 @@ from pathlib import Path
 from olmoe_jax.checkpoints import directory
 from olmoe_jax.checkpoints.opening import CHECKPOINTS, latest_step
 from olmoe_jax.checkpoints.orbax import PARAMETERS
-from olmoe_jax.checkpoints.peft import CONFIG_FILE, ROUTER_FILE, WEIGHTS_FILE, adapter_directory
+from olmoe_jax.checkpoints.peft import CONFIG_FILE, WEIGHTS_FILE, adapter_directory, router_file
 from olmoe_jax.checkpoints.source import MODEL_DIRECTORY
 
 _PIECES, _PIECE = 16, 1 << 16
@@ -36,7 +36,8 @@ def adapter_fingerprint(path_or_hub_id: str) -> str:
       UserError: there is no such adapter.
     """
     root = adapter_directory(path_or_hub_id)
-    return _fingerprint(root, {root / name for name in (CONFIG_FILE, WEIGHTS_FILE, ROUTER_FILE)})
+    files = {root / CONFIG_FILE, root / WEIGHTS_FILE, router_file(root)}
+    return _fingerprint(root, {file for file in files if file})
 
 
 def _fingerprint(root: Path, files: set[Path]) -> str:

@@ -33,6 +33,8 @@ from olmoe_jax.model.parameters import ROUTER
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 ROUTER_FILE = "router.safetensors"
+_GATE_FILE = "gate.safetensors"
+"""The PyTorch reference calls the router's file gate.pth."""
 """Beside an adapter whose router trained at full rank: `model.layers.N.mlp.gate.weight`."""
 EXPORTED = "adapter"
 """In a LoRA run's directory: the folder with the exported adapter."""
@@ -170,11 +172,25 @@ def read_adapter(
     if rank != adapter.rank:
         settings = LoraSettings(rank, settings.scale * rank, 0.0, targets)
     parameters = _stack(factors, settings, config)
-    if (path / ROUTER_FILE).exists():
+    if router := router_file(path):
         if "router" in targets:
-            raise UserError(f"{path}: adapts the router, which {ROUTER_FILE} replaces; remove it")
-        parameters[ROUTER] = _read_router(path / ROUTER_FILE, config)
+            raise UserError(f"{path}: adapts the router, which {router.name} replaces; remove it")
+        parameters[ROUTER] = _read_router(router, config)
     return settings, parameters
+
+
+def router_file(path: Path) -> Path | None:
+    """Returns the file of the router that trained beside the adapter in a directory, if any.
+
+    Raises:
+      UserError: there are two, or the router is a pickle, which the message converts.
+    """
+    found = [path / name for name in (ROUTER_FILE, _GATE_FILE) if (path / name).exists()]
+    if len(found) > 1:
+        raise UserError(f"{path}: {ROUTER_FILE} and {_GATE_FILE} are both a router; remove one")
+    if not found:
+        safetensors_file.refuse_pickles(path, "gate.p*", ROUTER_FILE)
+    return found[0] if found else None
 
 
 class _Matrix(NamedTuple):

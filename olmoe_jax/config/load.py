@@ -32,6 +32,9 @@ Example: two passes with a smaller batch into another directory
     python train.py --config configs/densemixer_gsm.py --config.train.epochs=2 \\
         --config.train.batch_size=64 --config.train.output_dir=runs/short
 
+--preset=published sets what the published runs have otherwise and can be set here
+(docs/differences.md): train.loss_normalization=microbatch.
+
 Several processes can share a run (docs/cluster.md). On SLURM, Open MPI and Cloud TPUs they find
 each other. Elsewhere each gets --coordinator_address=HOST:PORT --num_processes=N --process_id=I.
 The run ends when a process is silent for --heartbeat_timeout=SECONDS (30).
@@ -40,17 +43,23 @@ Fields, with their defaults (a config file may set others), types and ranges:
 """
 
 
+PRESETS = {"published": {"train.loss_normalization": "microbatch"}}
+"""{name: fields, which other flags override}."""
+
+
 def parse_config(arguments: Sequence[str]) -> Config:
     """Returns the validated Config of a command line; `--help` prints the help and exits."""
     if "--help" in arguments or "-h" in arguments:
         print(help_text())
         sys.exit(0)
     flags = dict(_read_flags(arguments))
-    path = flags.pop("--config", "")
+    path, preset = flags.pop("--config", ""), flags.pop("--preset", None)
+    if preset not in (None, *PRESETS):
+        raise UserError(f"--preset={preset}: there is {', '.join(PRESETS)}")
     if not path:
         raise UserError(f"--config is missing: write e.g. {EXAMPLE} (--help explains)")
     overrides = {name.removeprefix("--config."): text for name, text in flags.items()}
-    return apply_overrides(load_config(path), overrides)
+    return apply_overrides(load_config(path), PRESETS.get(preset, {}) | overrides)
 
 
 def help_text() -> str:
@@ -102,7 +111,7 @@ def _read_flags(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _check_flag(name: str) -> None:
-    if name == "--config" or name.startswith("--config."):
+    if name in ("--config", "--preset") or name.startswith("--config."):
         return
     if not name.startswith("-"):
         raise UserError(f"unexpected argument {name}: flags are --name=value, e.g. {EXAMPLE}")

@@ -15,6 +15,7 @@ from tiny import BYTES, LORA, random_adapters, short_run, tiny_config, write_bas
 import olmoe_jax
 from convert import merge_lora, to_hf
 from olmoe_jax.checkpoints import directory
+from olmoe_jax.checkpoints.fingerprint import adapter_fingerprint
 from olmoe_jax.checkpoints.huggingface import HFCheckpoint
 from olmoe_jax.checkpoints.peft import read_adapter, write_adapter
 from olmoe_jax.checkpoints.peft_config import HISTORY, AdapterConfig
@@ -239,6 +240,29 @@ def test_pickles(base, tmp_path):
         command = message.partition("convert it: ")[2].replace("python ", f"{sys.executable} ", 1)
         subprocess.run(command, shell=True, check=True)
         assert_same_bits(load(file), expected)
+
+
+def test_the_router_of_the_reference(tmp_path):
+    """gate.pth beside an adapter is never ignored; gate.safetensors is the same router."""
+    import torch
+
+    router = np.random.default_rng(0).normal(size=(2, 32, 8)).astype(np.float32)
+    path = make_adapter(tmp_path / "a", router=router)
+    tensors = load(path / "router.safetensors")
+    _, expected = read_adapter(path, CONFIG)
+    fingerprint = adapter_fingerprint(str(path))
+    (path / "router.safetensors").rename(path / "gate.safetensors")
+    assert_same_bits(read_adapter(path, CONFIG)[1], expected)
+    assert adapter_fingerprint(str(path)) != fingerprint
+    (path / "gate.safetensors").unlink()
+    torch.save({name: torch.tensor(value) for name, value in tensors.items()}, path / "gate.pth")
+    message = reading_error(path)
+    assert message.startswith(f"{path / 'gate.pth'}: a pickle, which can run any program")
+    command = message.partition("convert it: ")[2].replace("python ", f"{sys.executable} ", 1)
+    subprocess.run(command, shell=True, check=True)
+    assert_same_bits(read_adapter(path, CONFIG)[1], expected)
+    shutil.copyfile(path / "router.safetensors", path / "gate.safetensors")
+    assert "are both a router" in reading_error(path)
 
 
 def test_router_of_another_base(tmp_path):
