@@ -10,7 +10,7 @@ import functools
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -197,17 +197,20 @@ def read_json_lines(kind: type[T], file: Path, torn: bool = False) -> Iterator[T
         yield decode(kind, line, f"{file}: line {number}")
 
 
-def read_lines(file: str | Path, torn: bool = False) -> Iterator[tuple[int, bytes]]:
+def read_lines(
+    file: str | Path, torn: bool = False, opened: Callable[[str | Path], Any] | None = None
+) -> Iterator[tuple[int, bytes]]:
     """Yields (number from 1, stripped content) of each line that is not blank.
 
     Args:
       file: the file.
       torn: as for `read_json_lines`.
+      opened: what opens the file; None: `open_regular`.
 
     Raises:
       UserError: the file cannot be read, or a line is longer than `LINE_LIMIT`.
     """
-    with os_errors(file, "read"), open_regular(file) as stream:
+    with os_errors(file, "read"), (opened or open_regular)(file) as stream:
         number = 0
         while line := stream.readline(LINE_LIMIT + 1):
             number += 1

@@ -86,8 +86,8 @@ class DataOptions:
 
     train_path: str = option(
         "",
-        "training examples: a local .jsonl, .json or .parquet file, or OWNER/NAME:FILE on the hub; "
-        "must be set",
+        "training examples: a local .jsonl (.gz, .zst), .json, .parquet or .csv file, a folder or "
+        "a pattern with *, or OWNER/NAME:FILE on the hub; must be set",
         path_or_id("RoxanneWsyw/gsm:train.jsonl"),
     )
     eval_path: str | None = option(

@@ -71,7 +71,8 @@ def _parser() -> ArgumentParser:
         required=True,
         type=expand,
         metavar="FILE_OR_HUB_ID",
-        help=".jsonl, .json or .parquet file, or owner/name, or owner/name:file.jsonl",
+        help=".jsonl (.gz, .zst), .json, .parquet or .csv file, a folder of them, or "
+        "owner/name, or owner/name:file.jsonl",
     )
     preview.add_argument("--tokenizer", required=True, **PATH_OR_ID)
     preview.add_argument("--max_seq_length", required=True, type=whole_number(1), metavar="N")

@@ -1,5 +1,8 @@
-"""Reading of the rows of a local file or of a data set on the hub, one at a time."""
+"""Reading of the rows of local files or of a data set on the hub, one at a time."""
 
+import contextlib
+import csv
+import glob
 import hashlib
 import io
 import json
@@ -10,12 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 from olmoe_jax import hub
 from olmoe_jax.errors import UserError, first_line
-from olmoe_jax.files import LINE_LIMIT, decode, open_regular, os_errors, read_lines
+from olmoe_jax.files import (
+    LINE_LIMIT,
+    check_regular,
+    decode,
+    open_regular,
+    os_errors,
+    read_lines,
+)
 
 if TYPE_CHECKING:
     import pyarrow
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
+_COMPRESSED = {".jsonl.gz": "gzip", ".jsonl.zst": "zstd"}
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", *_COMPRESSED)
 _SUFFIXES = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
 
 _LIMIT = f"{LINE_LIMIT >> 20} MiB"
@@ -31,12 +42,14 @@ _PAGE_LIMIT = 256 << 20
 
 
 def is_local(path: str) -> bool:
-    """Returns True for a local file, False for `owner/name` or `owner/name:file` on the hub."""
-    return hub.is_written_as_path(path) or (":" not in path and path.endswith(SUFFIXES))
+    """Returns True for local files, False for `owner/name` or `owner/name:file` on the hub."""
+    if hub.is_written_as_path(path) or glob.has_magic(path):
+        return True
+    return ":" not in path and path.endswith(SUFFIXES)
 
 
 def read_rows(path: str, split: str = "train") -> Iterator[tuple[str, Row]]:
-    """Yields (place, row) of a .jsonl, .json or .parquet file, or of a data set on the hub.
+    """Yields (place, row) of files (see `_local_files`), or of a data set on the hub.
 
     The place names file and line or row, for messages. A row takes at most 8 MiB, so that any file
     is read in little memory. A hub data set is `owner/name`, of which `split` is read, or
@@ -45,46 +58,95 @@ def read_rows(path: str, split: str = "train") -> Iterator[tuple[str, Row]]:
     Raises:
       UserError: the rows cannot be read; the message names the place.
     """
-    place = None
-    for place, row in _local_rows(path) if is_local(path) else _hub_rows(path, split):
-        yield f"{path}: {place}", row
-    if place is None:
-        raise UserError(f"{path} is empty: a data file needs at least one row")
+    for file in _local_files(path) if is_local(path) else [path]:
+        place = None
+        for place, row in _local_rows(file) if is_local(path) else _hub_rows(path, split):
+            yield f"{file}: {place}", row
+        if place is None:
+            raise UserError(f"{file} is empty: a data file needs at least one row")
 
 
 def content_digest(path: str, split: str = "train") -> str:
     """Returns a hash of the content that `read_rows` reads; a local file is not parsed."""
     digest = hashlib.sha256()
     if is_local(path):
-        _check_kind(path)
-        digest.update(os.path.splitext(path)[1].encode())
-        with os_errors(path, "read"), open_regular(path) as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        for name in _local_files(path):
+            digest.update(os.path.splitext(name)[1].encode())
+            with os_errors(name, "read"), open_regular(name) as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
     else:
         for _, row in read_rows(path, split):
             digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()
 
 
-def _check_kind(path: str) -> None:
+def _local_files(path: str) -> list[str]:
+    """Returns a data file, or the data files of a folder or of a pattern with *, ? or [, sorted."""
     if os.path.isdir(path):
-        raise UserError(f"{path} is a directory: name a data file in it ({_SUFFIXES})")
-    if not path.endswith(SUFFIXES):
-        raise UserError(f"{path} is not a kind of data file that is read: use {_SUFFIXES}")
+        files = sorted(os.path.join(path, name) for name in os.listdir(path))
+        found = [file for file in files if file.endswith(SUFFIXES)]
+        if not found:
+            raise UserError(f"{path} is a directory: name a data file in it ({_SUFFIXES})")
+        return found
+    found = [path] if os.path.lexists(path) else sorted(glob.glob(path)) or [path]
+    for file in found:
+        if not file.endswith(SUFFIXES):
+            raise UserError(f"{file} is not a kind of data file that is read: use {_SUFFIXES}")
+    return found
 
 
 def _local_rows(path: str) -> Iterator[tuple[str, Row]]:
-    _check_kind(path)
     with os_errors(path, "read"), open_regular(path) as file:
         begin = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
     if path.endswith(".parquet"):
         yield from _parquet_rows(path)
+    elif path.endswith(".csv"):
+        yield from _csv_rows(path)
     elif path.endswith(".json") and begin == b"[":
         yield from _list_rows(path)
     else:
-        for number, line in read_lines(path):
+        for number, line in read_lines(path, opened=_opened):
             yield f"line {number}", decode(Row, line, f"{path}: line {number}")
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[Any]:
+    """Opens a file to read its bytes, decompressed."""
+    kind = next((k for suffix, k in _COMPRESSED.items() if str(path).endswith(suffix)), None)
+    if kind is None:
+        with open_regular(path) as stream:
+            yield stream
+        return
+    import pyarrow
+
+    check_regular(path)
+    try:
+        with io.BufferedReader(pyarrow.input_stream(str(path), compression=kind)) as stream:
+            yield stream
+    except OSError as error:
+        raise UserError(f"{path} is no {kind} file that is whole: {first_line(error)}") from None
+
+
+def _csv_rows(path: str) -> Iterator[tuple[str, Row]]:
+    """Yields the rows of a table with a header, in which every field is text."""
+    csv.field_size_limit(LINE_LIMIT)
+    with open_regular(path) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            header = next(reader, [])
+            for values in reader:
+                if not values:
+                    continue
+                where = f"line {reader.line_num}"
+                if len(values) != len(header):
+                    raise UserError(
+                        f"{path}: {where} has {len(values)} fields, and the header {len(header)}"
+                    )
+                yield where, dict(zip(header, values, strict=True))
+        except (csv.Error, UnicodeDecodeError) as error:
+            reason = first_line(error)
+            raise UserError(f"{path}: not CSV after line {reader.line_num} ({reason})") from None
 
 
 _SPACE = re.compile(r"[ \t\r\n]*")

@@ -20,7 +20,7 @@ ROWS = {
     "types.jsonl": '{"prompt": "1+1=", "completion": 2}\n',
     "long.jsonl": json.dumps({"prompt": "1+" * 50 + "1=", "completion": "51"}) + "\n",
     "one.jsonl": '{"prompt": "1+1=", "completion": "2"}\n',
-    "rows.csv": "prompt,completion\n",
+    "rows.txt": "prompt,completion\n",
     "fake.parquet": "not parquet",
 }
 
@@ -93,9 +93,9 @@ DATA = [
         "long.jsonl",
         "{path}: no row has a token to train on within max_seq_length=64; raise data.max_seq_",
     ),
-    ("rows.csv", "{path} is not a kind of data file that is read: use .jsonl, .json or .parquet"),
+    ("rows.txt", "{path} is not a kind of data file that is read: use .jsonl, .json, .parquet"),
     ("fake.parquet", "{path} is not a Parquet file: "),
-    ("nothing", "{path} is a directory: name a data file in it (.jsonl, .json or .parquet)"),
+    ("nothing", "{path} is a directory: name a data file in it (.jsonl, .json, .parquet, "),
 ]
 
 

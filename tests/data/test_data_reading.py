@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 
@@ -11,6 +12,16 @@ from olmoe_jax.errors import UserError
 from olmoe_jax.files import LINE_LIMIT
 
 ROWS = [{"prompt": "é \u2028", "completion": "1"}, {"prompt": "b", "completion": "2"}]
+
+
+def zstd(content):
+    """Content as a zstd file."""
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as file:
+        file.write(content)
+    return sink.getvalue().to_pybytes()
+
+
 LINES = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
 
 
@@ -32,6 +43,22 @@ def test_json_files(tmp_path, name, content):
         (f"{path}: {first}", ROWS[0]),
         (f"{path}: {second}", ROWS[1]),
     ]
+
+
+def test_compressed_files_tables_folders_and_patterns(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(LINES.encode()))
+    (tmp_path / "b.jsonl.zst").write_bytes(zstd(LINES.encode()))
+    (tmp_path / "c.csv").write_text('\ufeffprompt,completion\n"é \u2028",1\n\n"b",2\n', "utf-8")
+    (tmp_path / "notes.txt").write_text("no data")
+    for path in (str(tmp_path), f"{tmp_path}/?.*"):
+        assert [row for _, row in read_rows(path)] == ROWS * 3
+    assert [place for place, _ in read_rows(f"{tmp_path}/c.csv")] == [
+        f"{tmp_path}/c.csv: line {number}" for number in (2, 4)
+    ]
+    first = content_digest(str(tmp_path))
+    assert first == content_digest(f"{tmp_path}/?.*")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"{}"))
+    assert first != content_digest(str(tmp_path))
 
 
 def test_parquet_file(tmp_path):
@@ -65,7 +92,15 @@ def test_parquet_file(tmp_path):
         ("long.jsonl", b'{}\n{"a": "%b"}' % (b"x" * LINE_LIMIT), "line 2 is longer than 8 MiB"),
         ("long.json", b'[{}, {"a": "%b"}]' % (b"x" * LINE_LIMIT), "row 2 is longer than 8 MiB"),
         ("endless.json", b'[{}, {"a": "%b"}]' % (b"x" * 4 * LINE_LIMIT), "row 2 is not JSON of at"),
-        ("table.csv", b"a,b", r"use .jsonl, .json or .parquet"),
+        ("table.txt", b"a,b", r"use .jsonl, .json, .parquet, .csv"),
+        ("table.csv", b"a,b", "is empty"),
+        ("fields.csv", b"a,b\n1,2\n3", "line 3 has 1 fields, and the header 2"),
+        ("latin.csv", b"a,b\n\xe9,2\n", "not CSV after line"),
+        ("open.csv", b'a\n"x', "not CSV after line"),
+        ("bad.jsonl.gz", b"x", "is no gzip file that is whole"),
+        ("bad.jsonl.zst", b"x", "is no zstd file that is whole"),
+        ("torn.jsonl.gz", gzip.compress(LINES.encode())[:-12], "is no gzip file that is whole"),
+        ("torn.jsonl.zst", zstd(LINES.encode())[:-3], "is no zstd file that is whole"),
         ("bad.parquet", b"PAR1", "not a Parquet file"),
     ],
 )
@@ -129,6 +164,7 @@ def test_local_files_and_hub_ids_are_told_apart():
     assert is_local("train.jsonl")
     assert is_local("data/train.parquet")
     assert is_local("./owner/name")
+    assert is_local("shards/part-*")
     assert not is_local("owner/name")
     assert not is_local("owner/name:train.jsonl")
 
