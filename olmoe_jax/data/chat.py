@@ -119,6 +119,8 @@ class ChatTemplate:
             text, _ = self.render([_turn("user", "A"), _turn("assistant", mark)])
         except UserError:  # a conversation will say what is wrong
             return [end]
+        if mark not in text:
+            return [end]
         rest = self.tokenizer(text.rpartition(mark)[2], add_special_tokens=False)["input_ids"]
         added = self.tokenizer.added_tokens_decoder
         return sorted({end, *[i for i in rest if i in added and added[i].special][:1]})
@@ -193,6 +195,7 @@ def templated(
     """
     messages, wanted = _trained_turns(messages, train_on)
     text, marks = template.render(messages, tools)
+    checked_text(text, "messages")
     _check_printed(messages, tools, template, text)
     needed = [turn for turn in wanted if wanted[turn] != (train_on == "all")]
     if not template.has_marks(tools):

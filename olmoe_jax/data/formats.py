@@ -184,8 +184,8 @@ def format_row(row: Fields, eos: str, rules: RowRules | None = None) -> Formatte
         )
     for required, optional, formatter in _FORMATS:
         if all(name in fields for name in required):
-            for name in fields.keys() - {*required, *optional}:
-                if has_content(fields[name]):
+            for name, value in fields.items():
+                if name not in (*required, *optional) and has_content(value):
                     raise UserError(
                         f"field {name} is not used by rows of {' + '.join(required)}; remove it, "
                         f"or set data.ignore_fields={name}"
@@ -322,8 +322,8 @@ def _choice_index(value: Any, count: int) -> int:
 
 def _instruction(row: Fields, eos: str, rules: RowRules) -> FormattedRow:
     """Returns instruction and output behind the pairs of `history`, and `system` in front."""
-    turns = []
-    for pair in row.get("history", []):
+    turns, history = [], row.get("history", [])
+    for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise UserError("field history must be a list of pairs: instruction and output")
         instruction, output = (checked_text(text, "history") for text in pair)
@@ -364,7 +364,7 @@ def _sharegpt(row: Fields, eos: str, rules: RowRules) -> FormattedRow:
     for index, turn in enumerate(turns):
         # Some of these files have the fields of messages.
         name = turn.get("from") or turn.get("role")
-        if name not in _SHAREGPT_ROLES:
+        if not isinstance(name, str) or name not in _SHAREGPT_ROLES:
             known = ", ".join(_SHAREGPT_ROLES)
             raise UserError(f"field conversations[{index}].from must be one of {known}")
         content = turn.get("value") if "value" in turn else turn.get("content")
@@ -381,7 +381,8 @@ def _conversation(
         messages = [{"role": "system", "content": _text(row, "system")}, *messages]
     tools = row.get("tools")
     if isinstance(tools, str):  # tables have no column for schemas of any shape
-        tools = decode(list[dict[str, Any]], tools, "field tools") if tools.strip() else None
+        text = checked_text(tools, "tools").strip()
+        tools = decode(list[dict[str, Any]], text, "field tools") if text else None
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise UserError("field tools must be a list of JSON schemas")
     if rules.template:

@@ -197,6 +197,7 @@ def test_a_template_that_rewrites_earlier_turns(chat_tokenizer):
     assert trained(row, rules, chat_tokenizer) == ["<think>\n\n</think>\n\nA2<|im_end|>\n"]
 
 
+BROKEN = {"function": {"name": "weather", "arguments": {"city": "\ud800"}}}
 ANSWER = ("assistant", "Yes", {})
 PARTS = [{"type": "text", "text": "Hi "}, {"type": "text", "text": "you"}]
 
@@ -220,6 +221,9 @@ PARTS = [{"type": "text", "text": "Hi "}, {"type": "text", "text": "you"}]
         ("chatml", chat(USER, ("assistant", "4", {"weight": 0.5})), r"\[1\].weight must be 0 or 1"),
         ("chatml", chat(USER, ("assistant", "4", {"train": 1})), r"\[1\].train must be true or"),
         ("chatml", chat(("user", "Hi", {"train": True}), ANSWER), "a turn that is no assistant's"),
+        ("llama3", chat(USER, ("assistant", "", {"tool_calls": [BROKEN]}), tools=TOOLS), "Unicode"),
+        ("llama3", chat(USER, ("assistant", "", {"tool_calls": 5}), tools=TOOLS), "does not take"),
+        ("chatml", chat(("user", {"a": 1}, {}), ANSWER), "content must be text"),
         ("chatml", {"messages": [{"content": "x"}]}, r"messages\[0\].role must be text"),
         (
             None,
