@@ -75,7 +75,8 @@ def main(arguments: Sequence[str]) -> None:
         backend = functools.partial(models.open, asked["decode_dtype"])
         result = evaluate(task, examples[task.name], asked, args.output, backend, tools)
         _print_result(task.name, result)
-        scores[task.name] = {name: score["value"] for name, score in result["metrics"].items()}
+        label = task.name if task.protocol == "ours" else f"{task.name} (protocol {task.protocol})"
+        scores[label] = {name: score["value"] for name, score in result["metrics"].items()}
     print(f"wrote {args.output}")
     from olmoe_jax.checkpoints.card import add_results
 

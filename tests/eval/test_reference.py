@@ -18,6 +18,7 @@ from judge_server import KEY
 from tiny_report import write_evaluation, write_json
 
 from eval import sandbox
+from eval.backends import Sampling, open_backend
 from eval.evaluation import Decoding, settings_of
 from eval.judge.client import Server
 from eval.judge.judge import Judge
@@ -309,7 +310,8 @@ def test_draws_are_those_of_transformers(tiny_model):
     )
 
     from olmoe_jax.data import load_tokenizer
-    from olmoe_jax.generation.sampling import Sampling, sample
+    from olmoe_jax.generation.sampling import Sampling as Draws
+    from olmoe_jax.generation.sampling import sample
 
     tokenizer = load_tokenizer(str(tiny_model))
     theirs = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
@@ -323,7 +325,7 @@ def test_draws_are_those_of_transformers(tiny_model):
             warpers += [TopKLogitsWarper(top_k)] if top_k else []
             warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
             expected = LogitsProcessorList(warpers)(ids, logits.clone()).softmax(-1)[0].numpy()
-            sampling = Sampling(0.7, top_p, number, top_k)
+            sampling = Draws(0.7, top_p, number, top_k)
             keys = jax.random.split(jax.random.key(number), count)
             rows = jnp.broadcast_to(logits[0].numpy(), (count, logits.shape[-1]))
             drawn = draw(sampling.kind, rows, keys, jnp.int32(0), sampling.numbers)
@@ -335,3 +337,18 @@ def test_draws_are_those_of_transformers(tiny_model):
             statistic = ((kept - wanted) ** 2 / wanted).sum()
             statistic += (rest[0] - rest[1]) ** 2 / max(rest[1], 1)
             assert statistic < chi2.ppf(0.9999, max(1, common.sum() - 1 + (rest[1] > 1)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["jax", "hf"])
+def test_the_same_seed_draws_the_same_texts(tiny_model, name):
+    backend = open_backend(name, str(tiny_model), "float32")
+    prompts, drawing = ["a b", "the cat", "a b"], {"top_p": 0.9, "top_k": 50}
+    first, again, other = (
+        backend.generate(prompts, Sampling(12, 0.7, seed, (), **drawing)) for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    # Two samples of a prompt in one batch are two draws.
+    assert first[0] != first[2]
+    greedy = [backend.generate(prompts, Sampling(12, 0.7, seed, (), top_k=1)) for seed in (1, 2)]
+    assert greedy[0] == greedy[1] == backend.generate(prompts, Sampling(12, 0.0, 0, ()))
