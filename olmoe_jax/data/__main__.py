@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from olmoe_jax.checkpoints.directory import new_file
 from olmoe_jax.data.arguments import add_row_arguments, rules_of
 from olmoe_jax.data.counts import Counts
 from olmoe_jax.data.formats import EncodedRow, encode_batch
+from olmoe_jax.data.page import page
 from olmoe_jax.data.reading import read_rows
 from olmoe_jax.data.tokenized import format_row_at
 from olmoe_jax.data.tokenizer import load_tokenizer
 from olmoe_jax.errors import ArgumentParser, printable, run_command, unescaped, whole_number
-from olmoe_jax.files import PATH_OR_ID, expand
+from olmoe_jax.files import PATH_OR_ID, expand, user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,9 +51,13 @@ def main(argv: Sequence[str]) -> None:
         for example in examples:
             print(_as_json(example))
     else:
-        _print_text(examples, tokenizer)
-        ends = rules.ends(tokenizer)
-        print(_summary(examples, ends, args.max_seq_length))
+        summary = _summary(examples, rules.ends(tokenizer), args.max_seq_length)
+        if args.html:
+            with new_file(args.html) as file:
+                file.write_text(page(examples, tokenizer, summary), encoding="utf-8")
+        else:
+            _print_text(examples, tokenizer)
+        print(summary)
         if any(example.templated for example in examples):
             print(f"conversations: {rules.describe()}")
 
@@ -78,6 +84,9 @@ def _parser() -> ArgumentParser:
     preview.add_argument("--max_seq_length", required=True, type=whole_number(1), metavar="N")
     preview.add_argument("--rows", type=whole_number(1), default=5, metavar="N", help="default: 5")
     add_row_arguments(preview)
+    preview.add_argument(
+        "--html", type=user_path, metavar="FILE", help="write a page of coloured rows instead"
+    )
     preview.add_argument(
         "--json",
         action="store_true",

@@ -59,6 +59,18 @@ def test_text_is_coloured_on_a_terminal(arguments, capsys, monkeypatch):
     assert "abc\033[32m de<|endoftext|>\033[0m" in capsys.readouterr().out
 
 
+def test_page(arguments, tmp_path, capsys):
+    row = {"prompt": "<b>", "completion": "&"}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row))
+    main([*arguments, f"--html={tmp_path / 'page.html'}"])
+    assert capsys.readouterr().out.startswith("rows: 0 of 1 rows dropped")
+    text = (tmp_path / "page.html").read_text()
+    assert '<span class="">&lt;b&gt;</span><span class="t"> &amp;</span>' in text
+    assert '<span class="s t">&lt;|endoftext|&gt;</span>' in text
+    assert "3 of 6 tokens train" in text
+    assert "0 of 1 rows dropped" in text
+
+
 @pytest.mark.parametrize(
     "change", [["--max_seq_length=0"], ["--rows=x"], ["--js"], ["--data=none.jsonl"]]
 )
