@@ -17,16 +17,27 @@ from olmoe_jax.files import cache_directory
 _DAMAGE = re.compile(r"Error reading persistent compilation cache entry for '([\w.-]+)'")
 """jax's warning about a program that it cannot read and compiles again."""
 
-_GPU_OPTIONS: dict[str, bool | str] = {
+_GPU_OPTIONS: dict[str, bool | int] = {
     # Kernels read a layer's weights where they lie in the stack of all layers. jax 0.12 does this
     # by default; without it a scan over layers copies each layer's weights first.
     "xla_gpu_enable_dynamic_slice_fusion": True,
+    # Several transfers run beside the kernels; at XLA's own limit, 1, kernels wait for the others.
+    "xla_gpu_experimental_parallel_collective_overlap_limit": 8,
 }
+_ONE_SCATTER = {"xla_gpu_reduce_scatter_combine_threshold_bytes": 2**32}
 
 
-def compiler_options(platform: str) -> dict[str, bool | str] | None:
-    """Returns XLA's options for the programs of a step on a platform ("cpu", "gpu" or "tpu")."""
-    return _GPU_OPTIONS if platform == "gpu" else None
+def compiler_options(platform: str, layers_ahead: bool) -> dict[str, bool | int] | None:
+    """Returns XLA's options for the programs of a step.
+
+    Args:
+      platform: "cpu", "gpu" or "tpu".
+      layers_ahead: whether the layers run as in `olmoe_jax.model.stack`, where all gradients of a
+        layer are there before the first is scattered.
+    """
+    if platform != "gpu":
+        return None
+    return _GPU_OPTIONS | (_ONE_SCATTER if layers_ahead else {})
 
 
 def keep_programs() -> None:

@@ -147,12 +147,13 @@ def parameter_shardings(specs: Mapping[str, Declared], mesh: Mesh) -> dict[str, 
 
 
 def active_mesh() -> AbstractMesh | None:
-    """Returns the mesh set by `jax.set_mesh`; None outside of one, and for one device.
+    """Returns the mesh set by `jax.set_mesh`; None outside of one, for one device, and inside of
+    a `jax.shard_map`.
 
     XLA does not remove a `shard_map`'s collectives over one device: on a CPU they copy the weights.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty or mesh.size == 1 else mesh
+    return None if mesh.empty or mesh.size == 1 or mesh.manual_axes else mesh
 
 
 def shard_batch(x: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ Shapes: B rows, S positions, L layers, E experts, K experts per token.
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -91,15 +92,17 @@ class Trainer:
         batch: DeviceBatch,
         dropout_key: jax.Array | None = None,
         load: jax.Array | None = None,
+        sums: Mapping[str, Any] | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, RouterStatistics]]:
         """Returns a micro-batch's objective, and (its loss, router statistics) [L, …].
 
         The objective is the loss plus the weighted load-balancing loss. `dropout_key` is a scalar
-        random key; None: no dropout. `load` is that of `accumulate`.
+        random key; None: no dropout. `load` is that of `accumulate`. `sums` is that of
+        `Olmoe.hidden`.
         """
         model: Olmoe = merge(self.graph, trained | frozen)
         hidden, statistics = model.hidden(
-            batch.tokens, batch.segment_ids, batch.positions, dropout_key=dropout_key
+            batch.tokens, batch.segment_ids, batch.positions, dropout_key=dropout_key, sums=sums
         )
         with jax.named_scope("loss"):
             loss = weighted_cross_entropy(hidden, model.head(), batch.targets, batch.loss_weights)
@@ -138,14 +141,14 @@ class Trainer:
             loss needs; None: this is the step's only micro-batch, or there is no such loss.
         """
         key = self._dropout_key(position)
-
-        def loss(trained: Parameters) -> tuple[jax.Array, tuple[jax.Array, RouterStatistics]]:
-            return self.loss(trained, frozen, batch, key, load)
-
-        objective, backward, sums = jax.vjp(loss, trained, has_aux=True)
         # The backward adds to the sums in place, layer by layer: a second copy of all gradients
         # never exists.
         gradients = jax.tree.map(jax.new_ref, accumulated.gradients)
+
+        def loss(trained: Parameters) -> tuple[jax.Array, tuple[jax.Array, RouterStatistics]]:
+            return self.loss(trained, frozen, batch, key, load, gradients)
+
+        objective, backward, sums = jax.vjp(loss, trained, has_aux=True)
         backward.with_refs(gradients)(jnp.ones_like(objective))  # type: ignore[attr-defined]
         sums = jax.tree.map(jnp.add, (accumulated.loss, accumulated.statistics), sums)
         return Accumulated(jax.tree.map(jax.freeze, gradients), *sums)
