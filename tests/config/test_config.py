@@ -197,7 +197,7 @@ def test_home_in_every_path(monkeypatch):
     """In a flag, in a config file, in Python; `~` elsewhere in a path is a character."""
     monkeypatch.setenv("HOME", "/home/me")
     paths = [path for path, field in FIELDS.items() if field.rule and field.rule.is_path]
-    named = [path for path in FIELDS if path.endswith(("path", "_dir"))]
+    named = [path for path in FIELDS if path.endswith(("path", "_dir", "_template"))]
     assert sorted(paths) == sorted(named)
     for path in paths:
         section, name = path.split(".")
