@@ -261,14 +261,17 @@ def test_vllm_gets_the_same_prompts(tiny_model, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", module)
     backend = open_backend("vllm", str(tiny_model), "bfloat16")
     tokenizer = backend.tokenizer
-    texts = backend.generate(["x", "你"], Sampling(3, 0.5, 1, ("\n#",)))
+    texts = backend.generate(["x", "你"], Sampling(3, 0.5, 1, ("\n#",), top_p=0.9, top_k=7))
     assert texts == ["ab", "ab"]
     requests, parameters = asked["generate"]
     assert [r["prompt_token_ids"] for r in requests] == [
         tokenizer(p).input_ids for p in ("x", "你")
     ]
-    assert parameters["max_tokens"] == 3
-    assert parameters["stop"] == ["\n#"]
+    for one in parameters:
+        assert (one["max_tokens"], one["stop"]) == (3, ["\n#"])
+        assert (one["temperature"], one["top_p"], one["top_k"]) == (0.5, 0.9, 7)
+    # Samples of one prompt must not draw alike.
+    assert parameters[0]["seed"] != parameters[1]["seed"]
     assert asked["load"] == {"model": str(tiny_model), "dtype": "bfloat16"}
     assert backend.context == 1024
 
