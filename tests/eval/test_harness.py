@@ -240,7 +240,8 @@ def test_the_scores_of_lm_eval_itself(tiny_model, tmp_path):
     # A group without metrics of its own: its tasks are the columns.
     inputs = read_inputs([f"mine={out}"])
     assert inputs.results.keys() == {f"lm_eval:{name}" for name in names}
-    assert inputs.models["mine"] == Model(str(tiny_model), None, "jax", "float32")
+    models = {evaluation.model for _, evaluation in inputs.evaluations}
+    assert models == {Model(str(tiny_model), None, "jax", "float32")}
     for name in names:
         result = inputs.results[f"lm_eval:{name}"]["mine"]
         theirs = {
