@@ -109,6 +109,7 @@ def test_checkpoints_that_transformers_saves(tmp_path, fused, dtype):
     assert (exported / generation).read_bytes() == (saved / generation).read_bytes()
 
 
+@pytest.mark.slow
 def test_transformers_loads_the_export_and_agrees(tmp_path):
     """from_pretrained of both directories agrees too."""
     torch = pytest.importorskip("torch")

@@ -13,6 +13,7 @@ from helpers import message_of
 from judge_server import KEY, judge_server
 
 from eval.judge.client import Answer, RequestError, Server, run
+from eval.judge.prompts import OWN_QUESTIONS
 from olmoe_jax.errors import UserError
 
 OK = b"HTTP/1.1 200 OK\r\n"
@@ -89,7 +90,8 @@ def ask_all(server, names, **changes):
 
     async def ask(client, name):
         try:
-            return await judge.ask(client, judge.body(f"<candidate>\n{name}\n</candidate>"))
+            question = f"<candidate>\n{name}\n</candidate>"
+            return await judge.ask(client, OWN_QUESTIONS.body(judge.model, question))
         except (RequestError, UserError) as error:
             return error
 

@@ -22,6 +22,8 @@ from convert import merge_lora, to_hf
 from olmoe_jax.methods import esft
 from olmoe_jax.methods.selection import read_scores, select
 
+pytestmark = pytest.mark.slow
+
 ESFT = {
     "method__name": "esft_token",
     "method__esft_score_tokens": 100,
@@ -42,7 +44,6 @@ def chosen(run):
     return json.loads((run / "experts.json").read_text())["experts"]
 
 
-@pytest.mark.slow
 def test_scores_and_experts_are_kept(run, chosen):
     assert (run / "scores.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     scores = read_scores(run / "scores.json", "token")
@@ -106,7 +107,6 @@ def test_adapter_of_the_trained_tensors(run, chosen, bfloat16_base, tmp_path):
         assert tensors[name].tobytes() == np.ascontiguousarray(expected).tobytes(), name
 
 
-@pytest.mark.slow
 def test_a_continued_run_does_not_score_again(
     run, run_files, bfloat16_base, tmp_path, sigterm_at, monkeypatch
 ):
@@ -135,7 +135,6 @@ EMPTY_LAYER = {"1": [], "2": [6, 1]}
 SHAREABLE = {"experts": {"1": [3], "2": [0, 5]}, "shared_experts": False}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "options", "also"),
     [
@@ -166,7 +165,6 @@ def test_given_experts(run_files, bfloat16_base, tmp_path, content, options, als
     assert stored["experts"] == {layer: sorted(ids) for layer, ids in content["experts"].items()}
 
 
-@pytest.mark.slow
 def test_non_expert_modules(run_files, bfloat16_base, tmp_path):
     """Everything but the frozen experts trains; the router too."""
     content = SHAREABLE | {"non_expert_modules": True}
@@ -198,7 +196,6 @@ def test_tied_embeddings(run_files, tmp_path):
     assert "parameters.embed" in saved_arrays(output)
 
 
-@pytest.mark.slow
 def test_random_weights(run_files, tmp_path):
     """model.init=random: the scored model is the one that trains; it is exported whole."""
     output = tmp_path / "out"
@@ -216,7 +213,6 @@ def test_random_weights(run_files, tmp_path):
     assert not changed_tensors(output / "hf", tmp_path / "again")
 
 
-@pytest.mark.slow
 def test_to_hf_in_a_process(run, tmp_path):
     arguments = ("-m", "convert.to_hf", "--checkpoint", run, "--output", tmp_path / "a")
     code, stdout, stderr = run_command_line(*arguments, "--adapter")

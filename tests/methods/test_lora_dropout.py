@@ -129,6 +129,7 @@ def test_the_loss_varies_around_that_without_dropout(setting):
     assert abs(losses - expected).max() > 4 * losses.std() / np.sqrt(draws)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "target",
     [

@@ -51,6 +51,7 @@ def made_by_peft(base, output, **options):
 ATTENTION = ("q", "k", "v", "o")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("targets", "rank", "options"),
     [

@@ -22,7 +22,8 @@ CONFIG = tiny_config()
 SETTINGS = ModelSettings(grouped_matmul="blocked", attention="chunked")
 
 
-@pytest.mark.parametrize("lora", [None, pytest.param(LoraSettings(4, 8.0), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [None, LoraSettings(4, 8.0)])
 def test_right_kernels(lora):
     line = prove_kernels(CONFIG, dataclasses.replace(SETTINGS, lora=lora), rows=2, length=32)
     assert line.startswith("kernels proven against plain XLA: largest error grouped_matmul ")

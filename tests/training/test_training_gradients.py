@@ -13,6 +13,8 @@ from olmoe_jax.training.base_model import open_model
 from olmoe_jax.training.datasets import load_datasets, training_data
 from olmoe_jax.training.program import build_program
 
+pytestmark = pytest.mark.slow
+
 
 class Gradients(NamedTuple):
     loss: float
@@ -79,7 +81,7 @@ def unpacked(setup):
 @pytest.mark.parametrize(
     "rows",
     [
-        pytest.param(2, marks=pytest.mark.slow),
+        2,
         *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (8, 1)),
     ],
 )
@@ -91,7 +93,6 @@ def test_micro_batches_of_ragged_lengths(setup, unpacked, rows):
     assert difference(setup.gradients(step.batches), unpacked) < 1e-5
 
 
-@pytest.mark.slow
 def test_accumulating_on_the_device_is_adding(setup, unpacked):
     total = setup.gradients(setup.first_step(pack=False, rows=4).batches)
     assert difference(total, unpacked) < 1e-5
@@ -147,7 +148,6 @@ def test_auxiliary_loss_reaches_the_router(setup_with_auxiliary_loss, unpacked):
     assert change > 0.05 * np.abs(unpacked.gradients[router]).max()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("pack", "rows"), [(True, 4), (True, 1), (False, 2), (False, 8)])
 def test_auxiliary_loss_is_of_the_step(setup_with_auxiliary_loss, pack, rows):
     """Packing and micro-batches do not change the balance, since it is that of all tokens."""
@@ -158,7 +158,6 @@ def test_auxiliary_loss_is_of_the_step(setup_with_auxiliary_loss, pack, rows):
     assert difference(setup.gradients(part), setup.gradients(whole)) < 1e-5
 
 
-@pytest.mark.slow
 def test_auxiliary_loss_under_dropout(files, tmp_path_factory):
     """The tokens are counted with the dropout under which the step computes."""
     lora = {"method__lora_rank": 4, "method__lora_dropout": 0.5}

@@ -47,6 +47,7 @@ def state_after(output, step):
     return parameters(RunCheckpoint(output, step))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [np.nan, pytest.param(np.inf, marks=pytest.mark.exhaustive)])
 def test_update_is_skipped_and_training_goes_on(files, tmp_path, poison, capsys, value):
     poison(value, {3})

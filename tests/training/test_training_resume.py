@@ -101,6 +101,7 @@ def test_sigterm_saves_and_the_same_command_continues(files, whole, tmp_path, at
     assert_same_run(stopped.output_dir, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "last", [2, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (7, 11))]
 )
@@ -282,6 +283,7 @@ def test_a_foreign_directory_is_refused(files, tmp_path):
         olmoe_jax.train(config)
 
 
+@pytest.mark.slow
 def test_an_empty_directory_and_a_start_cut_off_are_taken(files, tmp_path, monkeypatch):
     """Killed while the directory is being made, the same command must still work."""
     from olmoe_jax.checkpoints import directory
@@ -336,6 +338,7 @@ def stopped(own_files, tmp_path):
     return files, tmp_path / "run"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["training", "evaluation"])
 def test_changed_data_is_refused(stopped, which):
     files, output = stopped
@@ -350,6 +353,7 @@ def test_changed_data_is_refused(stopped, which):
     assert "train.resume=restart" in message
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_an_earlier_version_is_refused(stopped):
     """It has no checksums."""
     files, output = stopped
@@ -421,6 +425,7 @@ def test_a_damaged_checkpoint_is_one_clear_line(stopped, damage, capfd):
     assert f"{output}" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     [

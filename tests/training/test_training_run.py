@@ -323,6 +323,7 @@ def test_exports_alone_can_be_made_anew(output, files, options, tmp_path, capsys
     assert f"{copy / 'hf'} is there already" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_equal_eval_loss_later_is_not_better(files, tmp_path):
     """The best step exported must be one whose checkpoint is kept."""
     changes = {
