@@ -279,8 +279,14 @@ def test_output_directory_that_cannot_be_made(files, tmp_path, monkeypatch, caps
     ("changes", "expected"),
     [
         ({"data__train_path": "{broken}"}, "{broken}: line 3: not JSON ("),
-        ({"model__config_path": "{small}"}, "the tokenizer of "),
-        ({"mesh__fsdp": 3}, "mesh.data=1 mesh.fsdp=3: needs 3 devices, but there are 1; "),
+        pytest.param(
+            {"model__config_path": "{small}"}, "the tokenizer of ", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            {"mesh__fsdp": 3},
+            "mesh.data=1 mesh.fsdp=3: needs 3 devices, but there are 1; ",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_as_a_process(files, tmp_path, changes, expected):

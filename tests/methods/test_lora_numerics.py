@@ -95,6 +95,7 @@ def objective(graph, parameters, weighting):
     return jnp.sum(weighting * merge(graph, parameters)(TOKENS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "target",
     [

@@ -129,6 +129,7 @@ def test_adapter_made_by_peft(base, tmp_path, targets, rank, options):
     assert relative_error(torch_logits(torch_base(base)), expected) > 0.01
 
 
+@pytest.mark.slow
 def test_fused_experts_as_wide_as_the_model(tmp_path):
     """A of gate and up has the shape of down's A."""
     base = write_base(tmp_path / "base", intermediate_size=32)

@@ -130,6 +130,7 @@ def test_router_gradient_is_the_published_formula(norm_topk):
     assert relative_error(drouter, router_gradient_by_formula(norm_topk)) < 1e-6
 
 
+@pytest.mark.slow
 def test_router_gradient_experts_is_a_dial():
     """m=K: conventional; m=E: exact; between: the m most probable experts count."""
     norm_topk = True

@@ -143,7 +143,7 @@ def test_positions_and_order_matter():
     np.testing.assert_array_equal(model(later)[:, :-1], logits[:, :-1])
 
 
-@pytest.mark.parametrize("first", [7, 1])
+@pytest.mark.parametrize("first", [pytest.param(7, marks=pytest.mark.slow), 1])
 def test_decoding_equals_the_full_forward(first):
     """A prompt of `first` tokens, then token by token; row 1 is padded on the left by two."""
     model = make_model(tiny_config(num_kv_heads=2))

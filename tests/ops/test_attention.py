@@ -180,6 +180,7 @@ def largest_array(function, *shapes) -> int:
     return max(int(np.prod([int(size) for size in found.split(",")])) for found in dimensions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [2048, 2047])
 def test_no_array_of_scores(length):
     q, segments = (

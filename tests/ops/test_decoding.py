@@ -65,6 +65,7 @@ def test_experts_in_use(monkeypatch, part_bytes, tokens, lora):
         assert_close(out, expected, 1e-5)
 
 
+@pytest.mark.slow
 def test_the_loop_reads_only_experts_in_use():
     """Weights of the others may be anything: no number of theirs reaches a result."""
     parts = [Linear(jnp.full((1, 4, 3, 3), jnp.nan).at[0, 2].set(1.0)) for _ in range(3)]

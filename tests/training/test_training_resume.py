@@ -17,6 +17,8 @@ from olmoe_jax.training import run_directory
 from olmoe_jax.training.event_file import TAGS
 from olmoe_jax.training.reporting import Reporter
 
+pytestmark = pytest.mark.slow
+
 STEPS = 12
 OPTIONS = {"train__checkpoint_every": 4, "train__eval_every": 5}
 
@@ -101,7 +103,6 @@ def test_sigterm_saves_and_the_same_command_continues(files, whole, tmp_path, at
     assert_same_run(stopped.output_dir, whole)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "last", [2, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (7, 11))]
 )
@@ -126,7 +127,6 @@ def test_steps_after_the_last_checkpoint_are_repeated(files, whole, tmp_path, at
     assert_same_run(output, whole)
 
 
-@pytest.mark.slow
 def test_with_accumulation_unpacked(files, tmp_path, at_step):
     """Several micro-batches in a step, and a stop in the middle of an epoch."""
     options = {"data__pack": False, "train__rows_per_device": 2, "train__max_steps": 5}
@@ -139,7 +139,6 @@ def test_with_accumulation_unpacked(files, tmp_path, at_step):
     assert exported_bytes(output) == exported_bytes(expected)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("moments", "master"),
     [
@@ -199,7 +198,6 @@ def test_a_finished_run_is_left_alone(files, whole):
         assert ignored.match(name) or after.get(name) == before.get(name), name
 
 
-@pytest.mark.slow
 def test_the_chosen_backend_is_in_config_json(files, whole, tmp_path, at_step, capsys):
     config = files.config(tmp_path / "run", **OPTIONS, model__grouped_matmul="auto")
     output = assert_same_when_stopped(config, at_step, whole)
@@ -208,7 +206,6 @@ def test_the_chosen_backend_is_in_config_json(files, whole, tmp_path, at_step, c
     assert "model.grouped_matmul=auto: keeps the run's blocked\n" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_restart_sets_the_old_run_aside(files, whole, tmp_path, capsys):
     output = tmp_path / "run"
     shutil.copytree(whole, output)
@@ -283,7 +280,6 @@ def test_a_foreign_directory_is_refused(files, tmp_path):
         olmoe_jax.train(config)
 
 
-@pytest.mark.slow
 def test_an_empty_directory_and_a_start_cut_off_are_taken(files, tmp_path, monkeypatch):
     """Killed while the directory is being made, the same command must still work."""
     from olmoe_jax.checkpoints import directory
@@ -338,7 +334,6 @@ def stopped(own_files, tmp_path):
     return files, tmp_path / "run"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("which", ["training", "evaluation"])
 def test_changed_data_is_refused(stopped, which):
     files, output = stopped
@@ -353,7 +348,6 @@ def test_changed_data_is_refused(stopped, which):
     assert "train.resume=restart" in message
 
 
-@pytest.mark.slow
 def test_a_checkpoint_of_an_earlier_version_is_refused(stopped):
     """It has no checksums."""
     files, output = stopped
@@ -425,7 +419,6 @@ def test_a_damaged_checkpoint_is_one_clear_line(stopped, damage, capfd):
     assert f"{output}" in message
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     [
@@ -448,7 +441,6 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(stopped, damage, whole
     assert_same_run(output, whole)
 
 
-@pytest.mark.slow
 def test_no_checkpoints_left_starts_from_the_beginning(stopped, whole):
     files, output = stopped
     remove(output / "checkpoints")

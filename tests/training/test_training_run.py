@@ -194,6 +194,7 @@ def test_tensorboard(output, config):
     assert json.loads(texts[0].removeprefix("```json").removesuffix("```")) == to_dict(config)
 
 
+@pytest.mark.slow
 def test_tensorboard_images_and_hyperparameters(output, config):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams.metadata import (
@@ -362,6 +363,7 @@ def routers(files, tmp_path_factory):
     return routers
 
 
+@pytest.mark.slow
 def test_frozen_leaves_the_router_bit_identical(routers):
     assert routers["untrained"].shape == (2, 32, MODEL["num_experts"])
     np.testing.assert_array_equal(routers["frozen"], routers["untrained"])
