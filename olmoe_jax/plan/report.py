@@ -132,12 +132,12 @@ def _lines(name: str, value: Any) -> Iterator[str]:
     elif isinstance(value, list) and value and isinstance(value[0], dict):
         yield from _table(label, value)
     elif isinstance(value, list):
-        yield from (f"{label:28}{item}" for item in value or ["none"])
+        yield from (f"{label:34}{item}" for item in value or ["none"])
     elif isinstance(value, dict):
         parts = (f"{key.replace('_', ' ')} {_cell(key, part)}" for key, part in value.items())
-        yield f"{label:28}{', '.join(parts)}"
+        yield f"{label:34}{', '.join(parts)}"
     else:
-        yield f"{label:28}{_cell(name, value)}"
+        yield f"{label:34}{_cell(name, value)}"
 
 
 def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
