@@ -91,14 +91,14 @@ def test_small_model_with_and_without_adapter(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [*CORE[:2], *(pytest.param(name, marks=pytest.mark.exhaustive) for name in CORE[2:])]
+    "name", [*CORE[:1], *(pytest.param(name, marks=pytest.mark.exhaustive) for name in CORE[1:])]
 )
 def test_reference_checkpoints(shared, name):
     pytest.importorskip("torch")
     compare(shared / "reference" / "core" / name / "checkpoint", 64, 64, alone=4)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_reference_adapter(shared):
     pytest.importorskip("peft")
     folder = shared / "reference" / "lora"

@@ -144,7 +144,7 @@ def weight_gradients(weights, names, **settings) -> int:
     return len(re.findall(r" = f32\[8,(?:32,16|16,32)\]\S* dynamic-update-slice\(", text))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_no_weight_gradient_for_frozen_experts():
     """In the compiled program of ESFT and of LoRA; the full model is the control."""
     bfloat16 = {name: jnp.asarray(value, jnp.bfloat16) for name, value in WEIGHTS.items()}

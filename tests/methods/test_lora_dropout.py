@@ -163,7 +163,7 @@ def test_none_in_evaluation(setting):
     assert float(with_rate) == float(without)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "options",
     [

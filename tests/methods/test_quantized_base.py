@@ -64,7 +64,12 @@ def quantized(frozen, scheme):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "scheme"), [("densemixer", "nf4"), ("frozen", "nf4"), ("conventional", "int8")]
+    ("method", "scheme"),
+    [
+        ("densemixer", "nf4"),
+        pytest.param("frozen", "nf4", marks=pytest.mark.exhaustive),
+        pytest.param("conventional", "int8", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_gradients_are_those_of_the_dequantized_base(method, scheme):
     function, trained, frozen, rest = accumulate(method)
