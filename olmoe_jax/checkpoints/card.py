@@ -18,7 +18,7 @@ from olmoe_jax.files import read_json, read_json_lines, read_text
 _TAG = "olmoe_jax"
 _SHOWN = {
     "train": ("batch_size", "epochs", "max_steps", "seed"),
-    "data": ("max_seq_length", "pack"),
+    "data": ("train_path", "max_seq_length", "pack"),
     "model": ("compute_dtype", "quantization"),
 }
 """The fields of these sections that a card shows; of method and optimizer it shows all."""
@@ -161,13 +161,13 @@ def _use(output: Path, base: str, rank: int | None) -> str:
 def _facts(run: RunCheckpoint) -> Iterator[tuple[str, object]]:
     """Yields what a reader of the card may want to know about the run: (name, value)."""
     config, metrics = run.run_config, run.path / METRICS
-    for section in ("method", "optimizer"):
-        yield from ((f"{section}.{name}", value) for name, value in config[section].items())
-    for section, names in _SHOWN.items():
-        yield from ((f"{section}.{name}", config[section].get(name)) for name in names)
-    path = config["data"]["train_path"]
-    # A directory of this machine means nothing elsewhere.
-    yield "data.train_path", path if hub.is_hub_id(path.partition(":")[0]) else Path(path).name
+    shown = {name: tuple(config[name]) for name in ("method", "optimizer")} | _SHOWN
+    for section, names in shown.items():
+        for name in names:
+            value = config[section].get(name)
+            # A directory of this machine means nothing elsewhere.
+            is_path = isinstance(value, str) and value.startswith("/")
+            yield f"{section}.{name}", Path(value).name if is_path else value
     identity = run.checkpoint / "identity" / "metadata"
     if identity.exists():
         data = read_json(dict[str, Any], identity).get("training data") or {}

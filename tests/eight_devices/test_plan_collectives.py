@@ -88,22 +88,30 @@ def steps(tmp_path_factory):
 
 
 def formula(mesh: str, densemixer: bool) -> Counter:
-    """{(kind, dtype): bytes}. CPUs send bfloat16 as float32, so that every element has 4 bytes,
-    and sum the gradients of what the partitioner gathers (attention, router) on every device."""
+    """{(kind, dtype): bytes}. CPUs send bfloat16 as float32, so that every element has 4 bytes.
+
+    Where tokens travel, the layers run in a plain scan, and what the partitioner gathers (attention,
+    router) has its gradients summed on every device. Elsewhere the loop of model/stack.py gathers a
+    layer more than there are, and scatters one more.
+    """
     data, fsdp, expert = MESHES[mesh]
     tokens_travel = expert > 1
     group, split = expert * TOKENS, expert if tokens_travel else 1
     gathered = EXPERTS // split if fsdp > 1 or not tokens_travel else 0
     # Embedding and loss: the tokens of all devices that share the vocabulary.
     table = fsdp * expert * TOKENS
+    scattered, summed = gathered, ATTENTION + ROUTER + NORMS
+    turns, more = L, 0
+    if not tokens_travel:
+        scattered, summed = gathered + ATTENTION + ROUTER, NORMS
+        turns, more = L + 1, 1
     elements = Counter(
         {
-            ("all-gather", "f32"): 2 * L * (ATTENTION + ROUTER + gathered) + table * (2 * D + 1),
+            ("all-gather", "f32"): (2 * L + more) * (ATTENTION + ROUTER + gathered)
+            + table * (2 * D + 1),
             ("all-gather", "s32"): 2 * table,
-            ("reduce-scatter", "f32"): L * gathered + 2 * table * D,
-            ("all-reduce", "f32"): L * (ATTENTION + ROUTER + NORMS + 2 * E + 1)
-            + (D + 1)
-            + 3 * table,
+            ("reduce-scatter", "f32"): turns * scattered + 2 * table * D,
+            ("all-reduce", "f32"): turns * summed + L * (2 * E + 1) + (D + 1) + 3 * table,
         }
     )
     if tokens_travel:
@@ -112,7 +120,7 @@ def formula(mesh: str, densemixer: bool) -> Counter:
         elements["all-gather", "pred"] += group // 4
         elements["reduce-scatter", "f32"] += L * group * 2 * D
     if data > 1:
-        elements["all-reduce", "f32"] += (L * EXPERTS + 2 * V * D) // (fsdp * expert)
+        elements["all-reduce", "f32"] += (turns * scattered + 2 * V * D) // fsdp
     return Counter({key: 4 * count for key, count in elements.items()})
 
 

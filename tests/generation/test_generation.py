@@ -12,7 +12,7 @@ from tiny import make_model, merged_weights, random_adapters, random_weights, ti
 from olmoe_jax import generate
 from olmoe_jax.generation import decoding as generation
 from olmoe_jax.generation.decoding import bucket
-from olmoe_jax.generation.sampling import Sampling, sample
+from olmoe_jax.generation.sampling import Numbers, Sampling, sample
 from olmoe_jax.generation.stop_strings import cut_at
 from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.model.decoder import graph_of, parameter_specs
@@ -129,16 +129,17 @@ def test_weights_lie_in_memory_once():
         for name, spec in parameter_specs(config, settings).items()
     }
     graph, number = graph_of(config, settings), jax.ShapeDtypeStruct((), jnp.float32)
+    numbers = Numbers(number, number, jax.ShapeDtypeStruct((), jnp.int32))
     tokens = jax.ShapeDtypeStruct((2, 32), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     prefill = generation._prefill.program("cpu").lower(
         *(graph, "greedy", 32, (0,), parameters, tokens, tokens, key),
-        *(jax.ShapeDtypeStruct((2,), jnp.uint32), number, number),
+        *(jax.ShapeDtypeStruct((2,), jnp.uint32), numbers),
     )
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), prefill.out_info)
     decode = generation._continue.program("cpu").lower(
         *(graph, "greedy", (0,), parameters, state, jax.ShapeDtypeStruct((2,), bool)),
-        *(jax.ShapeDtypeStruct((), jnp.int32), number, number),
+        *(jax.ShapeDtypeStruct((), jnp.int32), numbers),
     )
     experts = sum(p.size for name, p in parameters.items() if ".experts." in name)
     for program in (prefill, decode):
