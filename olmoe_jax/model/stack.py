@@ -31,7 +31,13 @@ Layer = Callable[[jax.Array, Any, jax.Array, dict[str, Any]], tuple[jax.Array, A
 
 
 def serves(mesh: Mesh | AbstractMesh | None, remat: str) -> bool:
-    """Returns whether `run_layers` serves a mesh: weights travel, and tokens do not."""
+    """Returns whether `run_layers` serves a mesh: weights travel, and tokens do not.
+
+    Several processes of CPUs keep the plain scan. A CPU computes nothing while it exchanges, and
+    gloo once mixed up two transfers of this loop, which may run in either order.
+    """
+    if jax.default_backend() == "cpu" and jax.process_count() > 1:
+        return False
     travels = mesh is not None and mesh.shape["fsdp"] > 1 and mesh.shape[sharding.EXPERT] == 1
     return travels and remat == "full"
 
