@@ -90,9 +90,9 @@ def steps(tmp_path_factory):
 def formula(mesh: str, densemixer: bool) -> Counter:
     """{(kind, dtype): bytes}. CPUs send bfloat16 as float32, so that every element has 4 bytes.
 
-    Where tokens travel, the layers run in a plain scan, and what the partitioner gathers (attention,
-    router) has its gradients summed on every device. Elsewhere the loop of model/stack.py gathers a
-    layer more than there are, and scatters one more.
+    Where tokens travel, the layers run in a plain scan, and what the partitioner gathers
+    (attention, router) has its gradients summed on every device. Elsewhere the loop of
+    model/stack.py gathers a layer more than there are, and scatters one more.
     """
     data, fsdp, expert = MESHES[mesh]
     tokens_travel = expert > 1

@@ -185,7 +185,7 @@ def test_a_quantized_base(plans):
     others = 4 * (L * 4 * D + D) + 4 * 2 * V * D // 8
     assert nf4["memory"]["update"]["resident"] == (32 + 2) * columns // 8 + others
     assert (nf4["lora_rank"], nf4["base_quantization"]) == (4, "nf4")
-    assert f"{'base quantization':28}nf4" in nf4["text"].splitlines()
+    assert f"{'base quantization':34}nf4" in nf4["text"].splitlines()
 
 
 def test_verdict_and_advice(plans):
