@@ -28,7 +28,7 @@ reproduce: $(RUNTIME)
 	$(VENV)/bin/python -m eval.reproduce --output $(OUTPUT) $(ARGS)
 
 test: $(DEV)
-	$(PYTEST) -m "not slow and not golden and not exhaustive"
+	$(PYTEST) --dist loadfile -m "not slow and not golden and not exhaustive"
 
 test-slow: $(DEV)
 	$(PYTEST) --dist loadfile --no-loadscope-reorder -m "slow and not exhaustive and not compilers"

@@ -140,6 +140,7 @@ def test_fused_experts_as_wide_as_the_model(tmp_path):
         assert_close(our_logits(base, tmp_path / name), expected)
 
 
+@pytest.mark.slow
 def test_all_linear_adapter_merged_as_peft_merges(base, tmp_path):
     """With the router, and in bfloat16 as PEFT merges into a base in bfloat16."""
     made_by_peft(base, tmp_path / "a", target_modules="all-linear")

@@ -369,6 +369,7 @@ def test_frozen_leaves_the_router_bit_identical(routers):
     np.testing.assert_array_equal(routers["frozen"], routers["untrained"])
 
 
+@pytest.mark.slow
 def test_conventional_and_densemixer_train_the_router_differently(routers):
     for one, other in (
         ("conventional", "untrained"),
