@@ -126,7 +126,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 class Results:
-    """What was found so far: on disk, on the page and on the screen."""
+    """Keeps the rows found so far: on disk, on the page and on the screen."""
 
     def __init__(self, output: Path, chosen: Sequence[Part], trial: bool):
         self.output, self.chosen, self.trial = output, chosen, trial

@@ -32,7 +32,7 @@ PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint"),
     *("numpy", "pydantic", "typing_extensions", "xxhash", "tqdm"),
 )
-"""What the parts need; what these packages need themselves comes with them."""
+"""The parts need these packages; their own requirements come with them."""
 FEW_EXPERTS = {"tiny": 4}
 LORA_RANK = {"tiny": 8}
 STEPS = {
@@ -309,7 +309,7 @@ def step_flags(shape: str, kind: str, rows: int) -> list[str]:
 
 
 def plan(args: argparse.Namespace) -> Iterator[Row]:
-    """What `plan` says of the steps that were measured, compiled for an H100 on the CPU."""
+    """Yields the plan of each step that was measured, compiled for an H100 on the CPU."""
     from olmoe_jax.plan.devices import open_devices, parse_topology, prepare_environment
 
     measured = [row for row in read_rows(args.directory, "step") if row["kind"] in PLANNED]

@@ -97,7 +97,7 @@ class Questions:
     """This project's questions to a judge, in one message, at temperature 0."""
 
     facts: Mapping[str, str] = {}
-    """What results keep of the questions."""
+    """Facts about the questions, which results keep."""
 
     def body(self, model: str, question: str) -> dict[str, Any]:
         """Returns a request to the judge `model`."""

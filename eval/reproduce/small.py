@@ -56,7 +56,7 @@ OWN_FIELDS = FIELDS | {
     "train.checkpoint_every": "5",
 }
 OWN_EVALUATION = ("--batch_size=4", *EVALUATION[1:])
-"""What replaces the above for rows in --data, whose prompts may have thousands of tokens."""
+"""These replace the values above for rows in --data, whose prompts may have thousands of tokens."""
 
 
 def datasets(data: Path | None) -> list[str]:

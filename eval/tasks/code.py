@@ -21,7 +21,7 @@ class CodeTask(Task):
     sampled = True
     runs_code = True
     limits: ClassVar[Mapping[str, float]] = {}
-    """What differs from the sandbox's own limits."""
+    """The limits of a program that differ from the sandbox's own."""
 
     def answer(self, output: str) -> str:
         """Returns the output, which was cut at the stop strings."""
