@@ -1,5 +1,6 @@
 """Set-up of every test session: cheap compilation, and no silent skip in CI."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -7,10 +8,16 @@ from pathlib import Path
 
 import pytest
 
-# Compiling takes most of the tests' time and their arrays are tiny. Six golden cases run as
-# commands with all optimisations.
+# Compiling takes most of the tests' time and their arrays are tiny: XLA compiles without its
+# optimisations, and with its older emitters, in two fifths of the time. helpers.AS_USERS_COMPILE
+# takes it back; six golden cases run so, as commands.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+_CHEAP = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+if _CHEAP not in (_flags := os.environ.get("XLA_FLAGS", "")):
+    os.environ["XLA_FLAGS"] = f"{_flags} {_CHEAP}".strip()
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+# Tracing makes many objects and no garbage: collecting it is a fifth of a traced program's time.
+gc.set_threshold(100_000, 20, 20)
 
 _LONGEST = ("test_processes.py", "test_reproduce.py", "test_faults.py")
 _OWN_CACHE = pytest.StashKey[str]()

@@ -27,6 +27,8 @@ ROUTER_SETTINGS = {
     "densemixer": {"dense_router_gradient": True},
 }
 """The fields of ModelSettings that say how a method's router learns."""
+AS_USERS_COMPILE = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
+"""The environment of a command that compiles as it does outside of the tests (conftest.py)."""
 RUN_ON_CPU = ("blocked", "ragged_dot")
 """Backends of the grouped matmul that need neither a GPU nor Pallas' interpreter."""
 

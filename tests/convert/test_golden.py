@@ -18,7 +18,7 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
-from helpers import load_safetensors, run_command_line
+from helpers import AS_USERS_COMPILE, load_safetensors, run_command_line
 
 from olmoe_jax.checkpoints.source import read_model_config
 from olmoe_jax.model.decoder import load_balancing_loss
@@ -58,7 +58,7 @@ def in_process(*command: object) -> str:
 
 def as_command(*command: object) -> str:
     """Runs `python COMMAND`; returns what the command prints."""
-    with mock.patch.dict(os.environ, JAX_DISABLE_MOST_OPTIMIZATIONS="0"):
+    with mock.patch.dict(os.environ, AS_USERS_COMPILE):
         code, out, error = run_command_line(*command)
     if code:
         raise RuntimeError(error)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from training.tiny_run import ROOT
 
+_DEVICES = "--xla_force_host_platform_device_count"
+
 
 @dataclasses.dataclass
 class Processes:
@@ -63,7 +65,7 @@ def start(
             **environment,
             **several,
             **numbers,
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"{environment.get('XLA_FLAGS', '')} {_DEVICES}={devices}",
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         }
         # Compiled programs for several devices or processes are not to be taken from a cache.

@@ -6,16 +6,16 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT
+from helpers import AS_USERS_COMPILE, ROOT
 
 pytestmark = pytest.mark.exhaustive
 
 
 @pytest.fixture(scope="module")
 def compiled():
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    for name in ("JAX_DISABLE_MOST_OPTIMIZATIONS", "JAX_COMPILATION_CACHE_DIR"):
-        environment.pop(name, None)
+    environment = {**os.environ, **AS_USERS_COMPILE, "PYTHONPATH": str(ROOT)}
+    environment["JAX_PLATFORMS"] = "cpu"
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     worker = ROOT / "tests" / "training" / "compiled_step_worker.py"
     result = subprocess.run(
         [sys.executable, str(worker)],

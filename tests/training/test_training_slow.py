@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import AS_USERS_COMPILE
 from training.test_training_resume import snapshot
 from training.tiny_run import (
     MODEL,
@@ -134,7 +135,7 @@ def test_real_data_with_the_real_tokenizer(tmp_path, shared, environment):
     flags = [f"--config.{field}={value}" for field, value in fields.items()]
     config = ROOT / "configs" / "densemixer_gsm.py"
     command = [sys.executable, str(ROOT / "train.py"), "--config", str(config), *flags]
-    result = run_train(command, {**environment, "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"})
+    result = run_train(command, environment | AS_USERS_COMPILE)
     assert result.returncode == 0, result.stderr
     curve = list(losses(output).values())
     assert len(curve) == 20
