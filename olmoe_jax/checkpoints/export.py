@@ -1,7 +1,5 @@
 """Exports: a Hugging Face checkpoint of any source, and the adapter of a LoRA or ESFT run."""
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +45,7 @@ def export_hf(
     Raises:
       UserError: a weight or a loss is not finite, or a weight is too large for `dtype`.
     """
+    _check_losses(source, allow_nonfinite)
     for warning in serving_warnings(source.config):
         print(f"warning: {warning}")
 
@@ -54,9 +53,12 @@ def export_hf(
         def stored(weight: Weight) -> np.dtype:
             return DTYPES[dtype] if dtype else source.dtype(weight)
 
-        with directory.new_directory(output) as partial, _finite(source, partial, allow_nonfinite):
+        # numpy's warnings would be further lines.
+        with directory.new_directory(output) as partial, np.errstate(all="ignore"):
             write_config(partial, source.files, dtype)
-            write_checkpoint(partial, source.config, source.read, stored, max_shard_bytes)
+            write_checkpoint(
+                partial, source.config, source.read, stored, max_shard_bytes, allow_nonfinite
+            )
             write_card(partial, source, adapter)
 
     own = source.export_dtype()
@@ -84,8 +86,9 @@ def export_adapter(run: RunCheckpoint, output: Path, allow_nonfinite: bool = Fal
     """
     if not run.lora and not run.experts:
         raise UserError(f"{run.path}: this run trained all weights; leave --adapter out")
+    _check_losses(run, allow_nonfinite)
     trained = run.trained()
-    with directory.new_directory(output) as partial, _finite(run, partial, allow_nonfinite):
+    with directory.new_directory(output) as partial, np.errstate(all="ignore"):
         if run.lora:
             write_adapter(partial, trained, run.lora, run.base)
         elif run.experts:
@@ -94,18 +97,14 @@ def export_adapter(run: RunCheckpoint, output: Path, allow_nonfinite: bool = Fal
                 *names.all_to_hf(trained, run.config),
             ]
             write_overrides(partial, tensors, run.experts)
+        for file in [] if allow_nonfinite else sorted(partial.glob("*.safetensors")):
+            for name, tensor in safetensors_file.read_header(file).items():
+                safetensors_file.check_finite(name, tensor.read())
         directory.copy_files(run.files, partial, directory.TOKENIZER_FILES)
         write_card(partial, run)
 
 
-@contextlib.contextmanager
-def _finite(source: Source, output: Path, allow: bool) -> Iterator[None]:
-    """Checks that the losses of `source` and the tensors that the block writes are finite."""
-    if not allow and isinstance(source, RunCheckpoint):
+def _check_losses(source: Source, allow_nonfinite: bool) -> None:
+    """Checks that the losses of a run are finite; other sources have none."""
+    if not allow_nonfinite and isinstance(source, RunCheckpoint):
         source.check_losses()
-    with np.errstate(all="ignore"):  # numpy's warnings would be further lines
-        yield
-    # As they are stored: a cast may have made them infinite.
-    for file in [] if allow else sorted(output.glob("*.safetensors")):
-        for name, tensor in safetensors_file.read_header(file).items():
-            safetensors_file.check_finite(name, tensor.read())

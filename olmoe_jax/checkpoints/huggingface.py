@@ -1,8 +1,11 @@
 """Hugging Face checkpoints: checked when opened, read layer by layer, written shard by shard."""
 
+import concurrent.futures
 import dataclasses
+import functools
 import json
 import math
+import os
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,9 @@ from olmoe_jax.checkpoints.names import Weight
 from olmoe_jax.checkpoints.safetensors_file import (
     FileWriter,
     StoredTensor,
+    assign,
+    check_finite,
+    in_c_order,
     read_header,
     refuse_pickles,
 )
@@ -61,8 +67,12 @@ class HFCheckpoint:
         num_experts, *shape = names.layer_shape(weight, self.config)
         wanted = range(*experts.indices(num_experts))
         value = np.empty((len(wanted), *shape), self.dtype(weight))
-        for position, expert in enumerate(wanted):
-            value[position] = self._matrix(weight, layer, expert).read().T
+
+        def read(position: int) -> None:
+            assign(value[position], self._matrix(weight, layer, wanted[position]).read().T)
+
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(read, range(len(wanted))))
         return value
 
     def export_dtype(self) -> str | None:
@@ -191,6 +201,7 @@ def write_checkpoint(
     read: Callable[[Weight, int | None], np.ndarray],
     dtype: Callable[[Weight], np.dtype],
     max_shard_bytes: int,
+    allow_nonfinite: bool = False,
 ) -> None:
     """Writes a model's weights into an existing directory, one tensor for each expert.
 
@@ -203,9 +214,11 @@ def write_checkpoint(
       dtype: returns the dtype in which to store a weight.
       max_shard_bytes: no file grows larger (but a tensor is never split). Several files get an
         index.
+      allow_nonfinite: write weights that are not finite.
 
     Raises:
       TooLargeError: a weight is too large for its dtype.
+      UserError: a weight is not finite.
     """
     # The tensors of a layer lie together, as in Hugging Face's own files: a reader of layers
     # then reads each file from front to back.
@@ -220,13 +233,23 @@ def write_checkpoint(
     if len(shards) > 1:
         files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     current, writer = 0, FileWriter(output / files[0], shards[0])
-    for weight, layer in pieces:
-        for name, tensor in names.to_hf(weight, layer, read(weight, layer)):
-            if name not in shards[current]:
-                writer.close()
-                current += 1
-                writer = FileWriter(output / files[current], shards[current])
-            writer.write(name, _cast(name, tensor, dtype(weight)))
+
+    def stored(weight: Weight, named: tuple[str, np.ndarray]) -> tuple[str, np.ndarray]:
+        name, value = named
+        cast = in_c_order(_cast(name, value, dtype(weight)))
+        if not allow_nonfinite:
+            check_finite(name, cast)  # as it is stored: the cast may have made it infinite
+        return name, cast
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for weight, layer in pieces:
+            tensors = names.to_hf(weight, layer, read(weight, layer))
+            for name, tensor in pool.map(functools.partial(stored, weight), tensors):
+                if name not in shards[current]:
+                    writer.close()
+                    current += 1
+                    writer = FileWriter(output / files[current], shards[current])
+                writer.write(name, tensor)
     writer.close()
     if len(shards) > 1:
         total = sum(_bytes(*tensor) for shard in shards for tensor in shard.values())
@@ -242,7 +265,7 @@ class TooLargeError(ValueError):
 
 
 def _cast(name: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):
         cast = value.astype(dtype, copy=False)
     # bfloat16 reaches as far as float32.
     narrower = dtype == np.float16 or value.dtype == np.float64

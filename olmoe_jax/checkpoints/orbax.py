@@ -90,11 +90,12 @@ class ConvertedCheckpoint:
 def write_weights(source: Source, output: Path, allow_nonfinite: bool) -> None:
     """Writes a source's weights into a converted checkpoint's directory.
 
-    The weights keep their stored dtype, bit for bit. One layer is in memory at a time.
+    The weights keep their stored dtype, bit for bit. Two layers are in memory at a time.
 
     Raises:
       UserError: a weight is not finite, and `allow_nonfinite` is False.
     """
+    import jax
     import orbax.checkpoint as ocp
 
     weights = names.weights(source.config)
@@ -108,11 +109,20 @@ def write_weights(source: Source, output: Path, allow_nonfinite: bool) -> None:
                     check_finite(*tensor)
         return values
 
-    with ocp.StandardCheckpointer() as checkpointer:
+    # Orbax would copy each array, in case it changes during the save, and compress it, which takes
+    # longer than to write it.
+    types = ocp.type_handlers
+    registry = types.create_type_handler_registry(
+        (np.ndarray, types.NumpyHandler(deepcopy_host_arrays=False)),
+        (jax.Array, types.ArrayHandler()),  # absent, Orbax prints a warning
+    )
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
+    with ocp.AsyncCheckpointer(handler) as checkpointer:
         for layer in [None, *range(source.config.num_layers)]:
-            # No variable holds the layer: it would stay alive while the next one is read.
-            checkpointer.save(_item(output, layer).absolute(), read(layer))
-            checkpointer.wait_until_finished()
+            # A layer is read while the one before is written; no variable keeps either alive.
+            path, values = _item(output, layer).absolute(), read(layer)
+            checkpointer.save(path, args=ocp.args.PyTreeSave(values))
+            del values
             # glibc would keep the buffers of every save, and reuse only about half of them.
             return_freed_memory()
 
