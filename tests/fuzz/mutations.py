@@ -128,6 +128,7 @@ def _text(document: Any, edits: list[tuple[tuple, tuple[str, Any]]]) -> bytes:
             for key in parents:
                 inside = inside[key]
             old = inside[last]
+            inside[last] = old  # not into a text, which an edit before put there
         except (KeyError, IndexError, TypeError):
             continue
         new = value
@@ -256,7 +257,7 @@ def _columns(count: int) -> list[pa.Array]:
     return [
         *(text, pa.nulls(count), pa.array([b"\xff\xfe"] * count)),
         pa.array([b"\xff\xfe"] * count).view(pa.string()),
-        pa.array([2**62] * count).view(pa.timestamp("s")),
+        pa.array([2**53] * count).view(pa.timestamp("s")),
         pa.array([2**31 - 1] * count, pa.int32()).view(pa.date32()),
         pa.array([-(2**63)] * count).view(pa.duration("ns")),
         *(pa.array([value] * count) for value in (1, 1.5, float("nan"), True, "", "x" * 300)),

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import hypothesis
@@ -130,11 +130,12 @@ def fuzz(server: Server, kind: Kind, directory: Path, base: Path, inputs) -> Non
         values = {"{case}": case, "{base}": base, "{out}": out}
         for name, value in values.items():
             arguments = [argument.replace(name, str(value)) for argument in arguments]
+        # Its parent is of this input alone too: a command may be told to write to `..`.
         scratch = directory / "scratch"
-        scratch.mkdir(exist_ok=True)
-        answer = server.run(kind, arguments, scratch)
-        if not any(scratch.iterdir()):
-            scratch.rmdir()
+        (scratch / "work").mkdir(parents=True)
+        answer = server.run(kind, arguments, scratch / "work")
+        if [path.name for path in scratch.rglob("*")] == ["work"]:
+            _remove(scratch)
         fault = wrong(answer, directory)
         counts[fault or f"exit code {answer['code']}"] += 1
         if fault:
@@ -196,8 +197,8 @@ def _keep(case: Path, name: str, notes: str) -> None:
         (kept / "NOTES").write_text(notes, errors="backslashreplace")
 
 
-def _fifos(directory: str) -> Iterator[str]:
-    return (path.name for path in Path(directory).iterdir() if path.is_fifo())
+def _fifos(directory: str) -> list[str]:
+    return [path.name for path in Path(directory).iterdir() if path.is_fifo()]
 
 
 @pytest.mark.parametrize("name", KINDS)
