@@ -14,7 +14,9 @@ JAX := $(if $(filter cpu,$(ACCELERATOR)),jax,"jax[$(ACCELERATOR)]")
 RUNTIME := $(VENV)/runtime-$(ACCELERATOR).stamp
 DEV := $(VENV)/dev-$(ACCELERATOR).stamp
 PYTEST := $(VENV)/bin/python -m pytest -q -n 2 --durations 30
-PIP := $(VENV)/bin/python -m pip install --quiet -c constraints.txt
+PIP := $(VENV)/bin/python -m pip install --quiet --no-compile -c constraints.txt
+# pip compiles on one core, and a third more files: packages' tests and transformers' other models.
+COMPILE := $(VENV)/bin/python -m compileall -qq -j 0 -x '/tests/|/transformers/models/(?!auto|olmo)' $(VENV)/lib
 
 .PHONY: install quickstart reproduce lint test test-slow test-devices test-golden test-compilers test-all
 
@@ -64,6 +66,7 @@ $(RUNTIME): requirements.txt constraints.txt | $(VENV)/bin/python
 	@echo "this machine has $(wordlist 2,99,$(FOUND)):"
 	@echo "installing requirements.txt and jax for $(ACCELERATOR) into $(VENV) (a few minutes the first time)"
 	$(PIP) -r requirements.txt $(JAX)
+	@$(COMPILE) || true
 	@touch $@
 
 # The development requirements contain the runtime ones, hence both stamps.
@@ -71,6 +74,7 @@ $(DEV): requirements.txt requirements-dev.txt constraints.txt | $(VENV)/bin/pyth
 	@echo "this machine has $(wordlist 2,99,$(FOUND)):"
 	@echo "installing requirements-dev.txt and jax for $(ACCELERATOR) into $(VENV) (a few minutes the first time)"
 	$(PIP) -r requirements-dev.txt $(JAX)
+	@$(COMPILE) || true
 	@touch $(RUNTIME) $@
 
 # A .venv without pip would fail ever after: leave none behind.
