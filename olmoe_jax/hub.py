@@ -56,6 +56,8 @@ def downloading(path: str, kind: str = "model") -> Iterator[None]:
     hub_logging.set_verbosity_error()  # the log of retries
     try:
         yield
+    except UserError:
+        raise
     # The libraries raise errors of many unrelated types.
     except Exception as error:
         raise UserError(

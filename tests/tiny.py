@@ -21,6 +21,7 @@ from olmoe_jax.model.decoder import Olmoe, parameter_specs
 from olmoe_jax.model.lora import LoraSettings
 from olmoe_jax.model.parameters import merge
 from olmoe_jax.parallel.sharding import make_mesh
+from olmoe_jax.sources import Source
 from olmoe_jax.training.base_model import open_model
 from olmoe_jax.training.program import build_program
 
@@ -238,6 +239,7 @@ def make_examples(lengths=LENGTHS):
         offsets=np.cumsum([0, *lengths], dtype=np.int64),
         prompt_lengths=np.zeros(len(lengths), np.int32),
         rows=np.arange(len(lengths)),
-        counts=Counts(rows=len(lengths)),
+        sources=[Source("synthetic")],
+        source_counts=[Counts(rows=len(lengths))],
         origin={"content": "synthetic"},
     )

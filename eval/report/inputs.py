@@ -21,6 +21,7 @@ from eval.report.results import Evaluation, Result, is_evaluation, read_evaluati
 from olmoe_jax.config import ModelOptions
 from olmoe_jax.errors import UserError
 from olmoe_jax.files import STRICT, absolute, expand, field_at, read_json
+from olmoe_jax.sources import parse
 from olmoe_jax.training.run_directory import CONFIG, Metrics, read_metrics
 
 BASE = "base"
@@ -157,6 +158,10 @@ def open_run(path: Path) -> TrainingRun:
 
 def data_name(train_path: str) -> str:
     """Returns a data set's short name: the table's, or its file's (the folder's of train.*)."""
+    sources = parse(train_path)
+    if len(sources) > 1:
+        return "+".join(data_name(source.path) for source in sources)
+    train_path = sources[0].path
     for name, dataset in DATASETS.items():
         if train_path.partition(":")[0] == dataset.hub_id:
             return name

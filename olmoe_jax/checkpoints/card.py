@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from olmoe_jax import hub
+from olmoe_jax import hub, sources
 from olmoe_jax.checkpoints import directory
 from olmoe_jax.checkpoints.opening import METRICS, RunCheckpoint
 from olmoe_jax.checkpoints.source import Source
@@ -18,7 +18,7 @@ from olmoe_jax.files import read_json, read_json_lines, read_text
 _TAG = "olmoe_jax"
 _SHOWN = {
     "train": ("batch_size", "epochs", "max_steps", "seed"),
-    "data": ("train_path", "max_seq_length", "pack"),
+    "data": ("train_path", "hub_config", "split", "max_seq_length", "pack"),
     "model": ("compute_dtype", "quantization"),
 }
 """The fields of these sections that a card shows; of method and optimizer it shows all."""
@@ -69,12 +69,13 @@ def write_card(output: Path, source: Source, adapter: Path | None = None) -> Non
     has_base = config["model"].get("init") != "random"
     base_id = source.base if has_base and hub.is_hub_id(source.base) else old.get("base_model")
     is_adapter = (output / "adapter_config.json").exists()
-    data = config["data"]["train_path"].partition(":")[0]
+    names = [s.path.partition(":")[0] for s in sources.parse(config["data"]["train_path"])]
+    hub_ids = list(dict.fromkeys(filter(hub.is_hub_id, names)))
     method, rank = config["method"]["name"], config["method"].get("lora_rank")
     metadata = ModelCardData(
         base_model=base_id,
         license=old.get("license"),
-        datasets=[data] if hub.is_hub_id(data) else None,
+        datasets=hub_ids or None,
         language=old.get("language"),
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
@@ -166,8 +167,11 @@ def _facts(run: RunCheckpoint) -> Iterator[tuple[str, object]]:
         for name in names:
             value = config[section].get(name)
             # A directory of this machine means nothing elsewhere.
-            is_path = isinstance(value, str) and value.startswith("/")
-            yield f"{section}.{name}", Path(value).name if is_path else value
+            if name == "train_path":
+                value = sources.short(value)
+            elif isinstance(value, str) and value.startswith("/"):
+                value = Path(value).name
+            yield f"{section}.{name}", value
     identity = run.checkpoint / "identity" / "metadata"
     if identity.exists():
         data = read_json(dict[str, Any], identity).get("training data") or {}

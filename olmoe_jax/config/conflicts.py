@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from olmoe_jax.config.fields import show
 from olmoe_jax.config.methods import METHODS, readers
 from olmoe_jax.config.options import FIELDS, Config
+from olmoe_jax.sources import parse
 
 _SCORING = ("esft_top_p", "esft_score_tokens")
 _LORA_DETAILS = ("lora_alpha", "lora_dropout", "lora_targets", "adapter_path")
@@ -12,7 +13,7 @@ _LORA_DETAILS = ("lora_alpha", "lora_dropout", "lora_targets", "adapter_path")
 
 def conflicts(config: Config) -> Iterator[str]:
     """Yields one line for each conflict, which says what to write instead."""
-    sections = (_model, _quantization, _optimizer, _router_gradient, _method)
+    sections = (_model, _data, _quantization, _optimizer, _router_gradient, _method)
     for conflicts_of in (*sections, _evaluation, _generate):
         yield from conflicts_of(config)
 
@@ -26,6 +27,20 @@ def _model(config: Config) -> Iterator[str]:
             f"model.config_path={model.config_path}: only read with model.init=random; write none: "
             "the pretrained model.path has its own config.json"
         )
+
+
+def _data(config: Config) -> Iterator[str]:
+    data = config.data
+    train, evaluation = (parse(path) if path else () for path in (data.train_path, data.eval_path))
+    if any(source.weight != 1 for source in evaluation):
+        yield f"data.eval_path={data.eval_path}: only sources of data.train_path have a weight"
+    for name, sources in (("hub_config", [*train, *evaluation]), ("split", train)):
+        value, setting = getattr(data, name), name.removeprefix("hub_")
+        if value and not any(s.is_named_split and not getattr(s, setting) for s in sources):
+            yield (
+                f"data.{name}={value}: only read of a data set OWNER/NAME on the hub that has no "
+                f"{setting}= of its own; write none"
+            )
 
 
 def _quantization(config: Config) -> Iterator[str]:

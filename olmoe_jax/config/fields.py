@@ -9,8 +9,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from olmoe_jax import files, sources
 from olmoe_jax.errors import UserError, text_of
-from olmoe_jax.files import expand
 
 _LIMIT = 2**32
 """A bound of all numbers, since no field means one so large."""
@@ -24,13 +24,15 @@ class Rule:
       requirement: the range in words: "must be ...".
       test: returns whether a value lies in the range.
       example: a value in the range, as the command line spells it.
-      is_path: whether the value is a path or a hub id, in which ~ means the home directory.
+      expand: returns a value that is a place (a path, a hub id, sources of rows) with ~ replaced.
+      absolute: returns such a value with absolute paths.
     """
 
     requirement: str
     test: Callable[[Any], bool]
     example: str
-    is_path: bool = False
+    expand: Callable[[str], str] | None = None
+    absolute: Callable[[str], str] | None = None
 
 
 def at_least(minimum: int) -> Rule:
@@ -46,10 +48,21 @@ def between(minimum: int, maximum: int) -> Rule:
 
 def path_or_id(example: str = "PATH") -> Rule:
     """Returns the rule of paths, and of hub ids where the field accepts them."""
-    return Rule("must not be empty", bool, example, is_path=True)
+    return Rule("must not be empty", bool, example, files.expand, files.absolute)
+
+
+SOURCES = Rule(
+    "must not be empty",
+    bool,
+    "RoxanneWsyw/gsm:train.jsonl",
+    sources.expand,
+    sources.absolute,
+)
 
 
 NAME = Rule("must be a name", lambda value: value.strip() and value.isprintable(), "olmoe")
+HUB_CONFIG = dataclasses.replace(NAME, example="main")
+SPLIT = dataclasses.replace(NAME, example="train[:10%]")
 POSITIVE = Rule("must be positive", lambda value: value > 0, "1")
 SHARE = between(0, 1)
 SHARE_ABOVE_ZERO = Rule("must be above 0 and at most 1", lambda value: 0 < value <= 1, "0.2")
@@ -105,6 +118,16 @@ class Field:
             return f"{self.rule.example} or none" if self.optional else self.rule.example
         return show(self.default)
 
+    @property
+    def is_place(self) -> bool:
+        """Whether the value says where an input or output lies."""
+        return self.rule is not None and self.rule.expand is not None
+
+    def absolute(self, place: str) -> str:
+        """Returns the value of a field that is a place, with absolute paths."""
+        change = self.rule and self.rule.absolute
+        return change(place) if change else place
+
     def parse(self, text: str) -> Any:
         """Returns the value that `text` means on a command line."""
         if self.optional and text.lower() == "none":
@@ -123,17 +146,19 @@ class Field:
         """Returns `value`, an int of a float field as a float, a path with ~ replaced.
 
         Raises:
-          UserError: the value has another type, or is a path that cannot be.
+          UserError: the value has another type, or is a place that cannot be.
         """
         if value is None and self.optional:
             return None
+        if self.rule is SOURCES and isinstance(value, list | tuple):
+            value = ", ".join(map(str, value))
         if self.kind is float and type(value) is int and abs(value) < _LIMIT:
             value = float(value)
         if type(value) is not self.kind or (self.choices and value not in self.choices):
             raise self._wrong_type(text_of(value, repr) if shown is None else shown)
-        if self.rule and self.rule.is_path and value:
+        if self.rule and self.rule.expand and value:
             try:
-                return expand(value)
+                return self.rule.expand(value)
             except UserError as error:
                 raise UserError(f"{self.path}={error}") from None
         return value

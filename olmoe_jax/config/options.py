@@ -10,12 +10,15 @@ from typing import Literal
 
 from olmoe_jax.config.fields import (
     AXIS_OR_REST,
+    HUB_CONFIG,
     LORA_TARGETS,
     NAME,
     POSITIVE,
     SHARE,
     SHARE_ABOVE_ZERO,
     SHARE_BELOW_ONE,
+    SOURCES,
+    SPLIT,
     UINT32,
     Field,
     at_least,
@@ -87,20 +90,33 @@ class DataOptions:
     train_path: str = option(
         "",
         "training examples: a local .jsonl (.gz, .zst), .json, .parquet or .csv file, a folder or "
-        "a pattern with *, or OWNER/NAME:FILE on the hub; must be set",
-        path_or_id("RoxanneWsyw/gsm:train.jsonl"),
+        "a pattern with *, or OWNER/NAME or OWNER/NAME:FILE on the hub; several with commas "
+        "between, each PATH [weight=NUMBER] [config=NAME] [split=NAME], where an epoch takes each "
+        "row weight times; must be set",
+        SOURCES,
     )
     eval_path: str | None = option(
         None,
-        "evaluation examples, named like train_path; default: eval_fraction of the training "
-        "examples",
-        path_or_id(),
+        "evaluation examples, named like train_path, but without weights; the split is test unless "
+        "named; default: eval_fraction of the training examples",
+        SOURCES,
     )
     eval_fraction: float = option(
         0.1,
         "share of the training examples held out for evaluation if eval_path is none; 0: no "
         "evaluation",
         SHARE_BELOW_ONE,
+    )
+    hub_config: str | None = option(
+        None,
+        "configuration of the data sets OWNER/NAME that have no config=; default: their own",
+        HUB_CONFIG,
+    )
+    split: str | None = option(
+        None,
+        "split of the data sets OWNER/NAME of train_path that have no split=, or a slice of one, "
+        "as train[:10%]; default: train",
+        SPLIT,
     )
     tokenizer_path: str | None = option(
         None, "hub id or directory of the tokenizer; default: model.path", path_or_id()

@@ -10,14 +10,15 @@ import numpy as np
 
 from olmoe_jax.checkpoints.directory import new_file
 from olmoe_jax.data.arguments import add_row_arguments, rules_of
-from olmoe_jax.data.counts import Counts
+from olmoe_jax.data.counts import Counts, source_table
 from olmoe_jax.data.formats import EncodedRow, encode_batch
 from olmoe_jax.data.page import page
-from olmoe_jax.data.reading import read_rows
+from olmoe_jax.data.reading import check_distinct, read_source
 from olmoe_jax.data.tokenized import format_row_at
 from olmoe_jax.data.tokenizer import load_tokenizer
 from olmoe_jax.errors import ArgumentParser, printable, run_command, unescaped, whole_number
-from olmoe_jax.files import PATH_OR_ID, expand, user_path
+from olmoe_jax.files import PATH_OR_ID, user_path
+from olmoe_jax.sources import parse, short
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,23 +41,38 @@ def main(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
     tokenizer = load_tokenizer(args.tokenizer)
     rules = rules_of(args, tokenizer)
-    examples = [
-        example
-        for place, row in itertools.islice(read_rows(args.data), args.rows)
-        for example in encode_batch(
-            [format_row_at(place, row, tokenizer.eos_token, rules)], tokenizer, args.max_seq_length
-        )
+    sources = parse(args.data, args.hub_config, args.split)
+    check_distinct(sources)
+    found: list[list[EncodedRow]] = [
+        [
+            example
+            for place, row in itertools.islice(read_source(source), args.rows)
+            for example in encode_batch(
+                [format_row_at(place, row, tokenizer.eos_token, rules)],
+                tokenizer,
+                args.max_seq_length,
+            )
+        ]
+        for source in sources
     ]
+    examples = [example for of_source in found for example in of_source]
     if args.json:
         for example in examples:
             print(_as_json(example))
     else:
-        summary = _summary(examples, rules.ends(tokenizer), args.max_seq_length)
+        counts = [Counts.of(of_source, rules.ends(tokenizer)) for of_source in found]
+        summary = _summary(examples, sum(counts, Counts()), args.max_seq_length)
+        summary = "\n".join([summary, *source_table(sources, counts)])
+        names = [
+            f"row {number}" if len(sources) == 1 else f"row {number} of {short(str(source))}"
+            for source, of_source in zip(sources, found, strict=True)
+            for number in range(1, len(of_source) + 1)
+        ]
         if args.html:
             with new_file(args.html) as file:
-                file.write_text(page(examples, tokenizer, summary), encoding="utf-8")
+                file.write_text(page(names, examples, tokenizer, summary), encoding="utf-8")
         else:
-            _print_text(examples, tokenizer)
+            _print_text(names, examples, tokenizer)
         print(summary)
         if any(example.templated for example in examples):
             print(f"conversations: {rules.describe()}")
@@ -72,17 +88,11 @@ def _parser() -> ArgumentParser:
         "coloured on a terminal and put between ⟦ and ⟧ elsewhere.",
         epilog=_EXAMPLE,
     )
-    preview.add_argument(
-        "--data",
-        required=True,
-        type=expand,
-        metavar="FILE_OR_HUB_ID",
-        help=".jsonl (.gz, .zst), .json, .parquet or .csv file, a folder of them, or "
-        "owner/name, or owner/name:file.jsonl",
-    )
     preview.add_argument("--tokenizer", required=True, **PATH_OR_ID)
     preview.add_argument("--max_seq_length", required=True, type=whole_number(1), metavar="N")
-    preview.add_argument("--rows", type=whole_number(1), default=5, metavar="N", help="default: 5")
+    preview.add_argument(
+        "--rows", type=whole_number(1), default=5, metavar="N", help="of each source; default: 5"
+    )
     add_row_arguments(preview)
     preview.add_argument(
         "--html", type=user_path, metavar="FILE", help="write a page of coloured rows instead"
@@ -109,24 +119,22 @@ def _as_json(example: EncodedRow) -> str:
     )
 
 
-def _print_text(examples: Sequence[EncodedRow], tokenizer: "PreTrainedTokenizerBase") -> None:
+def _print_text(
+    names: Sequence[str], examples: Sequence[EncodedRow], tokenizer: "PreTrainedTokenizerBase"
+) -> None:
     marks = _COLOUR if sys.stdout.isatty() else _PLAIN_MARKS
-    for number, example in enumerate(examples, 1):
+    for name, example in zip(names, examples, strict=True):
         count = int(example.in_loss.sum())
         fate = f"{count} to train on" if count else "dropped: none to train on"
-        print(f"--- row {number}: {len(example.tokens)} tokens, {fate}")
+        print(f"--- {name}: {len(example.tokens)} tokens, {fate}")
         print(_marked_text(example, tokenizer, marks), file=unescaped(sys.stdout))
 
 
-def _summary(examples: Sequence[EncodedRow], ends: list[int], max_seq_length: int) -> str:
-    kept = [example for example in examples if example.in_loss.any()]
-    tokens = sum(len(example.tokens) for example in kept)
-    train = sum(int(example.in_loss.sum()) for example in kept)
-    counts = Counts.of(examples, ends).describe(max_seq_length)
-    longest = max((len(example.tokens) for example in kept), default=0)
+def _summary(examples: Sequence[EncodedRow], counts: Counts, max_seq_length: int) -> str:
+    longest = max((len(e.tokens) for e in examples if e.in_loss.any()), default=0)
     return (
-        f"rows: {counts}; {len(kept)} kept: {tokens:,} tokens ({train:,} train), "
-        f"longest {longest:,}"
+        f"rows: {counts.describe(max_seq_length)}; {counts.kept} kept: {counts.tokens:,} tokens "
+        f"({counts.trained:,} train), longest {longest:,}"
     )
 
 

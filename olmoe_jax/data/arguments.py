@@ -6,13 +6,24 @@ from typing import TYPE_CHECKING
 from olmoe_jax.data.chat import BOOKKEEPING
 from olmoe_jax.data.formats import RowRules, row_rules
 from olmoe_jax.files import expand
+from olmoe_jax.sources import expand as expand_sources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 def add_row_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that say how rows become text."""
+    """Adds the flags that say which rows are read and how they become text."""
+    parser.add_argument(
+        "--data",
+        required=True,
+        type=expand_sources,
+        metavar="SOURCES",
+        help=".jsonl (.gz, .zst), .json, .parquet or .csv file, a folder or a pattern of them, "
+        "OWNER/NAME or OWNER/NAME:FILE on the hub; several as in data.train_path of a run",
+    )
+    parser.add_argument("--hub_config", metavar="NAME", help="as data.hub_config of a run")
+    parser.add_argument("--split", metavar="NAME", help="as data.split of a run; default: train")
     parser.add_argument(
         "--chat_template",
         default="auto",

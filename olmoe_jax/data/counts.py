@@ -1,11 +1,12 @@
 """Counts of what became of a data set's rows."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 
 import numpy as np
 
 from olmoe_jax.data.formats import EncodedRow
+from olmoe_jax.sources import Source, short
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Counts:
       without_end: not cut, but the answer does not end in a token that ends a turn.
       straddling: with a token that holds the end of a prompt and the start of an answer.
       templated: rendered by a chat template.
+      tokens: of the rows that were not dropped.
+      trained: those of them that the loss covers.
     """
 
     rows: int = 0
@@ -29,6 +32,8 @@ class Counts:
     without_end: int = 0
     straddling: int = 0
     templated: int = 0
+    tokens: int = 0
+    trained: int = 0
 
     @classmethod
     def of(cls, examples: Iterable[EncodedRow], ends: Collection[int]) -> "Counts":
@@ -45,11 +50,18 @@ class Counts:
                 open_ended and not row.cut,
                 bool(row.straddling.any()),
                 row.templated,
+                trains * len(row.tokens),
+                int(row.in_loss.sum()),
             ]
         return cls(*numbers.tolist())
 
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(*map(sum, zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def kept(self) -> int:
+        """Rows that were not dropped."""
+        return self.rows - self.dropped
 
     def describe(self, max_seq_length: int) -> str:
         """Returns the counts in words; those that are seldom only where they are not 0."""
@@ -64,6 +76,21 @@ class Counts:
         if self.straddling:
             words.append(f"{self.straddling:,} with a token of both prompt and answer")
         return ", ".join(words)
+
+
+def source_table(sources: Sequence[Source], counts: Sequence[Counts]) -> list[str]:
+    """Returns lines with the counts of each source, if there are several."""
+    if len(sources) == 1:
+        return []
+    rows = [("source", *_COLUMNS)]
+    for source, of in zip(sources, counts, strict=True):
+        numbers = (of.rows, of.dropped, of.cut, of.without_end, of.tokens, of.trained)
+        rows.append((short(str(source)), *(f"{number:,}" for number in numbers)))
+    width = max(len(row[0]) for row in rows)
+    return [f"  {name:{width}}" + "".join(f"{cell:>14}" for cell in row) for name, *row in rows]
+
+
+_COLUMNS = ("rows", "dropped", "cut", "without end", "tokens", "that train")
 
 
 def _ends(row: EncodedRow, ends: Collection[int]) -> bool:

@@ -19,6 +19,7 @@ _HEAD = """<!doctype html>
 body { font: 14px sans-serif; margin: 2em auto; max-width: 60em }
 pre { white-space: pre-wrap; border: 1px solid #ccc; padding: 1em }
 .t { background: #c9f0cf } .s { color: #b00020; font-weight: bold }
+.c { white-space: pre; overflow-x: auto; font-family: monospace }
 </style>
 """
 _LEGEND = (
@@ -26,13 +27,18 @@ _LEGEND = (
 )
 
 
-def page(examples: Sequence[EncodedRow], tokenizer: "PreTrainedTokenizerBase", summary: str) -> str:
-    """Returns the HTML of coloured rows, with the counts above them."""
-    parts = [_HEAD, f"<p>{html.escape(summary)}</p>", _LEGEND]
-    for number, example in enumerate(examples, 1):
+def page(
+    names: Sequence[str],
+    examples: Sequence[EncodedRow],
+    tokenizer: "PreTrainedTokenizerBase",
+    summary: str,
+) -> str:
+    """Returns the HTML of coloured rows, with their names, and with the counts above them."""
+    parts = [_HEAD, f'<p class="c">{html.escape(summary)}</p>', _LEGEND]
+    for name, example in zip(names, examples, strict=True):
         trains = f"{int(example.in_loss.sum()):,} of {len(example.tokens):,} tokens train"
         text = "".join(_spans(example, tokenizer))
-        parts.append(f"<h3>row {number}: {trains}</h3>\n<pre>{text}</pre>")
+        parts.append(f"<h3>{html.escape(name)}: {trains}</h3>\n<pre>{text}</pre>")
     return "\n".join(parts) + "\n"
 
 

@@ -1,8 +1,8 @@
 """The steps of a training run: their examples, the rows of these, and each process's share."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -48,7 +48,7 @@ class TrainingData:
     """The steps of a run as a Grain data set.
 
     A step is `batch_size` examples, chosen by (seed, step) alone. An epoch is every example once,
-    and the last step of an epoch may have fewer examples.
+    or as often as its source's weight says; the last step of an epoch may have fewer examples.
 
     Attributes:
       dataset: the examples.
@@ -90,10 +90,15 @@ class TrainingData:
     def __post_init__(self) -> None:
         _check_shares(self.rows_per_batch, self.process_count)
 
+    @cached_property
+    def first_epoch(self) -> TokenizedDataset:
+        """The examples of the first epoch, see `TokenizedDataset.epoch`."""
+        return self.dataset.epoch(0, self.seed)
+
     @property
     def steps_per_epoch(self) -> int:
         """Steps of an epoch."""
-        return -(-len(self.dataset) // self.batch_size)
+        return -(-len(self.first_epoch) // self.batch_size)
 
     @property
     def total_steps(self) -> int:
@@ -123,16 +128,22 @@ class TrainingData:
         """Returns the exact share of padding in the rows of the first epoch."""
         places = 0
         for examples in self.epoch_examples():
-            rows, row_length = self._rows(examples)
+            rows, row_length = self._rows(self.first_epoch.lengths[examples])
             places += len(rows) * row_length
-        return 1 - int(self.dataset.lengths.sum()) / places
+        return 1 - int(self.first_epoch.lengths.sum()) / places
 
     def epoch_examples(self) -> "grain.MapDataset[np.ndarray]":
-        """Returns the steps of the first epoch, each as int64 [examples] indices of examples."""
+        """Returns the steps of an epoch, each as int64 [examples] indices into its examples."""
         import grain
 
-        order = grain.MapDataset.range(len(self.dataset)).shuffle(self.seed)
+        order = grain.MapDataset.range(len(self.first_epoch)).shuffle(self.seed)
         return order.batch(self.batch_size, drop_remainder=False, batch_fn=np.asarray)
+
+    @cached_property
+    def _epoch(self) -> Callable[[int], TokenizedDataset]:
+        """The function that returns the examples of an epoch."""
+        # Where an epoch ends, Grain's threads prepare steps of two.
+        return lru_cache(maxsize=2)(lambda number: self.dataset.epoch(number, self.seed))
 
     def _shortest_row_length(self) -> int:
         """Returns the shortest row that needs no more micro-batches than rows of `max_seq_length`.
@@ -143,14 +154,15 @@ class TrainingData:
 
         The first steps of an epoch are a sample. A later step may need one micro-batch more.
         """
-        lengths = self.dataset.lengths
+        lengths = self.first_epoch.lengths
         sample = [lengths[examples] for examples in self.epoch_examples()[:_SAMPLED_STEPS]]
 
         def micro_batches(row_length: int) -> int:
             return sum(-(-len(pack(part, row_length)) // self.rows_per_batch) for part in sample)
 
         fits = micro_batches(self.max_seq_length)
-        low = -(-int(lengths.max()) // _ROW_MULTIPLE)  # known to hold every example
+        # Known to hold every example, those of later epochs too.
+        low = -(-int(self.dataset.lengths.max()) // _ROW_MULTIPLE)
         high = -(-self.max_seq_length // _ROW_MULTIPLE)  # known to fit
         while low < high:
             middle = (low + high) // 2
@@ -160,26 +172,27 @@ class TrainingData:
                 low = middle + 1
         return min(high * _ROW_MULTIPLE, self.max_seq_length)
 
-    def _rows(self, examples: np.ndarray) -> tuple[list[list[int]], int]:
+    def _rows(self, lengths: np.ndarray) -> tuple[list[list[int]], int]:
         """Returns a step's rows over all processes, empty ones included, and the row length."""
-        lengths = self.dataset.lengths[examples]
         rows, row_length = _arrange(lengths, self.row_length, self.pack)
         return _with_empty_rows(rows, self.rows_per_batch), row_length
 
     def _step(self, index: int, examples: np.ndarray) -> Step:
-        rows, row_length = self._rows(examples)
-        targets = self.dataset.target_counts[examples]
+        epoch = index // self.steps_per_epoch
+        dataset = self._epoch(epoch)
+        lengths, targets = dataset.lengths[examples], dataset.target_counts[examples]
+        rows, row_length = self._rows(lengths)
         weights = loss_weights_per_example(
             targets, self.loss_normalization, self.microbatch_examples
         )
         batches = [
-            fill_rows(self.dataset, examples, share, row_length, weights, self.pad_id)
+            fill_rows(dataset, examples, share, row_length, weights, self.pad_id)
             for share in _shares(rows, self.rows_per_batch, self.process_index, self.process_count)
         ]
-        tokens = int(self.dataset.lengths[examples].sum())
+        tokens = int(lengths.sum())
         return Step(
             index=index,
-            epoch=index // self.steps_per_epoch,
+            epoch=epoch,
             batches=batches,
             tokens=tokens,
             padding=len(rows) * row_length - tokens,

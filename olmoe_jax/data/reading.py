@@ -8,10 +8,11 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from olmoe_jax import hub
+from olmoe_jax.data.hub_dataset import load_from_hub
 from olmoe_jax.errors import UserError, first_line
 from olmoe_jax.files import (
     LINE_LIMIT,
@@ -21,12 +22,11 @@ from olmoe_jax.files import (
     os_errors,
     read_lines,
 )
+from olmoe_jax.sources import COMPRESSED, SUFFIXES, Source, is_local
 
 if TYPE_CHECKING:
     import pyarrow
 
-_COMPRESSED = {".jsonl.gz": "gzip", ".jsonl.zst": "zstd"}
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", *_COMPRESSED)
 _SUFFIXES = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
 
 _LIMIT = f"{LINE_LIMIT >> 20} MiB"
@@ -41,44 +41,75 @@ _PAGE_ROWS = 1024
 _PAGE_LIMIT = 256 << 20
 
 
-def is_local(path: str) -> bool:
-    """Returns True for local files, False for `owner/name` or `owner/name:file` on the hub."""
-    if hub.is_written_as_path(path) or glob.has_magic(path):
-        return True
-    return ":" not in path and path.endswith(SUFFIXES)
+def read_source(source: Source) -> Iterator[tuple[str, Row]]:
+    """Yields `read_rows` of a source, whatever its weight."""
+    return read_rows(source.path, source.split or "train", source.config)
 
 
-def read_rows(path: str, split: str = "train") -> Iterator[tuple[str, Row]]:
+def read_rows(
+    path: str, split: str = "train", config: str | None = None
+) -> Iterator[tuple[str, Row]]:
     """Yields (place, row) of files (see `_local_files`), or of a data set on the hub.
 
     The place names file and line or row, for messages. A row takes at most 8 MiB, so that any file
-    is read in little memory. A hub data set is `owner/name`, of which `split` is read, or
-    `owner/name:file.jsonl`, which is read whole.
+    is read in little memory. A hub data set is `owner/name`, of which `split` of the configuration
+    `config` is read, or `owner/name:file.jsonl`, which is read whole.
 
     Raises:
       UserError: the rows cannot be read; the message names the place.
     """
     for file in _local_files(path) if is_local(path) else [path]:
         place = None
-        for place, row in _local_rows(file) if is_local(path) else _hub_rows(path, split):
+        for place, row in _local_rows(file) if is_local(path) else _hub_rows(path, split, config):
             yield f"{file}: {place}", row
         if place is None:
-            raise UserError(f"{file} is empty: a data file needs at least one row")
+            name = file if is_local(path) else Source(path, config=config, split=split)
+            raise UserError(f"{name} is empty: a data file needs at least one row")
 
 
-def content_digest(path: str, split: str = "train") -> str:
-    """Returns a hash of the content that `read_rows` reads; a local file is not parsed."""
+def content_digest(source: Source) -> str:
+    """Returns a hash of the content that `read_source` reads; a local file is not parsed."""
     digest = hashlib.sha256()
-    if is_local(path):
-        for name in _local_files(path):
+    if source.is_local:
+        for name in _local_files(source.path):
             digest.update(os.path.splitext(name)[1].encode())
             with os_errors(name, "read"), open_regular(name) as file:
                 while block := file.read(1 << 20):
                     digest.update(block)
     else:
-        for _, row in read_rows(path, split):
+        for _, row in read_source(source):
             digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()
+
+
+def check_distinct(sources: Sequence[Source]) -> None:
+    """Raises a `UserError` if a file, or a split of a data set on the hub, is in two sources."""
+    seen: dict[object, Source] = {}
+    for source in sources:
+        hub_rows = (source.path, source.config, source.split)
+        places = map(os.path.realpath, _local_files(source.path)) if source.is_local else [hub_rows]
+        for place in places:
+            if other := seen.get(place):
+                name = place if source.is_local else source.path
+                raise UserError(
+                    f"{name} is in two sources, {other} and {source}; name it once, with weight=2 "
+                    "if an epoch is to take its rows twice"
+                )
+            seen[place] = source
+
+
+def about_rows(sources: Sequence[Source]) -> int | None:
+    """Returns how many lines the files of sources have; None where rows are no lines."""
+    lines = 0
+    for source in sources:
+        files = _local_files(source.path) if source.is_local else [""]
+        for file in files:
+            if not file.endswith((".jsonl", ".csv", *COMPRESSED)):
+                return None
+            with _opened(file) as stream:
+                while block := stream.read(1 << 20):
+                    lines += block.count(b"\n")
+    return lines
 
 
 def _local_files(path: str) -> list[str]:
@@ -113,7 +144,7 @@ def _local_rows(path: str) -> Iterator[tuple[str, Row]]:
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike) -> Iterator[Any]:
     """Opens a file to read its bytes, decompressed."""
-    kind = next((k for suffix, k in _COMPRESSED.items() if str(path).endswith(suffix)), None)
+    kind = next((k for suffix, k in COMPRESSED.items() if str(path).endswith(suffix)), None)
     if kind is None:
         with open_regular(path) as stream:
             yield stream
@@ -236,22 +267,13 @@ def _table_rows(
         yield from ((f"row {first + index}", row) for index, row in enumerate(rows))
 
 
-def _hub_rows(path: str, split: str) -> Iterator[tuple[str, Row]]:
-    name, _, file = path.partition(":")
-    if not hub.is_hub_id(name):
+def _hub_rows(path: str, split: str, config: str | None) -> Iterator[tuple[str, Row]]:
+    if not hub.is_hub_id(path.partition(":")[0]):
         raise UserError(
             f"no data file at {path}, and it is no hub id: give a {_SUFFIXES} file, "
             "or a hub id written owner/name or owner/name:file.jsonl"
         )
-    with hub.downloading(path, "dataset"):
-        import datasets
-
-        # The hub's library loads a named file as the only split and calls the split train.
-        if file:
-            dataset = datasets.load_dataset(name, data_files=file, split="train")
-        else:
-            dataset = datasets.load_dataset(name, split=split)
-    first = 1
+    dataset, first = load_from_hub(path, split, config), 1
     for table in dataset.with_format("arrow").iter(_BATCH_ROWS):
         yield from _table_rows(path, table, first)
         first += table.num_rows

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
@@ -21,16 +22,18 @@ from olmoe_jax.data.formats import (
     format_row,
     row_rules,
 )
-from olmoe_jax.data.reading import content_digest, read_rows
+from olmoe_jax.data.reading import about_rows, check_distinct, content_digest, read_source
 from olmoe_jax.errors import UserError, os_reason
 from olmoe_jax.files import cache_directory
+from olmoe_jax.sources import Source, parse
 
 if TYPE_CHECKING:
+    import tqdm
     from transformers import PreTrainedTokenizerBase
 
 # Part of the cache's directory name alone: increase it whenever the stored arrays change their
 # layout. A new layout holds the same examples, so a run may continue across it.
-_CACHE_VERSION = 5
+_CACHE_VERSION = 6
 _ARRAYS = {
     "tokens": np.int32,
     "in_loss": np.bool_,
@@ -40,11 +43,13 @@ _ARRAYS = {
 }
 """The arrays of the cache: those of `TokenizedDataset`, with lengths in place of offsets."""
 _BATCH_ROWS = 1000
+_BAR_DELAY = 2
+"""Seconds of work before there is a progress bar."""
 
 
 @dataclass(frozen=True)
 class TokenizedDataset:
-    """The examples of a data file that train, in the order of the file.
+    """The examples of some sources that train, in the order of the sources and their rows.
 
     Attributes:
       tokens: int32 [all tokens], the stored examples one after the other.
@@ -52,7 +57,8 @@ class TokenizedDataset:
       offsets: int64 [stored examples + 1], where each example starts in `tokens`.
       prompt_lengths: int32 [stored examples], see `TokenizedExample`.
       rows: int64 [N], the stored examples that this data set holds.
-      counts: what became of the rows of the data file, also in a subset.
+      sources: where the rows come from.
+      source_counts: what became of the rows of each source, also in a subset.
       origin: the named parts that determine the stored examples, see `identity`.
     """
 
@@ -61,11 +67,17 @@ class TokenizedDataset:
     offsets: np.ndarray
     prompt_lengths: np.ndarray
     rows: np.ndarray
-    counts: Counts
+    sources: Sequence[Source]
+    source_counts: Sequence[Counts]
     origin: Mapping[str, str | int]
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def counts(self) -> Counts:
+        """What became of the rows of all sources, also in a subset."""
+        return sum(self.source_counts, Counts())
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -94,17 +106,53 @@ class TokenizedDataset:
         """Returns a data set of the examples at `indices`, in that order, on the same arrays."""
         return replace(self, rows=self.rows[np.asarray(indices, np.int64)])
 
+    def of_source(self, number: int) -> np.ndarray:
+        """Returns int64 [n], which of the examples come from source `number`."""
+        ends = np.cumsum([counts.kept for counts in self.source_counts])
+        return np.flatnonzero(np.searchsorted(ends, self.rows, side="right") == number)
+
+    def epoch(self, number: int, seed: int) -> "TokenizedDataset":
+        """Returns the examples that an epoch takes: each as often as its source's weight says.
+
+        All epochs take equally many examples of a source: its examples times its weight, rounded,
+        and at least one. They go round the examples in an order drawn by `seed`. So however many
+        epochs there are, the numbers of times that two examples of a source were taken differ by
+        one at most.
+
+        Raises:
+          UserError: no example of a source is left.
+        """
+        if all(source.weight == 1 for source in self.sources):
+            return self
+        taken = []
+        for index, source in enumerate(self.sources):
+            own = self.of_source(index)
+            if not len(own):
+                raise UserError(
+                    f"{source}: all its examples are held out for evaluation; add rows, or set "
+                    "data.eval_path or data.eval_fraction=0"
+                )
+            count = max(round(len(own) * source.weight), 1)
+            if count % len(own):
+                own = np.random.RandomState(seed).permutation(own)
+            taken.append(own[np.arange(number * count, (number + 1) * count) % len(own)])
+        return self.subset(np.concatenate(taken))
+
     def identity(self) -> dict[str, str | int]:
         """Returns the named parts that determine the examples, for a message that names one.
 
-        content: hash of the data file or of the hub's rows.
+        content: hash of the data files or of the hub's rows.
         tokenizer: hash of the tokenizer and its end-of-text token.
         max_seq_length: the length at which an example is cut.
           rules: the version of the rules in data/formats.py.
         and the parts of `RowRules.identity`.
-        split: hash of the positions of this set's examples among those of the file.
+        weights: the weights of the sources, where one of them is not 1.
+        split: hash of the positions of this set's examples among those of the sources.
         """
-        return {**self.origin, "split": hashlib.sha256(self.rows.tobytes()).hexdigest()}
+        weights = [source.weight for source in self.sources]
+        weighted = {"weights": str(weights)} if set(weights) != {1} else {}
+        split = hashlib.sha256(self.rows.tobytes()).hexdigest()
+        return {**self.origin, **weighted, "split": split}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -113,22 +161,26 @@ class TokenizedDataset:
 
 
 def tokenize_dataset(
-    path: str,
+    data: str,
     tokenizer: "PreTrainedTokenizerBase",
     max_seq_length: int,
-    split: str = "train",
+    split: str | None = None,
     rules: RowRules | None = None,
+    config: str | None = None,
+    progress: bool = False,
 ) -> TokenizedDataset:
-    """Returns the tokenised rows of `path` (see `read_rows`), from the cache where it holds them.
+    """Returns the tokenised rows of some sources, from the cache where it holds them.
 
     The cache is $OLMOE_JAX_CACHE, or ~/.cache/olmoe_jax.
 
     Args:
-      path: the data.
+      data: the sources, see `olmoe_jax.sources.parse`.
       tokenizer: the tokenizer.
       max_seq_length: the length at which an example is cut.
-      split: the split of a hub data set.
+      split: the split of data sets on the hub that name none; None: train.
       rules: how rows become text; None: `row_rules` of the tokenizer.
+      config: the configuration of data sets on the hub that name none.
+      progress: whether to show a bar on a terminal.
 
     Raises:
       UserError: a row cannot be read or formatted (the message names file and line), no row is left
@@ -137,8 +189,11 @@ def tokenize_dataset(
     if max_seq_length < 1:
         raise ValueError(f"max_seq_length must be positive, not {max_seq_length}")
     rules = rules or row_rules(tokenizer)
+    sources = parse(data, config, split)
+    check_distinct(sources)
+    digests = [content_digest(source) for source in sources]
     origin: dict[str, str | int] = {
-        "content": content_digest(path, split),
+        "content": digests[0] if len(digests) == 1 else _hash(digests),
         "tokenizer": _tokenizer_digest(tokenizer),
         "max_seq_length": max_seq_length,
         "rules": RULES_VERSION,
@@ -148,9 +203,8 @@ def tokenize_dataset(
     arrays = load_arrays(directory, _ARRAYS)
     if arrays is None:
         try:
-            save_arrays(
-                directory, _ARRAYS, _tokenize(path, split, tokenizer, max_seq_length, rules)
-            )
+            parts = _tokenize(sources, tokenizer, max_seq_length, rules, progress)
+            save_arrays(directory, _ARRAYS, parts)
         except OSError as error:
             raise UserError(
                 f"cannot write the token cache {directory} ({os_reason(error)}): "
@@ -165,7 +219,10 @@ def tokenize_dataset(
         offsets=np.concatenate([[0], np.cumsum(arrays["lengths"], dtype=np.int64)]),
         prompt_lengths=arrays["prompt_lengths"],
         rows=np.arange(len(arrays["lengths"])),
-        counts=Counts(*arrays["counts"].tolist()),
+        sources=sources,
+        source_counts=[
+            Counts(*numbers) for numbers in arrays["counts"].reshape(len(sources), -1).tolist()
+        ],
         origin=origin,
     )
 
@@ -209,38 +266,57 @@ def _hash(value: Any) -> str:
 
 
 def _tokenize(
-    path: str,
-    split: str,
+    sources: Sequence[Source],
     tokenizer: "PreTrainedTokenizerBase",
     max_seq_length: int,
     rules: RowRules,
+    progress: bool,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields the arrays of `_ARRAYS` part by part, for the cache."""
-    counts = Counts()
-    ends = rules.ends(tokenizer)
-    for texts in _batches(path, split, tokenizer.eos_token, rules):
-        examples = list(encode_batch(texts, tokenizer, max_seq_length))
-        learnt = [example for example in examples if example.in_loss.any()]
-        counts += Counts.of(examples, ends)
-        if learnt:
-            yield {
-                "tokens": np.concatenate([example.tokens for example in learnt]),
-                "in_loss": np.concatenate([example.in_loss for example in learnt]),
-                "lengths": np.array([len(example.tokens) for example in learnt], np.int32),
-                "prompt_lengths": np.array([e.prompt_length for e in learnt], np.int32),
-            }
-    if counts.rows == counts.dropped:
-        raise UserError(
-            f"{path}: no row has a token to train on within max_seq_length={max_seq_length}; "
-            "raise data.max_seq_length"
-        )
-    yield {"counts": np.array(astuple(counts))}
+    ends, all_counts = rules.ends(tokenizer), []
+    with _progress_bar(sources, progress) as bar:
+        for source in sources:
+            counts = Counts()
+            for texts in _batches(source, tokenizer.eos_token, rules):
+                examples = list(encode_batch(texts, tokenizer, max_seq_length))
+                learnt = [example for example in examples if example.in_loss.any()]
+                counts += Counts.of(examples, ends)
+                bar.update(len(texts))
+                if learnt:
+                    yield {
+                        "tokens": np.concatenate([example.tokens for example in learnt]),
+                        "in_loss": np.concatenate([example.in_loss for example in learnt]),
+                        "lengths": np.array([len(example.tokens) for example in learnt], np.int32),
+                        "prompt_lengths": np.array([e.prompt_length for e in learnt], np.int32),
+                    }
+            if not counts.kept:
+                raise UserError(
+                    f"{source}: no row has a token to train on within "
+                    f"max_seq_length={max_seq_length}; raise data.max_seq_length"
+                )
+            all_counts.append(astuple(counts))
+    yield {"counts": np.array(all_counts)}
 
 
-def _batches(path: str, split: str, eos: str, rules: RowRules) -> Iterator[list[FormattedRow]]:
-    """Yields the formatted rows of a data set in batches of about `LONG_TEXT` characters."""
+def _progress_bar(sources: Sequence[Source], wanted: bool) -> "tqdm.tqdm":
+    """Returns a bar of rows on stderr, which a terminal shows after two seconds."""
+    import tqdm
+
+    shown = wanted and sys.stderr.isatty()
+    return tqdm.tqdm(
+        desc="tokenising",
+        total=about_rows(sources) if shown else None,
+        unit=" rows",
+        delay=_BAR_DELAY,
+        leave=False,
+        disable=not shown,
+    )
+
+
+def _batches(source: Source, eos: str, rules: RowRules) -> Iterator[list[FormattedRow]]:
+    """Yields the formatted rows of a source in batches of about `LONG_TEXT` characters."""
     batch, size = [], 0
-    for place, row in read_rows(path, split):
+    for place, row in read_source(source):
         batch.append(format_row_at(place, row, eos, rules))
         size += len(batch[-1].text)
         if size >= LONG_TEXT or len(batch) == _BATCH_ROWS:

@@ -10,7 +10,7 @@ from olmoe_jax.checkpoints import directory
 from olmoe_jax.checkpoints.expert_config import ExpertConfig
 from olmoe_jax.data.arguments import add_row_arguments
 from olmoe_jax.errors import SEED, ArgumentParser, UserError, whole_number
-from olmoe_jax.files import NEW_DIRECTORY, PATH_OR_ID, expand, user_path
+from olmoe_jax.files import NEW_DIRECTORY, PATH_OR_ID, user_path
 from olmoe_jax.methods.selection import FUNCTIONS, check_top_p, read_scores, select, write_scores
 
 EXAMPLE = """examples:
@@ -28,7 +28,6 @@ def main(arguments: Sequence[str]) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     score = commands.add_parser("score", help="score the experts on data")
     score.add_argument("--model", required=True, **PATH_OR_ID)
-    score.add_argument("--data", required=True, type=expand, metavar="FILE_OR_HUB_ID")
     score.add_argument("--output", **NEW_DIRECTORY)
     score.add_argument("--tokenizer", **PATH_OR_ID, help="default: the model's")
     score.add_argument("--max_tokens", type=whole_number(1), default=300_000, metavar="N")
@@ -89,7 +88,9 @@ def run_score(args: argparse.Namespace, output: Path) -> str:
             f"{positions}, or --allow_extrapolation"
         )
     rules = rules_of(args, tokenizer)
-    dataset = data.tokenize_dataset(args.data, tokenizer, length, rules=rules)
+    dataset = data.tokenize_dataset(
+        args.data, tokenizer, length, args.split, rules, args.hub_config, progress=True
+    ).epoch(0, args.seed)
     mesh = sharding.make_mesh()
     scores, tokens = expert_scores(
         graph_of(source.config, ModelSettings(compute_dtype=dtype)),

@@ -278,6 +278,7 @@ _PARTS = {
     "tokenizer": "the tokenizer is another",
     "max_seq_length": "data.max_seq_length is another",
     "rules": "this version of olmoe_jax makes other tokens of the same rows, or masks others",
+    "weights": "the weights of the sources are others",
     "split": "other examples are held out",
 }
 """What it means that a part of a data set's identity differs, in the order of telling."""

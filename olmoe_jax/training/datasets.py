@@ -13,6 +13,7 @@ from olmoe_jax.checkpoints.turn_ends import write_turn_ends
 from olmoe_jax.config import Config
 from olmoe_jax.data.chat import write_template
 from olmoe_jax.errors import UserError
+from olmoe_jax.parallel.distributed import is_writer
 from olmoe_jax.training.base_model import BaseModel
 
 
@@ -56,8 +57,10 @@ def load_datasets(config: Config, model: BaseModel) -> Datasets:
         tokenizer=tokenizer,
         max_seq_length=options.max_seq_length,
         rules=rules,
+        config=options.hub_config,
+        progress=is_writer(),
     )
-    train, evaluation = tokenize(options.train_path), None
+    train, evaluation = tokenize(options.train_path, split=options.split), None
     if options.chat_template not in (None, "auto") and not train.counts.templated:
         raise UserError(
             f"data.chat_template={options.chat_template}: no row of {options.train_path} is a "

@@ -1,6 +1,7 @@
 """Decoding within a run: greedy answers to held-out prompts, compared by exact match."""
 
 import dataclasses
+import itertools
 import unicodedata
 from typing import TYPE_CHECKING
 
@@ -9,12 +10,13 @@ import numpy as np
 from olmoe_jax import data
 from olmoe_jax.config import Config
 from olmoe_jax.data.formats import format_row
-from olmoe_jax.data.reading import read_rows
+from olmoe_jax.data.reading import read_source
 from olmoe_jax.errors import UserError
 from olmoe_jax.generation.answers import Scorer, exact_match, reference_number, scorer_for
 from olmoe_jax.generation.decoding import generate
 from olmoe_jax.model.parameters import ROUTER, Parameters, merge
 from olmoe_jax.ops.quantization import Quantized
+from olmoe_jax.sources import parse
 from olmoe_jax.training.base_model import BaseModel
 from olmoe_jax.training.datasets import Datasets
 from olmoe_jax.training.program import Program
@@ -146,8 +148,10 @@ def held_out_sample(config: Config, model: BaseModel, datasets: Datasets) -> Hel
 
 def _place(config: Config, prompt: str, answer: str) -> str:
     """Returns file and line of the evaluation example with these texts, or the file alone."""
-    path, split = config.data.eval_path or config.data.train_path, "test"
-    for place, row in read_rows(path, split if config.data.eval_path else "train"):
+    data = config.data
+    path, split = (data.eval_path, "test") if data.eval_path else (data.train_path, data.split)
+    sources = parse(path, data.hub_config, split)
+    for place, row in itertools.chain.from_iterable(map(read_source, sources)):
         # A tokenizer may normalise, and a cut text keeps its beginning.
         text = unicodedata.normalize("NFC", format_row(row, "").text)
         if text.startswith(prompt) and answer in text[len(prompt) :]:

@@ -8,6 +8,7 @@ import jax
 from olmoe_jax import data
 from olmoe_jax.checkpoints.turn_ends import read_turn_ends
 from olmoe_jax.config import Config
+from olmoe_jax.data.counts import source_table
 from olmoe_jax.model.lora import is_adapter
 from olmoe_jax.model.parameters import Parameters, count_parameters
 from olmoe_jax.parallel import sharding
@@ -32,7 +33,7 @@ def introduction(
     base = f", base quantized to {scheme}" if scheme else ""
     yield f"method: {model.method.describe()}{base}"
     yield from parameter_table(program.state.parameters, program.frozen)
-    train, evaluation = steps.dataset, datasets.evaluation
+    train, evaluation = steps.first_epoch, datasets.evaluation
     length = config.data.max_seq_length
     yield (
         f"data: {len(train):,} examples ({train.counts.describe(length)}), "
@@ -41,6 +42,7 @@ def introduction(
         f"padding {steps.first_epoch_padding_share():.1%}, "
         f"{len(evaluation) if evaluation else 0:,} evaluation examples"
     )
+    yield from source_table(train.sources, train.source_counts)
     if train.counts.templated:
         yield f"conversations: {datasets.rules.describe()}"
     named = read_turn_ends(model.files)

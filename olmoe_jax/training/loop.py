@@ -97,7 +97,7 @@ def train(config: Config) -> TrainResult:
                 source=model.source,
                 settings=model.settings,
                 mesh=mesh,
-                dataset=datasets.train,
+                dataset=steps.first_epoch,
                 layout=row_layout(config, datasets, mesh),
                 seed=config.train.seed,
             )
@@ -229,7 +229,7 @@ class _Run:
 
     def _flops_per_token(self) -> float:
         """Returns what the mathematics of a step needs for an average token of the data."""
-        lengths = self.datasets.train.lengths
+        lengths = self.steps.first_epoch.lengths
         # A token attends to half of its example on average; long examples hold more tokens.
         context = float((lengths**2).sum() / lengths.sum()) / 2
         trains = self.state.parameters.__contains__

@@ -35,7 +35,7 @@ from olmoe_jax.checkpoints.source import MODEL_DIRECTORY
 from olmoe_jax.config import FIELDS, Config, first_difference, to_dict
 from olmoe_jax.config.fields import show
 from olmoe_jax.errors import UserError
-from olmoe_jax.files import STRICT, absolute, open_regular, read_json, read_json_lines
+from olmoe_jax.files import STRICT, open_regular, read_json, read_json_lines
 from olmoe_jax.parallel import distributed
 
 CONFIG = "config.json"
@@ -71,7 +71,7 @@ FREE_FIELDS = {
 }
 """The fields that may change between a run and its continuation: they change no mathematics."""
 
-LOCATIONS = {p for p, field in FIELDS.items() if field.rule and field.rule.is_path} - FREE_FIELDS
+LOCATIONS = {path for path, field in FIELDS.items() if field.is_place} - FREE_FIELDS
 """The fields that say where an input lies. A checkpoint's identity holds the inputs' content."""
 
 
@@ -235,7 +235,7 @@ def _locate(values: dict[str, dict[str, Any]], config: Config) -> list[str]:
     for path in sorted(LOCATIONS):
         section, name = path.split(".")
         old, new = (
-            place and absolute(place)
+            place and FIELDS[path].absolute(place)
             for place in (values[section].get(name), getattr(getattr(config, section), name))
         )
         values[section][name] = new

@@ -152,7 +152,7 @@ def test_a_section_is_not_a_field():
         ("data.eval_fraction", "1.0", "must be 0 or more and below 1; write e.g. 0.1"),
         ("data.max_seq_length", "1", "must be from 2 to 1048576; write e.g. 4096"),
         ("data.train_path", "", "must not be empty; write e.g. RoxanneWsyw/gsm:train.jsonl"),
-        ("data.eval_path", "", "must not be empty; write e.g. PATH or none"),
+        ("data.eval_path", "", "must not be empty; write e.g. RoxanneWsyw/gsm:train.jsonl or none"),
         ("model.path", "", "must not be empty; write e.g. allenai/OLMoE-1B-7B-0125"),
         ("method.router_gradient_experts", "0", "must be 1 or more; write e.g. 1 or none"),
         ("method.router_aux_loss_coefficient", "-0.1", "must be 0 or more; write e.g. 0.0"),
@@ -196,7 +196,7 @@ def test_range(path, text, expected):
 def test_home_in_every_path(monkeypatch):
     """In a flag, in a config file, in Python; `~` elsewhere in a path is a character."""
     monkeypatch.setenv("HOME", "/home/me")
-    paths = [path for path, field in FIELDS.items() if field.rule and field.rule.is_path]
+    paths = [path for path, field in FIELDS.items() if field.is_place]
     named = [path for path in FIELDS if path.endswith(("path", "_dir", "_template"))]
     assert sorted(paths) == sorted(named)
     for path in paths:

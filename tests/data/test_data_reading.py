@@ -7,9 +7,10 @@ import pyarrow.parquet
 import pytest
 
 from olmoe_jax.data import reading
-from olmoe_jax.data.reading import SUFFIXES, content_digest, is_local, read_rows
+from olmoe_jax.data.reading import content_digest, read_rows, read_source
 from olmoe_jax.errors import UserError
 from olmoe_jax.files import LINE_LIMIT
+from olmoe_jax.sources import SUFFIXES, Source, is_local
 
 ROWS = [{"prompt": "é \u2028", "completion": "1"}, {"prompt": "b", "completion": "2"}]
 
@@ -55,10 +56,10 @@ def test_compressed_files_tables_folders_and_patterns(tmp_path):
     assert [place for place, _ in read_rows(f"{tmp_path}/c.csv")] == [
         f"{tmp_path}/c.csv: line {number}" for number in (2, 4)
     ]
-    first = content_digest(str(tmp_path))
-    assert first == content_digest(f"{tmp_path}/?.*")
+    first = content_digest(Source(str(tmp_path)))
+    assert first == content_digest(Source(f"{tmp_path}/?.*"))
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"{}"))
-    assert first != content_digest(str(tmp_path))
+    assert first != content_digest(Source(str(tmp_path)))
 
 
 def test_parquet_file(tmp_path):
@@ -152,9 +153,9 @@ def test_a_list_longer_than_the_window(tmp_path, monkeypatch):
 def test_a_fifo_is_refused_at_once(tmp_path):
     for suffix in SUFFIXES:
         os.mkfifo(tmp_path / f"rows{suffix}")
-        for read in (read_rows, content_digest):
+        for read in (read_source, content_digest):
             with pytest.raises(UserError, match="a FIFO or device, not a file"):
-                [*read(str(tmp_path / f"rows{suffix}"))]
+                [*read(Source(str(tmp_path / f"rows{suffix}")))]
 
 
 def test_directory_and_nonsense_are_refused(tmp_path):
@@ -171,22 +172,3 @@ def test_local_files_and_hub_ids_are_told_apart():
     assert is_local("shards/part-*")
     assert not is_local("owner/name")
     assert not is_local("owner/name:train.jsonl")
-
-
-def test_hub_data_sets_are_loaded_by_file_or_split(monkeypatch):
-    import datasets
-
-    calls = []
-
-    def load_dataset(name, **arguments):
-        calls.append((name, arguments))
-        return datasets.Dataset.from_list(ROWS)
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert [row for _, row in read_rows("owner/name:test.jsonl", "test")] == ROWS
-    assert [row for _, row in read_rows("owner/name", "test")] == ROWS
-    assert calls == [
-        ("owner/name", {"data_files": "test.jsonl", "split": "train"}),
-        ("owner/name", {"split": "test"}),
-    ]
-    assert content_digest("owner/name") == content_digest("owner/name")

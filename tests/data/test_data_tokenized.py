@@ -40,7 +40,7 @@ def tokenizations(monkeypatch):
 def test_examples_and_counts(data, tokenizer, tmp_path):
     dataset = tokenize_dataset(data, tokenizer, 20)
     assert len(dataset) == 3
-    assert dataset.counts == Counts(rows=4, dropped=1, cut=1)
+    assert dataset.counts == Counts(rows=4, dropped=1, cut=1, tokens=18, trained=12)
     assert dataset.lengths.tolist() == [5, 6, 7]
     assert dataset.target_counts.tolist() == [3, 4, 5]
     example = dataset.subset([2, 1]).example(1)

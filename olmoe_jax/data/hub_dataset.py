@@ -1,0 +1,91 @@
+"""Loading of data sets from the Hugging Face hub; code on the hub is never run."""
+
+import functools
+import re
+import sys
+from typing import TYPE_CHECKING
+
+from olmoe_jax import hub
+from olmoe_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import datasets
+
+
+@functools.lru_cache(maxsize=4)
+def load_from_hub(path: str, split: str, config: str | None) -> "datasets.Dataset":
+    """Returns a data set of the hub, downloaded or from the cache.
+
+    Without the hub, it comes from the cache of `datasets`, or from files that `hf download` left in
+    the hub's cache.
+
+    Args:
+      path: owner/name, or owner/name:file, of which the file is read whole.
+      split: the split, or a slice of one, as train[:10%].
+      config: the configuration; None: the default or the only one.
+
+    Raises:
+      UserError: the hub does not give the data set, or it lacks the split or the configuration.
+    """
+    name, _, file = path.partition(":")
+    with hub.downloading(path, "dataset"):
+        import datasets
+
+        show = datasets.enable_progress_bars if sys.stderr.isatty() else None
+        (show or datasets.disable_progress_bars)()
+        try:
+            # The hub's library loads a named file as the only split and calls the split train.
+            if not file:
+                return _by_name(name, split, config)
+            return datasets.load_dataset(name, data_files=file, split="train")
+        # Errors of the hub are ValueErrors too.
+        except (AssertionError, RuntimeError, ValueError) as error:
+            if reason := _reason(str(error), None if file else split, config):
+                raise UserError(f"{path}: {reason}") from None
+            raise
+
+
+def _by_name(name: str, split: str, config: str | None) -> "datasets.Dataset":
+    import datasets
+    import huggingface_hub
+
+    try:
+        return datasets.load_dataset(name, config, split=split)
+    except ConnectionError as error:
+        try:
+            files = huggingface_hub.snapshot_download(
+                name, repo_type="dataset", local_files_only=True
+            )
+        except (OSError, ValueError):
+            raise error from None
+    return datasets.load_dataset(files, config, split=split)
+
+
+_REASONS = {
+    r"scripts are no longer supported, but found (.*)": "it is made by a script, {0}, and code of "
+    "the hub is never run; write OWNER/NAME:FILE if the rows lie there as a file, or convert them",
+    r"Config name is missing.*?\[(.*?)\]": "it has several configurations; write config=NAME or "
+    "data.hub_config, one of {0}",
+    r"BuilderConfig '.*' not found\. Available: \[(.*?)\]": "it has no configuration {config}; "
+    "write config=NAME or data.hub_config, one of {0}",
+    r"There are multiple .* configurations in the cache: (.*?)\n": "the cache has several "
+    "configurations of it; write config=NAME or data.hub_config, one of {0}",
+    r"Available configs in the cache: \[(.*?)\]": "the cache has no configuration {config} of it, "
+    "but {0}; write one of them, or connect to the hub",
+    r"(?:Unknown split|Bad split).*\[(.*)\]": "it has no split {split}; write split=NAME or "
+    "data.split, one of {0}",
+    r"^Requested slice": "it has fewer rows than the slice {split} names; write a shorter one",
+    r"^(?:Unrecognized instruction|Percent slice|There are only|It's not possible)": "{split} is "
+    "no slice of a split; write as train[:10%] or train[100:200]",
+}
+"""Errors of `datasets` (patterns), and what to say."""
+
+
+def _reason(message: str, split: str | None, config: str | None) -> str | None:
+    if "find cache" in message and not split:
+        return "the hub does not give this file, and the cache does not have it; check the name"
+    for pattern, words in _REASONS.items():
+        if found := re.search(pattern, message, re.DOTALL):
+            quoted = [group.replace("'", "") for group in found.groups()]
+            return words.format(*quoted, split=split, config=config)
+    return None
