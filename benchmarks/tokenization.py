@@ -1,19 +1,25 @@
 """Time of tokenising: python -m benchmarks.tokenization --tokenizer DIR --text FILE
 
 Makes chats of the text's words, 30 to a turn, and compares with the same words in chats of two
-turns. Prints the tokens, the seconds of all cores and the ratio of the seconds a token.
+turns. Prints the tokens, the seconds of all cores, the ratio of the seconds a token, and the
+seconds of the main thread and the busiest other one: what it takes where each has a core of its
+own, whatever else runs on the machine. The tokenizer's threads are as many as RAYON_NUM_THREADS
+says, or as there are cores. --data FILE measures rows of one's own instead.
 """
 
 import json
 import os
 import random
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from olmoe_jax.data import load_tokenizer, tokenize_dataset
 from olmoe_jax.errors import ArgumentParser, run_command
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SHAPES = ((6000, 2), (2000, 6), (100, 120), (10, 1200))
 """(chats, turns) of data sets with 12,000 turns each."""
@@ -26,23 +32,47 @@ def main(arguments: Sequence[str]) -> None:
     """Prints the table. Raises `UserError` for bad usage."""
     parser = ArgumentParser(prog="python -m benchmarks.tokenization", description=__doc__)
     parser.add_argument("--tokenizer", required=True)
-    parser.add_argument("--text", required=True, type=Path)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--text", type=Path)
+    what.add_argument("--data")
     args = parser.parse_args(arguments)
-    words = args.text.read_text(encoding="utf-8").split()
     tokenizer = load_tokenizer(args.tokenizer)
-    print("chats | turns |    tokens | seconds | seconds a token over the first row's")
-    first = None
     with tempfile.TemporaryDirectory() as path:
         os.environ["OLMOE_JAX_CACHE"] = path
+        if args.data:
+            tokens, seconds, critical = measure(args.data, tokenizer)
+            print(f"{tokens:,} tokens, {seconds:.2f} s, with a core for each thread {critical:.2f}")
+            return
+        words = args.text.read_text(encoding="utf-8").split()
+        print("chats | turns |    tokens | seconds | a token, over the first row | a core each")
+        first = None
         for chats, turns in SHAPES:
             file = Path(path) / f"{turns}.jsonl"
             write_chats(file, words, chats, turns)
-            start = time.process_time()
-            tokens = len(tokenize_dataset(str(file), tokenizer, LENGTH).tokens)
-            seconds = time.process_time() - start
+            tokens, seconds, critical = measure(str(file), tokenizer)
             first = first or seconds / tokens
             ratio = seconds / tokens / first
-            print(f"{chats:5} | {turns:5} | {tokens:9,} | {seconds:7.2f} | {ratio:5.2f}")
+            print(
+                f"{chats:5} | {turns:5} | {tokens:9,} | {seconds:7.2f} | {ratio:27.2f} | "
+                f"{critical:6.2f}"
+            )
+
+
+def measure(data: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, float, float]:
+    """Returns tokens, seconds of all threads, and seconds of the main and the busiest other one."""
+    before = _seconds_of_threads()
+    tokens = len(tokenize_dataset(data, tokenizer, LENGTH).tokens)
+    spent = {n: end - before.get(n, 0) for n, end in _seconds_of_threads().items()}
+    main_thread = spent.pop(os.getpid())
+    return tokens, main_thread + sum(spent.values()), main_thread + max(spent.values(), default=0)
+
+
+def _seconds_of_threads() -> dict[int, float]:
+    """Returns {thread id: seconds on a core} of this process."""
+    return {
+        int(task.name): int((task / "schedstat").read_text().split()[0]) / 1e9
+        for task in Path("/proc/self/task").iterdir()
+    }
 
 
 def write_chats(file: Path, words: Sequence[str], chats: int, turns: int) -> None:

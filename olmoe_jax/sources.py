@@ -4,7 +4,7 @@ import dataclasses
 import glob
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -81,6 +81,11 @@ def parse(text: str, config: str | None = None, split: str | None = None) -> tup
         else source
         for source in map(_parse, _pieces(text))
     )
+
+
+def reads(sources: Iterable[Source], setting: str) -> bool:
+    """Returns whether a source takes the default of `setting`: "config" or "split"."""
+    return any(source.is_named_split and not getattr(source, setting) for source in sources)
 
 
 def expand(text: str) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from olmoe_jax.config.fields import show
 from olmoe_jax.config.methods import METHODS, readers
 from olmoe_jax.config.options import FIELDS, Config
-from olmoe_jax.sources import parse
+from olmoe_jax.sources import parse, reads
 
 _SCORING = ("esft_top_p", "esft_score_tokens")
 _LORA_DETAILS = ("lora_alpha", "lora_dropout", "lora_targets", "adapter_path")
@@ -36,7 +36,7 @@ def _data(config: Config) -> Iterator[str]:
         yield f"data.eval_path={data.eval_path}: only sources of data.train_path have a weight"
     for name, sources in (("hub_config", [*train, *evaluation]), ("split", train)):
         value, setting = getattr(data, name), name.removeprefix("hub_")
-        if value and not any(s.is_named_split and not getattr(s, setting) for s in sources):
+        if value and not reads(sources, setting):
             yield (
                 f"data.{name}={value}: only read of a data set OWNER/NAME on the hub that has no "
                 f"{setting}= of its own; write none"

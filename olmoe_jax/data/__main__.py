@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from olmoe_jax.checkpoints.directory import new_file
-from olmoe_jax.data.arguments import add_row_arguments, rules_of
+from olmoe_jax.data.arguments import add_row_arguments, rules_of, sources_of
 from olmoe_jax.data.counts import Counts, source_table
 from olmoe_jax.data.formats import EncodedRow, encode_batch
 from olmoe_jax.data.page import page
@@ -18,7 +18,7 @@ from olmoe_jax.data.tokenized import format_row_at
 from olmoe_jax.data.tokenizer import load_tokenizer
 from olmoe_jax.errors import ArgumentParser, printable, run_command, unescaped, whole_number
 from olmoe_jax.files import PATH_OR_ID, user_path
-from olmoe_jax.sources import parse, short
+from olmoe_jax.sources import short
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
     tokenizer = load_tokenizer(args.tokenizer)
     rules = rules_of(args, tokenizer)
-    sources = parse(args.data, args.hub_config, args.split)
+    sources = sources_of(args)
     check_distinct(sources)
     found: list[list[EncodedRow]] = [
         [

@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING
 
 from olmoe_jax.data.chat import BOOKKEEPING
 from olmoe_jax.data.formats import RowRules, row_rules
+from olmoe_jax.errors import UserError
 from olmoe_jax.files import expand
+from olmoe_jax.sources import Source, parse, reads
 from olmoe_jax.sources import expand as expand_sources
 
 if TYPE_CHECKING:
@@ -35,6 +37,22 @@ def add_row_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ignore_fields", default=BOOKKEEPING, metavar="NAMES", help=f"default: {BOOKKEEPING}"
     )
+
+
+def sources_of(args: argparse.Namespace) -> tuple[Source, ...]:
+    """Returns the sources that the flags name.
+
+    Raises:
+      UserError: as for `parse`, or no source reads a flag.
+    """
+    for flag, setting in (("hub_config", "config"), ("split", "split")):
+        value = getattr(args, flag)
+        if value and not reads(parse(args.data), setting):
+            raise UserError(
+                f"--{flag}={value}: only read of a data set OWNER/NAME on the hub that has no "
+                f"{setting}= of its own; leave it out"
+            )
+    return parse(args.data, args.hub_config, args.split)
 
 
 def rules_of(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> RowRules:

@@ -83,9 +83,12 @@ def source_table(sources: Sequence[Source], counts: Sequence[Counts]) -> list[st
     if len(sources) == 1:
         return []
     rows = [("source", *_COLUMNS)]
-    for source, of in zip(sources, counts, strict=True):
+    names = [short(str(source)) for source in sources]
+    if len({*names}) < len(names):
+        names = [*map(str, sources)]
+    for name, of in zip(names, counts, strict=True):
         numbers = (of.rows, of.dropped, of.cut, of.without_end, of.tokens, of.trained)
-        rows.append((short(str(source)), *(f"{number:,}" for number in numbers)))
+        rows.append((name, *(f"{number:,}" for number in numbers)))
     width = max(len(row[0]) for row in rows)
     return [f"  {name:{width}}" + "".join(f"{cell:>14}" for cell in row) for name, *row in rows]
 

@@ -71,7 +71,7 @@ def run_score(args: argparse.Namespace, output: Path) -> str:
     from olmoe_jax import data
     from olmoe_jax.checkpoints.loading import load_parameters
     from olmoe_jax.checkpoints.opening import open_source
-    from olmoe_jax.data.arguments import rules_of
+    from olmoe_jax.data.arguments import rules_of, sources_of
     from olmoe_jax.methods.scoring import expert_scores
     from olmoe_jax.model.config import ModelSettings
     from olmoe_jax.model.decoder import graph_of
@@ -88,9 +88,9 @@ def run_score(args: argparse.Namespace, output: Path) -> str:
             f"{positions}, or --allow_extrapolation"
         )
     rules = rules_of(args, tokenizer)
-    dataset = data.tokenize_dataset(
-        args.data, tokenizer, length, args.split, rules, args.hub_config, progress=True
-    ).epoch(0, args.seed)
+    sources = ", ".join(map(str, sources_of(args)))
+    dataset = data.tokenize_dataset(sources, tokenizer, length, rules=rules, progress=True)
+    dataset = dataset.epoch(0, args.seed)
     mesh = sharding.make_mesh()
     scores, tokens = expert_scores(
         graph_of(source.config, ModelSettings(compute_dtype=dtype)),

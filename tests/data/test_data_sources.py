@@ -155,6 +155,13 @@ def test_preview(files, tokenizer_dir, tmp_path, capsys):
     assert "row 3 of b.jsonl" in page
 
 
+def test_flags_that_no_source_reads(files, tokenizer_dir):
+    arguments = ["preview", "--data", f"{files[0]}", "--tokenizer", str(tokenizer_dir)]
+    for flag in ("--split=test", "--hub_config=main"):
+        with pytest.raises(UserError, match=f"{flag}: only read of a data set OWNER/NAME"):
+            main([*arguments, "--max_seq_length=20", flag])
+
+
 def test_progress_bar(files, tokenizer, tmp_path, monkeypatch, capsys):
     """A bar is on a terminal, after the delay, for whoever asks for it."""
     from olmoe_jax.data import tokenized
