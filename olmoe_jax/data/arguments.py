@@ -1,7 +1,7 @@
 """Flags of the commands that read rows."""
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from olmoe_jax.data.chat import BOOKKEEPING
 from olmoe_jax.data.formats import RowRules, row_rules
@@ -26,13 +26,7 @@ def add_row_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--hub_config", metavar="NAME", help="as data.hub_config of a run")
     parser.add_argument("--split", metavar="NAME", help="as data.split of a run; default: train")
-    parser.add_argument(
-        "--chat_template",
-        default="auto",
-        type=expand,
-        metavar="auto|none|FILE",
-        help="as data.chat_template of a run",
-    )
+    add_chat_template(parser, "auto", "as data.chat_template of a run")
     parser.add_argument("--train_on", choices=["answers", "last_answer", "all"], default="answers")
     parser.add_argument(
         "--ignore_fields", default=BOOKKEEPING, metavar="NAMES", help=f"default: {BOOKKEEPING}"
@@ -53,6 +47,13 @@ def sources_of(args: argparse.Namespace) -> tuple[Source, ...]:
                 f"{setting}= of its own; leave it out"
             )
     return parse(args.data, args.hub_config, args.split)
+
+
+def add_chat_template(parser: Any, default: str | None, help: str) -> None:
+    """Adds --chat_template to a parser, or to a group of its arguments."""
+    parser.add_argument(
+        "--chat_template", default=default, type=expand, metavar="auto|none|FILE", help=help
+    )
 
 
 def rules_of(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> RowRules:

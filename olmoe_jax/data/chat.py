@@ -28,6 +28,10 @@ _LINKS = ("tool_call_id",)
 """Fields that a template need not print: they say which call a result belongs to."""
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names of one thing, which transformers gives to the template under each."""
+_NEEDS_TEMPLATE = (
+    "is used only by a chat template; name one (chat_template), or leave the field out "
+    "(data.ignore_fields)"
+)
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -212,7 +216,9 @@ def templated(
     return FormattedRow(text, trained(len(text), spans, wanted, train_on), templated=True)
 
 
-def joined(messages: Sequence[Message], eos: str, train_on: str) -> FormattedRow:
+def joined(
+    messages: Sequence[Message], tools: list | None, eos: str, train_on: str
+) -> FormattedRow:
     """Returns a conversation without a template, in which every assistant turn ends in `eos`.
 
     One user and one assistant turn give exactly the text of a prompt and its completion. Further
@@ -226,17 +232,17 @@ def joined(messages: Sequence[Message], eos: str, train_on: str) -> FormattedRow
     for index, message in enumerate(messages):
         for name, value in message.items():
             if name not in ("role", "content") and has_content(value):
-                raise UserError(
-                    f"field messages[{index}].{name} is used only by a chat template; set "
-                    "data.chat_template to one, or leave it out by data.ignore_fields"
-                )
+                raise UserError(f"field messages[{index}].{name} {_NEEDS_TEMPLATE}")
+    if tools:
+        raise UserError(f"field tools {_NEEDS_TEMPLATE}")
     roles = [message["role"] for message in messages]
     contents = [checked_text(message.get("content"), "content") for message in messages]
     first = int(roles[:1] == ["system"])
     if len(roles) == first or roles[first:] != ["user", "assistant"] * ((len(roles) - first) // 2):
         raise UserError(
             "field messages must hold an optional system turn, then user and assistant turns "
-            "that alternate and end with the assistant's (or set data.chat_template)"
+            "that alternate and end with the assistant's (a chat: with the user's); or name a "
+            "chat template (chat_template)"
         )
     if first:
         contents[:2] = ["", f"{contents[0]}\n{contents[1]}"]
@@ -252,6 +258,52 @@ def joined(messages: Sequence[Message], eos: str, train_on: str) -> FormattedRow
         length += len(piece)
         last = piece[-1:] or last
     return FormattedRow("".join(pieces), trained(length, spans, wanted, train_on))
+
+
+def asked(
+    messages: Sequence[Message], tools: list | None, template: ChatTemplate | None, eos: str
+) -> str:
+    """Returns the text that a model continues with the assistant's next turn.
+
+    Raises:
+      UserError: the last turn is an assistant's; or as for `templated` and `joined`.
+    """
+    messages, _ = _trained_turns(messages, "answers")
+    if not messages or messages[-1]["role"] in ("assistant", "system"):
+        raise UserError(
+            "field messages must end with the turn that is to be answered, a user's or a tool's; "
+            "leave an assistant's last turn out"
+        )
+    if template is None:
+        row = joined([*messages, _turn("assistant", "")], tools, eos, "last_answer")
+        return row.text[: row.spans[0][0]]
+    text, _ = template.render(messages, tools)
+    _check_printed(messages, tools, template, text)
+    return checked_text(template.render(messages, tools, prompt=True)[0], "messages")
+
+
+def answered(
+    messages: Sequence[Message],
+    tools: list | None,
+    template: ChatTemplate | None,
+    prompt: str,
+    text: str,
+) -> Message:
+    """Returns the assistant's turn that a model wrote as `text` behind the `prompt` of `asked`.
+
+    The turn's content is such that further turns have prompt and text as they were before them, if
+    the template can say so: some put a space in front of a content.
+    """
+    for content in (text.removeprefix(" "), text):
+        turn = _turn("assistant", content)
+        history = [*messages, turn]
+        plain = template is None
+        said = (
+            joined(history, tools, "", "all").text if plain else template.render(history, tools)[0]
+        )
+        if said.startswith(prompt + text):
+            return turn
+    return turn
 
 
 def after(before: str, text: str) -> str:
@@ -350,7 +402,7 @@ def _check_printed(
         if not printed:
             raise UserError(
                 f"{template.name} prints nothing of {what}; write one that does, or leave it out "
-                "by data.ignore_fields"
+                "(data.ignore_fields)"
             )
 
     if tools:

@@ -15,6 +15,7 @@ from olmoe_jax.data.chat import (
     BOOKKEEPING,
     ChatTemplate,
     FormattedRow,
+    Message,
     after,
     chat_template,
     checked_messages,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 RULES_VERSION = 2
 
 Fields = Mapping[str, Any]  # a row of a data file, by the names of its columns
+Tools = list[dict[str, Any]] | None  # the JSON schemas of the tools
 
 ACCEPTED_FIELDS = (
     "prompt + completion; prompt + answer or answers; question + answer or answers; "
@@ -172,11 +174,7 @@ def format_row(row: Fields, eos: str, rules: RowRules | None = None) -> Formatte
         that the format does not use.
     """
     rules = rules or RowRules()
-    fields = {
-        name: value
-        for name, value in row.items()
-        if value is not None and name not in rules.ignored
-    }
+    fields = _fields(row, rules)
     if {"chosen", "rejected"} <= fields.keys():
         raise UserError(
             "a preference row (chosen, rejected): this is supervised training; write rows of "
@@ -184,15 +182,38 @@ def format_row(row: Fields, eos: str, rules: RowRules | None = None) -> Formatte
         )
     for required, optional, formatter in _FORMATS:
         if all(name in fields for name in required):
-            for name, value in fields.items():
-                if name not in (*required, *optional) and has_content(value):
-                    raise UserError(
-                        f"field {name} is not used by rows of {' + '.join(required)}; remove it, "
-                        f"or set data.ignore_fields={name}"
-                    )
+            _check_used(fields, *required, *optional)
             return formatter(fields, eos, rules)
     found = ", ".join(fields) or "none"
     raise UserError(f"unknown fields (found: {found}); accepted: {ACCEPTED_FIELDS}")
+
+
+def conversation(row: Fields, rules: RowRules) -> tuple[list[Message], Tools]:
+    """Returns messages and tools of a row of `messages`, which asks for an answer.
+
+    Raises:
+      UserError: as for `format_row`.
+    """
+    fields = _fields(row, rules)
+    if "messages" not in fields:
+        raise UserError(f"unknown fields (found: {', '.join(fields) or 'none'}); write messages")
+    _check_used(fields, "messages", "tools", "system")
+    messages = checked_messages(fields["messages"], "messages", rules.ignored)
+    return _with_system_and_tools(fields, messages)
+
+
+def _fields(row: Fields, rules: RowRules) -> dict[str, Any]:
+    return {n: value for n, value in row.items() if value is not None and n not in rules.ignored}
+
+
+def _check_used(fields: Fields, *used: str) -> None:
+    """Raises a `UserError` if a field says something and is not among those that a format uses."""
+    for name, value in fields.items():
+        if name not in used and has_content(value):
+            raise UserError(
+                f"field {name} is not used by rows of {', '.join(used)}; remove it, or set "
+                f"data.ignore_fields={name}"
+            )
 
 
 def encode_batch(
@@ -285,7 +306,7 @@ def _prompt_completion(row: Fields, eos: str, rules: RowRules) -> FormattedRow:
     return _answered(rules, (prompt, after(prompt, completion) + eos))
 
 
-def _as_messages(value: Any, field: str, role: str, rules: RowRules) -> list[dict[str, Any]]:
+def _as_messages(value: Any, field: str, role: str, rules: RowRules) -> list[Message]:
     if not isinstance(value, list):
         return [{"role": role, "content": checked_text(value, field)}]
     return checked_messages(value, field, rules.ignored)
@@ -374,9 +395,14 @@ def _sharegpt(row: Fields, eos: str, rules: RowRules) -> FormattedRow:
     return _conversation(row, checked_messages(messages, "", rules.ignored), eos, rules)
 
 
-def _conversation(
-    row: Fields, messages: list[dict[str, Any]], eos: str, rules: RowRules
-) -> FormattedRow:
+def _conversation(row: Fields, messages: list[Message], eos: str, rules: RowRules) -> FormattedRow:
+    messages, tools = _with_system_and_tools(row, messages)
+    if rules.template:
+        return templated(messages, tools, rules.template, rules.train_on)
+    return joined(messages, tools, eos, rules.train_on)
+
+
+def _with_system_and_tools(row: Fields, messages: list[Message]) -> tuple[list[Message], Tools]:
     if has_content(row.get("system")):
         messages = [{"role": "system", "content": _text(row, "system")}, *messages]
     tools = row.get("tools")
@@ -385,15 +411,7 @@ def _conversation(
         tools = decode(list[dict[str, Any]], text, "field tools") if text else None
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise UserError("field tools must be a list of JSON schemas")
-    if rules.template:
-        return templated(messages, tools or None, rules.template, rules.train_on)
-    formatted = joined(messages, eos, rules.train_on)
-    if tools:
-        raise UserError(
-            "field tools is used only by a chat template; set data.chat_template to one, or leave "
-            "it out by data.ignore_fields"
-        )
-    return formatted
+    return messages, tools or None
 
 
 def _whole_text(row: Fields, eos: str, rules: RowRules) -> FormattedRow:

@@ -1,11 +1,13 @@
 """The command line of `python -m olmoe_jax.generate`: continues prompts with a model."""
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from olmoe_jax.data.arguments import add_chat_template
 from olmoe_jax.errors import SEED, ArgumentParser, UserError, data_output, whole_number
 from olmoe_jax.files import BASE, PATH_OR_ID, expand, read_bytes, utf8
 from olmoe_jax.parallel.compilation import keep_programs
@@ -16,15 +18,26 @@ EPILOG = """examples:
   python -m olmoe_jax.generate --model allenai/OLMoE-1B-7B-0125 --prompts questions.txt \\
       --adapter runs/densemixer_lora_gsm --stop "Question:" --temperature 0.7 --top_p 0.9
   echo "Once upon a time" | python -m olmoe_jax.generate --model runs/quickstart/hf --prompts -
+  python -m olmoe_jax.generate --model runs/chat/hf --chat --system "Be brief."
+  python -m olmoe_jax.generate --model runs/chat/hf --chat --prompts conversations.jsonl
 
 For one prompt the command prints its continuation, for several a line of JSON each.
+
+With --chat a prompt is a user's message, and the model's answer is printed. --prompts FILE is then
+a data file with a conversation a row, {"messages": [{"role": "user", "content": "Hello!"}]}; each
+is printed as a line of JSON with the answer behind its messages. Without prompts, a line of the
+standard input is a message, and each answer knows those before it: Ctrl-C stops an answer, Ctrl-C
+or Ctrl-D at the prompt ends the session.
 """
 
 
 def main(arguments: Sequence[str]) -> None:
     """Runs the command."""
     args = parser().parse_args(arguments)
-    prompts = _prompts(args)
+    for flag in ("system", "chat_template"):
+        if getattr(args, flag) is not None and not args.chat:
+            raise UserError(f"--{flag} is for chats: add --chat, or leave the flag out")
+    prompts = [] if args.chat else _prompts(args)
     keep_programs()
 
     import jax
@@ -34,32 +47,55 @@ def main(arguments: Sequence[str]) -> None:
     from olmoe_jax.checkpoints.opening import open_source
     from olmoe_jax.checkpoints.turn_ends import read_turn_ends
     from olmoe_jax.data import load_tokenizer
+    from olmoe_jax.generation import chat
     from olmoe_jax.model.config import ModelSettings
     from olmoe_jax.parallel import sharding
 
     source = open_source(args.model)
-    tokenizer = load_tokenizer(str(source.files))
+    place = tokenizer_directory(source.files, args.adapter)
+    tokenizer = load_tokenizer(str(place))
+    ends = {tokenizer.eos_token_id, *read_turn_ends(source.files)}
+    conversations = []
+    if args.chat:
+        format = chat.open_format(args.chat_template or "auto", tokenizer, place)
+        ends |= set(format.rules.ends(tokenizer))
+        conversations = chat.read_conversations(args.prompt, args.prompts, args.system, format)
     mesh = sharding.decoding_mesh(source.config.num_experts)
     settings = ModelSettings(compute_dtype=jnp.dtype(args.compute_dtype))
     model = olmoe_jax.from_pretrained(
         args.model, mesh, settings=settings, adapter=args.adapter, base=args.base
     )
+    generate = functools.partial(
+        olmoe_jax.generate,
+        model,
+        tokenizer,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        stop=args.stop,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        allow_extrapolation=args.allow_extrapolation,
+        ends=ends,
+    )
     with jax.set_mesh(mesh):
-        texts = olmoe_jax.generate(
-            model,
-            tokenizer,
-            prompts,
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
-            stop=args.stop,
-            seed=args.seed,
-            batch_size=args.batch_size,
-            progress=len(prompts) > 1,
-            allow_extrapolation=args.allow_extrapolation,
-            ends={tokenizer.eos_token_id, *read_turn_ends(source.files)},
-        )
+        if not args.chat:
+            _print_texts(prompts, generate(prompts, progress=len(prompts) > 1))
+        elif conversations:
+            turns = chat.answer(conversations, format, generate)
+            for conversation, turn in zip(conversations, turns, strict=True):
+                alone = len(turns) == 1 and args.prompts is None
+                line = turn["content"] if alone else chat.as_json(conversation, turn)
+                print(line, file=data_output())
+        else:
+            positions = source.config.max_position_embeddings
+            room = positions - (args.max_new_tokens or min(256, positions // 2))
+            room = sys.maxsize if args.allow_extrapolation else room
+            chat.converse(chat.Session(format, generate, args.system, room), args.stop)
+
+
+def _print_texts(prompts: Sequence[str], texts: Sequence[str]) -> None:
     output = data_output()
     if len(prompts) == 1:
         print(texts[0], file=output)
@@ -72,7 +108,7 @@ def parser() -> ArgumentParser:
     """Returns the parser of the flags."""
     result = ArgumentParser(
         prog="python -m olmoe_jax.generate",
-        description="Continues prompts with a model.",
+        description="Continues prompts with a model, or chats with it.",
         epilog=EPILOG,
     )
     add_model(result)
@@ -93,6 +129,16 @@ def parser() -> ArgumentParser:
     add("--seed", type=SEED, default=0, metavar="N", help="seeds the draws")
     add("--batch_size", type=whole_number(1), default=16, metavar="N", help="prompts together (16)")
     add("--compute_dtype", choices=("float32", "bfloat16"), default="float32")
+    chat = result.add_argument_group("chat")
+    chat.add_argument(
+        "--chat",
+        action="store_true",
+        help="answer messages: those of --prompt, the conversations of --prompts, or what you type",
+    )
+    chat.add_argument("--system", metavar="TEXT", help="a system turn before each conversation")
+    add_chat_template(
+        chat, None, "default: auto, the model's own; none: turns are joined as without a template"
+    )
     return result
 
 
@@ -103,6 +149,22 @@ def add_model(parser: ArgumentParser) -> None:
     kinds = "a PEFT adapter of this model, or the LoRA run that made it"
     parser.add_argument("--adapter", type=expand, metavar="DIR", help=kinds)
     parser.add_argument("--base", **BASE)
+
+
+def tokenizer_directory(files: Path, adapter: str | None) -> Path:
+    """Returns where a model's tokenizer and chat template are: its adapter's, if it has them.
+
+    Args:
+      files: the model's directory.
+      adapter: a PEFT adapter, or the LoRA run that made it, or None.
+    """
+    if adapter is not None:
+        from olmoe_jax.checkpoints.peft import adapter_directory
+
+        path = adapter_directory(adapter)
+        if (path / "tokenizer.json").exists():
+            return path
+    return files
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:

@@ -61,6 +61,7 @@ def generate(
     progress: bool = False,
     allow_extrapolation: bool = False,
     ends: Collection[int] | None = None,
+    watch: Callable[[str], object] | None = None,
 ) -> list[str]:
     """Returns the model's continuations, without the prompts and the end-of-text token.
 
@@ -83,9 +84,12 @@ def generate(
       progress: shows a bar.
       allow_extrapolation: decodes beyond the model's positions (max_position_embeddings).
       ends: the token ids that end a text; None: the tokenizer's eos.
+      watch: called with a batch's first text as far as it is written, every few tokens. What it
+        raises ends the decoding.
 
     Raises:
-      UserError: a prompt is empty or too long, or a number is out of range.
+      UserError: a prompt is empty, too long or of another model's tokenizer, or a number is out of
+        range.
     """
     for name, value in {"max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
         if value is not None and value < 1:
@@ -96,6 +100,12 @@ def generate(
     encoded = [tokenizer(p, add_special_tokens=False, verbose=False).input_ids for p in prompts]
     if not all(encoded):
         raise UserError("a prompt is empty; write at least one word")
+    largest, known = max(map(max, encoded), default=0), model.config.vocab_size
+    if largest >= known:
+        raise UserError(
+            f"the tokenizer gives token {largest}, but the model's vocabulary has {known}; "
+            "write the model's tokenizer"
+        )
     positions = sys.maxsize if allow_extrapolation else model.config.max_position_embeddings
     rooms = [positions - len(tokens) for tokens in encoded]
     for number, (tokens, room) in enumerate(zip(encoded, rooms, strict=True), 1):
@@ -109,7 +119,7 @@ def generate(
     # Prompts of similar length share a batch, the longest first: short memory shows at once.
     order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
     ends = tuple(sorted({tokenizer.eos_token_id} if ends is None else ends))
-    decoder = _Decoder(model, tokenizer, stop, ends, sampling)
+    decoder = _Decoder(model, tokenizer, stop, ends, sampling, watch)
     texts = [""] * len(encoded)
     with tqdm(total=len(encoded), unit="prompt", disable=not progress, leave=False) as bar:
         for start in range(0, len(order), batch_size):
@@ -141,7 +151,9 @@ class _Decoder:
         stop: Sequence[str],
         ends: tuple[int, ...],
         sampling: Sampling,
+        watch: Callable[[str], object] | None,
     ):
+        self._watch = watch
         self._graph, parameters = split(model)
         self._parameters = _replicated(parameters)
         self._tokenizer, self._stop, self._ends = tokenizer, tuple(stop), ends
@@ -192,6 +204,8 @@ class _Decoder:
         stopped, running, until = np.zeros(rows, bool), len(prompts), 1
         while True:
             new, count, ended = (np.asarray(part) for part in (state.new, state.count, state.ended))
+            if self._watch:
+                self._watch(cut_at(self._text(new[0, : min(count, limits[0])]), self._stop))
             if self._stop:
                 stopped |= [self._has_stop(row) for row in new[:, :count]]
             ended = ended | stopped | (count >= limit_of_row)
