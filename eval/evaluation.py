@@ -31,7 +31,7 @@ ROWS, RESULT = "rows.jsonl", "result.json"
 @dataclass(frozen=True)
 class Decoding:
     """How all tasks are decoded; None takes each task's own. A task without `sampled` has one
-    sample a row.
+    sample a row. `chat_template` is a hash of what makes user turns of the prompts, None: nothing.
     """
 
     batch_size: int = 16
@@ -43,6 +43,7 @@ class Decoding:
     top_p: float | None = None
     top_k: int | None = None
     dtype: str | None = None
+    chat_template: str | None = None
 
 
 def settings_of(
@@ -67,7 +68,9 @@ def settings_of(
         "decode_dtype": decoding.dtype or task.dtype,
         "seed": decoding.seed,
         "batch_size": decoding.batch_size,
+        # Results of before have neither.
         **({"allow_extrapolation": True} if decoding.allow_extrapolation else {}),
+        **({"chat_template": decoding.chat_template} if decoding.chat_template else {}),
     }
 
 

@@ -1,6 +1,7 @@
 """Evaluates a model on tasks, and writes scores and predictions."""
 
 import argparse
+import dataclasses
 import functools
 import os
 import sys
@@ -8,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.backends import BACKENDS, DTYPES, Backend, check_backend, open_backend
+from eval.backends import BACKENDS, DTYPES, Backend, Prompts, check_backend, open_backend
 from eval.evaluation import MODEL, RESULT, SETTINGS, Decoding, digest, evaluate, settings_of
 from eval.outputs import open_output
 from eval.tasks import PROTOCOLS, TASKS, tasks_of
 from eval.tasks.judged import JudgedTask
 from eval.tasks.task import RunPrograms, Task, Tools, read_examples, source_of
 from olmoe_jax.checkpoints import directory
+from olmoe_jax.data.arguments import add_chat_template
 from olmoe_jax.errors import SEED, ArgumentParser, UserError, run_command, whole_number
 from olmoe_jax.files import PATH_OR_ID, absolute, expand, user_path
 from olmoe_jax.generation.command import add_model
@@ -45,6 +47,7 @@ def main(arguments: Sequence[str]) -> None:
     tools = Tools(run_programs=_sandbox(args, tasks))
     examples = {task.name: read_examples(task, args.data)[: args.limit] for task in tasks}
     check_backend(args.backend, args.model, args.adapter, args.base)
+    decoding = dataclasses.replace(decoding, chat_template=_chat_template(args))
     judged = [task.name for task in tasks if isinstance(task, JudgedTask)]
     server, questions = _judge(args, judged)
     if server and not all((args.output / name / RESULT).exists() for name in judged):
@@ -75,7 +78,9 @@ def main(arguments: Sequence[str]) -> None:
         backend = functools.partial(models.open, asked["decode_dtype"])
         result = evaluate(task, examples[task.name], asked, args.output, backend, tools)
         _print_result(task.name, result)
-        label = task.name if task.protocol == "ours" else f"{task.name} (protocol {task.protocol})"
+        how = [f"protocol {task.protocol}"] * (task.protocol != "ours")
+        how += ["chat template"] * (args.chat_template != "none")
+        label = task.name + (f" ({', '.join(how)})" if how else "")
         scores[label] = {name: score["value"] for name, score in result["metrics"].items()}
     print(f"wrote {args.output}")
     from olmoe_jax.checkpoints.card import add_results
@@ -114,6 +119,11 @@ def parser() -> ArgumentParser:
         help="default: float32; with --protocol reference each task's own",
     )
     add("--tokenizer", **PATH_OR_ID, help="default: the model's")
+    add_chat_template(
+        result,
+        "none",
+        "make a user's turn of each prompt, by the model's template or a file's; default: none",
+    )
     add("--batch_size", type=whole_number(1), default=16, metavar="N", help="prompts together (16)")
     add("--max_new_tokens", type=whole_number(1), metavar="N", help="default: each task's own")
     add("--allow_extrapolation", action="store_true", help="read beyond the model's positions")
@@ -169,6 +179,18 @@ def _digest(task: Task, args: argparse.Namespace) -> str:
     return digest(read_examples(task, args.data)[: args.limit])
 
 
+def _chat_template(args: argparse.Namespace) -> str | None:
+    """Returns the hash of the chat template, of which the results are; None: none."""
+    if args.chat_template == "none":
+        return None
+    from olmoe_jax.checkpoints.opening import open_source
+
+    files = open_source(args.model, base=args.base).files
+    prompts = Prompts(files, args.adapter, args.tokenizer, args.chat_template)
+    prompts.text("Hello!")  # a wrong template shows before anything is written
+    return prompts.template
+
+
 class _Models:
     """The model, loaded when a task needs it. One is in memory at a time.
 
@@ -187,7 +209,13 @@ class _Models:
             self._backend = None
             args = self._args
             self._backend = open_backend(
-                args.backend, args.model, dtype, args.adapter, args.base, args.tokenizer
+                args.backend,
+                args.model,
+                dtype,
+                args.adapter,
+                args.base,
+                args.tokenizer,
+                args.chat_template,
             )
             self._dtype = dtype
         return self._backend

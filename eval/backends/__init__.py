@@ -1,19 +1,22 @@
 """Backends that continue prompts: this project's decoder, transformers or vLLM.
 
 Every backend gets the same prompts as token ids without special tokens, decodes greedily or at a
-temperature, ends at the tokenizer's eos and decodes the new tokens with the same tokenizer.
+temperature, ends at every id that the model directory names, at the tokenizer's eos and at the chat
+template's end of a turn, and decodes the new tokens with the same tokenizer.
 """
 
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from pathlib import Path
+from typing import Protocol
 
 from olmoe_jax.checkpoints import directory
+from olmoe_jax.checkpoints.turn_ends import read_turn_ends
+from olmoe_jax.data import load_tokenizer
 from olmoe_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from olmoe_jax.generation.chat import open_format
+from olmoe_jax.generation.command import tokenizer_directory
 
 BACKENDS = ("jax", "hf", "vllm")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -107,8 +110,11 @@ def open_backend(
     adapter: str | None = None,
     base: str | None = None,
     tokenizer: str | None = None,
+    chat_template: str = "none",
 ) -> Backend:
     """Loads a model that `check_backend` accepts; `tokenizer` replaces the model's.
+
+    `chat_template` is as for `Prompts`.
 
     Raises:
       UserError: the model cannot be loaded.
@@ -118,27 +124,63 @@ def open_backend(
     from eval.backends.vllm import VllmBackend
 
     if name == "vllm":
-        return VllmBackend(model, compute_dtype, tokenizer)
+        return VllmBackend(model, compute_dtype, tokenizer, chat_template)
     if name == "hf":
-        return HfBackend(model, compute_dtype, adapter, tokenizer)
-    return JaxBackend(model, compute_dtype, adapter, base, tokenizer)
+        return HfBackend(model, compute_dtype, adapter, tokenizer, chat_template)
+    return JaxBackend(model, compute_dtype, adapter, base, tokenizer, chat_template)
 
 
 class Prompts:
-    """The tokenizer's part of every backend."""
+    """The tokenizer's part of every backend.
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
-        self.tokenizer = tokenizer
+    Args:
+      files: the model's directory.
+      adapter: the model's adapter, or None.
+      tokenizer: a directory or hub id whose tokenizer replaces the model's, or None.
+      chat_template: "none", "auto" (the tokenizer's own) or a file: what makes a user's turn, and
+        the begin of an assistant's, of each prompt.
+
+    Attributes:
+      tokenizer: the tokenizer.
+      ends: the token ids that end a text.
+
+    Raises:
+      UserError: tokenizer or template are missing or wrong.
+    """
+
+    def __init__(
+        self,
+        files: Path,
+        adapter: str | None = None,
+        tokenizer: str | None = None,
+        chat_template: str = "none",
+    ):
+        place = tokenizer or str(tokenizer_directory(files, adapter))
+        self.tokenizer = load_tokenizer(place)
+        self._format = open_format(chat_template, self.tokenizer, place)
+        ends = self._format.rules.ends(self.tokenizer)
+        self.ends = sorted({self.tokenizer.eos_token_id, *ends, *read_turn_ends(files)})
+
+    @property
+    def template(self) -> str | None:
+        """A hash of the chat template, or None."""
+        template = self._format.rules.template
+        return template and template.digest[:16]
+
+    def text(self, prompt: str) -> str:
+        """Returns what the model continues."""
+        if self._format.rules.template is None:
+            return prompt
+        return self._format.prompt([{"role": "user", "content": prompt}])
 
     def encode(self, prompt: str) -> list[int]:
-        """Returns the prompt's tokens, without special tokens."""
-        return self.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+        """Returns the prompt's tokens, without special tokens but those of the chat template."""
+        return self.tokenizer(self.text(prompt), add_special_tokens=False, verbose=False).input_ids
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Returns the text of the tokens up to the eos token."""
-        tokens = list(tokens)
-        eos = self.tokenizer.eos_token_id
-        return self.tokenizer.decode(tokens[: tokens.index(eos)] if eos in tokens else tokens)
+        """Returns the text of the tokens up to the first that ends one."""
+        ended = (place for place, token in enumerate(tokens) if token in self.ends)
+        return self.tokenizer.decode(list(tokens)[: next(ended, len(tokens))])
 
     def count(self, prompt: str) -> int:
         """Returns the number of the prompt's tokens."""

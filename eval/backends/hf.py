@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 from eval.backends import Prompts, Sampling
 from olmoe_jax.checkpoints import directory, safetensors_file
 from olmoe_jax.checkpoints.peft import adapter_directory, router_file
-from olmoe_jax.data import load_tokenizer
 from olmoe_jax.errors import UserError, first_line
 from olmoe_jax.generation.stop_strings import cut_at
 
@@ -24,12 +23,13 @@ class HfBackend(Prompts):
         compute_dtype: str,
         adapter: str | None = None,
         tokenizer: str | None = None,
+        chat_template: str = "none",
     ):
         import torch
         from transformers import AutoModelForCausalLM
 
         path = directory.resolve(model)
-        super().__init__(load_tokenizer(tokenizer or str(path)))
+        super().__init__(path, adapter, tokenizer, chat_template)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             loaded = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, compute_dtype))
@@ -46,8 +46,8 @@ class HfBackend(Prompts):
         from transformers import GenerationConfig
 
         encoded = [self.encode(prompt) for prompt in prompts]
-        length, eos = max(map(len, encoded)), self.tokenizer.eos_token_id
-        padded = [[eos] * (length - len(tokens)) + tokens for tokens in encoded]
+        length, pad = max(map(len, encoded)), self.ends[0]
+        padded = [[pad] * (length - len(tokens)) + tokens for tokens in encoded]
         mask = [[0] * (length - len(tokens)) + [1] * len(tokens) for tokens in encoded]
         draws = {"do_sample": False}
         if sampling.temperature > 0:
@@ -61,8 +61,8 @@ class HfBackend(Prompts):
                 attention_mask=torch.tensor(mask, device=self._device),
                 generation_config=GenerationConfig(
                     max_new_tokens=sampling.max_new_tokens,
-                    eos_token_id=eos,
-                    pad_token_id=eos,
+                    eos_token_id=self.ends,
+                    pad_token_id=pad,
                     **draws,
                 ),
             )

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import olmoe_jax
 from eval.backends import Prompts, Sampling
 from olmoe_jax.checkpoints.opening import open_source
-from olmoe_jax.data import load_tokenizer
 from olmoe_jax.generation.likelihood import TokenPair, log_likelihoods
 from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.parallel.sharding import decoding_mesh
@@ -24,9 +23,10 @@ class JaxBackend(Prompts):
         adapter: str | None = None,
         base: str | None = None,
         tokenizer: str | None = None,
+        chat_template: str = "none",
     ):
         source = open_source(model)
-        super().__init__(load_tokenizer(tokenizer or str(source.files)))
+        super().__init__(source.files, adapter, tokenizer, chat_template)
         self.context = source.config.max_position_embeddings
         settings = ModelSettings(compute_dtype=jnp.dtype(compute_dtype))
         self._mesh = decoding_mesh(source.config.num_experts)
@@ -40,7 +40,7 @@ class JaxBackend(Prompts):
             return olmoe_jax.generate(
                 self._model,
                 self.tokenizer,
-                prompts,
+                [self.text(prompt) for prompt in prompts],
                 max_new_tokens=sampling.max_new_tokens,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
@@ -48,6 +48,7 @@ class JaxBackend(Prompts):
                 stop=sampling.stop,
                 seed=sampling.seed,
                 batch_size=len(prompts),
+                ends=self.ends,
                 # The callers keep to `context`, each in its way.
                 allow_extrapolation=True,
             )

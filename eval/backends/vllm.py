@@ -5,24 +5,29 @@ from collections.abc import Sequence
 from eval.backends import Prompts, Sampling
 from olmoe_jax.checkpoints import directory
 from olmoe_jax.checkpoints.source import read_model_config
-from olmoe_jax.data import load_tokenizer
 
 
 class VllmBackend(Prompts):
     """A Hugging Face directory that vLLM loads."""
 
-    def __init__(self, model: str, compute_dtype: str, tokenizer: str | None = None):
+    def __init__(
+        self,
+        model: str,
+        compute_dtype: str,
+        tokenizer: str | None = None,
+        chat_template: str = "none",
+    ):
         import vllm
 
         path = directory.resolve(model)
-        super().__init__(load_tokenizer(tokenizer or str(path)))
+        super().__init__(path, tokenizer=tokenizer, chat_template=chat_template)
         self._model = vllm.LLM(model=str(path), dtype=compute_dtype)
         self._parameters = vllm.SamplingParams
         self.context = read_model_config(path).max_position_embeddings
 
     def generate(self, prompts: Sequence[str], sampling: Sampling) -> list[str]:
         """Returns the continuations."""
-        # The other backends keep special tokens too, all but the eos that ends the text.
+        # The other backends keep special tokens too, all but the one that ends the text.
         parameters = [
             self._parameters(
                 temperature=sampling.temperature,
@@ -32,6 +37,7 @@ class VllmBackend(Prompts):
                 # vLLM seeds each request by itself: samples of one prompt must not draw alike.
                 seed=sampling.seed * 10_007 + place,
                 stop=list(sampling.stop),
+                stop_token_ids=self.ends,
                 skip_special_tokens=False,
             )
             for place in range(len(prompts))

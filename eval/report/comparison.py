@@ -14,13 +14,13 @@ _ROW_SCORES = {"pass@1": "passed"}
 """{metric: the name of a row's score in rows.jsonl}, if the names differ."""
 _IGNORED_SETTINGS = ("task", "source", "examples", "limit", "batch_size", "seed")
 """Settings that may differ between compared results."""
-_SEPARATE = ("data", "protocol")
+_SEPARATE = ("data", "protocol", "chat_template")
 """Settings with a remark of their own."""
 
 
 OURS = "ours"
-MARK = "†"
-"""Stands behind a result of another protocol than ours."""
+MARK, TEMPLATE_MARK = "†", "‡"
+"""Stand behind a result of another protocol than ours, and behind one by a chat template."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def row_scores(result: Result, metric: str) -> dict[str, float]:
 
 
 def pairs(inputs: Inputs, task: str, metric: str) -> list[Pair]:
-    """Returns all pairs of methods with the same data and protocol of a task, smallest p first."""
+    """Returns all pairs of methods of a task with the same data and rules, smallest p first."""
     results = inputs.results[task]
     methods = [name for name in inputs.methods if name in results]
     scores = {name: row_scores(results[name], metric) for name in methods}
@@ -94,8 +94,13 @@ def protocol(result: Result) -> str:
     return str(result.settings.get("protocol", OURS))
 
 
-def _rules(result: Result) -> tuple[Any, str]:
-    return _data(result), protocol(result)
+def template(result: Result) -> str | None:
+    """Returns the hash of the chat template that made user turns of the prompts, or None."""
+    return result.settings.get("chat_template")
+
+
+def _rules(result: Result) -> tuple[Any, str, str | None]:
+    return _data(result), protocol(result), template(result)
 
 
 def remarks(inputs: Inputs) -> Iterator[str]:
@@ -117,6 +122,16 @@ def remarks(inputs: Inputs) -> Iterator[str]:
             )
         elif {protocol(result) for result in values} == {"reference"}:
             yield f"{task}: by the protocol of the published evaluation."
+        templates = [template(result) for result in values]
+        if len(set(templates)) > 1:
+            groups = _grouped(names, [f"chat template {t}" if t else "none" for t in templates])
+            yield (
+                f"{task}: the prompts of results with the mark {TEMPLATE_MARK} are user turns of a "
+                f"chat template, not the same everywhere ({groups}). No test and no bold number "
+                "compares results whose prompts differ."
+            )
+        elif templates[0]:
+            yield f"{task}: the prompts are user turns of the chat template {templates[0]}."
         if limit := values[0].settings.get("limit"):
             yield f"{task}: only the first {limit} rows were evaluated."
         for setting in dict.fromkeys(name for value in values for name in value.settings):

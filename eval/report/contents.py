@@ -11,12 +11,14 @@ from eval.published import METRICS as PUBLISHED_METRICS
 from eval.report.comparison import (
     MARK,
     OURS,
+    TEMPLATE_MARK,
     Pair,
     main_metric,
     pairs,
     protocol,
     remarks,
     row_scores,
+    template,
 )
 from eval.report.document import (
     Block,
@@ -93,10 +95,22 @@ def _higher_is_better(column: Mapping[str, Metric]) -> bool:
 
 
 def _marks(inputs: Inputs, task: str) -> dict[str, str]:
-    """Returns {method: what stands behind its result}: a mark where a task has two protocols."""
-    found = {name: protocol(result) for name, result in inputs.results[task].items()}
-    several = len(set(found.values())) > 1
-    return {name: MARK if several and found[name] != OURS else "" for name in found}
+    """Returns {method: what stands behind its result}.
+
+    Those are marks where a task has two protocols, or prompts by different chat templates: one mark
+    for the first template, two for the next.
+    """
+    results = inputs.results[task]
+    protocols = {name: protocol(result) for name, result in results.items()}
+    templates = {name: template(result) for name, result in results.items()}
+    order = [*filter(None, dict.fromkeys(templates.values()))]
+    marks = dict.fromkeys(results, "")
+    for name in results:
+        if len(set(protocols.values())) > 1 and protocols[name] != OURS:
+            marks[name] += MARK
+        if len(set(templates.values())) > 1 and templates[name]:
+            marks[name] += TEMPLATE_MARK * (order.index(templates[name]) + 1)
+    return marks
 
 
 def _score_cells(
@@ -213,7 +227,9 @@ def _names(evaluation: Evaluation) -> list[str]:
     model, settings = evaluation.model, [r.settings for r in evaluation.results.values()]
     dtypes = dict.fromkeys(s.get("decode_dtype", model.compute_dtype) for s in settings)
     protocols = dict.fromkeys(s["protocol"] for s in settings if "protocol" in s)
+    templates = dict.fromkeys(s["chat_template"] for s in settings if s.get("chat_template"))
     how = [model.backend, *dtypes, *(f"protocol {name}" for name in protocols)]
+    how += [f"chat template {name}" for name in templates]
     if model.tokenizer:
         how.append(f"tokenizer {model.tokenizer}")
     return [

@@ -47,7 +47,7 @@ class Format:
         return answered(messages, tools, self.rules.template, prompt, text)
 
 
-def open_format(spec: str, tokenizer: "PreTrainedTokenizerBase", place: Path) -> Format:
+def open_format(spec: str, tokenizer: "PreTrainedTokenizerBase", place: str | Path) -> Format:
     """Returns the format that --chat_template names.
 
     Args:

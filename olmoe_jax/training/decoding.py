@@ -141,19 +141,19 @@ def held_out_sample(config: Config, model: BaseModel, datasets: Datasets) -> Hel
         try:
             reference_number(expected)
         except ValueError as error:
-            place = _place(config, prompt, expected)
+            place = _place(config, datasets.rules, prompt, expected)
             raise UserError(f"{place}: generate.every compares this answer: {error}") from None
     return HeldOut(tokenizer, texts, scorer, options.max_new_tokens, datasets.ends)
 
 
-def _place(config: Config, prompt: str, answer: str) -> str:
+def _place(config: Config, rules: data.RowRules, prompt: str, answer: str) -> str:
     """Returns file and line of the evaluation example with these texts, or the file alone."""
     data = config.data
     path, split = (data.eval_path, "test") if data.eval_path else (data.train_path, data.split)
     sources = parse(path, data.hub_config, split)
     for place, row in itertools.chain.from_iterable(map(read_source, sources)):
         # A tokenizer may normalise, and a cut text keeps its beginning.
-        text = unicodedata.normalize("NFC", format_row(row, "").text)
+        text = unicodedata.normalize("NFC", format_row(row, "", rules).text)
         if text.startswith(prompt) and answer in text[len(prompt) :]:
             return place
     return path

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 from echo import GSM, Echo, evaluate_gsm
-from helpers import ROOT, assert_user_error, message_of, run_module
+from helpers import ROOT, assert_user_error, message_of, run_module, write_json
 
 from eval import run
-from eval.backends import Sampling, check_backend, open_backend
+from eval.backends import Prompts, Sampling, check_backend, open_backend
 from eval.evaluation import MODEL, SETTINGS, Decoding, evaluate, settings_of
 from eval.outputs import open_output
 from eval.predictions import Output, PredictionFile
@@ -219,6 +219,7 @@ COMMON = ["--model", "nowhere", "--output", "out", "--tasks"]
         ([*COMMON, "law", "--judge_model", "m", "--judge_url", "x"], "write http://"),
         ([*COMMON, "law", "--judge_model", "m", "--judge_url", "http://a:b@x/v1"], "JUDGE_API_KEY"),
         ([*COMMON, "gsm"], "nowhere: no such directory"),
+        ([*COMMON, "gsm", "--chat_template", "auto"], "nowhere: no such directory"),
         (["--tasks", "gsm"], "--model, --output"),
     ],
 )
@@ -239,6 +240,38 @@ def test_backends_that_cannot_load(tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "torch", type(sys)("torch"))  # the real one takes long
     assert "reads Hugging Face checkpoints" in message_of(check_backend, "hf", str(tmp_path))
+
+
+CHATML = ROOT / "tests/data/chat_templates/chatml.jinja"
+
+
+def test_prompts_by_a_chat_template(tiny_model, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    plain = Prompts(model)
+    assert (plain.text("x\n"), plain.template, plain.ends) == ("x\n", None, [0])
+    assert "has no chat template; write" in message_of(Prompts, model, None, None, "auto")
+    write_json(model / "generation_config.json", {"eos_token_id": [0, 70]})
+    (model / "chat_template.jinja").write_text(CHATML.read_text())
+    own, from_file = Prompts(model, None, None, "auto"), Prompts(model, None, None, str(CHATML))
+    turn = [{"role": "user", "content": "x\n"}]
+    wanted = own.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
+    assert own.encode("x\n") == from_file.encode("x\n") == wanted
+    assert own.count("x\n") == len(wanted)
+    assert own.template == from_file.template
+    assert own.ends == [0, 70]
+    assert own.decode([69, 71, 70, 69, 0]) == own.tokenizer.decode([69, 71])
+    # An adapter has the template that it was trained with.
+    adapter = shutil.copytree(tiny_model, tmp_path / "adapter")
+    (adapter / "adapter_config.json").write_text("{}")
+    assert "has no chat template" in message_of(Prompts, model, str(adapter), None, "auto")
+
+
+def test_the_chat_template_is_a_setting(tmp_path, data_dir):
+    evaluate_gsm(tmp_path, data_dir, Echo(), Decoding(batch_size=5, chat_template="ab"))
+    stored = json.loads((tmp_path / "gsm/result.json").read_text())
+    assert stored["settings"]["chat_template"] == "ab"
+    message = message_of(evaluate_gsm, tmp_path, data_dir, Echo())
+    assert "was begun with chat_template=ab, now it is None" in message
 
 
 @pytest.mark.slow
@@ -269,6 +302,7 @@ def test_vllm_gets_the_same_prompts(tiny_model, monkeypatch):
     ]
     for one in parameters:
         assert (one["max_tokens"], one["stop"]) == (3, ["\n#"])
+        assert one["stop_token_ids"] == [tokenizer.eos_token_id]
         assert (one["temperature"], one["top_p"], one["top_k"]) == (0.5, 0.9, 7)
     # Samples of one prompt must not draw alike.
     assert parameters[0]["seed"] != parameters[1]["seed"]
@@ -277,15 +311,24 @@ def test_vllm_gets_the_same_prompts(tiny_model, monkeypatch):
 
 
 @pytest.mark.slow
-def test_jax_and_transformers_write_the_same(tiny_model, data_dir):
+def test_jax_and_transformers_write_the_same(tiny_model, data_dir, tmp_path):
+    """And end at each id of the model directory; here "A" ends a text too."""
     pytest.importorskip("torch")
-    jax, hf = (open_backend(name, str(tiny_model), "float32") for name in ("jax", "hf"))
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    end = open_backend("jax", str(model), "float32").encode("A")[0]
+    write_json(model / "generation_config.json", {"eos_token_id": [0, end]})
+    jax, hf = (open_backend(name, str(model), "float32") for name in ("jax", "hf"))
+    ended = 0
     assert jax.context == hf.context == 1024
     for task in (GSM, TASKS["translation"]):
         prompts = [example.prompt for example in read_examples(task, str(data_dir))]
         greedy = Sampling(24, 0.0, 0, task.stop)
         assert [jax.count(p) for p in prompts] == [hf.count(p) for p in prompts]
-        assert jax.generate(prompts, greedy) == hf.generate(prompts, greedy)
+        texts = jax.generate(prompts, greedy)
+        assert texts == hf.generate(prompts, greedy)
+        ended += sum(jax.count(text) < 24 for text in texts)
+        assert not any("A" in text for text in texts)
+    assert ended
 
 
 @pytest.mark.slow

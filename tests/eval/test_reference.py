@@ -294,6 +294,39 @@ def test_the_report_marks_two_protocols(tmp_path):
     assert "jax, float32, protocol reference" in text
 
 
+def test_the_report_marks_chat_templates(tmp_path):
+    for name, template, right in (
+        ("a", None, 1.0),
+        ("b", "0f", 0.0),
+        ("c", "0f", 0.0),
+        ("d", "1e", 1),
+    ):
+        path = write_evaluation(tmp_path / name, gsm=[right, right])
+        file = path / "gsm/result.json"
+        stored = json.loads(file.read_text())
+        if template:
+            stored["settings"]["chat_template"] = template
+        write_json(file, stored)
+
+    def text_of(*names):
+        paths = [str(tmp_path / name) for name in names]
+        report([*paths, "--output", str(tmp_path / "report")])
+        return (tmp_path / "report/report.md").read_text()
+
+    text = text_of(*"abcd")
+    assert re.search(r"\| a \| 100\.00 \(", text)
+    assert re.search(r"\| b \| \*\*0\.00‡ \(", text)
+    assert re.search(r"\| d \| 100\.00‡‡ \(", text)
+    assert "(a: none; b, c: chat template 0f; d: chat template 1e)" in text
+    assert "jax, float32, chat template 0f" in text
+    assert "c − b" in text
+    assert "b − a" not in text
+    assert "d − a" not in text
+    text = text_of(*"bc")
+    assert "‡" not in text
+    assert "the prompts are user turns of the chat template 0f." in text
+
+
 @pytest.mark.slow
 def test_draws_are_those_of_transformers(tiny_model):
     """The next token of 3 prompts at temperature 0.7 and top_p 0.9, 20,000 draws (chi-squared)."""

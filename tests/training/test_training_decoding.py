@@ -5,7 +5,7 @@ import shutil
 import sys
 
 import pytest
-from helpers import message_of
+from helpers import ROOT, message_of
 from training import processes
 from training.test_processes import WORKER
 from training.test_training_resume import Crash, at_step, crash, without_seconds
@@ -15,8 +15,10 @@ from training.tiny_run import exported_bytes, losses, metrics
 import olmoe_jax
 from convert import to_hf
 from olmoe_jax.config import TrainOptions, to_dict
+from olmoe_jax.training.base_model import open_model
 from olmoe_jax.training.best import Best, best_step, score_of
-from olmoe_jax.training.decoding import Answer
+from olmoe_jax.training.datasets import load_datasets
+from olmoe_jax.training.decoding import Answer, held_out_sample
 from olmoe_jax.training.event_file import TAGS
 from olmoe_jax.training.reporting import answers_text
 
@@ -131,6 +133,40 @@ def test_an_answer_without_a_number_is_refused_by_its_line(files, tmp_path):
     changes = DECODING | {"data__eval_path": str(file)}
     message = message_of(olmoe_jax.train, files.config(tmp_path / "run", **changes))
     assert message.startswith(f"{file}: line 3: generate.every compares this answer: 'about two'")
+
+
+def test_conversations_are_asked_by_the_runs_template(files, tmp_path):
+    """The prompt is what the template writes before the answer, and the ends are the run's."""
+    template = ROOT / "tests/data/chat_templates/tulu.jinja"
+    rows = [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
+        for q, a in (("1+1?", "#### 2"), ("2+2?", "#### 4"))
+    ]
+    file = tmp_path / "rows.jsonl"
+
+    def sample(rows):
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        paths = {"data__train_path": str(file), "data__eval_path": str(file)}
+        paths["data__chat_template"] = str(template)
+        config = files.config(tmp_path / "run", **DECODING, **paths)
+        model = open_model(config)
+        return held_out_sample(config, model, load_datasets(config, model))
+
+    found = sample(rows)
+    asked = [
+        found.tokenizer.apply_chat_template(
+            row["messages"][:1],
+            chat_template=template.read_text(),
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+        for row in rows
+    ]
+    assert sorted(found.texts) == [(asked[0], "#### 2"), (asked[1], "#### 4")]
+    assert found.ends == [found.tokenizer.eos_token_id]
+    rows.append({"messages": [*rows[0]["messages"][:1], {"role": "assistant", "content": "two"}]})
+    message = message_of(sample, rows)
+    assert message.startswith(f"{file}: line 3: generate.every compares this answer: 'two'")
 
 
 @pytest.mark.slow
