@@ -10,8 +10,9 @@ import pytest
 from helpers import ROOT, load_checkpoint_tensors, write_json
 from tiny import hf_config, tiny_config, write_hf_checkpoint
 
-from examples import lora_on_my_data, router_gradient
+from examples import chat, lora_on_my_data, router_gradient
 from olmoe_jax.config.methods import METHODS
+from olmoe_jax.generation import command
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
@@ -64,3 +65,27 @@ def test_new_method_trains_the_attention_alone(base, tmp_path):
     before, after = load_checkpoint_tensors(base), load_checkpoint_tensors(run / "hf")
     changed = {name for name, value in after.items() if (value != before[name]).any()}
     assert changed == {name for name in before if ".self_attn." in name}
+
+
+@pytest.mark.slow
+def test_chat_model_answers_as_it_was_taught(tmp_path, capsys):
+    """By the chat door: with a system turn and without, and a question that follows another."""
+    model = str(chat.train(tmp_path / "inputs", tmp_path / "run"))
+
+    def answers(*arguments):
+        capsys.readouterr()
+        command.main(["--model", model, "--chat", *arguments])
+        return capsys.readouterr().out
+
+    question, follow_up = "What is the capital of Peru?", "And of Cuba?"
+    assert answers("--prompt", question) == "The capital of Peru is Lima.\n"
+    assert answers("--prompt", question, "--system", "Be brief.") == "Lima.\n"
+    messages = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": "Lima."},
+        {"role": "user", "content": follow_up},
+    ]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": messages}))
+    found = answers("--prompts", str(tmp_path / "rows.jsonl"), "--system", "Be brief.")
+    answer = {"role": "assistant", "content": "Havana."}
+    assert json.loads(found) == {"messages": [*messages, answer]}

@@ -207,6 +207,7 @@ def converse(session: Session, stop: Sequence[str]) -> None:
         for message in _piped():
             print(session.say(message), file=data_output(), flush=True)
         return
+    print("Ctrl-C stops an answer; here it ends the chat, and so does Ctrl-D", file=sys.stderr)
     for message in _typed():
         try:
             with _ctrl_c() as pressed:

@@ -114,7 +114,12 @@ def parser() -> ArgumentParser:
     add_model(result)
     add = result.add_argument
     add("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
-    add("--prompts", type=expand, metavar="FILE", help="a prompt per line; -: standard input")
+    add(
+        "--prompts",
+        type=expand,
+        metavar="FILE",
+        help="a prompt per line, or rows for --chat; -: standard input",
+    )
     add(
         "--max_new_tokens",
         type=whole_number(1),
