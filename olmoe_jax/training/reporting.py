@@ -17,7 +17,7 @@ from olmoe_jax.plots import heat_maps
 from olmoe_jax.training.decoding import Answer
 from olmoe_jax.training.event_file import EventFile
 from olmoe_jax.training.run_directory import METRICS, metrics_report
-from olmoe_jax.training.telemetry import WandB
+from olmoe_jax.training.telemetry import Pace, WandB
 
 TENSORBOARD = "tensorboard"
 SECONDS_BETWEEN_LINES = 10.0
@@ -54,8 +54,9 @@ class Reporter:
             unit="step",
             disable=not self._is_terminal,
             dynamic_ncols=True,
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
         )
-        self._started, self._first_step = time.monotonic(), first_step
+        self._pace = Pace()
         self._last_line = -math.inf
         self._latest: dict[str, float | None] = {}
 
@@ -74,9 +75,12 @@ class Reporter:
         self._scalars(scalars, step)
         speed = scalars["speed/tokens_per_second"]
         loss = scalars["train/loss"]
-        self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
+        self._pace.step_ends(time.monotonic())
+        left = self._pace.left(self._bar.total - step)
+        progress = f"{speed:,.0f} tokens/s" + (f", {left} left" if left else "")
+        self._bar.set_postfix_str(f"loss {loss:.4f}, {progress}", refresh=False)
         self._bar.update(1)
-        self._maybe_print(step, loss, line["learning_rate"], speed)
+        self._maybe_print(step, loss, line["learning_rate"], progress)
 
     def evaluation(self, step: int, loss: float, changed_choices: float) -> None:
         """Reports the mean loss per token on the evaluation data, and the change of the routing."""
@@ -121,6 +125,7 @@ class Reporter:
     def close(self) -> None:
         """Ends every report."""
         self._bar.close()
+        self._pace.close()
         self._metrics.close()
         self._events.close()
         if self._wandb:
@@ -136,17 +141,13 @@ class Reporter:
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
 
-    def _maybe_print(self, step: int, loss: float, learning_rate: float, speed: float) -> None:
+    def _maybe_print(self, step: int, loss: float, learning_rate: float, progress: str) -> None:
         now, total = time.monotonic(), self._bar.total
         if self._is_terminal or (now - self._last_line < SECONDS_BETWEEN_LINES and step < total):
             return
         self._last_line = now
-        pace = (now - self._started) / (step - self._first_step)
-        left = time.strftime("%H:%M:%S", time.gmtime(pace * (total - step)))
         print(
-            f"step {step}/{total}: loss {loss:.4f}, lr {learning_rate:.3g}, "
-            f"{speed:,.0f} tokens/s, {left} left",
-            flush=True,
+            f"step {step}/{total}: loss {loss:.4f}, lr {learning_rate:.3g}, {progress}", flush=True
         )
 
 

@@ -1,7 +1,8 @@
-"""The time and memory of a run: parts of a step, memory, a profiler's trace; Weights & Biases."""
+"""The time and memory of a run: parts of a step, time left, memory, a trace; Weights & Biases."""
 
 import collections
 import contextlib
+import datetime
 import importlib.util
 import os
 import time
@@ -11,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.monitoring
 
 from olmoe_jax.errors import UserError
 
 GIB = 2**30
 WARM_UP_STEPS = 2
 """Steps after a start that are not traced: they compile."""
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+"""jax's event after each compilation, also of a program that was kept on disk."""
 
 
 class Breakdown:
@@ -39,6 +43,39 @@ class Breakdown:
         scalars = {f"time/{name}_seconds": value for name, value in self._seconds.items()}
         self._seconds.clear()
         return scalars
+
+
+class Pace:
+    """Estimates how long a run's remaining steps take, evaluations and checkpoints included.
+
+    Steps during which jax compiled do not count, nor does the first of a start: their time says
+    nothing of the others. Call `close` at the end.
+    """
+
+    def __init__(self) -> None:
+        self._ended: float | None = None  # when the step before ended
+        self._compiled, self._seconds, self._steps = False, 0.0, 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def step_ends(self, now: float) -> None:
+        """Counts a step that ends `now`, in seconds of any clock."""
+        if self._ended is not None and not self._compiled:
+            self._seconds += now - self._ended
+            self._steps += 1
+        self._ended, self._compiled = now, False
+
+    def left(self, steps: int) -> str | None:
+        """Returns the time that `steps` more steps take, or None while no step counts."""
+        if not self._steps:
+            return None
+        return str(datetime.timedelta(seconds=round(self._seconds / self._steps * steps)))
+
+    def close(self) -> None:
+        """Stops listening to jax."""
+        jax.monitoring.unregister_event_duration_listener(self._listen)
+
+    def _listen(self, event: str, seconds: float, **_: object) -> None:
+        self._compiled |= event == _COMPILED
 
 
 def memory_scalars() -> dict[str, float]:

@@ -5,12 +5,14 @@ import sys
 import time
 import types
 
+import jax
+import numpy as np
 import pytest
 from training.tiny_run import metrics
 
 import olmoe_jax
 from olmoe_jax.errors import UserError
-from olmoe_jax.training.telemetry import Breakdown
+from olmoe_jax.training.telemetry import Breakdown, Pace
 
 
 def test_breakdown():
@@ -24,6 +26,26 @@ def test_breakdown():
     assert set(scalars) == {"time/data_seconds", "time/checkpoint_seconds"}
     assert 0.02 <= scalars["time/data_seconds"] < 1
     assert clock.take() == {}
+
+
+@pytest.fixture
+def pace():
+    pace = Pace()
+    yield pace
+    pace.close()
+
+
+def test_the_time_left_is_without_compilation(pace):
+    """A run of six: step 1 compiles for 14 minutes, step 4 for another shape."""
+    times = jax.jit(lambda x: 2 * x)
+    said = []
+    for step, (ends, length) in enumerate([(840, 3), (841, 3), (842, 3), (900, 4), (903, 3)], 1):
+        times(np.zeros(length))
+        pace.step_ends(ends)
+        said.append(pace.left(6 - step))
+    # Steps of 1, 1 and 3 seconds count.
+    assert said == [None, "0:00:04", "0:00:03", "0:00:02", "0:00:02"]
+    assert pace.left(100_000) == "1 day, 22:17:47"
 
 
 @pytest.mark.slow
