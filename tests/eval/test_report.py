@@ -36,9 +36,7 @@ RIGHT = {
     "frozen": [1, 0, 0, 1, 0, 0, 0, 0, 0, 0],
     "densemixer": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0],
 }
-NASTY = (
-    '<script>alert("1")</script>\n```\n| a | \x00\u202e & </pre> $x$ <img src=x onerror=alert(2)>'
-)
+NASTY = '<script>alert("1")</script>\n```\n| a | & </pre> $x$ <img src=x onerror=alert(2)>'
 
 
 @pytest.fixture
@@ -151,28 +149,16 @@ def test_results_of_lm_eval(tmp_path):
     assert task.rows["0"] == [Row("0?", "no", "yes", {"acc": 1.0})]
     (path / "samples_d_3.jsonl").unlink()
     assert "run lm_eval again with --log_samples" in message_of(read_inputs, [str(path)])
-    (path / "results_3.json").write_text("{}")
-    assert "results_3.json: field config.model is missing" in message_of(read_inputs, [str(path)])
-
-
-def test_the_best_is_bold(tmp_path, runs):
-    """The highest is bold, or the lowest in a column that says so."""
-    markdown, _ = report(tmp_path / "higher", *runs)
-    assert markdown.count("**90.00 (") == 1
-    assert "↓" not in markdown
-    paths = [write_harness(tmp_path / name, {}, t=value) for name, value in (("a", 9.5), ("b", 12))]
-    markdown, _ = report(tmp_path / "lower", *map(str, paths))
-    assert "lm\\_eval:t (m ↓)" in markdown
-    assert markdown.count("**9.50**") == 1
-    assert "**12.00**" not in markdown
 
 
 def test_equal_values_share_the_bold(tmp_path):
-    paths = [write_evaluation(tmp_path / name, gsm=[1.0, 0.0]) for name in "ab"]
-    paths.append(write_evaluation(tmp_path / "c", gsm=[0.0, 0.0]))
+    """The lowest are bold in a column that says so."""
+    scores = {"a": 9.5, "b": 12, "c": 9.5}
+    paths = [write_harness(tmp_path / name, {}, t=score) for name, score in scores.items()]
     markdown, _ = report(tmp_path / "report", *map(str, paths))
-    assert markdown.count("**50.00 (") == 2
-    assert "**0.00" not in markdown
+    assert "lm\\_eval:t (m ↓)" in markdown
+    assert markdown.count("**9.50**") == 2
+    assert "**12.00**" not in markdown
 
 
 def test_other_data_is_not_compared_with_the_published_scores(tmp_path, runs):
@@ -185,7 +171,6 @@ def test_other_data_is_not_compared_with_the_published_scores(tmp_path, runs):
     assert "gsm: frozen not compared, evaluated on other data" in markdown
     markdown, _ = report(tmp_path / "alone", f"frozen={toy}")
     assert "| frozen | other data |" not in markdown
-    assert "gsm: frozen not compared, evaluated on other data" in markdown
     # The hub's rows, all of them.
     hub = {"source": "RoxanneWsyw/ESFT-law:test.jsonl", "data": "x"}
     assert is_published_data("law", hub | {"examples": 100})
@@ -210,7 +195,6 @@ def test_numbers_of_the_tables(tmp_path, runs):
         ["method", "gsm (exact_match)"],
         *([n, f"{m.value:.2f} ({m.low:.1f} to {m.high:.1f})"] for n, m in interval.items()),
     ]
-    assert scores[3][1].startswith("90.00 (")
     assert known == [
         ["method", "gsm (exact_match)"],
         ["base", "-5.85 (15.85)"],
@@ -223,7 +207,8 @@ def test_numbers_of_the_tables(tmp_path, runs):
         ("densemixer − frozen", "+70.00", "0.0156", "0.0312", "McNemar", "10"),
         ("frozen − base", "+10.00", "1.0000", "1.0000", "McNemar", "10"),
     ]
-    assert "| densemixer | **90.00" in markdown
+    assert markdown.count("**90.00 (") == 1
+    assert "↓" not in markdown
     assert "| densemixer − frozen | **+70.00** |" in markdown
     assert "**+10.00**" not in markdown
 
@@ -250,11 +235,8 @@ def test_what_a_model_wrote_stays_text(tmp_path):
     markdown, text = report(tmp_path / "report", str(path))
     tags = {tag for tag, _ in Page(text).tags}
     assert not {"script", "img"} & tags
-    shown = NASTY.replace("\x00", "\\x00").replace("\u202e", "\\u202e")
-    assert html.escape(shown) in text
-    assert "\x00" not in text
-    assert "\u202e" not in markdown
-    assert f"````text\n{shown}\n````" in markdown
+    assert html.escape(NASTY) in text
+    assert f"````text\n{NASTY}\n````" in markdown
     assert r"| a\|\<b\> |" in markdown
 
 
@@ -327,21 +309,6 @@ def test_errors_are_one_line(tmp_path, runs):
     message = message_of(read_inputs, [*runs, str(twice)])
     assert f"frozen_2={twice}" in message
     assert read_inputs([*runs, f"frozen_2={twice}"]).methods[-1] == "frozen_2"
-    (twice / "gsm/result.json").write_text('{"metrics": {"exact_match": {"value": 1}}}')
-    message = message_of(read_inputs, [str(twice)])
-    assert "result.json: field settings is missing; the same eval.run command" in message
-    (tmp_path / "file").touch()
-    assert "not a directory" in message_of(main, [*runs, "--output", str(tmp_path / "file")])
-    assert "number, 0 or more" in message_of(main, [*runs, "--output", "x", "--samples", "-1"])
-
-
-DEEP, DIGITS = "[" * 100_000, "1" * 5000
-RUN = {"method": {"name": "a", "lora_rank": None}, "data": {"train_path": "d"}}
-RUN |= {"model": {"path": "m"}, "train": {}}
-
-
-def run_of(section: str, **changes) -> str:
-    return json.dumps(RUN | {section: RUN[section] | changes})
 
 
 def line(**changes) -> str:
@@ -353,33 +320,25 @@ def line(**changes) -> str:
     ("file", "content", "words"),
     [
         ("a/model.json", "{}", "field model is missing"),
-        ("a/model.json", '{"model": 1e308}', "model is 1e+308; it must be text"),
         ("a/model.json", '{"model": ""}', 'model is ""; it must have at least 1 character'),
         ("a/model.json", '{"model": "m", "adapter": true}', "adapter is true; it must be text"),
-        ("a/model.json", DEEP, "not JSON (recursion limit"),
-        ("a/model.json", f'{{"model": {DIGITS}}}', "not JSON (number out of range"),
-        ("a/gsm/result.json", '{"settings": null, "metrics": {}}', "settings is null; it must be"),
+        ("a/gsm/result.json", '{"metrics": {}}', "settings is missing; the same eval.run command"),
         ("a/gsm/result.json", '{"settings": {"data": {}}, "metrics": {}}', "data: is a list or an"),
         (
             "a/gsm/result.json",
-            '{"settings": {}, "metrics": {"m": {"value": NaN, "low": 1, "high": 1}}}',
-            "metrics.m.value is NaN; it must be a finite number",
+            '{"settings": {}, "metrics": {"m": {"value": NaN}}}',
+            "m.value is NaN; it must be a finite number",
         ),
         ("a/gsm/rows.jsonl", line(output=None), "line 1: output is null; it must be text"),
-        ("a/gsm/rows.jsonl", line() + "\n" + line(id=0), "line 2: id is 0; it must be text"),
         ("a/gsm/rows.jsonl", line(other="x"), 'line 1: other is "x"; it must be a number'),
         ("a/gsm/rows.jsonl", line(other=7), "line 1: other is 7; it must be less than"),
-        ("a/gsm/rows.jsonl", line(output="x" * (9 << 20)), "line 1 is longer than 8 MiB"),
-        ("a/gsm/rows.jsonl", line()[:-9], "line 1: not JSON (EOF"),
-        ("r/config.json", run_of("method", name=[]), "method.name is []; it must be text"),
-        ("r/config.json", run_of("method", experts_path=1), "method.experts_path is 1; it must be"),
-        ("r/config.json", run_of("data", train_path=None), "data.train_path is null; it must be"),
+        ("r/config.json", '{"method": {"name": []}, "train": {}}', "method.name is []; it must be"),
         ("r/metrics.jsonl", '{"loss": 1}\n', "line 1: field step is missing"),
-        ("r/metrics.jsonl", '{"step": 1}\n[]\n', "line 2: the content is []; it must be an object"),
         ("r/metrics.jsonl", '{"step": -1}\n', "line 1: step is -1; it must be greater"),
         ("r/metrics.jsonl", '{"step": 1, "loss": 1e308}\n', "line 1: loss is 1e+308; it must be"),
         ("r/metrics.jsonl", '{"step": 1, "eval_loss": "a"}\n', 'eval_loss is "a"; it must be a'),
         ("h/results_1.json", "[]", "the content is []; it must be an object"),
+        ("h/results_1.json", "{}", "field config.model is missing"),
         ("h/samples_t_1.jsonl", '{"doc_id": 0}\n', "line 1: field arguments is missing"),
     ],
 )
@@ -442,16 +401,12 @@ def test_groups_of_lm_eval_in_a_circle(tmp_path):
 
 def test_names_of_data():
     assert data_name("RoxanneWsyw/ESFT-law:train.jsonl") == "law"
-    assert data_name("data/gsm/train.jsonl") == "gsm"
-    assert data_name("data/esft/train/intent.jsonl") == "intent"
     assert data_name("train.jsonl") == "train"
 
 
 def test_published_numbers():
-    assert published("base", "gsm", "exact_match") == 15.85
     assert published("densemixer", "humaneval", "pass@1") == 20.73
     assert published("densemixer_lora", "translation", "judge") == 29.43
-    assert published("densemixer_lora", "translation", "chrf") is None
     assert published("esft_gate", "gsm", "exact_match") is None
 
 
