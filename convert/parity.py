@@ -67,6 +67,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--learning_rate", type=float, default=1e-6)
     parser.add_argument("--weight_decay", type=float, default=0.0)
     parser.add_argument("--warmup_steps", type=whole_number(0), default=0)
+    parser.add_argument(
+        "--allow_extrapolation", action="store_true", help="read beyond the model's positions"
+    )
     parser.add_argument("--compute_dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args(arguments)
     with directory.new_file(args.output) as partial, jax.default_matmul_precision("highest"):
@@ -79,6 +82,12 @@ def compute(args: argparse.Namespace) -> dict[str, np.ndarray]:
     config = source.config
     dimensions = 2 if args.optimizer_steps is None else 4
     arrays = _read_batch(args.batch, dimensions, config.vocab_size)
+    length, positions = arrays["attention_mask"].sum(axis=-1).max(), config.max_position_embeddings
+    if length > positions and not args.allow_extrapolation:
+        raise UserError(
+            f"{args.batch}: a row has {length} tokens, and the model {positions} positions; write "
+            "shorter rows, or --allow_extrapolation"
+        )
     parameters = load_parameters(source, make_mesh(devices=jax.devices()[:1]))
     method = implementation(args.method)(MethodOptions(name=args.method), config)
     if args.adapter:

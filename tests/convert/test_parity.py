@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers import relative_error
+from helpers import message_of, relative_error
 from tiny import tiny_config, write_hf_checkpoint
 
 from convert import parity
@@ -40,6 +40,16 @@ def run(tmp_path, batch, *extra):
     output = tmp_path / "out.safetensors"
     parity.main([*arguments, "--method=conventional", f"--output={output}", *extra])
     return safetensors_file.load(output)
+
+
+def test_rows_beyond_the_positions(tmp_path):
+    write_hf_checkpoint(tmp_path / "model", CONFIG)
+    batch = {name: np.tile(array, 8) for name, array in make_batch((2,)).items()}
+    batch["attention_mask"] = np.ones((2, 72), int)
+    message = message_of(run, tmp_path, batch)
+    assert "a row has 72 tokens, and the model 64 positions; write shorter rows" in message
+    batch["attention_mask"][:, 64:] = 0
+    assert np.isfinite(run(tmp_path, batch)["loss"])
 
 
 def load_torch_model(tmp_path):
