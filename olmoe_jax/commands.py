@@ -18,6 +18,7 @@ COMMANDS = {
     "esft": ("olmoe_jax.esft", "score experts and select those to tune"),
     "generate": ("olmoe_jax.generate", "let a model answer prompts"),
     "eval": ("eval.run", "evaluate a model on tasks"),
+    "lm_eval": ("eval.harness", "run lm-evaluation-harness, with this project's models"),
     "report": ("eval.report", "compare evaluations on one page"),
     "reproduce": ("eval.reproduce", "train and evaluate every cell of the paper's table"),
     "convert from_hf": ("convert.from_hf", "convert a Hugging Face checkpoint"),

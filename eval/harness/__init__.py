@@ -1,4 +1,4 @@
-"""Runs lm-evaluation-harness on this project's models: `python -m eval.harness run --help`.
+"""Runs lm-evaluation-harness on this project's models: `python -m eval.harness --help`.
 
 lm_eval's command line, cache and result files do the work; `eval.report` reads the results.
 """

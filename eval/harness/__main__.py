@@ -1,5 +1,6 @@
 """Runs lm_eval's command line with this project's model added (docs/evaluation.md)."""
 
+import traceback
 from collections.abc import Sequence
 
 from eval.harness import NAME
@@ -12,7 +13,7 @@ def main(arguments: Sequence[str]) -> None:
     """Registers the model and runs lm_eval, which reads `sys.argv` itself.
 
     Raises:
-      UserError: lm_eval is not installed.
+      UserError: lm_eval is not installed, or refuses what is asked.
     """
     keep_programs()
     try:
@@ -21,9 +22,18 @@ def main(arguments: Sequence[str]) -> None:
         from lm_eval.api.registry import model_registry
     except ImportError as error:
         raise UserError(f"needs lm-evaluation-harness ({error}): pip install lm_eval") from None
-    # By path: lm_eval's other commands need no jax.
-    model_registry.register(NAME, target="eval.harness.model:OlmoeLM")
-    cli_evaluate()
+    # Releases of lm_eval after 0.4.13 find the entry point of the installed package, with the same
+    # target. By path: lm_eval's other commands need no jax.
+    if NAME not in model_registry:
+        model_registry.register(NAME, target="olmoe_jax.lm_eval:OlmoeLM")
+    try:
+        cli_evaluate()
+    except Exception as error:
+        frames = list(traceback.walk_tb(error.__traceback__))[1:]
+        packages = {frame.f_globals["__name__"].partition(".")[0] for frame, _ in frames}
+        if {"eval", "olmoe_jax"} & packages:
+            raise
+        raise UserError(f"lm_eval: {error}") from error
 
 
 if __name__ == "__main__":

@@ -1,18 +1,16 @@
-"""Gives lm_eval this project's model, under the name `olmoe_jax`."""
+"""The model of lm_eval, which pyproject.toml's entry point names `olmoe_jax`."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
 from lm_eval.models.utils import Collator, maybe_truncate, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from eval.backends import DTYPES, Sampling, check_backend
 from eval.backends.jax import JaxBackend
-from eval.harness import NAME
 from olmoe_jax.errors import UserError
 from olmoe_jax.generation.likelihood import TokenPair
 
@@ -20,7 +18,6 @@ _NEUTRAL = {"num_beams": 1}
 """Options of a generation that change nothing at these values."""
 
 
-@register_model(NAME)
 class OlmoeLM(TemplateLM):
     """Answers lm_eval's three kinds of requests with a model.
 
@@ -37,14 +34,24 @@ class OlmoeLM(TemplateLM):
 
     def __init__(
         self,
-        pretrained: str,
+        pretrained: str | None = None,
         peft: str | None = None,
         dtype: str = "float32",
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         device: str | None = None,
+        **unknown: object,
     ):
         super().__init__()
+        if unknown:
+            raise UserError(
+                f"--model_args {min(unknown)}=: there is no such argument; write some of "
+                "pretrained, peft, dtype"
+            )
+        if pretrained is None:
+            raise UserError(
+                "--model_args pretrained= is missing; write a model's directory or hub id"
+            )
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise UserError(f"--batch_size {batch_size}: write a number, 1 or more")
         if dtype not in DTYPES:
@@ -142,13 +149,12 @@ class OlmoeLM(TemplateLM):
                 bar.update(len(batch))
 
     def _fitting(self, context: list[int], continuation: list[int]) -> TokenPair:
-        room = self.max_length + 1 - len(continuation)
-        if room < 1:
+        if len(continuation) > self.max_length:
             raise UserError(
                 f"a task asks for the probability of {len(continuation)} tokens, and the model's "
                 f"context is {self.max_length}; leave the task out"
             )
-        return context[-room:], continuation
+        return maybe_truncate(context, len(continuation) - 1, self.max_length)[0], continuation
 
     def _fitting_prompt(self, prompt: str, max_new_tokens: int) -> str:
         if max_new_tokens >= self.max_length:
@@ -158,7 +164,12 @@ class OlmoeLM(TemplateLM):
             )
         tokens = self.tok_encode(prompt)
         kept, _ = maybe_truncate(tokens, max_new_tokens, self.max_length)
-        return prompt if len(kept) == len(tokens) else self.tokenizer.decode(kept)
+        if len(kept) < len(tokens):
+            prompt = self.tokenizer.decode(kept)
+            # A text that begins within a character or a word may have more tokens than `kept`.
+            while len(self.tok_encode(prompt)) > len(kept):
+                prompt = prompt[1:]
+        return prompt
 
 
 def sampling_of(options: Mapping[str, Any], seed: int = 0) -> Sampling:

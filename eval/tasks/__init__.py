@@ -33,7 +33,7 @@ def tasks_of(names: str, protocol: str = "ours") -> Sequence[Task]:
         if name.startswith("lm_eval:"):
             raise UserError(
                 f"--tasks {name}: lm_eval's tasks have lm_eval's own command: python -m "
-                f"eval.harness run --model {HARNESS_MODEL} --model_args pretrained=DIR --tasks "
+                f"eval.harness --model {HARNESS_MODEL} --model_args pretrained=DIR --tasks "
                 f"{name.removeprefix('lm_eval:')} --log_samples --output_path DIR "
                 "(docs/evaluation.md)"
             )

@@ -1,17 +1,22 @@
 """lm-evaluation-harness: log-likelihoods, the model's answers to lm_eval, and the whole command."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
-from helpers import message_of, run_module
-from tiny import make_model, tiny_config
+from helpers import message_of, run_module, write_json
+from tiny import hf_config, make_model, random_weights, tiny_config, write_hf_checkpoint
 
+from eval.harness.__main__ import main as run_lm_eval
 from eval.report.__main__ import main as write_report
 from eval.report.inputs import read_inputs
 from eval.report.results import Model
+from eval.run import main as evaluate_tasks
 from eval.tasks import tasks_of
 from olmoe_jax.generation.likelihood import log_likelihoods
 
@@ -123,6 +128,9 @@ def test_requests_that_do_not_fit(open_model):
     assert "asks for the probability of 9 tokens" in message
     asked = requests(("abcdefgh", {"max_gen_toks": 3}))
     assert model.generate_until(asked, disable_tqdm=True) == ["defgh:3"]
+    # Of "é" the last byte alone would be kept: a replacement character, which has three bytes.
+    asked = requests(("aéfghi", {"max_gen_toks": 3}))
+    assert model.generate_until(asked, disable_tqdm=True) == ["fghi:3"]
     asked = requests(("a", {"max_gen_toks": 8}))
     assert "asks for 8 new tokens" in message_of(model.generate_until, asked)
 
@@ -160,9 +168,25 @@ def test_texts_are_asked_by_their_options(open_model):
     assert "num_beams=4" in message_of(model.generate_until, asked)
 
 
+def test_model_args_that_are_not_there(open_model):
+    from eval.harness.model import OlmoeLM
+
+    message = message_of(lambda: OlmoeLM("m", max_length=4, revision="x"))
+    assert message.startswith("--model_args max_length=: there is no such argument; write some of")
+    assert message_of(OlmoeLM).startswith("--model_args pretrained= is missing")
+
+
+def test_what_lm_eval_refuses_is_one_line(monkeypatch):
+    pytest.importorskip("lm_eval")
+    monkeypatch.setattr(sys, "argv", ["lm_eval", "--model", "olmoe_jax", "--tasks", "no_such_task"])
+    message = message_of(run_lm_eval, [])
+    assert message.startswith("lm_eval: ")
+    assert "no_such_task" in message
+
+
 def test_the_old_name_says_the_new_command():
     message = message_of(tasks_of, "gsm,lm_eval:arc_easy")
-    assert "python -m eval.harness run --model olmoe_jax" in message
+    assert "python -m eval.harness --model olmoe_jax" in message
     assert "--tasks arc_easy" in message
 
 
@@ -281,3 +305,91 @@ def test_the_scores_of_lm_eval_itself(tiny_model, tmp_path):
     write_report([str(out), "--output", str(tmp_path / "report")])
     markdown = (tmp_path / "report/report.md").read_text()
     assert "word\\_perplexity ↓" in markdown
+
+
+@pytest.fixture(scope="module")
+def programmer(tmp_path_factory, tokenizer):
+    """Returns a model that writes "1", "#", blanks and newlines: some of it is valid Python."""
+    config = tiny_config(vocab_size=len(tokenizer))
+    weights = random_weights(config)
+    silent = np.setdiff1d(np.arange(len(tokenizer)), tokenizer("1# \n").input_ids)
+    weights["lm_head"][:, silent] = 0
+    path = tmp_path_factory.mktemp("programmer")
+    write_hf_checkpoint(path, config, weights)
+    fields = {"max_position_embeddings": 4096, "eos_token_id": tokenizer.eos_token_id}
+    write_json(path / "config.json", hf_config(config, **fields))
+    tokenizer.save_pretrained(path)
+    return path
+
+
+class CodeEval:
+    """lm_eval's metric of programs, which it loads from the hub: runs them in processes."""
+
+    def compute(self, references, predictions, k):
+        passed = [
+            subprocess.run([sys.executable, "-c", f"{program}\n{tests}"], check=False)
+            for (program,), tests in zip(predictions, references, strict=True)
+        ]
+        return {"pass@1": np.mean([run.returncode == 0 for run in passed])}, {}
+
+
+@pytest.mark.slow
+def test_programs_score_as_in_lm_eval(programmer, contained, tmp_path, monkeypatch):
+    """lm_eval's own humaneval and mbpp, run by its command line, and --protocol reference."""
+    lm_eval = pytest.importorskip("lm_eval")
+    import evaluate
+
+    monkeypatch.setattr(evaluate, "load", lambda name: CodeEval())
+    from lm_eval.tasks.mbpp.utils import list_fewshot_samples
+
+    words = "add even largest reverse unique sorted median primes"
+    functions = [
+        {
+            "task_id": f"HumanEval/{number}",
+            "prompt": f'def {word}(x):\n    """{word} of x."""\n    return x  ',
+            "entry_point": word,
+            "test": "def check(candidate):\n    assert candidate(3) == 3\n",
+        }
+        for number, word in enumerate(words.split())
+    ]
+    problems = [
+        {
+            "task_id": 11 + number,
+            "text": f"Write a function for {word}.",
+            "code": "",
+            "test_list": [f"assert {number} == {number}"] * 3,
+            "test_setup_code": "",
+        }
+        for number, word in enumerate(words.split())
+    ]
+    solved = [row | {"test_setup_code": ""} for row in list_fewshot_samples()]
+    own, data = Path(lm_eval.__file__).parent / "tasks", tmp_path / "data"
+    for name, file, rows, tested in (
+        ("humaneval", "HumanEval", functions, functions),
+        ("mbpp", "mbpp", solved + problems, problems),
+    ):
+        for path, some in ((data / f"{name}/{file}.jsonl", rows), (tmp_path / name, tested)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(row) + "\n" for row in some))
+        (tmp_path / f"{name}.yaml").write_text(
+            f"include: {own}/{name}/{name}.yaml\ntask: local_{name}\ndataset_path: json\n"
+            f"dataset_name: null\ndataset_kwargs: {{data_files: {{test: {tmp_path / name}}}}}\n"
+        )
+    command = ["--model", "olmoe_jax", "--batch_size", "8", "--confirm_run_unsafe_code"]
+    command += ["--model_args", f"pretrained={programmer},dtype=bfloat16"]
+    command += ["--include_path", str(tmp_path), "--tasks", "local_humaneval,local_mbpp"]
+    command += ["--output_path", str(tmp_path / "theirs"), "--log_samples"]
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *command])
+    run_lm_eval([])
+    command = ["--model", str(programmer), "--tasks", "humaneval,mbpp", "--data", str(data)]
+    command += ["--output", str(tmp_path / "ours"), "--batch_size", "8"]
+    evaluate_tasks([*command, "--protocol", "reference", "--allow_code_execution"])
+    inputs = read_inputs([f"theirs={tmp_path / 'theirs'}", f"ours={tmp_path / 'ours'}"])
+    for name in ("humaneval", "mbpp"):
+        (theirs,) = inputs.results[f"lm_eval:local_{name}"].values()
+        (ours,) = inputs.results[name].values()
+        (metric,) = theirs.metrics.values()
+        assert metric.value == ours.metrics["pass@1"].value
+        assert 0 < metric.value < 100
+        texts = [[row.output for (row,) in result.rows.values()] for result in (theirs, ours)]
+        assert texts[0] == texts[1]
