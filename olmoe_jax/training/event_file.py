@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.plugins.hparams.summary_v2 import (
     HParam,
     Metric,
@@ -37,6 +38,14 @@ _FIRST = {
 """The scalars that a reader looks for first. TensorBoard sorts its charts by their tags."""
 TAGS = {tag: f"1_run/{place}_{name}" for place, (tag, name) in enumerate(_FIRST.items(), 1)}
 """{name of a scalar elsewhere: its tag in TensorBoard}, if the two differ."""
+_SHOWN = (
+    "data.train_path",
+    "method.lora_rank",
+    "method.name",
+    "optimizer.learning_rate",
+    "train.seed",
+)
+"""The columns of the HPARAMS page that are shown at first."""
 _METRICS = ("train/loss", "eval/loss", "eval/exact_match")
 """The metrics of the HPARAMS page."""
 
@@ -87,6 +96,12 @@ class EventFile:
         }
         metrics = [Metric(TAGS[name], display_name=_FIRST[name]) for name in _METRICS]
         columns = hparams_config_pb([HParam(name) for name in shown], metrics)
+        metadata = columns.value[0].metadata.plugin_data
+        content = HParamsPluginData.FromString(metadata.content)
+        for column in content.experiment.hparam_infos:
+            # TensorBoard shows five columns, and sorts those first that it believes to differ.
+            column.differs = column.name in _SHOWN
+        metadata.content = content.SerializeToString()
         self._write(step=0, summary=columns)
         self._write(step=0, summary=hparams_pb(shown, trial_id=printable(run)))
 

@@ -217,7 +217,11 @@ def test_tensorboard_images_and_hyperparameters(output, config):
     assert columns.keys() == fields
     assert columns["method.lora_rank"].string_value == "none"
     content = events.SummaryMetadata(EXPERIMENT_TAG).plugin_data.content
-    shown = parse_experiment_plugin_data(content).metric_infos
+    experiment = parse_experiment_plugin_data(content)
+    first = {column.name for column in experiment.hparam_infos if column.differs}
+    assert {"method.name", "optimizer.learning_rate"} <= first < fields
+    assert len(first) == 5
+    shown = experiment.metric_infos
     assert [metric.display_name for metric in shown] == ["loss", "eval_loss", "exact_match"]
     assert shown[0].name.tag in events.Tags()["scalars"]
     first = sorted(events.Tags()["scalars"])[:5]
