@@ -74,7 +74,7 @@ class Pace:
         """Stops listening to jax."""
         jax.monitoring.unregister_event_duration_listener(self._listen)
 
-    def _listen(self, event: str, seconds: float, **_: object) -> None:
+    def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         self._compiled |= event == _COMPILED
 
 
