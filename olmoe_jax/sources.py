@@ -127,6 +127,8 @@ def _parse(text: str) -> Source:
         if name not in ("weight", "config", "split") or not value or name in settings:
             raise UserError(f"{text}: {setting} does not fit; {_HOW}")
         settings[name] = value
+    if wrong := re.search(r"\s(weight|config|split)\s*=", "" if _exists(text) else path):
+        raise UserError(f"{text}: {wrong[1]} stands amid a path, or has no value; {_HOW}")
     source = files.validate(Source, {"path": path, **settings}, text)
     if not source.is_named_split:
         for name in settings.keys() & {"config", "split"}:

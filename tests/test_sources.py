@@ -37,6 +37,8 @@ def test_parse(text, sources):
         ("a.jsonl weight=inf", "must be a finite number"),
         ("a.jsonl weight=1e9", "less than or equal to 1000"),
         ("a.jsonl weight=two", "must be a valid number"),
+        ("a.jsonl weight= 2", "weight stands amid a path, or has no value; write PATH"),
+        ("a.jsonl weight=2 b.jsonl", "weight stands amid a path"),
         ("a.jsonl weight=", "weight= does not fit; write PATH"),
         ("a.jsonl weight=1 weight=2", "weight=2 does not fit"),
         ("a.jsonl wieght=2", "wieght=2 does not fit; write PATH"),

@@ -141,9 +141,13 @@ def _metadata(path: Path) -> dict[str, Any]:
     """Returns the metadata of a directory's card; {} if it has none that can be read."""
     import yaml
     from huggingface_hub import ModelCard
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
     try:
-        card = ModelCard(read_text(path / directory.CARD), ignore_metadata_errors=True)
+        text = read_text(path / directory.CARD)
+        if not REGEX_YAML_BLOCK.search(text):
+            return {}  # the library would print a warning
+        card = ModelCard(text, ignore_metadata_errors=True)
     # Someone else's text, or none: the card does without.
     except (OSError, UserError, ValueError, yaml.YAMLError):
         return {}

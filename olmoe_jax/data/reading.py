@@ -268,7 +268,7 @@ def _table_rows(
 
 
 def _hub_rows(path: str, split: str, config: str | None) -> Iterator[tuple[str, Row]]:
-    if not hub.is_hub_id(path.partition(":")[0]):
+    if not hub.is_hub_id(path.partition(":")[0]) or path.endswith(":"):
         raise UserError(
             f"no data file at {path}, and it is no hub id: give a {_SUFFIXES} file, "
             "or a hub id written owner/name or owner/name:file.jsonl"

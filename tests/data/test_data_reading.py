@@ -161,8 +161,9 @@ def test_a_fifo_is_refused_at_once(tmp_path):
 def test_directory_and_nonsense_are_refused(tmp_path):
     with pytest.raises(UserError, match="is a directory"):
         [*read_rows(str(tmp_path))]
-    with pytest.raises(UserError, match="no hub id"):
-        [*read_rows("train")]
+    for path in ("train", "owner/name:"):
+        with pytest.raises(UserError, match="no hub id"):
+            [*read_rows(path)]
 
 
 def test_local_files_and_hub_ids_are_told_apart():

@@ -87,7 +87,7 @@ def test_scores_become_the_hubs_model_index(lora, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "no metadata", "---\nlicense: [\n---\n", "---\n- 1\n---\n"])
-def test_a_base_with_another_card(text, tmp_path, described):
+def test_a_base_with_another_card(text, tmp_path, described, caplog):
     copy = tmp_path / "base"
     copy.mkdir()
     for file in described.iterdir():
@@ -96,3 +96,4 @@ def test_a_base_with_another_card(text, tmp_path, described):
     to_hf.main(["--checkpoint", str(copy), "--output", str(tmp_path / "model")])
     assert (tmp_path / "model" / "README.md").read_text() == text
     assert not add_results(tmp_path / "model", {"gsm": {"exact_match": 1.0}})
+    assert not caplog.records
