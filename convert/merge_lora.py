@@ -9,6 +9,7 @@ from olmoe_jax.checkpoints.huggingface import DTYPES
 from olmoe_jax.checkpoints.merging import MergedSource
 from olmoe_jax.checkpoints.opening import open_source
 from olmoe_jax.checkpoints.overrides import WEIGHTS_FILE, OverriddenSource
+from olmoe_jax.checkpoints.peft import adapter_directory
 from olmoe_jax.checkpoints.source import Source
 from olmoe_jax.errors import ArgumentParser, run_command
 from olmoe_jax.files import NEW_DIRECTORY, PATH_OR_ID, expand
@@ -20,8 +21,9 @@ EXAMPLE = """example:
 The output is a full Hugging Face checkpoint. Each adapted weight W is rounded to --dtype, becomes
 W + scale * B A in float32, and is rounded to --dtype again, as PEFT merges. A router.safetensors
 in the adapter's directory (a router that trained at full rank) replaces the base's router. The
-tensors that `convert.to_hf --adapter` wrote for an ESFT run replace the base's. One layer is in
-memory at a time.
+tensors that `convert.to_hf --adapter` wrote for an ESFT run replace the base's. The tokenizer, the
+chat template and the ids that end a turn are the adapter's, if its directory has them. One layer is
+in memory at a time.
 """
 
 
@@ -47,11 +49,11 @@ def main(arguments: Sequence[str]) -> None:
     args = parser.parse_args(arguments)
     dtype = DTYPES[args.dtype] if args.dtype else None
     base, adapter = open_source(args.model), directory.resolve(args.adapter)
-    merged: Source = (
-        OverriddenSource(base, adapter)
-        if (adapter / WEIGHTS_FILE).exists()
-        else MergedSource(base, adapter, dtype)
-    )
+    merged: Source
+    if (adapter / WEIGHTS_FILE).exists():
+        merged = OverriddenSource(base, adapter)
+    else:
+        merged, adapter = MergedSource(base, adapter, dtype), adapter_directory(str(adapter))
     export_hf(
         merged, args.output, args.dtype, allow_nonfinite=args.allow_nonfinite, adapter=adapter
     )

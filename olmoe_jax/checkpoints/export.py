@@ -18,6 +18,7 @@ from olmoe_jax.checkpoints.opening import RunCheckpoint
 from olmoe_jax.checkpoints.overrides import write_overrides
 from olmoe_jax.checkpoints.peft import write_adapter
 from olmoe_jax.checkpoints.source import Source
+from olmoe_jax.checkpoints.turn_ends import keep_turn_ends, read_turn_ends, write_turn_ends
 from olmoe_jax.errors import UserError
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -40,7 +41,8 @@ def export_hf(
         that says why, if that cannot hold the weights.
       max_shard_bytes: no file of weights grows larger; several files get an index.
       allow_nonfinite: write weights that are not finite, and those of a run whose loss is not.
-      adapter: the directory of the adapter that `source` has merged, for the model card.
+      adapter: the directory of the adapter that `source` has merged, whose tokenizer, chat
+        template, ends of turns and model card count.
 
     Raises:
       UserError: a weight or a loss is not finite, or a weight is too large for `dtype`.
@@ -56,6 +58,8 @@ def export_hf(
         # numpy's warnings would be further lines.
         with directory.new_directory(output) as partial, np.errstate(all="ignore"):
             write_config(partial, source.files, dtype)
+            if adapter:
+                _take_format(adapter, partial)
             write_checkpoint(
                 partial, source.config, source.read, stored, max_shard_bytes, allow_nonfinite
             )
@@ -101,7 +105,18 @@ def export_adapter(run: RunCheckpoint, output: Path, allow_nonfinite: bool = Fal
             for name, tensor in safetensors_file.read_header(file).items():
                 safetensors_file.check_finite(name, tensor.read())
         directory.copy_files(run.files, partial, directory.TOKENIZER_FILES)
+        keep_turn_ends(partial, read_turn_ends(run.files))
         write_card(partial, run)
+
+
+def _take_format(adapter: Path, output: Path) -> None:
+    """Makes an export say what the prompts and answers of its adapter look like."""
+    if (adapter / directory.TOKENIZER_FILES[0]).is_file():
+        for name in directory.TOKENIZER_FILES:
+            (output / name).unlink(missing_ok=True)
+        directory.copy_files(adapter, output, directory.TOKENIZER_FILES)
+    if ends := read_turn_ends(adapter):
+        write_turn_ends(output, ends)
 
 
 def _check_losses(source: Source, allow_nonfinite: bool) -> None:

@@ -25,6 +25,11 @@ def read_turn_ends(files: Path) -> set[int]:
     return ids
 
 
+def keep_turn_ends(files: Path, ids: Collection[int]) -> None:
+    """Writes a generation_config.json that names these ids alone, as an adapter has it."""
+    write_json(files / MODEL_FILES[1], {_FIELD: sorted(ids)})
+
+
 def write_turn_ends(files: Path, ids: Collection[int]) -> None:
     """Makes the files that exist name these ids; a file that does so already stays as it is."""
     for file in (files / name for name in MODEL_FILES):

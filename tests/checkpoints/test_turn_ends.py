@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from olmoe_jax.checkpoints.turn_ends import read_turn_ends, write_turn_ends
+from olmoe_jax.checkpoints.turn_ends import keep_turn_ends, read_turn_ends, write_turn_ends
 from olmoe_jax.errors import UserError
 
 
@@ -20,6 +20,11 @@ def test_ids_are_read_and_written(tmp_path):
     assert read_turn_ends(tmp_path) == {3, 7}
     write_turn_ends(tmp_path, {3})
     assert json.loads(generation.read_text()) == {"eos_token_id": 3}
+
+
+def test_an_adapter_keeps_them_alone(tmp_path):
+    keep_turn_ends(tmp_path, {7, 3})
+    assert read_turn_ends(tmp_path) == {3, 7}
 
 
 @pytest.mark.parametrize("value", ["2", True, 1.5, {}, [None]])

@@ -64,10 +64,13 @@ def test_the_card_of_an_adapter_and_of_its_merge(lora, described, tmp_path):
     flags = ["--model", str(described), "--adapter", str(lora / "adapter")]
     merge_lora.main([*flags, "--output", str(tmp_path / "merged")])
     to_hf.main(["--checkpoint", str(lora), "--output", str(tmp_path / "exported")])
+    # The card, and what the base lacks: the tokenizer, and the ids that end a turn.
     merged, exported = (
-        (tmp_path / name / "README.md").read_text() for name in ("merged", "exported")
+        {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()}
+        for name in ("merged", "exported")
     )
     assert merged == exported
+    assert "tokenizer.json" in merged
     assert metadata(tmp_path / "merged")["library_name"] == "transformers"
     assert "PeftModel" not in merged
 

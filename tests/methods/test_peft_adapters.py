@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -21,6 +22,7 @@ from tiny import make_model, random_adapters, short_run, write_base
 from convert import merge_lora
 from olmoe_jax.checkpoints.huggingface import HFCheckpoint
 from olmoe_jax.checkpoints.peft import read_adapter, write_adapter
+from olmoe_jax.checkpoints.turn_ends import keep_turn_ends, read_turn_ends
 from olmoe_jax.model.lora import TARGETS, LoraSettings
 from olmoe_jax.model.parameters import ROUTER
 from olmoe_jax.parallel.sharding import make_mesh
@@ -151,6 +153,24 @@ def test_all_linear_adapter_merged_as_peft_merges(base, tmp_path):
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         assert relative_error(ours[name], value) <= 1e-6, name
+
+
+def test_prompts_and_answers_of_a_merged_model_are_its_adapters(base, tokenizer_dir, tmp_path):
+    """Tokenizer, chat template and ends of turns: the base's count no more."""
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    shutil.copytree(base, tmp_path / "base")
+    (tmp_path / "base" / "chat_template.json").write_text('{"chat_template": "the base\'s"}')
+    shutil.copytree(tokenizer_dir, adapter)
+    (adapter / "chat_template.jinja").write_text("the adapter's")
+    keep_turn_ends(adapter, [3, 7])
+    lora = LoraSettings(4, 6.0)
+    write_adapter(adapter, random_adapters(HFCheckpoint(base).config, lora), lora, "base")
+    flags = ("--model", tmp_path / "base", "--adapter", adapter, "--output", merged)
+    merge_lora.main([str(flag) for flag in flags])
+    assert read_turn_ends(merged) == {3, 7}
+    assert (merged / "chat_template.jinja").read_text() == "the adapter's"
+    assert not (merged / "chat_template.json").exists()
+    assert (merged / "tokenizer.json").exists()
 
 
 def test_adapter_of_some_experts(base, tmp_path):
