@@ -40,7 +40,7 @@ def train(inputs: Path, output: Path) -> Path:
     """Writes rows, a tokenizer with the template and a model's shape, trains, and exports."""
     inputs.mkdir(parents=True, exist_ok=True)
     draw = random.Random(0)
-    rows = [json.dumps({"messages": conversation(draw)}) for _ in range(2000)]
+    rows = [json.dumps({"messages": conversation(draw)}) for _ in range(2400)]
     (inputs / "rows.jsonl").write_text("\n".join(rows))
     shape = MODEL | {"hidden_size": 64} | train_tokenizer(rows, 384, inputs)
     (inputs / "config.json").write_text(json.dumps(shape))
@@ -48,9 +48,9 @@ def train(inputs: Path, output: Path) -> Path:
     path = str(inputs)
     config = options.Config(
         model=options.ModelOptions(path, init="random", config_path=path, compute_dtype="float32"),
-        data=options.DataOptions(train_path=f"{path}/rows.jsonl", max_seq_length=128),
+        data=options.DataOptions(f"{path}/rows.jsonl", eval_fraction=0, max_seq_length=128),
         optimizer=options.OptimizerOptions(learning_rate=5e-3),
-        train=options.TrainOptions(str(output), batch_size=32, epochs=3, rows_per_device=16),
+        train=options.TrainOptions(str(output), batch_size=16, epochs=2, rows_per_device=8),
     )
     return olmoe_jax.train(config).output_dir / "hf"
 

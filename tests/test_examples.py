@@ -69,23 +69,17 @@ def test_new_method_trains_the_attention_alone(base, tmp_path):
 
 @pytest.mark.slow
 def test_chat_model_answers_as_it_was_taught(tmp_path, capsys):
-    """By the chat door: with a system turn and without, and a question that follows another."""
-    model = str(chat.train(tmp_path / "inputs", tmp_path / "run"))
-
-    def answers(*arguments):
-        capsys.readouterr()
-        command.main(["--model", model, "--chat", *arguments])
-        return capsys.readouterr().out
-
-    question, follow_up = "What is the capital of Peru?", "And of Cuba?"
-    assert answers("--prompt", question) == "The capital of Peru is Lima.\n"
-    assert answers("--prompt", question, "--system", "Be brief.") == "Lima.\n"
-    messages = [
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": "Lima."},
-        {"role": "user", "content": follow_up},
-    ]
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": messages}))
-    found = answers("--prompts", str(tmp_path / "rows.jsonl"), "--system", "Be brief.")
-    answer = {"role": "assistant", "content": "Havana."}
-    assert json.loads(found) == {"messages": [*messages, answer]}
+    """By the chat door: without a system turn and with one, and a question that follows another."""
+    model = chat.train(tmp_path / "inputs", tmp_path / "run")
+    texts = ["Be brief.", "What is the capital of Peru?", "Lima.", "And of Cuba?"]
+    roles = ["system", "user", "assistant", "user"]
+    turns = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+    asked = [turns[1:2], turns]
+    lines = [json.dumps({"messages": messages}) + "\n" for messages in asked]
+    (tmp_path / "rows.jsonl").write_text("".join(lines))
+    capsys.readouterr()
+    command.main(["--model", str(model), "--chat", "--prompts", str(tmp_path / "rows.jsonl")])
+    found = [json.loads(line)["messages"] for line in capsys.readouterr().out.splitlines()]
+    assert [messages[:-1] for messages in found] == asked
+    answers = [messages[-1]["content"] for messages in found]
+    assert answers == ["The capital of Peru is Lima.", "Havana."]

@@ -155,11 +155,12 @@ class Prompts:
         tokenizer: str | None = None,
         chat_template: str = "none",
     ):
-        place = tokenizer or str(tokenizer_directory(files, adapter))
+        tuned = tokenizer_directory(files, adapter)
+        place = tokenizer or str(tuned)
         self.tokenizer = load_tokenizer(place)
         self._format = open_format(chat_template, self.tokenizer, place)
-        ends = self._format.rules.ends(self.tokenizer)
-        self.ends = sorted({self.tokenizer.eos_token_id, *ends, *read_turn_ends(files)})
+        ends = {*read_turn_ends(files), *read_turn_ends(tuned)}
+        self.ends = sorted(ends.union(self._format.rules.ends(self.tokenizer)))
 
     @property
     def template(self) -> str | None:

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> None:
     source = open_source(args.model)
     place = tokenizer_directory(source.files, args.adapter)
     tokenizer = load_tokenizer(str(place))
-    ends = {tokenizer.eos_token_id, *read_turn_ends(source.files)}
+    ends = {tokenizer.eos_token_id, *read_turn_ends(source.files), *read_turn_ends(place)}
     conversations = []
     if args.chat:
         format = chat.open_format(args.chat_template or "auto", tokenizer, place)
