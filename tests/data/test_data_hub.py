@@ -120,8 +120,10 @@ def test_what_the_hub_does_not_have_is_refused_in_one_line(answers):
         assert said.startswith(text.split()[0])
         assert words in said
         assert "\n" not in said
-    last = answers["offline"][-1]
-    assert "HF_HUB_OFFLINE is set, and the cache does not have it" in last
+    offline = dict(zip(REFUSED, answers["offline"][len(EXPECTED) :], strict=True))
+    assert "HF_HUB_OFFLINE is set, and the cache does not have it" in offline["o/nothing"]
+    assert "the cache has several configurations of it; write config=NAME" in offline["o/two"]
+    assert "the cache has no configuration third of it, but" in offline["o/two config=third"]
 
 
 def test_named_files_and_splits_are_asked_for(monkeypatch):
