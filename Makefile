@@ -14,6 +14,9 @@ JAX := $(if $(filter cpu,$(ACCELERATOR)),jax,"jax[$(ACCELERATOR)]")
 RUNTIME := $(VENV)/runtime-$(ACCELERATOR).stamp
 DEV := $(VENV)/dev-$(ACCELERATOR).stamp
 PYTEST := $(VENV)/bin/python -m pytest -q -n 2 --durations 30
+# XLA fixes the number of a CPU's devices when jax starts: these tests run in a session of their own.
+PYTEST_DEVICES := XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu $(PYTEST) \
+    --dist loadfile tests/eight_devices
 PIP := $(VENV)/bin/python -m pip install --quiet --no-compile -c constraints.txt
 # pip compiles on one core, and a third more files: packages' tests and transformers' other models.
 COMPILE := $(VENV)/bin/python -m compileall -qq -j 0 -x '/tests/|/transformers/models/(?!auto|olmo)' $(VENV)/lib
@@ -35,10 +38,8 @@ test: $(DEV)
 test-slow: $(DEV)
 	$(PYTEST) --dist loadfile --no-loadscope-reorder -m "slow and not exhaustive and not compilers"
 
-# XLA fixes the number of a CPU's devices when jax starts: these tests run in a session of their own.
 test-devices: $(DEV)
-	XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu $(PYTEST) \
-	    --dist loadfile tests/eight_devices
+	$(PYTEST_DEVICES) -m "not exhaustive"
 
 # The numbers of the PyTorch reference, which lie in OLMOE_JAX_SHARED.
 test-golden: $(DEV)
@@ -52,6 +53,7 @@ test-compilers: $(DEV)
 # What a release runs.
 test-all: lint test test-slow test-devices test-golden
 	$(PYTEST) --dist loadfile -m exhaustive
+	$(PYTEST_DEVICES) -m exhaustive
 	if [ -n "$$OLMOE_JAX_SHARED" ]; then \
 	    $(VENV)/bin/python "$$OLMOE_JAX_SHARED/tools/check_reference.py"; fi
 	$(MAKE) test-compilers VENV=.venv-compilers

@@ -77,11 +77,11 @@ def accumulated(method: str, mesh) -> dict[str, np.ndarray]:
         ("frozen", "data=2,fsdp=4"),
         ("conventional", "fsdp=8"),
         ("densemixer", "data=2,fsdp=4"),
-        ("densemixer, 4 experts", "fsdp=8"),
+        pytest.param("densemixer, 4 experts", "fsdp=8", marks=pytest.mark.exhaustive),
         ("lora", "data=2,fsdp=4"),
         ("nf4", "fsdp=8"),
         ("esft", "fsdp=8"),
-        ("esft, all else too", "data=2,fsdp=4"),
+        pytest.param("esft, all else too", "data=2,fsdp=4", marks=pytest.mark.exhaustive),
     ],
 )
 def test_the_numbers_of_the_plain_loop(method, mesh, monkeypatch):
