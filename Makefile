@@ -21,7 +21,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --no-compile -c constraints.txt
 # pip compiles on one core, and a third more files: packages' tests and transformers' other models.
 COMPILE := $(VENV)/bin/python -m compileall -qq -j 0 -x '/tests/|/transformers/models/(?!auto|olmo)' $(VENV)/lib
 
-.PHONY: install quickstart reproduce lint test test-slow test-devices test-golden test-compilers test-all
+.PHONY: install quickstart reproduce lint test test-slow test-devices test-golden test-compilers test-serving test-all
 
 install: $(RUNTIME)
 
@@ -50,8 +50,14 @@ test-compilers: $(DEV)
 	$(PIP) -r requirements-compilers.txt
 	JAX_PLATFORMS=cpu $(PYTEST) -m compilers
 
+# Servers' greedy tokens against ours, of the servers that SERVERS names (docs/serving.md):
+# make test-serving SERVERS="--transformers5 PYTHON --vllm PYTHON"
+test-serving: $(DEV)
+	$(VENV)/bin/python -m benchmarks.serving $(SERVERS)
+
 # What a release runs.
 test-all: lint test test-slow test-devices test-golden
+	if [ -n "$(SERVERS)" ]; then $(MAKE) test-serving; fi
 	$(PYTEST) --dist loadfile -m exhaustive
 	$(PYTEST_DEVICES) -m exhaustive
 	if [ -n "$$OLMOE_JAX_SHARED" ]; then \

@@ -314,14 +314,15 @@ def write_config(output: Path, files: Path, dtype: str | None) -> None:
 
 
 def serving_warnings(config: ModelConfig) -> list[str]:
-    """Returns a line for each setting that vLLM and SGLang hard-code otherwise for OLMoE."""
+    """Returns a line for each setting that servers hard-code otherwise for OLMoE."""
     differs = {
         f"rms_norm_eps={config.rms_norm_eps}": config.rms_norm_eps != 1e-5,
         "norm_topk_prob=true": config.norm_topk_prob,
         f"clip_qkv={config.clip_qkv}": config.clip_qkv is not None,
     }
     return [
-        f"{setting}: vLLM and SGLang ignore this setting for OLMoE and will give other outputs"
+        f"{setting}: vLLM, SGLang and llama.cpp ignore this setting of OLMoE and will give other "
+        "outputs"
         for setting, applies in differs.items()
         if applies
     ]

@@ -1,0 +1,178 @@
+"""The models of benchmarks.serving: every method trained a little, with and without a template.
+
+Everything lies in one directory, and what is there already is not made again.
+"""
+
+import functools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from convert import merge_lora
+from olmoe_jax.checkpoints import directory
+from olmoe_jax.config import (
+    Config,
+    DataOptions,
+    MethodOptions,
+    ModelOptions,
+    OptimizerOptions,
+    TrainOptions,
+)
+from olmoe_jax.config.methods import METHODS
+from olmoe_jax.parallel.compilation import keep_programs
+from olmoe_jax.quickstart import MODEL, examples, train_tokenizer
+
+PROMPTS, NEW_TOKENS = 20, 40
+RANK = 8
+TURNS = ("<|im_start|>", "<|im_end|>")
+TEMPLATE = """\
+{% for message in messages %}<|im_start|>{{ message['role'] }}
+{{ message['content'] }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+"""ChatML, whose turns end in a token that is not the tokenizer's eos."""
+SYSTEM = "Write the sum first."
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a server loads.
+
+    Attributes:
+      method: the method and whether adapters trained, for people.
+      kind: "export", "adapter" or "merged adapter".
+      chat: whether prompts are conversations.
+      model: the directory of the model, an adapter's base.
+      adapter: the directory of the adapter.
+      name: what the flag --only looks at.
+      tokenizer: the directory with the tokenizer and the chat template.
+    """
+
+    method: str
+    kind: str
+    chat: bool
+    model: Path
+    adapter: Path | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}, {self.kind}, {'chats' if self.chat else 'texts'}"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.adapter or self.model
+
+
+def make_cases(output: Path) -> list[Case]:
+    """Trains and exports what is missing in a directory; returns all cases."""
+    keep_programs()
+    inputs = _inputs(output / "inputs")
+    base = ModelOptions(
+        path=str(inputs), init="random", config_path=str(inputs), compute_dtype="float32"
+    )
+    pretrained = _train(base, "rows", MethodOptions(), output / "base", 200, 32)
+    return list(_cases(output, pretrained / "hf"))
+
+
+def _cases(output: Path, base: Path) -> Iterator[Case]:
+    model = ModelOptions(path=str(base), compute_dtype="float32")
+    for chat in (False, True):
+        rows = "chats" if chat else "rows"
+        for name, row in METHODS.items():
+            scored = {"esft_score_tokens": 5000} if "esft_score_tokens" in row.own_fields else {}
+            options = MethodOptions(name, **scored)
+            run = _train(model, rows, options, output / f"{name}_{rows}", 30, 8)
+            yield Case(name, "export", chat, run / "hf")
+            if not row.has_adapters:
+                continue
+            options = MethodOptions(name, lora_rank=RANK)
+            run = _train(model, rows, options, output / f"{name}_lora_{rows}", 30, 8)
+            merged = run / "merged"
+            if not merged.exists():
+                flags = ("--model", base, "--adapter", run / "adapter", "--output", merged)
+                merge_lora.main([str(flag) for flag in flags])
+            yield Case(f"{name}, LoRA", "merged adapter", chat, merged)
+            yield Case(f"{name}, LoRA", "adapter", chat, base, run / "adapter")
+
+
+def _train(
+    model: ModelOptions, rows: str, method: MethodOptions, output: Path, steps: int, batch: int
+) -> Path:
+    """Trains on the rows of a kind, unless that has been done; returns the run's directory."""
+    import olmoe_jax
+
+    inputs = output.parent / "inputs"
+    config = Config(
+        model=model,
+        data=DataOptions(
+            train_path=str(inputs / f"{rows}.jsonl"),
+            eval_fraction=0.0,
+            tokenizer_path=str(inputs),
+            chat_template=str(inputs / "chat.jinja") if rows == "chats" else None,
+            max_seq_length=128,
+        ),
+        method=method,
+        optimizer=OptimizerOptions(learning_rate=3e-3),
+        train=TrainOptions(
+            output_dir=str(output),
+            batch_size=batch,
+            epochs=100,
+            max_steps=steps,
+            rows_per_device=batch // 2,
+        ),
+    )
+    if any((output / export).exists() for export in ("hf", "adapter")):
+        return output
+    return olmoe_jax.train(config).output_dir
+
+
+def _inputs(path: Path) -> Path:
+    """Writes rows and chats of word problems, a tokenizer, a template and config.json."""
+    if path.exists():
+        return path
+    from tokenizers import Tokenizer
+
+    problems = examples(2000 + PROMPTS, seed=0)
+    with directory.new_directory(path) as partial:
+        known = [row["prompt"] + " " + row["completion"] for row in problems[PROMPTS:]]
+        fields = train_tokenizer(known, 512, partial)
+        tokenizer = Tokenizer.from_file(str(partial / "tokenizer.json"))
+        fields["vocab_size"] += tokenizer.add_special_tokens(list(TURNS))
+        tokenizer.save(str(partial / "tokenizer.json"))
+        directory.write_json(partial / "config.json", MODEL | fields)
+        (partial / "chat.jinja").write_text(TEMPLATE)
+        write = functools.partial(_write_rows, partial)
+        write("rows", problems[PROMPTS:])
+        chats = [
+            {"messages": [*chat, _turn("assistant", row["completion"])]}
+            for chat, row in zip(_chats(problems), problems, strict=True)
+        ]
+        write("chats", chats[PROMPTS:])
+        write("prompts", [row["prompt"] for row in problems[:PROMPTS]])
+        write("chat_prompts", _chats(problems[:PROMPTS]))
+    return path
+
+
+def _write_rows(path: Path, name: str, rows: list) -> None:
+    (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_prompts(output: Path, chat: bool) -> list[Any]:
+    """Returns the texts, or with `chat` the conversations, that no model has seen."""
+    file = output / "inputs" / ("chat_prompts.jsonl" if chat else "prompts.jsonl")
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def _chats(problems: list[dict[str, str]]) -> list[list[dict[str, str]]]:
+    """Returns conversations that end with a question; every second one has a system turn."""
+    questions = [row["prompt"].removesuffix("\nAnswer:") for row in problems]
+    return [
+        [*[_turn("system", SYSTEM)] * (index % 2), _turn("user", question)]
+        for index, question in enumerate(questions)
+    ]
+
+
+def _turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
