@@ -46,7 +46,7 @@ def test_the_adapter_names_the_evaluation(tiny_model, adapters, data_dir, tmp_pa
     command += ["--tasks", "gsm"]
     first, second = adapters
     run.main([*command, "--adapter", str(first)])
-    assert opened == [("jax", str(tiny_model), "float32", str(first), None, None)]
+    assert opened == [("jax", str(tiny_model), "float32", str(first), None, None, "none")]
     model = json.loads((tmp_path / "e/gsm/result.json").read_text())["model"]
     assert model["adapter"] == str(first)
     assert model["adapter_fingerprint"] == adapter_fingerprint(str(first / "adapter"))
