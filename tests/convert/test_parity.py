@@ -42,6 +42,7 @@ def run(tmp_path, batch, *extra):
     return safetensors_file.load(output)
 
 
+@pytest.mark.slow
 def test_rows_beyond_the_positions(tmp_path):
     write_hf_checkpoint(tmp_path / "model", CONFIG)
     batch = {name: np.tile(array, 8) for name, array in make_batch((2,)).items()}

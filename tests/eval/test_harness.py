@@ -176,6 +176,7 @@ def test_model_args_that_are_not_there(open_model):
     assert message_of(OlmoeLM).startswith("--model_args pretrained= is missing")
 
 
+@pytest.mark.slow
 def test_what_lm_eval_refuses_is_one_line(monkeypatch):
     pytest.importorskip("lm_eval")
     monkeypatch.setattr(sys, "argv", ["lm_eval", "--model", "olmoe_jax", "--tasks", "no_such_task"])
