@@ -17,7 +17,7 @@ COMPRESSED = {".jsonl.gz": "gzip", ".jsonl.zst": "zstd"}
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", *COMPRESSED)
 
 _HOW = "write PATH [weight=NUMBER] [config=NAME] [split=NAME], and commas between sources"
-_SETTINGS = re.compile(r"(?:\s+\w+=\S*)*$")
+_SETTINGS = re.compile(r"(?:(?<!\s)\s+\w+=\S*)*$")
 
 
 @pydantic.with_config(pydantic.ConfigDict(allow_inf_nan=False))

@@ -1,6 +1,7 @@
 """The text that names sources of rows."""
 
 import math
+import time
 
 import pytest
 
@@ -95,3 +96,9 @@ def test_fields_that_nothing_reads(fields, words):
     with pytest.raises(UserError) as error:
         raise UserError(*conflicts(check_types(Config(data=options.DataOptions(**fields)))))
     assert words in str(error.value)
+
+
+def test_a_long_text_is_read_in_linear_time():
+    start = time.process_time()
+    parse("a" + " " * 4000 + "b")
+    assert time.process_time() - start < 0.3
