@@ -13,7 +13,7 @@ from olmoe_jax.files import NEW_DIRECTORY, PATH_OR_ID
 EXAMPLE = """example:
   python -m convert.from_hf --model allenai/OLMoE-1B-7B-0125 --output olmoe_1b_7b
 
-Weights keep their dtype, bit for bit. One layer is in memory at a time. The output serves as
+Weights keep their dtype, bit for bit. Two layers are in memory at a time. The output serves as
 model.path of a training run and as --checkpoint of convert.to_hf. train.py also reads Hugging
 Face checkpoints directly: converting first is a choice.
 """
