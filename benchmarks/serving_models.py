@@ -38,7 +38,7 @@ SYSTEM = "Write the sum first."
 
 @dataclass(frozen=True)
 class Case:
-    """What a server loads.
+    """An export or adapter that a server loads.
 
     Attributes:
       method: the method and whether adapters trained, for people.

@@ -47,12 +47,12 @@ class Source:
 
     @property
     def is_local(self) -> bool:
-        """Whether these are local files."""
+        """Returns whether these are local files."""
         return is_local(self.path)
 
     @property
     def is_named_split(self) -> bool:
-        """Whether it is a data set on the hub, of which a configuration and a split are read."""
+        """Returns whether a configuration and a split of a data set on the hub are read."""
         return not self.is_local and ":" not in self.path
 
 

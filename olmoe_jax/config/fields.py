@@ -120,7 +120,7 @@ class Field:
 
     @property
     def is_place(self) -> bool:
-        """Whether the value says where an input or output lies."""
+        """Returns whether the value says where an input or output lies."""
         return self.rule is not None and self.rule.expand is not None
 
     def absolute(self, place: str) -> str:

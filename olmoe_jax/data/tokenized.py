@@ -76,7 +76,7 @@ class TokenizedDataset:
 
     @property
     def counts(self) -> Counts:
-        """What became of the rows of all sources, also in a subset."""
+        """Returns what became of the rows of all sources, also in a subset."""
         return sum(self.source_counts, Counts())
 
     @cached_property

@@ -20,7 +20,7 @@ GIB = 2**30
 WARM_UP_STEPS = 2
 """Steps after a start that are not traced: they compile."""
 _COMPILED = "/jax/core/compile/backend_compile_duration"
-"""jax's event after each compilation, also of a program that was kept on disk."""
+"""The event that jax records after each compilation, also of a program kept on disk."""
 
 
 class Breakdown:
