@@ -36,11 +36,17 @@ class _Listed:
     xxh3_128: dict[str, list[str]]
 
 
-def write(path: Path, leave_out: Collection[str] = ()) -> None:
-    """Lists all files below a directory that is complete, but those that are named."""
+def write(path: Path, pattern: str = "*", leave_out: Collection[str] = ()) -> None:
+    """Lists the files below a directory that is complete, but those that are named.
+
+    Args:
+      path: the directory.
+      pattern: of the names of the files to list.
+      leave_out: files not to list, by their path below the directory.
+    """
     names = sorted(
         name
-        for file in path.rglob("*")
+        for file in path.rglob(pattern)
         if file.is_file() and (name := str(file.relative_to(path))) not in leave_out
     )
     _write(path, {name: [checksum] for name, checksum in _checksums(path, names).items()})
@@ -82,6 +88,21 @@ def write_json(file: Path, value: Any) -> None:
     (checksum,) = _checksums(path, [partial.name]).values()
     _write(path, listed | {file.name: [*listed.get(file.name, []), checksum]})
     partial.replace(file)
+
+
+def write_weights(path: Path) -> None:
+    """Lists the weights of an export. Its other files are the user's to edit."""
+    write(path, "*.safetensors")
+
+
+def check_weights(path: Path) -> None:
+    """Checks the weights of an export of this project; of other directories, nothing.
+
+    Raises:
+      UserError: a file is damaged or missing.
+    """
+    if (path / FILE).exists():
+        check(path, f"export it again; if you changed the file, remove {FILE} beside it")
 
 
 def check(path: Path, advice: str) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from olmoe_jax.checkpoints import directory, names, safetensors_file
+from olmoe_jax.checkpoints import checksums, directory, names, safetensors_file
 from olmoe_jax.checkpoints.card import write_card
 from olmoe_jax.checkpoints.huggingface import (
     DTYPES,
@@ -64,6 +64,7 @@ def export_hf(
                 partial, source.config, source.read, stored, max_shard_bytes, allow_nonfinite
             )
             write_card(partial, source, adapter)
+            checksums.write_weights(partial)
 
     own = source.export_dtype()
     if not dtype and own and own not in DTYPES:
@@ -107,6 +108,7 @@ def export_adapter(run: RunCheckpoint, output: Path, allow_nonfinite: bool = Fal
         directory.copy_files(run.files, partial, directory.TOKENIZER_FILES)
         keep_turn_ends(partial, read_turn_ends(run.files))
         write_card(partial, run)
+        checksums.write_weights(partial)
 
 
 def _take_format(adapter: Path, output: Path) -> None:

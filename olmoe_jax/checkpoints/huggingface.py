@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pydantic
 
-from olmoe_jax.checkpoints import directory, names
+from olmoe_jax.checkpoints import checksums, directory, names
 from olmoe_jax.checkpoints.names import Weight
 from olmoe_jax.checkpoints.safetensors_file import (
     FileWriter,
@@ -44,16 +44,18 @@ _SINGLE = "model.safetensors"
 class HFCheckpoint:
     """The `Source` of a Hugging Face checkpoint, its experts per tensor or fused.
 
-    Opening reads the headers of all files and checks them; no weight is read yet.
+    Opening reads the headers of all files and checks them. Of an export of this project it also
+    checks the checksums, which reads the weights once.
 
     Raises:
-      UserError: a file is missing or truncated; the index names an absent tensor; a tensor is
-        missing, unexpected or of the wrong shape; the architecture is not OLMoE's.
+      UserError: a file is missing, truncated or damaged; the index names an absent tensor; a tensor
+        is missing, unexpected or of the wrong shape; the architecture is not OLMoE's.
     """
 
     def __init__(self, path: Path):
         self.files = path
         self.config = read_model_config(path)
+        checksums.check_weights(path)
         self._tensors = _locate_tensors(path)
         self._check()
 

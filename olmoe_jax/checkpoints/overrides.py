@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from olmoe_jax.checkpoints import directory, names, safetensors_file
+from olmoe_jax.checkpoints import checksums, directory, names, safetensors_file
 from olmoe_jax.checkpoints.expert_config import ExpertConfig
 from olmoe_jax.checkpoints.names import Weight
 from olmoe_jax.checkpoints.source import Source
@@ -36,6 +36,7 @@ class OverriddenSource:
 
     def __init__(self, base: Source, path: Path):
         self.config, self.files, self._base = base.config, base.files, base
+        checksums.check_weights(path)
         file = path / WEIGHTS_FILE
         self._tensors = safetensors_file.read_header(file)
         shapes = {

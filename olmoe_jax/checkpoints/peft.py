@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from olmoe_jax.checkpoints import directory, names, peft_fused, safetensors_file
+from olmoe_jax.checkpoints import checksums, directory, names, peft_fused, safetensors_file
 from olmoe_jax.checkpoints.names import Weight
 from olmoe_jax.checkpoints.peft_config import AdapterConfig
 from olmoe_jax.checkpoints.peft_fused import LoadedTensor
@@ -161,6 +161,7 @@ def read_adapter(
         compute something else than W + scale * A B.
     """
     path = adapter_directory(str(path_or_hub_id))
+    checksums.check_weights(path)
     adapter = AdapterConfig(path / CONFIG_FILE)
     if not (path / WEIGHTS_FILE).exists():
         safetensors_file.refuse_pickles(path, "adapter_model*.bin", WEIGHTS_FILE)

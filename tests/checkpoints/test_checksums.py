@@ -1,12 +1,17 @@
 """Checksums: whatever happens to a listed file shows."""
 
 import os
+import shutil
 import time
 
 import pytest
 from helpers import message_of
 
+from convert import to_hf
 from olmoe_jax.checkpoints import checksums
+from olmoe_jax.checkpoints.opening import open_source
+from olmoe_jax.checkpoints.overrides import OverriddenSource
+from olmoe_jax.checkpoints.peft import read_adapter
 
 
 @pytest.fixture
@@ -126,3 +131,35 @@ def test_a_json_file_is_valid_at_any_moment(tmp_path):
     assert checksums.damage(tmp_path) is None, "the list was written, the file not yet"
     (tmp_path / "config.json").write_text("3\n")
     assert "config.json: damaged" in (checksums.damage(tmp_path) or "")
+
+
+def test_a_bit_of_an_export(tmp_path, tiny_model):
+    """The weights are checked where an export is opened; its other files are the user's to edit."""
+    path = tmp_path / "hf"
+    to_hf.main(["--checkpoint", str(tiny_model), "--output", str(path)])
+    weights = path / "model.safetensors"
+    flip(weights, weights.stat().st_size * 8 - 1)
+    message = f"{weights}: damaged, its checksum differs; export it again; if you changed the file"
+    assert message in message_of(open_source, str(path))
+    flip(weights, weights.stat().st_size * 8 - 1)
+    (path / "config.json").write_text((path / "config.json").read_text() + "\n")
+    open_source(str(path))
+    (path / checksums.FILE).unlink()
+    flip(weights, weights.stat().st_size * 8 - 1)
+    open_source(str(path))
+
+
+def test_a_bit_of_an_adapter(tmp_path, tiny_model):
+    base = open_source(str(tiny_model))
+    for file, opened in (
+        ("adapter_model.safetensors", lambda path: read_adapter(path, base.config)),
+        ("router.safetensors", lambda path: read_adapter(path, base.config)),
+        ("trained.safetensors", lambda path: OverriddenSource(base, path)),
+    ):
+        path = tmp_path / file.partition(".")[0]
+        path.mkdir()
+        (path / "adapter_config.json").write_text("{}")
+        shutil.copy(tiny_model / "model.safetensors", path / file)
+        checksums.write_weights(path)
+        flip(path / file, 8000)
+        assert f"{path / file}: damaged, its checksum" in message_of(opened, path)
