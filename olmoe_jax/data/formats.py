@@ -13,18 +13,16 @@ import numpy as np
 
 from olmoe_jax.data.chat import (
     BOOKKEEPING,
-    ChatTemplate,
     FormattedRow,
-    Message,
     after,
-    chat_template,
     checked_messages,
-    checked_text,
-    has_content,
     joined,
+    sharegpt_messages,
     templated,
     trained,
 )
+from olmoe_jax.data.chat_template import ChatTemplate, Message, chat_template
+from olmoe_jax.data.fields import checked_text, has_content
 from olmoe_jax.errors import UserError
 from olmoe_jax.files import decode
 
@@ -33,7 +31,7 @@ if TYPE_CHECKING:
 
 # Part of a data set's identity: increase it whenever the same row would give other tokens or
 # another mask. A run then refuses to continue on the changed examples and says why.
-RULES_VERSION = 2
+RULES_VERSION = 3
 
 Fields = Mapping[str, Any]  # a row of a data file, by the names of its columns
 Tools = list[dict[str, Any]] | None  # the JSON schemas of the tools
@@ -182,7 +180,7 @@ def format_row(row: Fields, eos: str, rules: RowRules | None = None) -> Formatte
         )
     for required, optional, formatter in _FORMATS:
         if all(name in fields for name in required):
-            _check_used(fields, *required, *optional)
+            _check_used(fields, rules, *required, *optional)
             return formatter(fields, eos, rules)
     found = ", ".join(fields) or "none"
     raise UserError(f"unknown fields (found: {found}); accepted: {ACCEPTED_FIELDS}")
@@ -197,7 +195,7 @@ def conversation(row: Fields, rules: RowRules) -> tuple[list[Message], Tools]:
     fields = _fields(row, rules)
     if "messages" not in fields:
         raise UserError(f"unknown fields (found: {', '.join(fields) or 'none'}); write messages")
-    _check_used(fields, "messages", "tools", "system")
+    _check_used(fields, rules, "messages", "tools", "system")
     messages = checked_messages(fields["messages"], "messages", rules.ignored)
     return _with_system_and_tools(fields, messages)
 
@@ -206,13 +204,14 @@ def _fields(row: Fields, rules: RowRules) -> dict[str, Any]:
     return {n: value for n, value in row.items() if value is not None and n not in rules.ignored}
 
 
-def _check_used(fields: Fields, *used: str) -> None:
+def _check_used(fields: Fields, rules: RowRules, *used: str) -> None:
     """Raises a `UserError` if a field says something and is not among those that a format uses."""
     for name, value in fields.items():
         if name not in used and has_content(value):
+            ignored = ",".join(sorted({*rules.ignored, name}))
             raise UserError(
                 f"field {name} is not used by rows of {', '.join(used)}; remove it, or set "
-                f"data.ignore_fields={name}"
+                f"data.ignore_fields={ignored}"
             )
 
 
@@ -364,35 +363,9 @@ def _messages(row: Fields, eos: str, rules: RowRules) -> FormattedRow:
     return _conversation(row, messages, eos, rules)
 
 
-_SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-}
-
-
 def _sharegpt(row: Fields, eos: str, rules: RowRules) -> FormattedRow:
-    turns = row["conversations"]
-    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-        raise UserError("field conversations must be a list of objects with from and value")
-    messages = []
-    for index, turn in enumerate(turns):
-        # Some of these files have the fields of messages.
-        name = turn.get("from") or turn.get("role")
-        if not isinstance(name, str) or name not in _SHAREGPT_ROLES:
-            known = ", ".join(_SHAREGPT_ROLES)
-            raise UserError(f"field conversations[{index}].from must be one of {known}")
-        content = turn.get("value") if "value" in turn else turn.get("content")
-        used = ("from", "role", "value", "content")
-        rest = {field: value for field, value in turn.items() if field not in used}
-        messages.append({**rest, "role": _SHAREGPT_ROLES[name], "content": content})
-    return _conversation(row, checked_messages(messages, "", rules.ignored), eos, rules)
+    messages = checked_messages(sharegpt_messages(row["conversations"]), "", rules.ignored)
+    return _conversation(row, messages, eos, rules)
 
 
 def _conversation(row: Fields, messages: list[Message], eos: str, rules: RowRules) -> FormattedRow:

@@ -113,14 +113,18 @@ def about_rows(sources: Sequence[Source]) -> int | None:
 
 
 def _local_files(path: str) -> list[str]:
-    """Returns a data file, or the data files of a folder or of a pattern with *, ? or [, sorted."""
+    """Returns a data file, or the data files of a folder or of a pattern with *, ? or [, sorted.
+
+    ** in a pattern stands for any folders. Hidden files are left out.
+    """
     if os.path.isdir(path):
-        files = sorted(os.path.join(path, name) for name in os.listdir(path))
+        names = (name for name in os.listdir(path) if not name.startswith("."))
+        files = sorted(os.path.join(path, name) for name in names)
         found = [file for file in files if file.endswith(SUFFIXES)]
         if not found:
             raise UserError(f"{path} is a directory: name a data file in it ({_SUFFIXES})")
         return found
-    found = [path] if os.path.lexists(path) else sorted(glob.glob(path)) or [path]
+    found = [path] if os.path.lexists(path) else sorted(glob.glob(path, recursive=True)) or [path]
     for file in found:
         if not file.endswith(SUFFIXES):
             raise UserError(f"{file} is not a kind of data file that is read: use {_SUFFIXES}")
@@ -166,6 +170,13 @@ def _csv_rows(path: str) -> Iterator[tuple[str, Row]]:
         reader = csv.reader(file, strict=True)
         try:
             header = next(reader, [])
+            for name in header:
+                if not name or header.count(name) > 1:
+                    raise UserError(
+                        f"{path}: the header has "
+                        + (f"{name} twice" if name else "a column without a name")
+                        + "; name each column once, and leave a table's index out"
+                    )
             for values in reader:
                 if not values:
                     continue
@@ -175,7 +186,10 @@ def _csv_rows(path: str) -> Iterator[tuple[str, Row]]:
                         f"{path}: {where} has {len(values)} fields, and the header {len(header)}"
                     )
                 yield where, dict(zip(header, values, strict=True))
-        except (csv.Error, UnicodeDecodeError) as error:
+        except UnicodeDecodeError:
+            line = reader.line_num
+            raise UserError(f"{path}: after line {line}: not UTF-8; save it as UTF-8") from None
+        except csv.Error as error:
             reason = first_line(error)
             raise UserError(f"{path}: not CSV after line {reader.line_num} ({reason})") from None
 

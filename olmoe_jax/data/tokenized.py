@@ -293,6 +293,9 @@ def _tokenize(
                 raise UserError(
                     f"{source}: no row has a token to train on within "
                     f"max_seq_length={max_seq_length}; raise data.max_seq_length"
+                    if counts.cut
+                    else f"{source}: no row has an answer that trains; write turns with the role "
+                    "assistant and without weight=0, or set data.train_on=all"
                 )
             all_counts.append(astuple(counts))
     yield {"counts": np.array(all_counts)}

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from olmoe_jax.data.chat import Message, answered, asked, chat_template
+from olmoe_jax.data.chat import answered, asked
+from olmoe_jax.data.chat_template import Message, chat_template
 from olmoe_jax.data.formats import RowRules, Tools, conversation
 from olmoe_jax.data.reading import read_rows
 from olmoe_jax.errors import UserError, data_output, one_line

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from olmoe_jax import data
 from olmoe_jax.checkpoints.turn_ends import write_turn_ends
 from olmoe_jax.config import Config
-from olmoe_jax.data.chat import write_template
+from olmoe_jax.data.chat_template import write_template
 from olmoe_jax.errors import UserError
 from olmoe_jax.parallel.distributed import is_writer
 from olmoe_jax.training.base_model import BaseModel

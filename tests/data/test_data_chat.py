@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from olmoe_jax.data.chat import chat_template, write_template
+from olmoe_jax.data.chat_template import chat_template, write_template
 from olmoe_jax.data.formats import encode_batch, format_row, row_rules
 from olmoe_jax.errors import UserError
 
@@ -148,6 +148,7 @@ def chat(*turns, **fields):
 
 
 USER, BAD = ("user", "Hi", {}), ("assistant", "BAD", {"weight": 0})
+ANSWER = ("assistant", "Yes", {})
 GOOD = ("assistant", "Good.", {"weight": 1, "train": True})
 
 
@@ -181,6 +182,19 @@ def test_train_on(name, chat_tokenizer):
     assert text.endswith("A2<|im_end|>\n")
 
 
+@pytest.mark.parametrize("name", ["chatml", "chatml_marked", None])
+def test_where_all_trains_any_turn_may_be_excluded(name, chat_tokenizer):
+    rules = rules_of(name, chat_tokenizer, train_on="all") if name else None
+    rules = rules or row_rules(chat_tokenizer, None, train_on="all")
+    system, asked = ("system", "Be.", {"train": False}), ("user", "Hi", {"weight": 0})
+    row = chat(system, asked, GOOD, ("user", "More?", {"train": True}), BAD)
+    text = "".join(trained(row, rules, chat_tokenizer))
+    assert [word for word in ("Be.", "Hi", "Good.", "More?", "BAD") if word in text] == [
+        "Good.",
+        "More?",
+    ]
+
+
 def test_train_on_of_texts(tokenizer):
     row = {"prompt": "ab", "completion": "c"}
     assert trained(row, row_rules(tokenizer, train_on="all"), tokenizer) == ["ab c<|endoftext|>"]
@@ -197,9 +211,60 @@ def test_a_template_that_rewrites_earlier_turns(chat_tokenizer):
     assert trained(row, rules, chat_tokenizer) == ["<think>\n\n</think>\n\nA2<|im_end|>\n"]
 
 
+LINES = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}\n{% endfor %}"
+ASKS = "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (LINES + ASKS.replace("\n", "\n<think>"), r"asks for messages\[1\] by a text that ends in"),
+        ("{{ eos_token }}".join([LINES, ASKS]), r"asks for messages\[1\] by a text that ends in"),
+        (LINES + "{% if x %}{% generation %}{% endgeneration %}{% endif %}", "marks nothing of 1 "),
+    ],
+)
+def test_a_template_that_does_not_show_the_answer(source, message, chat_tokenizer, tmp_path):
+    (tmp_path / "a.jinja").write_text(source)
+    rules = row_rules(chat_tokenizer, str(tmp_path / "a.jinja"))
+    with pytest.raises(UserError, match=message):
+        trained(chat(USER, ANSWER), rules, chat_tokenizer)
+
+
+def test_a_mark_in_a_comment_is_none(chat_tokenizer, tmp_path):
+    (tmp_path / "a.jinja").write_text("{# {% generation %} #}" + LINES + ASKS)
+    rules = row_rules(chat_tokenizer, str(tmp_path / "a.jinja"))
+    assert trained(chat(USER, ANSWER), rules, chat_tokenizer) == ["Yes\n"]
+
+
+@pytest.mark.parametrize(
+    ("source", "turns", "message"),
+    [
+        (
+            LINES.replace("in messages", "in messages if m.role != 'tool'") + ASKS,
+            [("assistant", "I look.", {}), ("tool", "5", {}), ("assistant", "It is 5.", {})],
+            r"messages\[2\].content \(role tool\)",
+        ),
+        (LINES + ASKS, [("assistant", "It is 5.", {"thinking": "5"})], "field thinking"),
+        (
+            LINES.replace("{{ m.content }}", "{{ m.content }}{{ (m.tool_calls or [''])[0] }}")
+            + ASKS,
+            [("assistant", "", {"tool_calls": [CALL, {**CALL, "id": "b"}]})],
+            r"messages\[1\].tool_calls\[1\]",
+        ),
+    ],
+)
+def test_what_stands_elsewhere_by_chance_is_not_printed(
+    source, turns, message, chat_tokenizer, tmp_path
+):
+    (tmp_path / "a.jinja").write_text(source)
+    rules = row_rules(chat_tokenizer, str(tmp_path / "a.jinja"))
+    with pytest.raises(UserError, match=f"prints nothing of .*{message}"):
+        trained(chat(USER, *turns), rules, chat_tokenizer)
+
+
 BROKEN = {"function": {"name": "weather", "arguments": {"city": "\ud800"}}}
-ANSWER = ("assistant", "Yes", {})
 PARTS = [{"type": "text", "text": "Hi "}, {"type": "text", "text": "you"}]
+WEIGHTED = [PARTS[0], {**PARTS[1], "weight": 0}]
 
 
 @pytest.mark.parametrize(
@@ -224,6 +289,9 @@ PARTS = [{"type": "text", "text": "Hi "}, {"type": "text", "text": "you"}]
         ("llama3", chat(USER, ("assistant", "", {"tool_calls": [BROKEN]}), tools=TOOLS), "Unicode"),
         ("llama3", chat(USER, ("assistant", "", {"tool_calls": 5}), tools=TOOLS), "does not take"),
         ("chatml", chat(("user", {"a": 1}, {}), ANSWER), "content must be text"),
+        ("chatml", chat(("user", None, {}), ANSWER), r"messages\[0\].content is missing"),
+        ("chatml", chat(USER, ("assistant", None, {"refusal": ""})), "content is missing"),
+        ("chatml", chat(("user", WEIGHTED, {}), ANSWER), r"content\[1\].weight is not used"),
         ("chatml", {"messages": [{"content": "x"}]}, r"messages\[0\].role must be text"),
         (
             None,
@@ -253,19 +321,28 @@ def test_ignored_fields_are_left_out(chat_tokenizer):
     assert trained(row, rules, chat_tokenizer) == ["4<|im_end|>\n"]
 
 
-def test_parts_go_to_a_template_that_takes_them(chat_tokenizer):
-    row = chat(("user", PARTS, {}), ANSWER)
+@pytest.mark.parametrize(
+    "parts", [PARTS, [{**part, "image_url": None, "id": "1"} for part in PARTS]]
+)
+def test_parts_go_to_a_template_that_takes_them(parts, chat_tokenizer):
+    row = chat(("user", parts, {}), ANSWER)
     formatted = format_row(row, "", rules_of("chatml", chat_tokenizer))
     assert "user\nHi you<|im_end|>" in formatted.text
 
 
 @pytest.mark.parametrize(
-    "source", ["{{ messages[0].x.y }}", "{% if %}", "{{ 1 + 'a' }}", "{{ 1/0 }}"]
+    ("source", "message"),
+    [
+        ("{{ messages[0].x.y }}", "does not take the mess"),
+        ("\n{% if %}", "line 2 is not Jinja"),
+        ("{{ 1 + 'a' }}", "does not take the mess"),
+        ("{{ 1/0 }}", "does not take the mess"),
+    ],
 )
-def test_a_template_that_does_not_work_is_one_line(source, chat_tokenizer, tmp_path):
+def test_a_template_that_does_not_work_is_one_line(source, message, chat_tokenizer, tmp_path):
     file = tmp_path / "broken.jinja"
     file.write_text(source)
-    with pytest.raises(UserError, match=r"chat template .*broken\.jinja does not take the mess"):
+    with pytest.raises(UserError, match=rf"chat template .*broken\.jinja:? {message}"):
         format_row(chat(USER, ANSWER), "", row_rules(chat_tokenizer, str(file)))
 
 

@@ -207,7 +207,9 @@ def test_alpaca_with_system_and_history(tokenizer):
     [
         ({"prompt": "x", "chosen": "a", "rejected": "b"}, "this is supervised training"),
         ({"prompt": "x", "completion": "y", "note": "z"}, "field note is not used by rows of pro"),
-        ({"prompt": "x", "completion": "y", "score": 0.5}, "data.ignore_fields=score"),
+        ({"prompt": "x", "completion": "y", "score": 0.5}, "ignore_fields=dataset,.*score,sou"),
+        ({"conversations": [{"from": "human", "role": "gpt"}]}, r"\[0\] has both from and role"),
+        ({"conversations": [{"from": "gpt", "value": "a", "content": "b"}]}, "both value and con"),
         ({"prompt": "x", "completion": "y", "system": "z"}, "field system is not used by texts"),
         ({"text": "x", "label": False}, "field label is not used"),
         ({"conversations": [{"from": "narrator", "value": "x"}]}, r"\[0\].from must be one of"),

@@ -51,7 +51,8 @@ def test_compressed_files_tables_folders_and_patterns(tmp_path):
     (tmp_path / "b.jsonl.zst").write_bytes(zstd(LINES.encode()))
     (tmp_path / "c.csv").write_text('\ufeffprompt,completion\n"é \u2028",1\n\n"b",2\n', "utf-8")
     (tmp_path / "notes.txt").write_text("no data")
-    for path in (str(tmp_path), f"{tmp_path}/?.*"):
+    (tmp_path / "._a.jsonl.gz").write_text("no data, which a Mac writes beside a file")
+    for path in (str(tmp_path), f"{tmp_path}/?.*", f"{tmp_path.parent}/{tmp_path.name}/**/?.*"):
         assert [row for _, row in read_rows(path)] == ROWS * 3
     assert [place for place, _ in read_rows(f"{tmp_path}/c.csv")] == [
         f"{tmp_path}/c.csv: line {number}" for number in (2, 4)
@@ -96,7 +97,9 @@ def test_parquet_file(tmp_path):
         ("table.txt", b"a,b", r"use .jsonl, .json, .parquet, .csv"),
         ("table.csv", b"a,b", "is empty"),
         ("fields.csv", b"a,b\n1,2\n3", "line 3 has 1 fields, and the header 2"),
-        ("latin.csv", b"a,b\n\xe9,2\n", "not CSV after line"),
+        ("latin.csv", b"a,b\n\xe9,2\n", "not UTF-8; save it as UTF-8"),
+        ("twice.csv", b"a,b,a\n1,2,3\n", "the header has a twice"),
+        ("index.csv", b",a,b\n0,1,2\n", "the header has a column without a name"),
         ("open.csv", b'a\n"x', "not CSV after line"),
         ("bad.jsonl.gz", b"x", "is no gzip file that is whole"),
         ("bad.jsonl.zst", b"x", "is no zstd file that is whole"),

@@ -1,0 +1,121 @@
+"""Checks that a chat template prints all that a conversation says."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from olmoe_jax.data.chat_template import ChatTemplate, Message
+from olmoe_jax.data.fields import checked_text, has_content
+from olmoe_jax.errors import UserError
+
+_LINKS = ("tool_call_id",)
+"""Fields that a template need not print: they say which call a result belongs to."""
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names of one thing, which transformers gives to the template under each."""
+
+
+def check_printed(
+    messages: Sequence[Message], tools: list | None, template: ChatTemplate, text: str
+) -> None:
+    """Raises a `UserError` if the template prints nothing of something that the messages say.
+
+    Args:
+      messages: the conversation.
+      tools: the JSON schemas of the tools.
+      template: the template.
+      text: what it printed of them.
+    """
+
+    def refuse_unprinted(what: str, without: list[Message], tools: list | None = tools) -> None:
+        try:
+            printed = template.render(without, tools)[0] != text
+        except UserError:
+            printed = True  # the template cannot do without it
+        if not printed:
+            raise UserError(
+                f"{template.name} prints nothing of {what}; write one that does, or leave it out "
+                "(data.ignore_fields)"
+            )
+
+    def changed(index: int, **fields: Any) -> list[Message]:
+        return [*messages[:index], {**messages[index], **fields}, *messages[index + 1 :]]
+
+    if tools:
+        refuse_unprinted("field tools", list(messages), None)
+    contents = [_texts(message, index) for index, message in enumerate(messages)]
+    words = _printed_words(messages, tools, template)
+    for index, message in enumerate(messages):
+        for number, part in enumerate(contents[index]):
+            known = _word(index, number) in words if words else part.strip() in text
+            if part.strip() and not known:
+                what = f"field messages[{index}].content (role {message['role']})"
+                refuse_unprinted(what, changed(index, content=""))
+        content, calls = message.get("content"), message.get("tool_calls")
+        if isinstance(content, list) and str(content) in text:
+            raise UserError(
+                f"{template.name} takes no list of parts; write messages[{index}].content as text"
+            )
+        for number in range(len(calls) if isinstance(calls, list) and len(calls) > 1 else 0):
+            others = [*calls[:number], *calls[number + 1 :]]
+            what = f"field messages[{index}].tool_calls[{number}]"
+            refuse_unprinted(what, changed(index, tool_calls=others))
+    names = {name for message in messages for name in message if has_content(message[name])}
+    for name in sorted(names - {"role", "content", *_LINKS}):
+        if name == "name" and all(m["role"] == "tool" for m in messages if name in m):
+            continue  # the call says it
+        same = _REASONING if name in _REASONING else (name,)
+        without = [{n: v for n, v in m.items() if n not in same} for m in messages]
+        refuse_unprinted(f"field {name} of the messages", without)
+
+
+def _word(index: int, number: int) -> str:
+    """Returns a word that stands for a part of a message's content."""
+    return f"zq{index}x{number}qz"
+
+
+def _printed_words(messages: Sequence[Message], tools: list | None, template: ChatTemplate) -> str:
+    """Returns the conversation's text with a word of its own in place of each part of a content.
+
+    A content may also stand elsewhere in the text by chance: the word does not. The text is empty
+    where the template refuses such contents.
+    """
+    marked = []
+    for index, message in enumerate(messages):
+        content = message.get("content")
+        if isinstance(content, list):
+            parts = enumerate(content)
+            content = [{**part, "text": _word(index, number)} for number, part in parts]
+        elif content:
+            content = _word(index, 0)
+        marked.append(message if content is None else {**message, "content": content})
+    try:
+        return template.render(marked, tools)[0]
+    except UserError:
+        return ""
+
+
+def _texts(message: Message, index: int) -> list[str]:
+    """Returns the texts of a content, which is text, a list of text parts, or absent.
+
+    Raises:
+      UserError: the message says nothing, or its content is of another form.
+    """
+    content, field = message.get("content"), f"messages[{index}].content"
+    if content is None:
+        if not any(has_content(message[name]) for name in message.keys() - {"role", *_LINKS}):
+            raise UserError(f"field {field} is missing; write the text of the turn")
+        return []
+    if not isinstance(content, list):
+        return [checked_text(content, field)]
+    for number, part in enumerate(content):
+        if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+            raise UserError(
+                f"field {field} must be text, or a list of parts that are "
+                'text: {"type": "text", "text": "…"}'
+            )
+        for name, value in part.items():
+            if name not in ("type", "text") and has_content(value):
+                raise UserError(
+                    f"field {field}[{number}].{name} is not used; remove it, or leave it out "
+                    "(data.ignore_fields)"
+                )
+    return [checked_text(part["text"], field) for part in content]
