@@ -67,17 +67,18 @@ def main(arguments: Sequence[str]) -> None:
     cases = make_cases(output)
     results = output / "results"
     results.mkdir(exist_ok=True)
-    if not (results / f"{OURS}.json").exists():
-        answers = [decode(case, read_prompts(output, case.chat)) for case in cases]
-        directory.write_json(results / f"{OURS}.json", answers)
-    ours = json.loads((results / f"{OURS}.json").read_text())
+    file = results / f"{OURS}.json"
+    answers = json.loads(file.read_text()) if file.exists() else {}
+    answers |= {case.name: decode(case) for case in cases if case.name not in answers}
+    directory.write_json(file, answers)
+    ours = [answers[case.name] for case in cases]
     found = {}
     for server in SERVERS:
         file = results / f"{server.flag}.json"
         known = json.loads(file.read_text()) if file.exists() else {"version": "", "cases": {}}
         if python := getattr(args, server.flag):
             jobs = {
-                case.name: job(case, own, output)
+                case.name: job(case, own)
                 for case, own in zip(cases, ours, strict=True)
                 if args.only in case.name and not _must_merge(case, server)
             }
@@ -106,19 +107,20 @@ def _must_merge(case: Case, server: Server) -> bool:
     return bool(case.adapter and router_file(case.adapter) and not server.takes_router)
 
 
-def decode(case: Case, prompts: Sequence[Any]) -> dict[str, Any]:
+def decode(case: Case) -> dict[str, Any]:
     """Returns our greedy tokens: {"ends": ids, "answers": [{"prompt": ids, "tokens": ids}, …]}."""
     import olmoe_jax
     from olmoe_jax.checkpoints.turn_ends import read_turn_ends
     from olmoe_jax.data import load_tokenizer
-    from olmoe_jax.data.chat import chat_template
+    from olmoe_jax.generation.chat import open_format
 
     tokenizer = load_tokenizer(str(case.tokenizer))
     ends = {tokenizer.eos_token_id, *read_turn_ends(case.model)}
-    if case.chat:
-        template = chat_template("auto", tokenizer)
-        prompts = [template.render(messages, prompt=True)[0] for messages in prompts]
-        ends |= set(template.ends)
+    prompts = read_prompts(case)
+    if case.chat:  # as `generate --chat` does
+        format = open_format("auto", tokenizer, case.tokenizer)
+        prompts = [format.prompt(messages) for messages in prompts]
+        ends |= set(format.rules.ends(tokenizer))
     texts = olmoe_jax.generate(
         olmoe_jax.from_pretrained(case.model, adapter=case.adapter),
         _Ids(tokenizer),
@@ -147,7 +149,7 @@ class _Ids:
         return " ".join(map(str, tokens))
 
 
-def job(case: Case, ours: dict[str, Any], output: Path) -> dict[str, Any]:
+def job(case: Case, ours: dict[str, Any]) -> dict[str, Any]:
     """Returns what a server's script reads of a case.
 
     An adapter's base does not know what ends a turn of the adapter's chats: `ends` says it.
@@ -160,7 +162,7 @@ def job(case: Case, ours: dict[str, Any], output: Path) -> dict[str, Any]:
         "tokenizer": str(case.tokenizer),
         "ends": ours["ends"] if case.adapter else None,
         "chat": case.chat,
-        "prompts": read_prompts(output, case.chat),
+        "prompts": read_prompts(case),
     }
 
 

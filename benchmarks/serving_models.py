@@ -5,12 +5,14 @@ Everything lies in one directory, and what is there already is not made again.
 
 import functools
 import json
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from convert import merge_lora
+from examples import chat as chat_example
 from olmoe_jax.checkpoints import directory
 from olmoe_jax.config import (
     Config,
@@ -44,6 +46,7 @@ class Case:
       method: the method and whether adapters trained, for people.
       kind: "export", "adapter" or "merged adapter".
       chat: whether prompts are conversations.
+      prompts: a file of JSON lines, the prompts.
       model: the directory of the model, an adapter's base.
       adapter: the directory of the adapter.
       name: what the flag --only looks at.
@@ -53,6 +56,7 @@ class Case:
     method: str
     kind: str
     chat: bool
+    prompts: Path
     model: Path
     adapter: Path | None = None
 
@@ -73,18 +77,31 @@ def make_cases(output: Path) -> list[Case]:
         path=str(inputs), init="random", config_path=str(inputs), compute_dtype="float32"
     )
     pretrained = _train(base, "rows", MethodOptions(), output / "base", 200, 32)
-    return list(_cases(output, pretrained / "hf"))
+    return [*_cases(output, pretrained / "hf"), _chat_example(output)]
+
+
+def _chat_example(output: Path) -> Case:
+    """Returns the case of the model of examples/chat.py, whose prompts have earlier answers."""
+    inputs, run = output / "chat_example_inputs", output / "chat_example"
+    if not (run / "hf").exists():
+        chat_example.train(inputs, run)
+        draw = random.Random(1)
+        _write_rows(
+            inputs, "prompts", [chat_example.conversation(draw)[:-1] for _ in range(PROMPTS)]
+        )
+    return Case("examples/chat.py", "export", True, inputs / "prompts.jsonl", run / "hf")
 
 
 def _cases(output: Path, base: Path) -> Iterator[Case]:
     model = ModelOptions(path=str(base), compute_dtype="float32")
     for chat in (False, True):
         rows = "chats" if chat else "rows"
+        prompts = output / "inputs" / ("chat_prompts.jsonl" if chat else "prompts.jsonl")
         for name, row in METHODS.items():
             scored = {"esft_score_tokens": 5000} if "esft_score_tokens" in row.own_fields else {}
             options = MethodOptions(name, **scored)
             run = _train(model, rows, options, output / f"{name}_{rows}", 30, 8)
-            yield Case(name, "export", chat, run / "hf")
+            yield Case(name, "export", chat, prompts, run / "hf")
             if not row.has_adapters:
                 continue
             options = MethodOptions(name, lora_rank=RANK)
@@ -93,8 +110,9 @@ def _cases(output: Path, base: Path) -> Iterator[Case]:
             if not merged.exists():
                 flags = ("--model", base, "--adapter", run / "adapter", "--output", merged)
                 merge_lora.main([str(flag) for flag in flags])
-            yield Case(f"{name}, LoRA", "merged adapter", chat, merged)
-            yield Case(f"{name}, LoRA", "adapter", chat, base, run / "adapter")
+            case = functools.partial(Case, f"{name}, LoRA", chat=chat, prompts=prompts)
+            yield case(kind="merged adapter", model=merged)
+            yield case(kind="adapter", model=base, adapter=run / "adapter")
 
 
 def _train(
@@ -159,10 +177,9 @@ def _write_rows(path: Path, name: str, rows: list) -> None:
     (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def read_prompts(output: Path, chat: bool) -> list[Any]:
-    """Returns the texts, or with `chat` the conversations, that no model has seen."""
-    file = output / "inputs" / ("chat_prompts.jsonl" if chat else "prompts.jsonl")
-    return [json.loads(line) for line in file.read_text().splitlines()]
+def read_prompts(case: Case) -> list[Any]:
+    """Returns the texts, or with `case.chat` the conversations, of a case."""
+    return [json.loads(line) for line in case.prompts.read_text().splitlines()]
 
 
 def _chats(problems: list[dict[str, str]]) -> list[list[dict[str, str]]]:

@@ -34,7 +34,7 @@ def test_tokens_before_the_end_count(theirs, verdict):
 
 
 def test_table_names_what_did_not_run(tmp_path):
-    case = Case("a method", "export", True, tmp_path)
+    case = Case("a method", "export", True, tmp_path, tmp_path)
     found = {server: {"version": "", "cases": {}} for server in serving.SERVERS}
     (vllm,) = (server for server in serving.SERVERS if server.flag == "vllm")
     found[vllm] = {"version": "vLLM 1", "cases": {case.name: {"error": "ValueError: no"}}}
