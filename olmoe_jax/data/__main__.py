@@ -61,8 +61,10 @@ def main(argv: Sequence[str]) -> None:
             print(_as_json(example))
     else:
         counts = [Counts.of(of_source, rules.ends(tokenizer)) for of_source in found]
-        summary = _summary(examples, sum(counts, Counts()), args.max_seq_length)
-        summary = "\n".join([summary, *source_table(sources, counts)])
+        summary = [_summary(examples, sum(counts, Counts()), args.max_seq_length)]
+        table = source_table(sources, counts)
+        if any(example.templated for example in examples):
+            summary.append(f"conversations: {rules.describe()}")
         names = [
             f"row {number}" if len(sources) == 1 else f"row {number} of {short(str(source))}"
             for source, of_source in zip(sources, found, strict=True)
@@ -70,12 +72,11 @@ def main(argv: Sequence[str]) -> None:
         ]
         if args.html:
             with new_file(args.html) as file:
-                file.write_text(page(names, examples, tokenizer, summary), encoding="utf-8")
+                text = page(names, examples, tokenizer, summary, table)
+                file.write_text(text, encoding="utf-8")
         else:
             _print_text(names, examples, tokenizer)
-        print(summary)
-        if any(example.templated for example in examples):
-            print(f"conversations: {rules.describe()}")
+        print("\n".join([summary[0], *table, *summary[1:]]))
 
 
 def _parser() -> ArgumentParser:

@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 
 _HEAD = """<!doctype html>
 <meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
 <title>Rows as the model sees them</title>
 <style>
-body { font: 14px sans-serif; margin: 2em auto; max-width: 60em }
-pre { white-space: pre-wrap; border: 1px solid #ccc; padding: 1em }
+body { font: 14px sans-serif; margin: 2em auto; padding: 0 1em; max-width: 60em }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid #ccc; padding: 1em }
 .t { background: #c9f0cf } .s { color: #b00020; font-weight: bold }
-.c { white-space: pre; overflow-x: auto; font-family: monospace }
+.c { font-size: 12px; white-space: pre; overflow-x: auto; border: 0; padding: 0 }
 </style>
 """
 _LEGEND = (
@@ -31,10 +32,18 @@ def page(
     names: Sequence[str],
     examples: Sequence[EncodedRow],
     tokenizer: "PreTrainedTokenizerBase",
-    summary: str,
+    counts: Sequence[str],
+    table: Sequence[str],
 ) -> str:
-    """Returns the HTML of coloured rows, with their names, and with the counts above them."""
-    parts = [_HEAD, f'<p class="c">{html.escape(summary)}</p>', _LEGEND]
+    """Returns the HTML of coloured rows, with their names.
+
+    Above them stand the counts, a paragraph each, and a table of the sources, if it has lines.
+    """
+    parts = [_HEAD, *(f"<p>{html.escape(line)}</p>" for line in counts)]
+    if table:
+        lines = html.escape("\n".join(table))
+        parts.append(f'<pre class="c">{lines}</pre>')
+    parts.append(_LEGEND)
     for name, example in zip(names, examples, strict=True):
         trains = f"{int(example.in_loss.sum()):,} of {len(example.tokens):,} tokens train"
         text = "".join(_spans(example, tokenizer))
