@@ -269,7 +269,7 @@ def _table_rows(
     try:
         if sum(column.nbytes for column in columns) > LINE_LIMIT:
             raise OverflowError(f"longer than {_LIMIT}")
-        rows = table.to_pylist()
+        rows = [{name: _without_nulls(v) for name, v in r.items()} for r in table.to_pylist()]
     # Text that is not UTF-8; dates and time zones that Python does not have.
     except (pyarrow.ArrowException, OverflowError, ValueError, LookupError) as error:
         if table.num_rows == 1:
@@ -279,6 +279,16 @@ def _table_rows(
             yield from _table_rows(path, table.slice(index, 1), first + index)
     else:
         yield from ((f"row {first + index}", row) for index, row in enumerate(rows))
+
+
+def _without_nulls(value: Any) -> Any:
+    """Returns a cell without the null fields of its structs.
+
+    A table gives every struct of a column the fields of all rows: the arguments of every tool, say.
+    """
+    if isinstance(value, dict):
+        return {name: _without_nulls(v) for name, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
 def _hub_rows(path: str, split: str, config: str | None) -> Iterator[tuple[str, Row]]:

@@ -69,6 +69,14 @@ def test_parquet_file(tmp_path):
     assert [*read_rows(str(path))] == [(f"{path}: row 1", ROWS[0]), (f"{path}: row 2", ROWS[1])]
 
 
+def test_a_struct_of_a_table_has_the_fields_that_its_row_gave_it(tmp_path):
+    calls = [{"arguments": {"city": "Oslo"}}, {"arguments": {"unit": "C", "tags": [None, "x"]}}]
+    rows = [{"messages": [{"tool_calls": [call]}]} for call in calls]
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert [row for _, row in read_rows(str(path))] == rows
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
