@@ -288,6 +288,8 @@ def _span(
     before, _ = template.render(messages[:turn], tools, prompt=asks)
     last = turn == len(messages) - 1
     until = text if last else template.render(messages[: turn + 1], tools)[0]
+    if not text.startswith(until):  # Phi 3 ends the conversation with it, not the turn
+        until = until.removesuffix(template.tokenizer.eos_token)
     if asks and not until.startswith(before):
         raise UserError(
             f"{template.name} asks for messages[{turn}] by a text that ends in {before[-20:]!r} "

@@ -230,6 +230,14 @@ def test_a_template_that_does_not_show_the_answer(source, message, chat_tokenize
         trained(chat(USER, ANSWER), rules, chat_tokenizer)
 
 
+def test_a_template_may_end_a_conversation_with_eos(chat_tokenizer, tmp_path):
+    end = ASKS.replace("{% endif %}", "{% else %}{{ eos_token }}{% endif %}")
+    (tmp_path / "a.jinja").write_text(LINES + end)
+    rules = row_rules(chat_tokenizer, str(tmp_path / "a.jinja"))
+    row = chat(USER, ANSWER, USER, ANSWER)
+    assert trained(row, rules, chat_tokenizer) == ["Yes\n", "Yes\n<|endoftext|>"]
+
+
 def test_a_mark_in_a_comment_is_none(chat_tokenizer, tmp_path):
     (tmp_path / "a.jinja").write_text("{# {% generation %} #}" + LINES + ASKS)
     rules = row_rules(chat_tokenizer, str(tmp_path / "a.jinja"))
