@@ -206,13 +206,13 @@ def _fields(row: Fields, rules: RowRules) -> dict[str, Any]:
 
 def _check_used(fields: Fields, rules: RowRules, *used: str) -> None:
     """Raises a `UserError` if a field says something and is not among those that a format uses."""
-    for name, value in fields.items():
-        if name not in used and has_content(value):
-            ignored = ",".join(sorted({*rules.ignored, name}))
-            raise UserError(
-                f"field {name} is not used by rows of {', '.join(used)}; remove it, or set "
-                f"data.ignore_fields={ignored}"
-            )
+    unused = [name for name, v in fields.items() if name not in used and has_content(v)]
+    if unused:
+        what = f"fields {', '.join(unused)} are" if len(unused) > 1 else f"field {unused[0]} is"
+        raise UserError(
+            f"{what} not used by rows of {', '.join(used)}; to train without, set "
+            f"data.ignore_fields={','.join(sorted({*rules.ignored, *unused}))}"
+        )
 
 
 def encode_batch(

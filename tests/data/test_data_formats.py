@@ -212,6 +212,7 @@ def test_alpaca_with_system_and_history(tokenizer):
         ({"conversations": [{"from": "gpt", "value": "a", "content": "b"}]}, "both value and con"),
         ({"prompt": "x", "completion": "y", "system": "z"}, "field system is not used by texts"),
         ({"text": "x", "label": False}, "field label is not used"),
+        ({"text": "x", "b": 1, "a": 2}, "fields b, a are not used .*_fields=a,b,dataset,"),
         ({"conversations": [{"from": "narrator", "value": "x"}]}, r"\[0\].from must be one of"),
         ({"conversations": [{"from": {"a": 1}, "value": "x"}]}, r"\[0\].from must be one of"),
         ({"conversations": [{"from": "gpt"}]}, "alternate|must be text"),
