@@ -33,9 +33,9 @@ from olmoe_jax.model.parameters import ROUTER
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 ROUTER_FILE = "router.safetensors"
+"""Beside an adapter whose router trained at full rank: `model.layers.N.mlp.gate.weight`."""
 _GATE_FILE = "gate.safetensors"
 """The PyTorch reference calls the router's file gate.pth."""
-"""Beside an adapter whose router trained at full rank: `model.layers.N.mlp.gate.weight`."""
 EXPORTED = "adapter"
 """In a LoRA run's directory: the folder with the exported adapter."""
 
