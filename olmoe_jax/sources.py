@@ -16,7 +16,10 @@ from olmoe_jax.errors import UserError
 COMPRESSED = {".jsonl.gz": "gzip", ".jsonl.zst": "zstd"}
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", *COMPRESSED)
 
-_HOW = "write PATH [weight=NUMBER] [config=NAME] [split=NAME], and commas between sources"
+_KEYS = ("weight", "config", "split", "name")
+_HOW = (
+    "write PATH [weight=NUMBER] [config=NAME] [split=NAME] [name=NAME], and commas between sources"
+)
 _SETTINGS = re.compile(r"(?:(?<!\s)\s+\w+=\S*)*$")
 
 
@@ -32,17 +35,19 @@ class Source:
       config: the configuration of a data set on the hub; None: its only one or its default.
       split: the split of a data set on the hub, or a slice of it as `train[:10%]`; None: the
         reader's default.
+      name: the set of evaluation examples to which the rows belong; None: none of their own.
     """
 
     path: str
     weight: Annotated[float, pydantic.Field(gt=0, le=1000)] = 1.0
     config: str | None = None
     split: str | None = None
+    name: Annotated[str, pydantic.Field(pattern=r"^[\w.-]{1,64}$")] | None = None
 
     def __str__(self) -> str:
         """The source as a user writes it."""
         weight = None if self.weight == 1 else str(self.weight).removesuffix(".0")
-        settings = {"weight": weight, "config": self.config, "split": self.split}
+        settings = {"weight": weight, "config": self.config, "split": self.split, "name": self.name}
         return " ".join([self.path, *(f"{n}={v}" for n, v in settings.items() if v)])
 
     @property
@@ -67,8 +72,8 @@ def parse(text: str, config: str | None = None, split: str | None = None) -> tup
     """Returns the sources that a text names.
 
     Args:
-      text: `PATH [weight=NUMBER] [config=NAME] [split=NAME]`, with commas between sources. A text
-        that is the path of something that exists is one source.
+      text: `PATH [weight=NUMBER] [config=NAME] [split=NAME] [name=NAME]`, with commas between
+        sources. A text that is the path of something that exists is one source.
       config: the configuration of data sets on the hub that name none.
       split: the split of data sets on the hub that name none.
 
@@ -124,10 +129,10 @@ def _parse(text: str) -> Source:
         raise UserError(f"{text or 'a source'}: there is no path; {_HOW}")
     for setting in text[at:].split():
         name, _, value = setting.partition("=")
-        if name not in ("weight", "config", "split") or not value or name in settings:
+        if name not in _KEYS or not value or name in settings:
             raise UserError(f"{text}: {setting} does not fit; {_HOW}")
         settings[name] = value
-    if wrong := re.search(r"\s(weight|config|split)\s*=", "" if _exists(text) else path):
+    if wrong := re.search(rf"\s({'|'.join(_KEYS)})\s*=", "" if _exists(text) else path):
         raise UserError(f"{text}: {wrong[1]} stands amid a path, or has no value; {_HOW}")
     source = files.validate(Source, {"path": path, **settings}, text)
     if not source.is_named_split:

@@ -22,6 +22,7 @@ from olmoe_jax.sources import Source, absolute, expand, parse, short
         ("my rows.jsonl weight=3", [Source("my rows.jsonl", 3)]),
         ("o/n config=main split=train[:10%]", [Source("o/n", 1, "main", "train[:10%]")]),
         ("o/n:f.jsonl weight=2", [Source("o/n:f.jsonl", 2)]),
+        ("a.csv name=a, o/n name=b-2", [Source("a.csv", name="a"), Source("o/n", name="b-2")]),
     ],
 )
 def test_parse(text, sources):
@@ -41,6 +42,8 @@ def test_parse(text, sources):
         ("a.jsonl weight= 2", "weight stands amid a path, or has no value; write PATH"),
         ("a.jsonl weight=2 b.jsonl", "weight stands amid a path"),
         ("a.jsonl weight=", "weight= does not fit; write PATH"),
+        ("a.jsonl name=a/b", 'name is "a/b"'),
+        ("a.jsonl name= a", "name stands amid a path"),
         ("a.jsonl weight=1 weight=2", "weight=2 does not fit"),
         ("a.jsonl wieght=2", "wieght=2 does not fit; write PATH"),
         ("a.jsonl split=test", "split is only read of a data set OWNER/NAME"),
@@ -90,6 +93,7 @@ def test_a_config_file_may_have_a_list():
         ({"train_path": "o/n split=x", "split": "y"}, "data.split=y: only read"),
         ({"train_path": "a.jsonl", "hub_config": "main"}, "data.hub_config=main: only read of"),
         ({"train_path": "a.jsonl", "eval_path": "b.jsonl weight=2"}, "have a weight"),
+        ({"train_path": "a.jsonl name=a"}, "only sources of data.eval_path have a name"),
     ],
 )
 def test_fields_that_nothing_reads(fields, words):

@@ -34,6 +34,11 @@ def _data(config: Config) -> Iterator[str]:
     train, evaluation = (parse(path) if path else () for path in (data.train_path, data.eval_path))
     if any(source.weight != 1 for source in evaluation):
         yield f"data.eval_path={data.eval_path}: only sources of data.train_path have a weight"
+    if any(source.name for source in train):
+        yield (
+            f"data.train_path={data.train_path}: only sources of data.eval_path have a name, which "
+            "is that of a set to evaluate; leave it out"
+        )
     for name, sources in (("hub_config", [*train, *evaluation]), ("split", train)):
         value, setting = getattr(data, name), name.removeprefix("hub_")
         if value and not reads(sources, setting):

@@ -98,7 +98,8 @@ class DataOptions:
     eval_path: str | None = option(
         None,
         "evaluation examples, named like train_path, but without weights; the split is test unless "
-        "named; default: eval_fraction of the training examples",
+        "named; sources with name=NAME are a set whose loss is reported too; default: "
+        "eval_fraction of the training examples",
         SOURCES,
     )
     eval_fraction: float = option(

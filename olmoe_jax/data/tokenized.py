@@ -111,6 +111,18 @@ class TokenizedDataset:
         ends = np.cumsum([counts.kept for counts in self.source_counts])
         return np.flatnonzero(np.searchsorted(ends, self.rows, side="right") == number)
 
+    def sets(self) -> "dict[str | None, TokenizedDataset]":
+        """Returns the examples of each name that a source has, in the order of the sources.
+
+        None is the name of the sources that have none.
+        """
+        numbers: dict[str | None, list[np.ndarray]] = {}
+        for number, source in enumerate(self.sources):
+            numbers.setdefault(source.name, []).append(self.of_source(number))
+        # In the order of this data set, as if no source had a name.
+        order = {name: np.sort(np.concatenate(parts)) for name, parts in numbers.items()}
+        return {name: self.subset(examples) for name, examples in order.items()}
+
     def epoch(self, number: int, seed: int) -> "TokenizedDataset":
         """Returns the examples that an epoch takes: each as often as its source's weight says.
 

@@ -1,6 +1,7 @@
 """Evaluation while a run trains: the loss of held-out examples, and how far the routing moved."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 
@@ -11,6 +12,20 @@ from olmoe_jax.parallel.batch import DeviceBatch
 from olmoe_jax.training.datasets import Datasets, row_layout
 from olmoe_jax.training.program import Program
 from olmoe_jax.training.step import changed_choices
+
+
+class Evaluated(NamedTuple):
+    """What an evaluation found.
+
+    Attributes:
+      loss: the mean loss per trained target.
+      changed: the share of the first batch's routing choices that were not there before training.
+      sets: the mean loss per trained target of each set that has a name.
+    """
+
+    loss: float
+    changed: float
+    sets: dict[str, float]
 
 
 class Evaluation:
@@ -30,30 +45,33 @@ class Evaluation:
         datasets: Datasets,
         program: Program,
     ):
-        self._examples, self._program = examples, program
+        self._sets, self._program = examples.sets(), program
         self._layout = row_layout(config, datasets, program.mesh)
-        first = next(self._batches())
+        first = next(self._batches(next(iter(self._sets.values()))))
         self._first_choices = self._evaluate(program.state.parameters, first)[1]
 
-    def run(self, trained: Parameters) -> tuple[float, float]:
-        """Evaluates the model with these trained parameters.
-
-        Returns:
-          The mean loss per trained target, and the share of the first batch's routing choices that
-          differ from those before training.
-        """
-        total, changed = 0.0, 0.0
-        for number, batch in enumerate(self._batches()):
-            loss, choices = self._evaluate(trained, batch)
-            total += float(loss)
-            if number == 0:
-                compare = jax.jit(changed_choices)
-                changed = float(compare(choices, self._first_choices, batch.segment_ids))
-        return total / max(1, int(self._examples.target_counts.sum())), changed
+    def run(self, trained: Parameters) -> Evaluated:
+        """Evaluates the model with these trained parameters."""
+        totals: dict[str | None, float] = {}
+        changed = None
+        for name, examples in self._sets.items():
+            totals[name] = 0.0
+            for batch in self._batches(examples):
+                loss, choices = self._evaluate(trained, batch)
+                totals[name] += float(loss)
+                if changed is None:
+                    compare = jax.jit(changed_choices)
+                    changed = float(compare(choices, self._first_choices, batch.segment_ids))
+        targets = {name: int(part.target_counts.sum()) for name, part in self._sets.items()}
+        return Evaluated(
+            loss=sum(totals.values()) / max(1, sum(targets.values())),
+            changed=changed or 0.0,
+            sets={name: totals[name] / max(1, targets[name]) for name in totals if name},
+        )
 
     def _evaluate(self, trained: Parameters, batch: DeviceBatch) -> tuple[jax.Array, jax.Array]:
         return self._program.evaluate(trained, self._program.frozen, batch)
 
-    def _batches(self) -> Iterator[DeviceBatch]:
-        batches = data.evaluation_batches(self._examples, **self._layout)
+    def _batches(self, examples: data.TokenizedDataset) -> Iterator[DeviceBatch]:
+        batches = data.evaluation_batches(examples, **self._layout)
         return map(self._program.to_devices, batches)

@@ -292,10 +292,10 @@ class _Run:
 
     def _evaluate(self, evaluation: Evaluation) -> float:
         """Evaluates and reports; returns the mean loss per trained target."""
-        loss, changed = evaluation.run(self.state.parameters)
-        self.reporter.evaluation(self.done, loss, changed)
+        found = evaluation.run(self.state.parameters)
+        self.reporter.evaluation(self.done, found)
         self.last_report = time.monotonic()
-        return loss
+        return found.loss
 
     def _decode(self, held_out: HeldOut) -> float:
         """Decodes the held-out prompts and reports; returns the share of right answers."""

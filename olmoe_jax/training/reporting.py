@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from olmoe_jax.plots import heat_maps
 from olmoe_jax.training.decoding import Answer
+from olmoe_jax.training.evaluation import Evaluated
 from olmoe_jax.training.event_file import EventFile
 from olmoe_jax.training.run_directory import METRICS, metrics_report
 from olmoe_jax.training.telemetry import Pace, WandB
@@ -82,18 +83,24 @@ class Reporter:
         self._bar.update(1)
         self._maybe_print(step, loss, line["learning_rate"], progress)
 
-    def evaluation(self, step: int, loss: float, changed_choices: float) -> None:
-        """Reports the mean loss per token on the evaluation data, and the change of the routing."""
+    def evaluation(self, step: int, found: Evaluated) -> None:
+        """Reports the mean losses per token on the evaluation data, and the routing's change."""
+        loss = found.loss
         perplexity = math.exp(min(loss, 700.0))
         self._latest["eval_loss"] = finite(loss)
-        self._write({"step": step, "eval_loss": finite(loss)})
+        line: dict[str, Any] = {"step": step, "eval_loss": finite(loss)}
+        if found.sets:
+            line["eval_losses"] = {name: finite(value) for name, value in found.sets.items()}
+        self._write(line)
         scalars = {
             "eval/loss": loss,
             "eval/perplexity": perplexity,
-            "router/changed_choices": changed_choices,
+            "router/changed_choices": found.changed,
+            **{f"eval_loss/{name}": value for name, value in found.sets.items()},
         }
         self._scalars(scalars, step)
-        self.say(f"step {step}: eval loss {loss:.4f}, perplexity {perplexity:.3f}")
+        sets = "".join(f", {name} {value:.4f}" for name, value in found.sets.items())
+        self.say(f"step {step}: eval loss {loss:.4f}{sets}, perplexity {perplexity:.3f}")
 
     def expert_load(self, step: int, load: np.ndarray) -> None:
         """Reports how many tokens went to each expert since the last report: load [L, E]."""

@@ -43,6 +43,18 @@ def test_counts_of_each_source(files, tokenizer):
     assert dataset.identity()["content"] != alone.identity()["content"]
 
 
+def test_sources_of_one_name_are_a_set(files, tokenizer, tmp_path):
+    (other := tmp_path / "c.jsonl").write_text('{"prompt": "c", "completion": "x"}')
+    named = tokenize_dataset(f"{files[0]} name=s, {files[1]}, {other} name=s", tokenizer, 20)
+    sets = {name: prompts(part, tokenizer) for name, part in named.sets().items()}
+    first = {f"a{i}": 1 for i in range(10)}
+    assert sets == {"s": first | {"c": 1}, None: {"b0": 1, "b1": 1}}
+    plain = tokenize_dataset(f"{files[0]}, {files[1]}, {other}", tokenizer, 20)
+    assert plain.identity() == named.identity()  # a name changes no row
+    _, held_out = held_out_split(plain, 0.5, seed=0)
+    assert held_out.sets()[None].rows.tolist() == held_out.rows.tolist()
+
+
 @pytest.mark.parametrize("weight", [0.25, 0.5, 1, 1.5, 2, 2.7, 0.001])
 def test_an_epoch_takes_each_row_as_often_as_the_weight_says(files, tokenizer, weight):
     dataset = tokenize_dataset(f"{files[0]} weight={weight}, {files[1]}", tokenizer, 20)
