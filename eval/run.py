@@ -71,6 +71,8 @@ def main(arguments: Sequence[str]) -> None:
         cache = args.output / "judge.jsonl"
         judge = Judge(server, cache, args.judge_workers, questions=questions)
         tools = Tools(tools.run_programs, judge)
+    if note := _prompts(args).note:
+        print(note)
     models = _Models(args)
     scores: dict[str, dict[str, float]] = {}
     for task in tasks:
@@ -183,12 +185,16 @@ def _chat_template(args: argparse.Namespace) -> str | None:
     """Returns the hash of the chat template, of which the results are; None: none."""
     if args.chat_template == "none":
         return None
+    prompts = _prompts(args)
+    prompts.text("Hello!")  # a wrong template shows before anything is written
+    return prompts.template
+
+
+def _prompts(args: argparse.Namespace) -> Prompts:
     from olmoe_jax.checkpoints.opening import open_source
 
     files = open_source(args.model, base=args.base).files
-    prompts = Prompts(files, args.adapter, args.tokenizer, args.chat_template)
-    prompts.text("Hello!")  # a wrong template shows before anything is written
-    return prompts.template
+    return Prompts(files, args.adapter, args.tokenizer, args.chat_template)
 
 
 class _Models:

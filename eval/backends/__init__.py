@@ -168,6 +168,18 @@ class Prompts:
         template = self._format.rules.template
         return template and template.digest[:16]
 
+    @property
+    def note(self) -> str | None:
+        """A line on the chat template that prompts have, or could have; None: there is none."""
+        if self._format.rules.template:
+            return f"prompts: a user's turn each, by {self._format.rules.describe()}"
+        if self.tokenizer.chat_template:
+            return (
+                "note: prompts are texts, though the model has a chat template; for a model that "
+                "was trained on messages add --chat_template auto"
+            )
+        return None
+
     def text(self, prompt: str) -> str:
         """Returns what the model continues."""
         if self._format.rules.template is None:

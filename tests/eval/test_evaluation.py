@@ -259,6 +259,11 @@ def test_prompts_by_a_chat_template(tiny_model, tmp_path):
     assert own.count("x\n") == len(wanted)
     assert own.template == from_file.template
     assert own.ends == [0, 70]
+    notes = [prompts.note for prompts in (plain, own, from_file, Prompts(model))]
+    assert notes[0] is None
+    assert notes[1] == "prompts: a user's turn each, by the tokenizer's chat template"
+    assert notes[2].endswith("chatml.jinja")
+    assert notes[3].endswith("add --chat_template auto")
     assert own.decode([69, 71, 70, 69, 0]) == own.tokenizer.decode([69, 71])
     # An adapter has the template and the ends that it was trained with.
     adapter = shutil.copytree(tiny_model, tmp_path / "adapter")
