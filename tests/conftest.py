@@ -19,7 +19,14 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 # Tracing makes many objects and no garbage: collecting it is a fifth of a traced program's time.
 gc.set_threshold(100_000, 20, 20)
 
-_LONGEST = ("test_processes.py", "test_reproduce.py", "test_faults.py")
+_LONGEST = (
+    "test_processes.py",
+    "test_reproduce.py",
+    "test_faults.py",
+    "test_training_slow.py",
+    "test_harness.py",
+    "test_training_resume.py",
+)
 _OWN_CACHE = pytest.StashKey[str]()
 
 

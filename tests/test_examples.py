@@ -67,7 +67,7 @@ def test_new_method_trains_the_attention_alone(base, tmp_path):
     assert changed == {name for name in before if ".self_attn." in name}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_chat_model_answers_as_it_was_taught(tmp_path, capsys):
     """By the chat door: without a system turn and with one, and a question that follows another."""
     model = chat.train(tmp_path / "inputs", tmp_path / "run")

@@ -334,7 +334,7 @@ class CodeEval:
         return {"pass@1": np.mean([run.returncode == 0 for run in passed])}, {}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_programs_score_as_in_lm_eval(programmer, contained, tmp_path, monkeypatch):
     """lm_eval's own humaneval and mbpp, run by its command line, and --protocol reference."""
     lm_eval = pytest.importorskip("lm_eval")

@@ -259,7 +259,7 @@ def test_a_killed_evaluation_asks_nothing_twice(tmp_path, tiny_model, data_dir):
         environment = os.environ | {"JUDGE_BASE_URL": server.url, "JUDGE_API_KEY": KEY}
         arguments = {"cwd": ROOT, "env": environment, "stdout": opened, "stderr": opened}
         command = list(map(str, command))
-        for answers in (2, 5, 8):
+        for answers in (2, 8):
             process = subprocess.Popen(command, **arguments)
             while sum(server.answered.values()) < answers and process.poll() is None:
                 time.sleep(0.01)
@@ -268,10 +268,10 @@ def test_a_killed_evaluation_asks_nothing_twice(tmp_path, tiny_model, data_dir):
             assert process.wait() == -signal.SIGKILL
         subprocess.run(command, check=True, **arguments)
         answered = server.answered
-        assert answered.pop(None) == 4  # each start asks whether the judge is there
-        # Only a request that was under way at a kill was asked again: at most 2 workers, 3 kills.
+        assert answered.pop(None) == 3  # each start asks whether the judge is there
+        # Only a request that was under way at a kill was asked again: at most 2 workers, 2 kills.
         assert len(answered) == 12
-        assert sum(answered.values()) - len(answered) <= 6
+        assert sum(answered.values()) - len(answered) <= 4
         before = server.asked.copy()
         subprocess.run(command, check=True, **arguments)
         assert server.asked == before

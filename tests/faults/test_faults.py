@@ -174,24 +174,26 @@ def killed_again_and_again(start, output: Path, whole: Path, seed: int, kills: i
     return in_a_save
 
 
-@pytest.mark.parametrize("kills", [12, pytest.param(50, marks=pytest.mark.exhaustive)])
-def test_kills_in_every_part_of_a_run(sums, nursery, whole, tmp_path, count, kills):
+@pytest.mark.parametrize(
+    ("runs", "kills"), [(1, 6), pytest.param(2, 25, marks=pytest.mark.exhaustive)]
+)
+def test_kills_in_every_part_of_a_run(sums, nursery, whole, tmp_path, count, runs, kills):
     """At the start, while compiling, in a step, a save, an evaluation and the export."""
 
     def start(output):
         return nursery.start(arguments(sums, output), output.with_suffix(".log"))
 
-    in_a_save = [0, 0]
+    in_a_save = [0] * runs
 
     def kill(seed):
         output = tmp_path / f"run{seed}"
-        run = killed_again_and_again(start, output, whole, seed, kills // 2, count)
+        run = killed_again_and_again(start, output, whole, seed, kills, count)
         in_a_save[seed] = yield from run
 
-    for _ in itertools.zip_longest(kill(0), kill(1)):
+    for _ in itertools.zip_longest(*map(kill, range(runs))):
         time.sleep(0.001)
-    print(f"{kills} kills, {sum(in_a_save)} of them during a save")
-    assert sum(in_a_save) >= kills // len(LATEST) // 2
+    print(f"{runs * kills} kills, {sum(in_a_save)} of them during a save")
+    assert sum(in_a_save) >= runs * kills // len(LATEST) // 2
 
 
 def test_sigterm(sums, nursery, finish, tmp_path, count):

@@ -49,7 +49,7 @@ def sums(tmp_path_factory, tokenizer_dir):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "names", [("moving", "esft"), pytest.param(("lora",), marks=pytest.mark.exhaustive)]
+    "names", [("moving",), pytest.param(("esft", "lora"), marks=pytest.mark.exhaustive)]
 )
 def test_losses_are_those_of_one_device(sums, tmp_path, environment, monkeypatch, names):
     """Two processes of two devices. A run called moving goes to one of one device, and back."""
@@ -119,7 +119,7 @@ def test_one_of_two_processes_writes(command, tmp_path, environment):
     assert len(list((output / "tensorboard").iterdir())) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_both_go_back_together(command, tmp_path, environment):
     """Each reads a share of a checkpoint's files; one of them finds the damage."""
     command = [*command, "--config.train.checkpoint_every=1", "--config.train.export_hf=false"]

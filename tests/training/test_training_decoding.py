@@ -196,7 +196,10 @@ def test_continues_after_a_crash(files, tmp_path, at_step, last):
     "method",
     [
         {"method__lora_rank": 4},
-        {"method__name": "esft_token", "method__esft_score_tokens": 500},
+        pytest.param(
+            {"method__name": "esft_token", "method__esft_score_tokens": 500},
+            marks=pytest.mark.exhaustive,
+        ),
         pytest.param(
             {"method__name": "frozen", "model__compute_dtype": "bfloat16"},
             marks=pytest.mark.exhaustive,

@@ -96,6 +96,7 @@ train.main(sys.argv[1:])
     return [int(p.name) for p in (output / "checkpoints").iterdir() if p.name.isdigit()]
 
 
+@pytest.mark.exhaustive
 def test_a_save_that_fails_leaves_the_previous_checkpoint(tmp_path, tokenizer_dir, environment):
     """As above, with a limit on the size of files, which needs no rights."""
     files = make_files(tmp_path / "files", tokenizer_dir)
@@ -119,12 +120,14 @@ def test_real_data_with_the_real_tokenizer(tmp_path, shared, environment):
     model = {**MODEL, "vocab_size": 50304, "hidden_size": 64, "intermediate_size": 32}
     (tmp_path / "config.json").write_text(json.dumps({**model, "initializer_range": 0.02}))
     output = tmp_path / "run"
+    rows = (shared / "data" / "gsm8k" / "test.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "test.jsonl").write_text("".join(rows[:200]))
     fields = {
         "model.init": "random",
         "model.config_path": tmp_path / "config.json",
         "model.compute_dtype": "float32",
         "data.train_path": shared / "data" / "gsm" / "train.jsonl",
-        "data.eval_path": shared / "data" / "gsm8k" / "test.jsonl",
+        "data.eval_path": tmp_path / "test.jsonl",
         "data.tokenizer_path": shared / "data" / "tokenizer",
         "data.max_seq_length": 512,
         "optimizer.learning_rate": 1e-3,
