@@ -168,6 +168,7 @@ def make_step(
     def update():
         nonlocal state
         state, metrics = apply(state, gradients(state.parameters)[0])
+        program.hold(state.parameters)
         return state, metrics.loss
 
     return update, flops_per_token

@@ -22,6 +22,7 @@ from olmoe_jax.methods.expert_tuning import ExpertTuning
 from olmoe_jax.methods.lora import Lora
 from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.model.parameters import Parameters, merge, split_trained
+from olmoe_jax.model.tuned import hold_tuned
 from olmoe_jax.parallel.batch import DeviceBatch
 from olmoe_jax.parallel.sharding import make_mesh
 from olmoe_jax.training.optimizer import adamw, schedule
@@ -191,6 +192,7 @@ def _gradients(trainer: Trainer, trained, frozen, arrays) -> dict[str, np.ndarra
 
 def _trajectory(trainer: Trainer, trained, frozen, arrays, updates: int) -> dict[str, np.ndarray]:
     accumulate, update = jax.jit(trainer.accumulate), jax.jit(trainer.update)
+    hold = jax.jit(hold_tuned, static_argnums=2)
     state, history = initial_state(trained, trainer.optimizer), []
     for index in range(updates):
         step = [arrays[name][index] for name in ("input_ids", "attention_mask", "labels")]
@@ -199,6 +201,8 @@ def _trajectory(trainer: Trainer, trained, frozen, arrays, updates: int) -> dict
             batch = padded_batch(*micro, micro_batches=len(step[0]))
             accumulated = accumulate(state.parameters, frozen, accumulated, batch, NO_DROPOUT)
         state, metrics = update(state, accumulated)
+        if trainer.settings.tuned_experts:
+            frozen = frozen | hold(frozen, state.parameters, trainer.settings.tuned_experts)
         history.append(metrics)
     out = {
         "loss": np.stack([jax.device_get(m.loss) for m in history]),

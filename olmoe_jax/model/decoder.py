@@ -48,7 +48,6 @@ class DecodingLayers(NamedTuple):
     graph: nnx.GraphDef  # of one layer
     experts: ExpertWeights | None  # of all layers, read in place; None: they are in `weights`
     weights: Any  # with `experts`: a state for each layer; without: one state of all, stacked
-    tuned: LayerTunedExperts | None  # of all layers, stacked
 
 
 class DecoderLayer(nnx.Module):
@@ -210,11 +209,11 @@ class Olmoe(nnx.Module):
         config, (graph, stacked) = self.config, nnx.split(self.layers)
         in_place = decoding.reads_in_place(
             batch, config.num_experts_per_token, config.num_experts
-        ) and not (self.tuned or is_quantized(stacked))
+        ) and not is_quantized(stacked)
         if not in_place:
-            return DecodingLayers(graph, None, stacked, self._tuned_by_layer())
+            return DecodingLayers(graph, None, stacked)
         weights = [_layer_of(stacked, layer) for layer in range(config.num_layers)]
-        return DecodingLayers(graph, self.layers.moe.experts.weights(self.settings), weights, None)
+        return DecodingLayers(graph, self.layers.moe.experts.weights(self.settings), weights)
 
     def decode(
         self,
@@ -247,16 +246,16 @@ class Olmoe(nnx.Module):
         x, new = shard_batch(x.astype(self.settings.compute_dtype)), []
         for number, old in enumerate(cache.layers):
             if layers.experts is not None:
-                weights, tuned = layers.weights[number], None
+                weights = layers.weights[number]
                 all_layers = AllLayers(layers.experts, number)
             else:
                 # The barrier hides the index from XLA until the loop over tokens runs. Otherwise
                 # XLA takes all layers' experts out of their arrays before, and holds them twice.
                 index, _ = jax.lax.optimization_barrier((jnp.int32(number), length))
-                weights, tuned = _layer_of((layers.weights, layers.tuned), index)
+                weights = _layer_of(layers.weights, index)
                 weights, all_layers = dequantized(weights, self.settings.compute_dtype), None
             layer = nnx.merge(layers.graph, weights)
-            x, (_, written) = layer(x, context, old, tuned, all_layers=all_layers)
+            x, (_, written) = layer(x, context, old, all_layers=all_layers)
             new.append(written)
         x, head = self.normed(x)[:, 0], gathered(self.head().astype(x.dtype))
         return decoding.head_matmul(x, head), KVCache(tuple(new), visible, length + 1)

@@ -128,7 +128,7 @@ class MoE(nnx.Module):
           x: [B, S, D].
           is_token: [B, S] bool; False: padding, routed nowhere.
           dropout_keys: [B] random keys of the adapters' dropout; None: no dropout.
-          tuned: experts that replace some of this module's.
+          tuned: arrays that take the gradient of some of this module's experts, and equal them.
           with_logits: whether the statistics hold the router's logits.
           all_layers: a decode step's experts, instead of this module's.
 

@@ -74,9 +74,9 @@ def specs(model_function: Callable[[], nnx.Module]) -> dict[str, ParameterSpec]:
 def count_parameters(parameters: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> dict[str, int]:
     """Returns how many numbers of each parameter the model computes with.
 
-    Tuned experts (`tuned.*`) replace experts of the base. The base's copies of these experts
-    stay in memory, but no token passes through them: the base's experts count without them, so
-    that a model of tuned experts has as many parameters as its base.
+    Tuned experts (`tuned.*`) replace experts of the base, whose arrays hold them a second time. The
+    base's experts count without them, so that a model of tuned experts has as many parameters as
+    its base.
 
     Args:
       parameters: all parameters of a model, trained and frozen; arrays or their shapes.

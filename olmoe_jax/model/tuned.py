@@ -3,6 +3,10 @@
 Shapes: U tuned experts over all layers, u the most in one layer, L layers, E experts, D model
 width, F expert width. Only the stack [U, …] trains, so that gradients, master copies and moments
 exist for the tuned experts alone.
+
+A model reads all experts from the base's arrays [L, E, …], which hold the tuned ones' values too:
+`hold_tuned` writes them there after each update. Written in the forward, they would cost a copy of
+all experts of every layer.
 """
 
 from typing import NamedTuple
@@ -14,9 +18,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from olmoe_jax.model.config import ModelConfig
-from olmoe_jax.model.parameters import weight
+from olmoe_jax.model.parameters import Parameters, weight
 
 NAMES = ("gate", "up", "down")
+HOLDERS = {f"layers.moe.experts.{name}": f"tuned.{name}" for name in NAMES}
+"""The base's parameters that hold tuned experts, and the stacks of these."""
 
 
 class LayerTunedExperts(NamedTuple):
@@ -31,6 +37,23 @@ class LayerTunedExperts(NamedTuple):
 def places(tuned_experts: tuple[tuple[int, ...], ...]) -> list[tuple[int, int]]:
     """Returns (layer, expert) of each place in the stack."""
     return [(layer, expert) for layer, ids in enumerate(tuned_experts) for expert in ids]
+
+
+def hold_tuned(
+    base: Parameters, tuned: Parameters, tuned_experts: tuple[tuple[int, ...], ...]
+) -> Parameters:
+    """Returns the base's experts with the tuned ones' values at their places.
+
+    Args:
+      base: the experts of all layers, by `HOLDERS`' names.
+      tuned: parameters, the stacks of tuned experts among them.
+      tuned_experts: the ids of each layer's tuned experts.
+    """
+    layers, experts = np.array(places(tuned_experts)).T
+    return {
+        name: base[name].at[layers, experts].set(tuned[stack].astype(base[name].dtype))
+        for name, stack in HOLDERS.items()
+    }
 
 
 class TunedExperts(nnx.Module):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from olmoe_jax.ops.grouped_matmul import grouped_matmul, grouped_matmul_tuned, replace
+from olmoe_jax.ops.grouped_matmul import grouped_matmul, grouped_matmul_tuned
 from olmoe_jax.ops.remat import keep
 
 
@@ -30,8 +30,8 @@ class Linear:
       weight: [..., D, F].
       a: [..., D, R], the adapter's first factor; None: no adapter.
       b: [..., R, F], the adapter's second factor.
-      tuned: [u, D, F], matrices that replace `weight[indices]` and get the gradient.
-      indices: [u] int32, the experts that `tuned` replaces; E stands for none.
+      tuned: [u, D, F], equal to `weight[indices]`: gets the gradient, while `weight` is read.
+      indices: [u] int32, the experts of `tuned`; E stands for none.
       scale: factor of the adapter's product.
     """
 
@@ -57,21 +57,12 @@ def transposed(map_: Linear) -> Linear:
     def swap(matrix: Any) -> Any:
         return None if matrix is None else jnp.swapaxes(matrix, -1, -2)
 
-    return dataclasses.replace(
-        map_,
-        weight=swap(map_.weight),
-        a=swap(map_.b),
-        b=swap(map_.a),
-        tuned=swap(map_.tuned),
-    )
+    return Linear(swap(map_.weight), swap(map_.b), swap(map_.a), scale=map_.scale)
 
 
-def with_tuned(map_: Linear) -> Linear:
-    """Returns the map with the tuned matrices written into `weight`."""
-    if map_.tuned is None or map_.indices is None:
-        return map_
-    weight = replace(map_.weight, map_.tuned, map_.indices)
-    return Linear(weight, map_.a, map_.b, scale=map_.scale)
+def untuned(map_: Linear) -> Linear:
+    """Returns the map without the arrays that only take a gradient; it computes the same."""
+    return dataclasses.replace(map_, tuned=None, indices=None)
 
 
 def merged_weight(map_: Linear) -> jax.Array:

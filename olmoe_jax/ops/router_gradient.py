@@ -24,7 +24,7 @@ from olmoe_jax.ops.linear import (
     grouped_linear,
     merged_weight,
     transposed,
-    with_tuned,
+    untuned,
 )
 from olmoe_jax.ops.routing import Routing, sort_by_expert
 
@@ -122,7 +122,7 @@ def _backward(
     g: jax.Array,
 ) -> tuple[None, jax.Array, None, None]:
     x, experts, candidates = residuals
-    experts = ExpertWeights(*map(with_tuned, experts))
+    experts = ExpertWeights(*map(untuned, experts))
     if dtype == "bfloat16":
         x, g, experts = jax.tree.map(lambda value: value.astype(dtype), (x, g, experts))
     if candidates is None:

@@ -133,6 +133,8 @@ def plan(
     counts_first = config.method.router_aux_loss_coefficient > 0 and microbatches > 1
     if counts_first:
         programs.append(step.compile("expert_load", microbatches))
+    if step.functions.hold_tuned:
+        programs.append(step.compile("hold_tuned", 1))
     if config.data.eval_path or config.data.eval_fraction:
         programs.append(step.compile("evaluate", 0))
 

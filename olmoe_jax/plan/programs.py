@@ -23,6 +23,7 @@ from olmoe_jax.model.config import ModelConfig, ModelSettings
 from olmoe_jax.model.decoder import parameter_specs
 from olmoe_jax.model.lora import is_target
 from olmoe_jax.model.parameters import Parameters, split_trained
+from olmoe_jax.model.tuned import HOLDERS
 from olmoe_jax.parallel import sharding
 from olmoe_jax.parallel.batch import DeviceBatch
 from olmoe_jax.plan.collectives import Communication, communication
@@ -63,7 +64,7 @@ class CompiledProgram:
     """One program of a run.
 
     Attributes:
-      name: "expert_load", "accumulate", "update" or "evaluate".
+      name: "expert_load", "accumulate", "update", "hold_tuned" or "evaluate".
       runs_per_step: how often a training step runs the program.
       memory: None if the compiler refused the program for its size.
       needs: bytes of one device at the peak, known for a refused program too.
@@ -156,6 +157,10 @@ class StepPrograms:
         weights, micro_batch = (shapes.trained, shapes.frozen), (shapes.batch, shapes.position)
         # The gradients of the step before are still in memory.
         untouched = (moments, shapes.accumulated.gradients)
+        holders = {name: value for name, value in shapes.frozen.items() if name in HOLDERS}
+        tuned = {name: value for name, value in shapes.trained.items() if name.startswith("tuned.")}
+        others = shapes.trained | shapes.frozen
+        others = {n: v for n, v in others.items() if n not in holders and n not in tuned}
         return {
             "expert_load": (functions.expert_load, (*weights, *micro_batch), untouched),
             "accumulate": (
@@ -164,6 +169,7 @@ class StepPrograms:
                 (moments,),
             ),
             "update": (functions.update, (shapes.state, shapes.accumulated), (shapes.frozen,)),
+            "hold_tuned": (functions.hold_tuned, (holders, tuned), (*untouched, others)),
             "evaluate": (functions.evaluate, (*weights, shapes.batch), untouched),
         }[name]
 

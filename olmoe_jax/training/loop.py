@@ -247,6 +247,7 @@ class _Run:
         if restored is None:
             return None
         self.state = restored.state
+        self.program.hold(self.state.parameters)
         self.iterator.set_state(restored.data)
         if restored.best_score is not None:
             self.best.score = restored.best_score

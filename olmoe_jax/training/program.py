@@ -17,6 +17,7 @@ from olmoe_jax.model import stack
 from olmoe_jax.model.config import ModelConfig, ModelSettings
 from olmoe_jax.model.decoder import parameter_specs
 from olmoe_jax.model.parameters import Parameters
+from olmoe_jax.model.tuned import HOLDERS, hold_tuned
 from olmoe_jax.parallel import sharding
 from olmoe_jax.parallel.batch import DeviceBatch, place_batch
 from olmoe_jax.parallel.compilation import compiler_options
@@ -41,11 +42,15 @@ class StepFunctions:
     accumulate: Callable[..., Accumulated]
     update: Callable[..., tuple[TrainState, StepMetrics]]
     evaluate: Callable[..., tuple[jax.Array, jax.Array]]
+    hold_tuned: Callable[[Parameters, Parameters], Parameters] | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Program(StepFunctions):
-    """The functions of a run's steps and the arrays that they start from."""
+    """The functions of a run's steps and the arrays that they start from.
+
+    The experts among `frozen` change where some of them are tuned: see `hold`.
+    """
 
     mesh: Mesh
     state: TrainState
@@ -55,7 +60,18 @@ class Program(StepFunctions):
         self, state: TrainState, batches: Iterable[DeviceBatch], index: int
     ) -> tuple[TrainState, StepMetrics]:
         """Runs step number `index` on its micro-batches; `state` is donated."""
-        return self.update(state, self.sums(state.parameters, batches, index))
+        state, metrics = self.update(state, self.sums(state.parameters, batches, index))
+        self.hold(state.parameters)
+        return state, metrics
+
+    def hold(self, trained: Parameters) -> None:
+        """Brings the tuned experts, if there are any, to where the model reads them: `frozen`.
+
+        An update does so; whoever takes other trained parameters calls this first.
+        """
+        if self.hold_tuned:
+            held = self.hold_tuned({name: self.frozen[name] for name in HOLDERS}, trained)
+            self.frozen.update(held)
 
     def sums(self, trained: Parameters, batches: Iterable[DeviceBatch], index: int) -> Accumulated:
         """Returns the sums over the micro-batches of step number `index`."""
@@ -81,7 +97,9 @@ def build_program(config: Config, model: BaseModel, mesh: Mesh, total_steps: int
     functions = step_functions(config, model.config, model.settings, trained, mesh, total_steps)
     make = functools.partial(initial_state, optimizer=functions.trainer.optimizer)
     state = jax.jit(make, out_shardings=functions.state_shardings, donate_argnums=0)(trained)
-    return Program(**vars(functions), mesh=mesh, state=state, frozen=frozen)
+    program = Program(**vars(functions), mesh=mesh, state=state, frozen=frozen)
+    program.hold(state.parameters)
+    return program
 
 
 def step_functions(
@@ -133,6 +151,13 @@ def step_functions(
     jit: Any = functools.partial(jax.jit, compiler_options=compiler_options(platform, ahead))
     # Not the arrays: what a function closes over stays alive.
     shapes: Any = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in trained.items()}
+    hold = None
+    if settings.tuned_experts and any(settings.tuned_experts):
+        hold = jit(
+            functools.partial(hold_tuned, tuned_experts=settings.tuned_experts),
+            donate_argnums=0,
+            out_shardings={name: by_name[name] for name in HOLDERS},
+        )
     return StepFunctions(
         trainer,
         places,
@@ -144,6 +169,7 @@ def step_functions(
         accumulate=jit(trainer.accumulate, donate_argnums=2, out_shardings=accumulated_shardings),
         update=jit(trainer.update, donate_argnums=0, out_shardings=(places, replicated)),
         evaluate=jit(trainer.evaluate),
+        hold_tuned=hold,
     )
 
 

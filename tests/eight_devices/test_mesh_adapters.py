@@ -1,5 +1,7 @@
 """Adapters, quantized bases, tuned experts and expert scores on a mesh: one device's numbers."""
 
+import functools
+import re
 from pathlib import Path
 
 import jax
@@ -24,6 +26,7 @@ from olmoe_jax.methods.scoring import expert_scores
 from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.model.decoder import graph_of, parameter_specs
 from olmoe_jax.model.lora import LoraSettings, is_target
+from olmoe_jax.model.tuned import HOLDERS, hold_tuned, places
 from olmoe_jax.ops.quantization import quantize
 from olmoe_jax.parallel import sharding
 from olmoe_jax.parallel.batch import place_batch
@@ -89,6 +92,29 @@ def test_loss_and_gradients(one_device, kind, mesh, gradients):
     assert len(expected) == 1 + gradients
     assert all(np.abs(value).max() > 0 for value in expected.values())
     assert_same(run(kind, sharding.make_mesh(*MESHES[mesh])), expected)
+
+
+def test_tuned_experts_reach_their_places():
+    """The stack of tuned experts travels between the devices, and nothing of the base."""
+    config, mesh = tiny_config(), sharding.make_mesh(1, 4, 2)
+    weights = random_weights(config)
+    tuned = {name: 2 * value for name, value in stack_tuned(weights, EXPERTS).items()}
+    specs = parameter_specs(config, ModelSettings(tuned_experts=EXPERTS))
+    shardings = sharding.parameter_shardings(specs, mesh)
+    arrays = {name: weights[name] for name in HOLDERS}, tuned
+    arrays = jax.device_put(arrays, tuple({n: shardings[n] for n in part} for part in arrays))
+    function = functools.partial(hold_tuned, tuned_experts=EXPERTS)
+    function = jax.jit(function, out_shardings={name: shardings[name] for name in HOLDERS})
+    collectives = re.findall(
+        r"= f32\[([\d,]+)\]\S* (?:all|collective)-", function.lower(*arrays).compile().as_text()
+    )
+    assert collectives
+    assert {shape.split(",")[0] for shape in collectives} == {str(len(places(EXPERTS)))}
+    for name, held in function(*arrays).items():
+        expected = np.array(weights[name])
+        for place, at in enumerate(places(EXPERTS)):
+            expected[at] = tuned[HOLDERS[name]][place]
+        np.testing.assert_array_equal(held, expected)
 
 
 @pytest.fixture(scope="module")

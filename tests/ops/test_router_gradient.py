@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import array_sizes, count_matmuls, relative_error
 
-from olmoe_jax.ops.linear import ExpertWeights, Linear, merged_weight, transposed, with_tuned
+from olmoe_jax.ops.linear import ExpertWeights, Linear, merged_weight, transposed
 from olmoe_jax.ops.router_gradient import router_gradient
 
 # Distinct primes: the size of an array tells which dimensions it has, however it is arranged.
@@ -140,12 +140,12 @@ def test_memory_and_work(m):
 
 
 def test_a_transposed_map_keeps_every_part():
-    """Adapter and tuned experts: x times the transpose is the product with the whole matrix."""
+    """x times the transpose is the product with the whole matrix, the adapter's included."""
     random = np.random.default_rng(0)
-    parts = {"weight": (E, D, F), "a": (E, D, 2), "b": (E, 2, F), "tuned": (1, D, F)}
+    parts = {"weight": (E, D, F), "a": (E, D, 2), "b": (E, 2, F)}
     arrays = {
         name: jnp.asarray(random.normal(size=shape), jnp.float32) for name, shape in parts.items()
     }
-    map_ = Linear(**arrays, indices=jnp.asarray([2]), scale=0.5)
-    expected = jnp.swapaxes(merged_weight(with_tuned(map_)), -1, -2)
-    assert relative_error(merged_weight(with_tuned(transposed(map_))), expected) < 1e-6
+    map_ = Linear(**arrays, scale=0.5)
+    expected = jnp.swapaxes(merged_weight(map_), -1, -2)
+    assert relative_error(merged_weight(transposed(map_)), expected) < 1e-6

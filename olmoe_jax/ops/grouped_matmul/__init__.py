@@ -123,21 +123,16 @@ def grouped_matmul_tuned(
     group_sizes: jax.Array,
     backend: str | None = None,
 ) -> jax.Array:
-    """Computes `grouped_matmul` with some matrices replaced; only the replacements get a gradient.
+    """Computes `grouped_matmul`; some of the matrices get a gradient, in an array of their own.
 
     The weight gradients of the other groups are not computed.
 
     Args:
       x, w, group_sizes, backend: those of `grouped_matmul`.
-      tuned: [u, D, F], the replacements.
-      indices: [u] int32, the groups that they replace. E or more replaces none (padding).
+      tuned: [u, D, F] in w's dtype, equal to w[indices]: gets the gradient, and is not read.
+      indices: [u] int32, the groups of these matrices. E or more stands for none (padding).
     """
-    return grouped_matmul(x, replace(w, tuned, indices), group_sizes, backend)
-
-
-def replace(w: jax.Array, tuned: jax.Array, indices: jax.Array) -> jax.Array:
-    """Returns w [E, D, F] with w[indices[i]] = tuned[i]; indices of E or more are ignored."""
-    return w.at[indices].set(tuned, mode="drop")
+    return grouped_matmul(x, w, group_sizes, backend)
 
 
 def _tuned_forward(
@@ -149,23 +144,22 @@ def _tuned_forward(
     backend: str | None,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     y = grouped_matmul_tuned(x, w, tuned, indices, group_sizes, backend)
-    return y, (x, w, tuned, indices, group_sizes)
+    return y, (x, w, indices, group_sizes)
 
 
 def _tuned_backward(
     backend: str | None, residuals: tuple[jax.Array, ...], g: jax.Array
 ) -> tuple[jax.Array, None, jax.Array, None, None]:
-    x, w, tuned, indices, group_sizes = residuals
+    x, w, indices, group_sizes = residuals
     backend = backend or check_backend(None, jax.default_backend())
-    whole = replace(w, tuned, indices)
-    dx = BACKENDS[backend].rows_by_weights(g, whole, group_sizes, contract_last=True)
+    dx = BACKENDS[backend].rows_by_weights(g, w, group_sizes, contract_last=True)
     # A padding index points at an appended empty group.
     indices = jnp.minimum(indices, group_sizes.shape[0])
     sizes = jnp.append(group_sizes, 0)[indices]
     ends = jnp.append(jnp.cumsum(group_sizes), 0)[indices]
     if backend in _IN_ONE_PIECE:
         x, g, ends = _in_one_piece(x, g, sizes, ends)
-    d_tuned = BACKENDS[backend].rows_by_rows(x, g, sizes, ends, tuned.dtype)
+    d_tuned = BACKENDS[backend].rows_by_rows(x, g, sizes, ends, w.dtype)
     return dx, None, d_tuned, None, None
 
 
