@@ -6,6 +6,7 @@ The script prints the cosines for m experts and for lower precision. DIRECTORY (
 OUTPUT/inputs) has eval.jsonl and the tokenizer.
 """
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,18 @@ def router_cosines(model: Olmoe, batch: DeviceBatch) -> dict[str, float]:
     """Returns the cosine of the router gradient of m experts with the full one, by m.
 
     m is K, 2K, 4K and E, where a token selects K of E experts; m = K is the conventional gradient.
-    All layers' router weights together form one vector.
     """
     per_token, experts = model.config.num_experts_per_token, model.config.num_experts
     limits = sorted({min(per_token * factor, experts) for factor in (1, 2, 4)} | {experts})
-    gradients = {limit: _router_gradient(model, batch, limit) for limit in limits}
-    full = gradients[experts]
-    return {str(m): _cosine(gradient, full) for m, gradient in gradients.items()}
+    return {str(m): router_cosine(model, batch, m) for m in limits}
+
+
+def router_cosine(model: Olmoe, batch: DeviceBatch, m: int) -> float:
+    """Returns the cosine of the router gradient of m experts with the full one.
+
+    All layers' router weights together form one vector.
+    """
+    return _cosine(_router_gradient(model, batch, m), _router_gradient(model, batch))
 
 
 def precision_cosines(model: Olmoe, batch: DeviceBatch) -> dict[str, float]:
@@ -64,8 +70,14 @@ def _router_gradient(
         router_gradient_experts=limit,
         router_gradient_dtype=dtype,
     )
-    gradients, _ = jax.jit(jax.grad(trainer.loss, has_aux=True))(router, frozen, batch)
+    gradients, _ = _gradients(trainer, router, frozen, batch)
     return np.asarray(gradients[ROUTER], np.float64).ravel()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gradients(trainer: Trainer, *arguments: Any) -> Any:
+    """Returns the gradients of the loss, and its other results. Equal trainers share a program."""
+    return jax.grad(trainer.loss, has_aux=True)(*arguments)
 
 
 def held_out_batches(inputs: Path, row_length: int, rows: int) -> tuple[list[DeviceBatch], int]:

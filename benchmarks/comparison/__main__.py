@@ -1,0 +1,73 @@
+"""All methods on small models whose pretraining is known: trained, fine-tuned, and compared.
+
+    python -m benchmarks.comparison --output runs/comparison --quick
+
+Bases of about 10M parameters (32 experts, K per token) are pretrained on twelve generated tasks and
+fine-tuned on four others with each method. Every run is a row of OUTPUT/results.jsonl: the same
+command continues after an interruption. OUTPUT gets table.md, effects.md, base.md and
+comparison.svg; --report only writes these again, from the results in OUTPUT.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.comparison.base import write_inputs
+from benchmarks.comparison.cells import QUICK, Cell, Study, missing, read
+from benchmarks.comparison.report import write_report
+from benchmarks.comparison.runs import base_file, pretrain, run_cells
+from olmoe_jax.errors import ArgumentParser, run_command
+from olmoe_jax.files import user_path
+from olmoe_jax.parallel.compilation import keep_programs
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs what has no result yet, then reports."""
+    args = parse(arguments)
+    keep_programs()
+    study = QUICK if args.quick else Study()
+    groups = study.groups()
+    if args.base is not None:
+        pretrain(args.output, args.base, study)
+    elif args.group is not None:
+        run_cells(args.output, missing(groups[args.group], read(args.output)), study)
+    else:
+        if not args.report:
+            run_all(args.output, groups, study, args.quick)
+        write_report(args.output, study)
+
+
+def run_all(output: Path, groups: Sequence[Sequence[Cell]], study: Study, quick: bool) -> None:
+    """Makes the inputs, then pretrains each base and runs each group, as far as it is missing."""
+    write_inputs(output / "inputs", study.pretrain_rows)
+    for number, group in enumerate(groups):
+        if left := missing(group, read(output)):
+            k = group[0].experts_per_token
+            if not base_file(output, k).exists():
+                in_process(output, quick, f"--base={k}")
+            print(f"group {number + 1} of {len(groups)}: {left[0].method}, K = {k}", flush=True)
+            in_process(output, quick, f"--group={number}")
+
+
+def in_process(output: Path, quick: bool, work: str) -> None:
+    """Does a part of the work in a process of its own, whose peak memory is that of one method."""
+    command = [sys.executable, "-m", "benchmarks.comparison", f"--output={output}", work]
+    if code := subprocess.run([*command, *["--quick"] * quick], check=False).returncode:
+        sys.exit(code)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Returns the command line's values."""
+    parser = ArgumentParser(prog="python -m benchmarks.comparison", description=__doc__)
+    parser.add_argument("--output", type=user_path, required=True)
+    parser.add_argument("--quick", action="store_true", help="one target, two methods, two seeds")
+    parser.add_argument("--report", action="store_true", help="only report the results in OUTPUT")
+    parser.add_argument("--base", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--group", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,183 @@
+"""The comparison's runs: which there are, in which order, and where their results are kept."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import pydantic
+
+from benchmarks.comparison.base import EXPERTS_PER_TOKEN
+from benchmarks.comparison.router_only import DENSE_ROUTER_ONLY, ROUTER_ONLY
+from benchmarks.comparison.tasks import TARGETS
+from configs.table import EXPERIMENTS, FULL
+from olmoe_jax.files import STRICT, read_json_lines
+
+RESULTS = "results.jsonl"
+OTHER_EXPERTS_PER_TOKEN = (1, 2, 8)
+LIMITED = {f"{FULL[-1]}_m{m}": m for m in (8, 16)}
+"""DenseMixer with the router gradient of m experts."""
+ABLATION = (ROUTER_ONLY, DENSE_ROUTER_ONLY)
+RATE_SEED = 100
+"""The seed of the runs that choose a learning rate; no other run has it."""
+
+Bits = Annotated[str, pydantic.Field(pattern="^[01]*$")]
+"""Right (1) and wrong (0) answers, row by row."""
+
+
+class Cell(NamedTuple):
+    """A run of fine-tuning. `rate` is None for the rate that validation chose."""
+
+    experts_per_token: int
+    method: str
+    target: str
+    seed: int
+    rate: float | None = None
+
+
+@pydantic.with_config(STRICT)
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The result of a run: a row of results.jsonl.
+
+    Attributes:
+      experts_per_token, method, target, seed: the cell.
+      rate: the learning rate.
+      chooses_rate: whether the run only chose the rate: then the target's rows are those of the
+        validation, and nothing else is measured.
+      right: the target's answers.
+      loss: the target's mean loss per token of an answer, in nats.
+      known: task of pretraining -> its answers.
+      changed_routing: share of the tokens' experts, on the target, that are new.
+      router_cosine: of the conventional router gradient with the dense one, at the end; None: the
+        router does not train.
+      trained: how many parameters train.
+      step_seconds: the 10th percentile of a step's wall time.
+      peak_memory: bytes of the process at the run's end.
+      cpu_seconds: the run's, measurements included.
+    """
+
+    experts_per_token: int
+    method: str
+    target: str
+    seed: int
+    rate: float
+    chooses_rate: bool
+    right: Bits
+    loss: float
+    cpu_seconds: float
+    known: dict[str, Bits] | None = None
+    changed_routing: float | None = None
+    router_cosine: float | None = None
+    trained: int | None = None
+    step_seconds: float | None = None
+    peak_memory: int | None = None
+
+    @property
+    def cell(self) -> Cell:
+        rate = self.rate if self.chooses_rate else None
+        return Cell(self.experts_per_token, self.method, self.target, self.seed, rate)
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """The extent of a study.
+
+    Attributes:
+      pretrain_steps, pretrain_rows: of the base with K = 4: its steps, and the rows of each task.
+      other_steps: of the bases with other K, which start from that base.
+      targets, methods, seeds: what is fine-tuned, by what, how often.
+      epochs: of fine-tuning.
+      rates: the learning rates from which validation chooses.
+      other_experts_per_token: K of the bases beside K = 4.
+      variants: what else is fine-tuned with K = 4.
+    """
+
+    pretrain_steps: int = 2000
+    other_steps: int = 400
+    pretrain_rows: int = 16_000
+    epochs: int = 4
+    targets: Sequence[str] = tuple(TARGETS)
+    methods: Sequence[str] = EXPERIMENTS
+    rates: Sequence[float] = (1e-3, 3e-3, 1e-2)
+    seeds: int = 5
+    other_experts_per_token: Sequence[int] = OTHER_EXPERTS_PER_TOKEN
+    variants: Sequence[str] = (*LIMITED, *ABLATION)
+
+    def groups(self) -> list[list[Cell]]:
+        """Returns all runs. Those of a group share a process; a group needs the groups before."""
+        k = EXPERTS_PER_TOKEN
+        tuned = [m for m in (*self.methods, *self.variants) if m == rate_method(m)]
+        rates = self.rates if len(self.rates) > 1 else ()
+        groups = [
+            [Cell(k, method, target, RATE_SEED, rate) for target in self.targets for rate in rates]
+            for method in tuned
+        ]
+        for methods, ks in (
+            (self.methods, (k,)),
+            (self.variants, (k,)),
+            (FULL, self.other_experts_per_token),
+        ):
+            groups += [
+                [Cell(other, method, target, seed) for target in self.targets]
+                for other in ks
+                for seed in range(self.seeds)
+                for method in methods
+            ]
+        return [group for group in groups if group]
+
+
+QUICK = Study(
+    pretrain_steps=250,
+    pretrain_rows=4000,
+    epochs=3,
+    targets=tuple(TARGETS)[:1],
+    methods=FULL[1:],
+    rates=(1e-3,),
+    seeds=2,
+    other_experts_per_token=(),
+    variants=(),
+)
+
+
+def rate_method(method: str) -> str:
+    """Returns the method whose learning rate this one takes."""
+    return FULL[-1] if method in LIMITED else method
+
+
+def read(output: Path) -> dict[Cell, Result]:
+    """Returns the results in a directory; {} if there are none."""
+    file = output / RESULTS
+    if not file.exists():
+        return {}
+    return {result.cell: result for result in read_json_lines(Result, file)}
+
+
+def append(output: Path, result: Result) -> None:
+    """Adds a result; a kill leaves the file as it was, or with the result."""
+    file, partial = output / RESULTS, output / f".{RESULTS}.partial"
+    row = {name: value for name, value in dataclasses.asdict(result).items() if value is not None}
+    before = file.read_text(encoding="utf-8") if file.exists() else ""
+    partial.write_text(before + json.dumps(row) + "\n", encoding="utf-8")
+    partial.replace(file)
+
+
+def chosen_rate(results: Mapping[Cell, Result], study: Study, cell: Cell) -> float:
+    """Returns the rate with the lowest validation loss, found with the base of K = 4 for all K."""
+    if cell.rate is not None:
+        return cell.rate
+    if len(study.rates) == 1:
+        return study.rates[0]
+    method = rate_method(cell.method)
+    return min(
+        study.rates,
+        key=lambda rate: (
+            results[Cell(EXPERTS_PER_TOKEN, method, cell.target, RATE_SEED, rate)].loss
+        ),
+    )
+
+
+def missing(group: Iterable[Cell], results: Mapping[Cell, Result]) -> list[Cell]:
+    """Returns the runs of a group that have no result."""
+    return [cell for cell in group if cell not in results]
