@@ -189,12 +189,16 @@ def test_the_command(tiny_model, tmp_path):
 
 
 CONTROLLED = """
-import fcntl, os, sys, termios
+import fcntl, os, signal, sys, termios
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 os.setsid()
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 os.execv(sys.executable, [sys.executable, "-m", *sys.argv[1:]])
 """
-"""Runs a module whose keyboard, and so whose Ctrl-C, is the terminal."""
+"""Runs a module whose keyboard, and so whose Ctrl-C, is the terminal.
+
+A shell lets its background jobs ignore Ctrl-C, and with them a test session and its processes.
+"""
 
 
 class Terminal:
