@@ -54,7 +54,9 @@ def once():
             built.append((program, jax.tree.map(np.asarray, program.state)))
         program, state = built[0]
         # Copies: a step takes the state's memory.
-        return dataclasses.replace(program, state=jax.tree.map(jnp.array, state))
+        program = dataclasses.replace(program, state=jax.tree.map(jnp.array, state))
+        program.hold(program.state.parameters)
+        return program
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "build_program", build)
