@@ -214,7 +214,7 @@ def test_cells_of_the_same_base_differ_in_their_method_alone(tmp_path):
     assert len(alike) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_base_and_a_run(tmp_path, monkeypatch):
     small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
     monkeypatch.setattr(base, "MODEL", base.MODEL | small)

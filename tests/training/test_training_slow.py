@@ -121,7 +121,7 @@ def test_real_data_with_the_real_tokenizer(tmp_path, shared, environment):
     (tmp_path / "config.json").write_text(json.dumps({**model, "initializer_range": 0.02}))
     output = tmp_path / "run"
     rows = (shared / "data" / "gsm8k" / "test.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "test.jsonl").write_text("".join(rows[:200]))
+    (tmp_path / "test.jsonl").write_text("".join(rows[:50]))
     fields = {
         "model.init": "random",
         "model.config_path": tmp_path / "config.json",
@@ -131,7 +131,7 @@ def test_real_data_with_the_real_tokenizer(tmp_path, shared, environment):
         "data.tokenizer_path": shared / "data" / "tokenizer",
         "data.max_seq_length": 512,
         "optimizer.learning_rate": 1e-3,
-        "train.batch_size": 8,
+        "train.batch_size": 4,
         "train.max_steps": 20,
         "train.output_dir": output,
     }
