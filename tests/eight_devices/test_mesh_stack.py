@@ -79,7 +79,7 @@ def accumulated(method: str, mesh) -> dict[str, np.ndarray]:
         ("densemixer", "data=2,fsdp=4"),
         pytest.param("densemixer, 4 experts", "fsdp=8", marks=pytest.mark.exhaustive),
         ("lora", "data=2,fsdp=4"),
-        ("nf4", "fsdp=8"),
+        pytest.param("nf4", "fsdp=8", marks=pytest.mark.exhaustive),
         ("esft", "fsdp=8"),
         pytest.param("esft, all else too", "data=2,fsdp=4", marks=pytest.mark.exhaustive),
     ],

@@ -30,7 +30,7 @@ RUNS = [
     # Two micro-batches a step, which share the counts of the load-balancing loss.
     ("conventional", {"method__router_aux_loss_coefficient": 0.1}, (2, 4, 1)),
     ("densemixer", {}, (2, 2, 2)),
-    ("conventional", LORA, (8, 1, 1)),
+    pytest.param("conventional", LORA, (8, 1, 1), marks=pytest.mark.exhaustive),
     ("densemixer", LORA, (1, 2, 4)),
     ("esft_gate", ESFT, (1, 1, 8)),
 ]
