@@ -36,6 +36,7 @@ from configs.table import LORA, experiment
 from olmoe_jax.checkpoints import directory
 from olmoe_jax.checkpoints.opening import RunCheckpoint
 from olmoe_jax.config import Config, DataOptions, ModelOptions, TrainOptions
+from olmoe_jax.errors import UserError
 from olmoe_jax.model.parameters import ROUTER
 from olmoe_jax.training.run_directory import read_metrics
 
@@ -64,7 +65,7 @@ def pretrain(output: Path, experts_per_token: int, study: Study) -> None:
         first = base_run(output, EXPERTS_PER_TOKEN) / "hf"
         start = other_start(first, output / f"start_{experts_per_token}", experts_per_token)
         steps = study.other_steps
-    olmoe_jax.train(base_config(inputs, start, run, steps))
+    trained(base_config(inputs, start, run, steps))
     model = olmoe_jax.from_pretrained(run / "hf")
     known = measures.batches(inputs / "known.jsonl", inputs)
     targets = {
@@ -86,6 +87,18 @@ def pretrain(output: Path, experts_per_token: int, study: Study) -> None:
         "router_cosines": {name: router_cosines(model, rows[0]) for name, rows in targets.items()},
     }
     directory.write_json(base_file(output, experts_per_token), facts)
+
+
+def trained(config: Config) -> Path:
+    """Trains, and returns the run's directory.
+
+    Raises:
+      UserError: SIGTERM stopped the run, of which nothing must be measured.
+    """
+    run = olmoe_jax.train(config)
+    if not run.finished:
+        raise UserError("stopped; the same command continues the comparison")
+    return run.output_dir
 
 
 def specialisation(model: Any, known: list) -> dict[str, Any]:
@@ -168,7 +181,7 @@ def run_cells(output: Path, cells: Sequence[Cell], study: Study) -> None:
         part = "test" if cell.rate is None else "validation"
         rows = measures.batches(inputs / cell.target / f"{part}.jsonl", inputs)
         shutil.rmtree(output / "run", ignore_errors=True)
-        run = olmoe_jax.train(cell_config(output, cell, rate, study.epochs)).output_dir
+        run = trained(cell_config(output, cell, rate, study.epochs))
         # Before the measures, which all methods have in common.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
         model = olmoe_jax.from_pretrained(run)
@@ -179,17 +192,17 @@ def run_cells(output: Path, cells: Sequence[Cell], study: Study) -> None:
                 path = base_run(output, cell.experts_per_token) / "hf"
                 bases[cell.experts_per_token] = olmoe_jax.from_pretrained(path)
             before = measures.measure(bases[cell.experts_per_token], rows)
-            trained = RunCheckpoint(run).trained()
+            parameters = RunCheckpoint(run).trained()
             seconds = [line.seconds for line in read_metrics(run) if line.seconds is not None]
             answers = by_task(measures.measure(model, known).right)
             found = {
                 "known": {name: _bits(right) for name, right in answers.items()},
                 "changed_routing": measures.changed_routing(target, before, rows),
-                "trained": sum(value.size for value in trained.values()),
+                "trained": sum(value.size for value in parameters.values()),
                 "step_seconds": float(np.quantile(seconds, 0.1)),
                 "peak_memory": peak,
             }
-            if ROUTER in trained:
+            if ROUTER in parameters:
                 k = cell.experts_per_token
                 found["router_cosine"] = router_cosine(model, rows[0], k)
         append(
