@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 from datetime import date
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -212,6 +213,13 @@ def test_cells_of_the_same_base_differ_in_their_method_alone(tmp_path):
     assert [c.method.name for c in found.values()] == names
     alike = {dataclasses.replace(c, method=found["conventional"].method) for c in found.values()}
     assert len(alike) == 1
+
+
+def test_nothing_is_measured_of_a_run_that_was_stopped(monkeypatch):
+    stopped = SimpleNamespace(output_dir="run", finished=False)
+    monkeypatch.setattr(runs.olmoe_jax, "train", lambda config: stopped, raising=False)
+    with pytest.raises(UserError, match="the same command continues"):
+        runs.trained(None)
 
 
 @pytest.mark.exhaustive
