@@ -224,6 +224,8 @@ def test_nothing_is_measured_of_a_run_that_was_stopped(monkeypatch):
 
 @pytest.mark.exhaustive
 def test_a_base_and_a_run(tmp_path, monkeypatch):
+    # Eight programs, which `test_cosines_grow_…` compiles too.
+    monkeypatch.setattr(runs, "router_cosines", lambda model, batch: {"4": 0.9, "32": 1.0})
     small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
     monkeypatch.setattr(base, "MODEL", base.MODEL | small)
     study = Study(pretrain_steps=2, epochs=1, targets=("order",), rates=(1e-2,))
