@@ -63,6 +63,7 @@ test-all: lint test test-slow test-devices test-golden
 	if [ -n "$$OLMOE_JAX_SHARED" ]; then \
 	    $(VENV)/bin/python "$$OLMOE_JAX_SHARED/tools/check_reference.py"; fi
 	$(MAKE) test-compilers VENV=.venv-compilers
+	$(MAKE) test-compilers PYTHON=python3.12 VENV=.venv-compilers-3.12
 	$(MAKE) test PYTHON=python3.12 VENV=.venv-3.12
 
 lint: $(DEV)
