@@ -8,12 +8,16 @@ B [R, F]; W never changes.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from olmoe_jax.ops.grouped_matmul import grouped_matmul, grouped_matmul_tuned
+from olmoe_jax.ops.grouped_matmul import (
+    grouped_matmul,
+    grouped_matmul_transposed,
+    grouped_matmul_tuned,
+)
 from olmoe_jax.ops.remat import keep
 
 
@@ -49,15 +53,6 @@ class ExpertWeights(NamedTuple):
     gate: Linear
     up: Linear
     down: Linear
-
-
-def transposed(map_: Linear) -> Linear:
-    """Returns the map by the transposed matrix: (W + scale A B)^T = W^T + scale B^T A^T."""
-
-    def swap(matrix: Any) -> Any:
-        return None if matrix is None else jnp.swapaxes(matrix, -1, -2)
-
-    return Linear(swap(map_.weight), swap(map_.b), swap(map_.a), scale=map_.scale)
 
 
 def untuned(map_: Linear) -> Linear:
@@ -124,3 +119,24 @@ def grouped_linear(
         return y
     low = keep(grouped_matmul(dropped, map_.a, group_sizes, backend))
     return y + map_.scale * grouped_matmul(low, map_.b, group_sizes, backend)
+
+
+def grouped_linear_transposed(
+    rows: jax.Array, map_: Linear, group_sizes: jax.Array, backend: str | None
+) -> jax.Array:
+    """Applies each expert's transposed map, W^T + scale * B^T A^T, to that expert's rows.
+
+    Not differentiable. No transposed matrix is made.
+
+    Args:
+      rows: [N, F], sorted by expert.
+      map_, group_sizes, backend: those of `grouped_linear`.
+
+    Returns:
+      [N, D].
+    """
+    matmul = functools.partial(grouped_matmul_transposed, group_sizes=group_sizes, backend=backend)
+    y = matmul(rows, map_.weight)
+    if map_.a is None or map_.b is None:
+        return y
+    return y + map_.scale * matmul(matmul(rows, map_.b), map_.a)

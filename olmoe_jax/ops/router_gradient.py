@@ -22,8 +22,8 @@ from olmoe_jax.ops.expert_parallel import own_experts
 from olmoe_jax.ops.linear import (
     ExpertWeights,
     grouped_linear,
+    grouped_linear_transposed,
     merged_weight,
-    transposed,
     untuned,
 )
 from olmoe_jax.ops.routing import Routing, sort_by_expert
@@ -198,10 +198,12 @@ def candidate_scores(
     num_experts = experts.gate.weight.shape[0]
     order, _, group_sizes = sort_by_expert(candidates, num_experts)
     token = order // num_candidates
-    experts = experts._replace(down=transposed(experts.down))
 
     def multiply(rows: jax.Array, name: str) -> jax.Array:
-        y = grouped_linear(rows, getattr(experts, name), rows, group_sizes, backend)
+        if name == "down":
+            y = grouped_linear_transposed(rows, experts.down, group_sizes, backend)
+        else:
+            y = grouped_linear(rows, getattr(experts, name), rows, group_sizes, backend)
         return y.astype(jnp.float32)
 
     scores = _scores(x[token], g[token], multiply)

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 from helpers import array_sizes, count_matmuls, relative_error
 
-from olmoe_jax.ops.linear import ExpertWeights, Linear, merged_weight, transposed
+from olmoe_jax.ops.linear import (
+    ExpertWeights,
+    Linear,
+    grouped_linear_transposed,
+    merged_weight,
+)
 from olmoe_jax.ops.router_gradient import router_gradient
 
 # Distinct primes: the size of an array tells which dimensions it has, however it is arranged.
@@ -139,7 +144,8 @@ def test_memory_and_work(m):
         assert size == 0 or size % (T * E * F)
 
 
-def test_a_transposed_map_keeps_every_part():
+@pytest.mark.parametrize("backend", ["blocked", "ragged_dot"])
+def test_a_transposed_map_keeps_every_part(backend):
     """x times the transpose is the product with the whole matrix, the adapter's included."""
     random = np.random.default_rng(0)
     parts = {"weight": (E, D, F), "a": (E, D, 2), "b": (E, 2, F)}
@@ -147,5 +153,10 @@ def test_a_transposed_map_keeps_every_part():
         name: jnp.asarray(random.normal(size=shape), jnp.float32) for name, shape in parts.items()
     }
     map_ = Linear(**arrays, scale=0.5)
-    expected = jnp.swapaxes(merged_weight(map_), -1, -2)
-    assert relative_error(merged_weight(transposed(map_)), expected) < 1e-6
+    sizes, matrices = np.array([3, 0, 4, 1, 2]), np.asarray(merged_weight(map_))
+    rows = random.normal(size=(T, F)).astype(np.float32)
+    expert = np.repeat(np.arange(E), sizes)
+    expected = np.zeros((T, D))
+    expected[: len(expert)] = np.einsum("nf,ndf->nd", rows[: len(expert)], matrices[expert])
+    y = grouped_linear_transposed(jnp.asarray(rows), map_, jnp.asarray(sizes, jnp.int32), backend)
+    assert relative_error(y, expected) < 1e-6

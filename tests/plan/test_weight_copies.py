@@ -12,11 +12,12 @@ pytestmark = [pytest.mark.compilers, pytest.mark.slow]
     ("method", "sums"),
     [
         (["name=conventional"], 3),
+        (["name=densemixer", "router_gradient_experts=16"], 3),
         # Adapters are smaller than a layer's matrices, and so are four tuned experts.
         (["name=conventional", "lora_rank=64"], 0),
         (["name=esft_gate"], 0),
     ],
-    ids=["full", "LoRA", "ESFT"],
+    ids=["full", "DenseMixer of 16", "LoRA", "ESFT"],
 )
 def test_no_copy_of_a_layers_experts(method, sums, monkeypatch):
     monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS", raising=False)

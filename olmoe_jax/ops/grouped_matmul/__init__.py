@@ -84,11 +84,37 @@ def grouped_matmul(
     Raises:
       ValueError: there is no such backend.
     """
+    return _grouped_matmul(_known(backend), x, w, group_sizes)
+
+
+def grouped_matmul_transposed(
+    x: jax.Array, w: jax.Array, group_sizes: jax.Array, backend: str | None = None
+) -> jax.Array:
+    """Returns y with y[i] = x[i] @ w[group of row i]^T, without a transposed copy of w.
+
+    Not differentiable.
+
+    Args:
+      x: [N, F], rows sorted by group.
+      w: [E, D, F] in x's dtype.
+      group_sizes, backend: those of `grouped_matmul`.
+
+    Returns:
+      [N, D] in x's dtype; the products add up in float32.
+
+    Raises:
+      ValueError: there is no such backend.
+    """
+    return BACKENDS[_known(backend)].rows_by_weights(x, w, group_sizes, contract_last=True)
+
+
+def _known(backend: str | None) -> str:
+    """Returns the backend; None stands for the platform's default."""
     backend = backend or check_backend(None, jax.default_backend())
     if backend not in BACKENDS:
         names = ", ".join(BACKENDS)
         raise ValueError(f"grouped matmul backend {backend!r} is none of {names}")
-    return _grouped_matmul(backend, x, w, group_sizes)
+    return backend
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
