@@ -31,15 +31,14 @@ def conversation(draw: random.Random) -> list[dict[str, str]]:
         country, capital = draw.choice([*CAPITALS.items()])
         question = f"And of {country}?" if turn else f"What is the capital of {country}?"
         answer = f"{capital}." if brief else f"The capital of {country} is {capital}."
-        messages.append({"role": "user", "content": question})
-        messages.append({"role": "assistant", "content": answer})
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return messages
 
 
 def train(inputs: Path, output: Path) -> Path:
     """Writes rows, a tokenizer with the template and a model's shape, trains, and exports."""
     inputs.mkdir(parents=True, exist_ok=True)
-    draw = random.Random(0)
+    draw, path = random.Random(0), str(inputs)
     rows = [json.dumps({"messages": conversation(draw)}) for _ in range(2400)]
     (inputs / "rows.jsonl").write_text("\n".join(rows))
     # Heads of 32: vLLM's attention on CPUs has no smaller ones.
@@ -47,7 +46,6 @@ def train(inputs: Path, output: Path) -> Path:
     shape |= train_tokenizer(rows, 384, inputs)
     (inputs / "config.json").write_text(json.dumps(shape))
     (inputs / "chat_template.jinja").write_text(TEMPLATE)
-    path = str(inputs)
     config = options.Config(
         model=options.ModelOptions(path, init="random", config_path=path, compute_dtype="float32"),
         data=options.DataOptions(f"{path}/rows.jsonl", eval_fraction=0, max_seq_length=128),
