@@ -29,9 +29,9 @@ def conversation(draw: random.Random) -> list[dict[str, str]]:
     messages = [{"role": "system", "content": "Be brief."}] if brief else []
     for turn in range(draw.randint(1, 3)):
         country, capital = draw.choice([*CAPITALS.items()])
-        question = f"And of {country}?" if turn else f"What is the capital of {country}?"
+        asked = f"And of {country}?" if turn else f"What is the capital of {country}?"
         answer = f"{capital}." if brief else f"The capital of {country} is {capital}."
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
     return messages
 
 
