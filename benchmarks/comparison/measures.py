@@ -1,4 +1,4 @@
-"""What the comparison measures of a model: right answers row by row, losses, routing.
+"""Measures a model for the comparison: right answers row by row, losses, routing.
 
 Shapes: N rows, L layers, E experts, K experts per token, S positions, V tokens of the vocabulary.
 """
@@ -23,7 +23,7 @@ _ROWS = 40  # per batch: every part of a test is a multiple
 
 
 class Measures(NamedTuple):
-    """What a model does with the rows of a file."""
+    """The measures of a model on the rows of a file."""
 
     right: np.ndarray  # [N] bool: greedy decoding gives the whole answer
     losses: np.ndarray  # [N]: nats, summed over the tokens of the answer

@@ -15,7 +15,7 @@ from olmoe_jax.training.step import changed_choices
 
 
 class Evaluated(NamedTuple):
-    """What an evaluation found.
+    """The result of an evaluation.
 
     Attributes:
       loss: the mean loss per trained target.

@@ -20,7 +20,7 @@ from olmoe_jax.parallel.sharding import make_mesh
 from olmoe_jax.plan.devices import open_devices, parse_topology, prepare_environment
 
 TOKENS, CHOSEN, EXPERTS, D, F = 4096, 8, 64, 2048, 1024
-"""Of OLMoE-1B-7B, one row."""
+"""The sizes of OLMoE-1B-7B, and the tokens of one row."""
 MATRICES = {
     "experts, inward": (EXPERTS, D, F),
     "experts, outward": (EXPERTS, F, D),

@@ -146,7 +146,7 @@ def test_memory_and_work(m):
 
 @pytest.mark.parametrize("backend", ["blocked", "ragged_dot"])
 def test_a_transposed_map_keeps_every_part(backend):
-    """x times the transpose is the product with the whole matrix, the adapter's included."""
+    """Checks x times the transpose against the whole matrix, the adapter's included."""
     random = np.random.default_rng(0)
     parts = {"weight": (E, D, F), "a": (E, D, 2), "b": (E, 2, F)}
     arrays = {
