@@ -16,6 +16,8 @@ _CHEAP = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_c
 if _CHEAP not in (_flags := os.environ.get("XLA_FLAGS", "")):
     os.environ["XLA_FLAGS"] = f"{_flags} {_CHEAP}".strip()
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+# Commands would restart for it, after half a second of imports.
+os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
 # Tracing makes many objects and no garbage: collecting it is a fifth of a traced program's time.
 gc.set_threshold(100_000, 20, 20)
 
