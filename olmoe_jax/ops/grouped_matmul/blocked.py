@@ -21,21 +21,19 @@ def rows_by_weights(
     """Returns each group's rows times its matrix."""
     rows, block = x.shape[0], _block_rows(x.shape[0], w.shape[0])
     parts = _parts(block, w.shape[1] * w.shape[2])
-    padded = _padded(x, block)
+    x = _at_least(block, x)
     dimensions = (((1,), (1 if contract_last else 0,)), ((), ()))
 
-    def body(out: jax.Array, weight: jax.Array, first: jax.Array, valid: jax.Array) -> jax.Array:
-        block_rows = jax.lax.dynamic_slice_in_dim(padded, first, valid.size)
+    def body(out: jax.Array, weight: jax.Array, start: jax.Array, valid: jax.Array) -> jax.Array:
+        block_rows, others = (jax.lax.dynamic_slice_in_dim(a, start, len(valid)) for a in (x, out))
         y = jax.lax.dot_general(
             block_rows, weight, dimensions, preferred_element_type=jnp.float32
         ).astype(x.dtype)
-        # The rows of later groups become zeros here; the later groups overwrite them.
-        return jax.lax.dynamic_update_slice_in_dim(
-            out, jnp.where(valid[:, None], y, 0), first, axis=0
-        )
+        y = jnp.where(valid[:, None], y, others)
+        return jax.lax.dynamic_update_slice_in_dim(out, y, start, axis=0)
 
     width = w.shape[1] if contract_last else w.shape[2]
-    out = jnp.zeros((rows + block, width), x.dtype)
+    out = jnp.zeros((len(x), width), x.dtype)
     ends = jnp.cumsum(group_sizes)
     return _for_each_block(group_sizes, ends, w, parts, out, body)[:rows]
 
@@ -45,18 +43,15 @@ def rows_by_rows(
 ) -> jax.Array:
     """Returns x^T g of each group's rows."""
     block = _block_rows(x.shape[0], sizes.shape[0])
-    x_padded, g_padded = _padded(x, block), _padded(g, block)
+    x, g = _at_least(block, x), _at_least(block, g)
 
     def product(rows: int, first: jax.Array, end: jax.Array) -> jax.Array:
-        x_rows, g_rows = (
-            jax.lax.dynamic_slice_in_dim(padded, first, rows) for padded in (x_padded, g_padded)
-        )
-        return jax.lax.dot_general(
-            jnp.where((first + jnp.arange(rows) < end)[:, None], x_rows, 0),
-            g_rows,
-            (((0,), (0,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )
+        start, valid = _window(first, end, rows, len(x))
+        x_rows, g_rows = (jax.lax.dynamic_slice_in_dim(a, start, rows) for a in (x, g))
+        # The barrier makes XLA transpose the few rows first: its product of two matrices as they
+        # lie is faster than one that contracts their rows.
+        x_columns = jax.lax.optimization_barrier(jnp.where(valid[:, None], x_rows, 0).T)
+        return jnp.dot(x_columns, g_rows, preferred_element_type=jnp.float32)
 
     def nothing(first: jax.Array, end: jax.Array) -> jax.Array:
         return jnp.zeros((x.shape[1], g.shape[1]), jnp.float32)
@@ -113,10 +108,10 @@ def _for_each_block(
       sizes, ends: [E] int32; the rows of a group are ends - sizes to ends.
       weights: [E, D, F].
       parts: the numbers of rows that a group's last block may have; its other blocks have
-        `parts[-1]`. The last block may also cover rows of later groups.
-      carry: the first block's carry.
-      body: called as body(carry, weight, first_row, valid) for the block that starts at
-        `first_row`; `valid` [rows of the block] marks the rows of the group.
+        `parts[-1]`. A block may also cover rows of other groups.
+      carry: an array with one row for each of all groups' rows; the first block's carry.
+      body: called as body(carry, weight, start, valid) for the block of rows that begins at
+        `start`; `valid` [rows of the block] marks the rows of the group.
 
     Returns:
       The last block's carry.
@@ -130,8 +125,8 @@ def _for_each_block(
 
         def blocks(rows: int, first: jax.Array, count: jax.Array, carry: jax.Array) -> jax.Array:
             def one_block(index: jax.Array, carry: jax.Array) -> jax.Array:
-                start = first + index * rows
-                return body(carry, weight, start, start + jnp.arange(rows) < end)
+                start, valid = _window(first + index * rows, end, rows, len(carry))
+                return body(carry, weight, start, valid)
 
             return jax.lax.fori_loop(0, count, one_block, carry)
 
@@ -147,6 +142,17 @@ def _for_each_block(
     return jax.lax.scan(group, carry, (weights, sizes, ends))[0]
 
 
-def _padded(x: jax.Array, block: int) -> jax.Array:
-    """Appends `block` rows of zeros, since the last block may start on the last row."""
-    return jnp.pad(x, ((0, block), (0, 0)))
+def _window(first: jax.Array, end: jax.Array, rows: int, total: int) -> tuple[jax.Array, jax.Array]:
+    """Returns where to read `rows` of `total` rows to see those from `first` to `end`, and a mask.
+
+    The window begins before `first` where it would leave the array; `valid` [rows] marks the rows
+    from `first` to `end` in it.
+    """
+    start = jnp.minimum(first, total - rows)
+    row = start + jnp.arange(rows)
+    return start, (row >= first) & (row < end)
+
+
+def _at_least(rows: int, x: jax.Array) -> jax.Array:
+    """Appends rows of zeros to an array that has fewer than `rows`."""
+    return jnp.pad(x, ((0, max(0, rows - len(x))), (0, 0)))
