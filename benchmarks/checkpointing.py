@@ -7,9 +7,6 @@ same state is saved and waited for, in turns with the checksums of its files and
 
 import argparse
 import json
-import os
-import platform
-import re
 import statistics
 import tempfile
 import time
@@ -21,6 +18,7 @@ from unittest import mock
 import jax
 import numpy as np
 
+from benchmarks.machine import processor
 from benchmarks.memory import GIB
 from benchmarks.shapes import shape_of
 from benchmarks.step import build, make_parser, random_batch, timed
@@ -133,14 +131,6 @@ class _Run:
         while self.checkpoints.is_saving():
             steps.append(timed(self.step)[0])
         return blocked, steps, time.perf_counter() - started
-
-
-def processor() -> str:
-    """Returns the processor's name, as far as the system tells it, and its cores."""
-    file = Path("/proc/cpuinfo")
-    text = file.read_text() if file.exists() else ""
-    name = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
-    return f"{name[1] if name else platform.processor()}, {os.cpu_count()} cores"
 
 
 def _seconds(function: Callable[[], None]) -> float:

@@ -2,8 +2,10 @@
 
 Both sides run forward and backward at the same shape in float32 on the same number of CPU cores.
 DenseMixer is compared with the reference (densemixer on transformers 4), conventional training with
-transformers 4 and 5. In each round every side runs once, in its own process, one after the other,
-with the huge pages that train.py asks for. A side's time is the best of all its steps.
+transformers 4 and 5, LoRA with PEFT, and ESFT with transformers 4, where all but 8 experts of each
+layer are frozen, as in the reference. In each round every side runs once, in its own process, one
+after the other, with the huge pages that train.py asks for. A side's time is the best of all its
+steps.
 
 PyTorch's threads spin while they wait for each other, so that other work on these cores costs
 PyTorch many times its share. Measure on an idle machine, or with --threads 1 and compare the CPU
@@ -19,16 +21,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import processor
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
 from olmoe_jax.parallel.cpu import TUNABLES
 
 ROOT = Path(__file__).parents[1]
 VENVS = {
     "reference": ("torch==2.13.0", "numpy", "transformers==4.51.3", "densemixer==1.0.1"),
-    "transformers5": ("torch==2.13.0", "numpy", "transformers==5.23.0"),
+    "transformers5": ("torch==2.13.0", "numpy", "transformers==5.23.0", "peft==0.21.2"),
 }
 OURS = None
 
@@ -59,12 +63,30 @@ EAGER = Side(
     "transformers5",
     ("--method=conventional", "--experts_implementation=eager"),
 )
-CASES: dict[str, tuple[int, tuple[Side, ...]]] = {
-    "densemixer": (2048, (EXACT, APPROXIMATE, REFERENCE)),
-    "conventional": (2048, CONVENTIONAL),
-    "conventional_large_vocabulary": (50304, CONVENTIONAL),
+LORA = ("--method=conventional", "--lora_rank=16")
+ADAPTERS = (
+    # PEFT drops no inputs of adapters beside fused experts.
+    Side("ours", OURS, (*LORA, "--lora_dropout=0")),
+    Side(
+        "peft 0.21.2 on transformers 5.23.0",
+        "transformers5",
+        (*LORA, "--experts_implementation=grouped_mm"),
+    ),
+)
+ESFT = (
+    Side("ours", OURS, ("--method=esft", "--tuned_experts=8")),
+    Side("transformers 4.51.3", "reference", ("--method=conventional", "--tuned_experts=8")),
+)
+SMALL = ("--vocab=2048",)
+CASES: dict[str, tuple[tuple[str, ...], tuple[Side, ...]]] = {
+    "densemixer": (SMALL, (EXACT, APPROXIMATE, REFERENCE)),
+    "conventional": (SMALL, CONVENTIONAL),
+    "conventional_large_vocabulary": (("--vocab=50304",), CONVENTIONAL),
+    "conventional_long_row": ((*SMALL, "--rows=1", "--length=4096"), CONVENTIONAL),
+    "lora": (SMALL, ADAPTERS),
+    "esft": (SMALL, ESFT),
 }
-"""Vocabulary and sides of each case. The other sides are compared with the first one."""
+"""The shape's flags and the sides of each case. The other sides are compared with the first one."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -105,7 +127,7 @@ def make_venv(path: Path, requirements: Sequence[str]) -> None:
 
 def compare(case: str, args: argparse.Namespace, venvs: Path) -> list[dict[str, Any]]:
     """Runs all rounds of a case. Returns each side's best time, peak memory and ratio."""
-    vocabulary, sides = CASES[case]
+    shape, sides = CASES[case]
     sides += (EAGER,) * (args.eager and sides is CONVENTIONAL)
     runs: dict[str, list[dict[str, Any]]] = {side.name: [] for side in sides}
     for turn in range(args.rounds):
@@ -116,7 +138,7 @@ def compare(case: str, args: argparse.Namespace, venvs: Path) -> list[dict[str, 
                 + f"; {busy:.1f} cores are BUSY with something else" * (busy > 0.2),
                 file=sys.stderr,
             )
-            runs[side.name].append(run_side(side, vocabulary, args, venvs))
+            runs[side.name].append(run_side(side, shape, args, venvs))
     results = []
     for side in sides:
         of_side = runs[side.name]
@@ -154,9 +176,11 @@ def busy_cores(seconds: float = 0.5) -> float:
     return (1 - idle / max(1, total)) * (os.cpu_count() or 1)
 
 
-def run_side(side: Side, vocabulary: int, args: argparse.Namespace, venvs: Path) -> dict[str, Any]:
+def run_side(
+    side: Side, shape: Sequence[str], args: argparse.Namespace, venvs: Path
+) -> dict[str, Any]:
     """Runs one process of a side. Returns what its script prints."""
-    flags = [f"--shape={args.shape}", f"--vocab={vocabulary}", f"--steps={args.steps}", *side.flags]
+    flags = [f"--shape={args.shape}", *shape, f"--steps={args.steps}", *side.flags]
     if side.venv is OURS:
         command = [sys.executable, "-m", "benchmarks.step", "--json", *flags]
     else:
@@ -183,8 +207,10 @@ def run_checked(command: Sequence[str | Path]) -> str:
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
-    """Returns the results as a Markdown table."""
+    """Returns the results as a Markdown table, below the processor's name."""
     lines = [
+        f"{processor()}; {date.today()}",
+        "",
         "| case | side | seconds | times ours | CPU seconds | peak memory, GiB | over the model |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]

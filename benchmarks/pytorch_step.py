@@ -1,7 +1,8 @@
 """Times forward and backward of transformers' OLMoE on random tokens, for compare_pytorch.
 
-The script needs only torch and transformers, and densemixer with --method=densemixer. It runs in
-the virtual environments that compare_pytorch makes, and prints one line of JSON, the last one.
+The script needs only torch and transformers, densemixer with --method=densemixer, and peft with
+--lora_rank. It runs in the virtual environments that compare_pytorch makes, and prints one line of
+JSON, the last one.
 """
 
 import argparse
@@ -25,6 +26,8 @@ def main() -> None:
     add_shape_flags(parser)
     parser.add_argument("--method", choices=("conventional", "densemixer"), default="conventional")
     parser.add_argument("--experts_implementation", help="transformers 5: eager or grouped_mm")
+    parser.add_argument("--lora_rank", type=int, help="adapters of this rank; default: none")
+    parser.add_argument("--tuned_experts", type=int, help="of a layer; default: everything trains")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -44,17 +47,28 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     shape = shape_of(args)
     model = make_model(shape, args.experts_implementation)
+    if args.lora_rank:
+        model = with_adapters(model, args.lora_rank)
+    elif args.tuned_experts:
+        freeze_all_but(model, args.tuned_experts)
     with_model = resident_gib()
     tokens = torch.from_numpy(
         np.random.default_rng(0).integers(0, shape.vocab, (shape.rows, shape.length))
     )
     results = [timed_step(model, tokens) for _ in range(args.steps + 1)][1:]
     peak = peak_resident_gib()
+    # densemixer does not patch transformers 5, and a frozen router has no gradient.
+    unknown = args.experts_implementation or args.tuned_experts
     return {
         "versions": {
             name: importlib.metadata.version(name)
-            for name in ("torch", transformers.__name__, "densemixer")
-            if name != "densemixer" or args.method == name
+            for name, used in (
+                ("torch", True),
+                (transformers.__name__, True),
+                ("densemixer", args.method == "densemixer"),
+                ("peft", args.lora_rank),
+            )
+            if used
         },
         "loss": results[-1][2],
         "step_seconds": [wall for wall, _, _ in results],
@@ -62,8 +76,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "tokens_per_step": shape.tokens,
         "peak_resident_gib": peak,
         "peak_over_model_gib": peak - with_model,
-        # densemixer does not patch transformers 5, whose blocks have another interface.
-        "router_spread": None if args.experts_implementation else router_spread(model),
+        "router_spread": None if unknown else router_spread(model),
     }
 
 
@@ -76,6 +89,23 @@ def make_model(shape: Shape, experts_implementation: str | None) -> Any:
         settings["experts_implementation"] = experts_implementation
     config = OlmoeConfig(**shape.hf_config(), use_cache=False)
     return OlmoeForCausalLM._from_config(config, **settings).train()
+
+
+def with_adapters(model: Any, rank: int) -> Any:
+    """Returns the model with PEFT's adapters on the matrices that ours adapt, all else frozen."""
+    from peft import LoraConfig, get_peft_model
+
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = LoraConfig(r=rank, target_modules=attention, target_parameters=experts)
+    return get_peft_model(model, config)
+
+
+def freeze_all_but(model: Any, experts: int) -> None:
+    """Leaves only the first `experts` experts of each layer trainable, as the reference's ESFT."""
+    model.requires_grad_(False)
+    for layer in model.model.layers:
+        layer.mlp.experts[:experts].requires_grad_(True)
 
 
 def timed_step(model: Any, tokens: Any) -> tuple[float, float, float]:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from benchmarks.machine import processor
 from benchmarks.memory import GIB, peak_resident_gib, resident_gib
 from benchmarks.shapes import Shape, add_shape_flags, shape_of
 from olmoe_jax import methods
@@ -77,6 +78,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--method", choices=METHODS, default="densemixer")
     parser.add_argument("--router_gradient_experts", type=int, help="DenseMixer's m; default: all")
     parser.add_argument("--lora_rank", type=int, help="adapters of this rank; default: none")
+    parser.add_argument("--lora_dropout", type=float, help="default: the configuration's")
     parser.add_argument(
         "--tuned_experts", type=int, default=8, help="esft: experts that train in each layer"
     )
@@ -116,6 +118,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "what": args.what,
         "remat": args.remat,
         "device": f"{len(devices)} x {devices[0].device_kind}",
+        "processor": processor(),
         "loss": loss,
         "first_step": first_step,  # seconds of the clock
         "step_seconds": [wall for wall, _ in steps],
@@ -190,12 +193,14 @@ def setup(args: argparse.Namespace, shape: Shape) -> tuple[Config, BaseModel]:
     """Returns the configuration and the model of a run with random weights."""
     given = {name: value for name in DTYPES if (value := getattr(args, name))}
     router_dtype = given.pop("router_gradient_dtype", None)
+    dropout = {} if args.lora_dropout is None else {"lora_dropout": args.lora_dropout}
     # A step does not depend on how ESFT scores experts.
     method = MethodOptions(
         name="esft_gate" if args.method == "esft" else args.method,
         router_gradient_experts=args.router_gradient_experts,
         router_gradient_dtype=router_dtype,
         lora_rank=args.lora_rank,
+        **dropout,
     )
     settings = ModelSettings(
         compute_dtype=jnp.dtype(shape.compute_dtype),
@@ -250,6 +255,7 @@ def report(result: dict[str, Any]) -> str:
     m, rank = result["router_gradient_experts"], result["lora_rank"]
     method = result["method"] + (f", m={m}" if m else "") + (f", LoRA rank {rank}" if rank else "")
     return f"""{method}; {result["what"]}, remat {result["remat"]}, {result["device"]}
+{result["processor"]}
 {sizes}
 step          {best:.3f} s at best, {statistics.median(times):.3f} s median of {len(times)}
 throughput    {result["tokens_per_step"] / best:,.0f} tokens/s
