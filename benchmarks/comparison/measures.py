@@ -20,6 +20,7 @@ from olmoe_jax.parallel.batch import DeviceBatch
 from olmoe_jax.training.step import changed_choices
 
 _ROWS = 40  # per batch: every part of a test is a multiple
+_LENGTH = 64  # tokens: no row is longer
 
 
 class Measures(NamedTuple):
@@ -40,10 +41,10 @@ class Measures(NamedTuple):
 def batches(file: Path, tokenizer_files: Path) -> list[DeviceBatch]:
     """Returns a file's rows in batches, one example a row, in the order of the file."""
     tokenizer = data.load_tokenizer(str(tokenizer_files))
-    dataset = data.tokenize_dataset(str(file), tokenizer, 256)
+    dataset = data.tokenize_dataset(str(file), tokenizer, _LENGTH)
     found = data.evaluation_batches(
         dataset,
-        max_seq_length=256,
+        max_seq_length=_LENGTH,
         pack=False,
         rows_per_batch=_ROWS,
         pad_id=tokenizer.pad_token_id,

@@ -41,7 +41,8 @@ from olmoe_jax.model.parameters import ROUTER
 from olmoe_jax.training.run_directory import read_metrics
 
 BATCH_SIZE = 32  # examples per step
-ROWS = 6  # per micro-batch; a step's examples fit into so many
+ROWS = {"descend": 2, "order": 7, "back": 5, "cipher": 2}
+"""Rows per micro-batch: the examples of a step fit into so many."""
 LORA_RANK = 8
 TOP_EXPERTS = 4
 """How many of a task's experts of each layer are switched off, one in eight."""
@@ -159,7 +160,7 @@ def cell_config(output: Path, cell: Cell, rate: float, epochs: int) -> Config:
         train=TrainOptions(
             output_dir=str(output / "run"),
             batch_size=BATCH_SIZE,
-            rows_per_device=ROWS,
+            rows_per_device=ROWS[cell.target],
             epochs=epochs,
             seed=cell.seed,
             checkpoint_every=10_000,
@@ -174,7 +175,7 @@ def run_cells(output: Path, cells: Sequence[Cell], study: Study) -> None:
     """Runs the cells, all of one base, one after the other, and adds their results."""
     inputs, results = output / "inputs", read(output)
     known = measures.batches(inputs / "known.jsonl", inputs)
-    bases = {}
+    before: dict[str, measures.Measures] = {}
     for cell in cells:
         started = time.process_time()
         rate = chosen_rate(results, study, cell)
@@ -188,16 +189,15 @@ def run_cells(output: Path, cells: Sequence[Cell], study: Study) -> None:
         target = measures.measure(model, rows)
         found: dict[str, Any] = {}
         if cell.rate is None:
-            if cell.experts_per_token not in bases:
-                path = base_run(output, cell.experts_per_token) / "hf"
-                bases[cell.experts_per_token] = olmoe_jax.from_pretrained(path)
-            before = measures.measure(bases[cell.experts_per_token], rows)
+            if cell.target not in before:
+                base = olmoe_jax.from_pretrained(base_run(output, cell.experts_per_token) / "hf")
+                before[cell.target] = measures.measure(base, rows)
             parameters = RunCheckpoint(run).trained()
             seconds = [line.seconds for line in read_metrics(run) if line.seconds is not None]
             answers = by_task(measures.measure(model, known).right)
             found = {
                 "known": {name: _bits(right) for name, right in answers.items()},
-                "changed_routing": measures.changed_routing(target, before, rows),
+                "changed_routing": measures.changed_routing(target, before[cell.target], rows),
                 "trained": sum(value.size for value in parameters.values()),
                 "step_seconds": float(np.quantile(seconds, 0.1)),
                 "peak_memory": peak,
