@@ -81,14 +81,16 @@ def test_comparison_takes_the_best_of_all_rounds(monkeypatch):
 
 
 @pytest.mark.exhaustive
-def test_scaling_measures_and_draws(monkeypatch, tmp_path):
+def test_scaling_measures_and_draws(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(scaling, "BASE", ("--shape=tiny", "--rows=2"))
-    monkeypatch.setattr(scaling, "METHODS", {"conventional": ("--method=conventional",)})
-    curves = {"layers": {1: scaling.measure(1, ("--layers=1",), 1)}}
-    seconds = curves["layers"][1]["conventional"]
-    assert 0 < seconds < 1
-    assert f"| layers | 1 | {seconds * 1e6:.0f} |" in scaling.table(curves)
-    scaling.plot(curves, tmp_path / "scaling.png")
+    points = {m: scaling.Point(("--layers=1",), m) for m in (3, 4)}
+    monkeypatch.setattr(scaling, "SERIES", {"m": points})
+    scaling.main([f"--output={tmp_path / 'scaling.png'}", "--rounds=2", "--steps=1"])
+    # The curves without m are the same program at both points.
+    assert scaling.program.cache_info().currsize == 4
+    rows = capsys.readouterr().out.splitlines()[-2:]
+    assert [row.split(" | ")[:2] for row in rows] == [["| m", "3"], ["| m", "4"]]
+    assert all(0 < float(cell) < 1e6 for row in rows for cell in row.strip(" |").split(" | ")[2:])
     assert (tmp_path / "scaling.png").stat().st_size > 1000
 
 

@@ -37,5 +37,5 @@ def test_both_sides_train_and_export(rows, tmp_path, tokenizer_dir, tokenizer, m
 
 def test_too_few_rows(rows, tokenizer_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(whole_job, "make_venv", lambda *_: None)
-    with pytest.raises(UserError, match="rows.jsonl: has 8 rows; write fewer --steps"):
+    with pytest.raises(UserError, match=r"rows\.jsonl: has 8 rows; write fewer"):
         whole_job.main([f"--data={rows}", f"--tokenizer={tokenizer_dir}", f"--venvs={tmp_path}"])
