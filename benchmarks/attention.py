@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from benchmarks.machine import machine
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
 from olmoe_jax.ops.attention import BACKENDS, attention, check_backend
 from olmoe_jax.parallel.sharding import BATCH, make_mesh, on_own_rows
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
     args = parser.parse_args(arguments)
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*){3}", args.shape):
         raise UserError(f"--shape={args.shape}: write four numbers, e.g. 4,256,8,64")
-    result = compiled(args) if args.topology else timed(args)
+    result = compiled(args) if args.topology else {"machine": machine()} | timed(args)
     print(json.dumps(result) if args.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
 
 

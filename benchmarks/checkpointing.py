@@ -18,7 +18,7 @@ from unittest import mock
 import jax
 import numpy as np
 
-from benchmarks.machine import processor
+from benchmarks.machine import machine
 from benchmarks.memory import GIB
 from benchmarks.shapes import shape_of
 from benchmarks.step import build, make_parser, random_batch, timed
@@ -73,7 +73,7 @@ def measure(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
         "waited_seconds": median(listed for listed, _ in waited),
         "waited_without_checksums_seconds": median(unlisted for _, unlisted in waited),
         "checksum_seconds": median(run.checksum_seconds),
-        "processor": processor(),
+        "machine": machine(),
     }
 
 
@@ -144,7 +144,7 @@ def report(result: dict[str, Any]) -> str:
     step, blocked = result["step_seconds"], result["blocked_seconds"]
     complete, waited = result["complete_seconds"], result["waited_seconds"]
     unlisted, checks = result["waited_without_checksums_seconds"], result["checksum_seconds"]
-    return f"""processor            {result["processor"]}
+    return f"""machine              {result["machine"]}
 state                {result["state_gib"]:.2f} GiB
 step without a save  {step:.3f} s median, {result["longest_step_seconds"] / step:.2f}x at most
 step with its start  {result["saving_step_seconds"] / step:.2f}x

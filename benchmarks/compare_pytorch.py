@@ -21,11 +21,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import processor
+from benchmarks.machine import machine
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
 from olmoe_jax.parallel.cpu import TUNABLES
 
@@ -207,9 +206,9 @@ def run_checked(command: Sequence[str | Path]) -> str:
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
-    """Returns the results as a Markdown table, below the processor's name."""
+    """Returns the results as a Markdown table, below what they were measured on."""
     lines = [
-        f"{processor()}; {date.today()}",
+        machine(),
         "",
         "| case | side | seconds | times ours | CPU seconds | peak memory, GiB | over the model |",
         "| --- | --- | --- | --- | --- | --- | --- |",

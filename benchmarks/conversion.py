@@ -23,6 +23,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from benchmarks.machine import machine
 from benchmarks.memory import GIB, peak_resident_gib
 from benchmarks.shapes import Shape, add_shape_flags, shape_of
 from olmoe_jax.checkpoints import directory, names
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     args = parser.parse_args(arguments)
     show = json.dumps if args.json else report
-    result = measure(args.output, shape_of(args))
+    result = {"machine": machine()} | measure(args.output, shape_of(args))
     print(show(result), flush=True)
     if args.forward:
         command = "import sys; from benchmarks.conversion import finite_logits as f; f(sys.argv[1])"
@@ -158,7 +159,10 @@ def finite_logits(path: str) -> None:
 def report(result: dict[str, Any]) -> str:
     """Returns the result as text for a person."""
     idle, copy = result["idle"]["peak_gib"], result["copy"]["seconds"]
-    lines = [f"{result['gib']:.2f} GiB; a process that only imports holds {idle:.2f} GiB"]
+    lines = [
+        result["machine"],
+        f"{result['gib']:.2f} GiB; a process that only imports holds {idle:.2f} GiB",
+    ]
     for name in ("copy", "from_hf", "to_hf", "forward"):
         if name not in result:
             continue

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.machine import machine
 from olmoe_jax.ops.cross_entropy import weighted_cross_entropy
 
 
@@ -49,6 +50,7 @@ def main() -> None:
             jax.block_until_ready(function(*arguments))
             if run:  # The first run warms up.
                 seconds[name].append(time.perf_counter() - start)
+    print(machine())
     for name, function in compiled.items():
         temporary = function.memory_analysis().temp_size_in_bytes / 2**20
         print(f"{name:8} {np.median(seconds[name]):8.3f} s {temporary:8.1f} MiB")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from benchmarks.machine import machine
 from olmoe_jax.errors import ArgumentParser, run_command
 from olmoe_jax.parallel.cpu import restart_with_huge_pages, use_all_cores
 
@@ -28,6 +29,7 @@ def main(arguments: Sequence[str]) -> None:
     use_all_cores()
     seconds = measure(args)
     size = 4 * args.hidden * args.intermediate
+    print(machine())
     for name, runs in seconds.items():
         print(f"{name:8} {1e6 * np.median(runs):8.1f} us {size / np.median(runs) / 1e9:6.1f} GB/s")
     ratio = np.median(np.divide(seconds["XLA's"], seconds["by rows"]))

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.machine import machine
 from olmoe_jax.errors import ArgumentParser, UserError, run_command, whole_number
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str]) -> None:
             seconds["not kept"].append(start(directory, keep=False))
             seconds["cold"].append(start(directory))
             seconds["warm"].append(start(directory))
+    print(machine())
     whole = statistics.median(seconds["not kept"])
     for kind, times in seconds.items():
         each = ", ".join(f"{value:.1f}" for value in times)

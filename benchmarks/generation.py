@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.compare_pytorch import ROOT, VENVS, busy_cores, make_venv, run_checked
+from benchmarks.machine import machine
 from benchmarks.shapes import Shape, add_shape_flags, shape_of
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
 from olmoe_jax.parallel.cpu import use_all_cores
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str]) -> None:
                     file=sys.stderr,
                 )
                 runs[side].append(json.loads(run_checked(command).splitlines()[-1]))
-    print(report(runs))
+    print(machine(), report(runs), sep="\n\n")
 
 
 def parser() -> ArgumentParser:

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks.machine import machine
 from olmoe_jax import data
 from olmoe_jax.checkpoints import directory
 from olmoe_jax.config import Config, DataOptions, ModelOptions, TrainOptions
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str]) -> None:
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as path:
         result = measure(Path(path), args)
-    print(json.dumps(result) if args.json else report(result))
+    print(json.dumps(result) if args.json else f"{machine()}\n{report(result)}")
 
 
 def measure(path: Path, args: argparse.Namespace) -> dict[str, float]:

@@ -1,8 +1,10 @@
-"""What a benchmark ran on: the processor. Imports the standard library only."""
+"""What a benchmark ran on, and when. Imports the standard library only."""
 
+import importlib.metadata
 import os
 import platform
 import re
+from datetime import date
 from pathlib import Path
 
 _EXTENSIONS = {"avx2": "AVX2", "avx512f": "AVX-512", "amx_tile": "AMX", "sve": "SVE"}
@@ -18,3 +20,9 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     extensions = [wanted for flag, wanted in _EXTENSIONS.items() if flag in found]
     parts = [name[1] if name else platform.processor() or platform.machine(), *extensions]
     return ", ".join([*parts, f"{os.cpu_count()} cores"])
+
+
+def machine() -> str:
+    """Returns the line that belongs above figures: processor, versions and date."""
+    jax = importlib.metadata.version("jax")
+    return f"{processor()}; Python {platform.python_version()}, jax {jax}; {date.today()}"

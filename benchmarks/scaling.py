@@ -9,13 +9,12 @@ prints them as a Markdown table. Takes minutes on two cores.
 import functools
 import time
 from collections.abc import Callable, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
-from benchmarks.machine import processor
+from benchmarks.machine import machine
 from benchmarks.shapes import shape_of
 from benchmarks.step import make_parser, make_step, timed
 from olmoe_jax.errors import ArgumentParser, run_command, whole_number
@@ -77,7 +76,7 @@ def main(arguments: Sequence[str]) -> None:
                     best[method] = min(seconds, best.get(method, seconds))
         taken = time.monotonic() - start
         print(f"round {turn + 1} of {args.rounds}: done after {taken:.0f} s", flush=True)
-    print(f"{processor()}; {date.today()}\n\n{table(curves)}")
+    print(f"{machine()}\n\n{table(curves)}")
     plot(curves, args.output)
 
 

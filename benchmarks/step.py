@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from benchmarks.machine import processor
+from benchmarks.machine import machine
 from benchmarks.memory import GIB, peak_resident_gib, resident_gib
 from benchmarks.shapes import Shape, add_shape_flags, shape_of
 from olmoe_jax import methods
@@ -118,7 +118,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "what": args.what,
         "remat": args.remat,
         "device": f"{len(devices)} x {devices[0].device_kind}",
-        "processor": processor(),
+        "machine": machine(),
         "loss": loss,
         "first_step": first_step,  # seconds of the clock
         "step_seconds": [wall for wall, _ in steps],
@@ -255,7 +255,7 @@ def report(result: dict[str, Any]) -> str:
     m, rank = result["router_gradient_experts"], result["lora_rank"]
     method = result["method"] + (f", m={m}" if m else "") + (f", LoRA rank {rank}" if rank else "")
     return f"""{method}; {result["what"]}, remat {result["remat"]}, {result["device"]}
-{result["processor"]}
+{result["machine"]}
 {sizes}
 step          {best:.3f} s at best, {statistics.median(times):.3f} s median of {len(times)}
 throughput    {result["tokens_per_step"] / best:,.0f} tokens/s

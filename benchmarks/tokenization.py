@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.machine import machine
 from olmoe_jax.data import load_tokenizer, tokenize_dataset
 from olmoe_jax.errors import ArgumentParser, run_command
 
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str]) -> None:
     what.add_argument("--data")
     args = parser.parse_args(arguments)
     tokenizer = load_tokenizer(args.tokenizer)
+    print(machine())
     with tempfile.TemporaryDirectory() as path:
         os.environ["OLMOE_JAX_CACHE"] = path
         if args.data:

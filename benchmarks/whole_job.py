@@ -20,11 +20,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from datetime import date
 from pathlib import Path
 
 from benchmarks.compare_pytorch import VENVS, busy_cores, make_venv
-from benchmarks.machine import processor
+from benchmarks.machine import machine
 from benchmarks.shapes import add_shape_flags, shape_of
 from olmoe_jax.errors import ArgumentParser, UserError, run_command, whole_number
 from olmoe_jax.files import user_path
@@ -59,7 +58,7 @@ def main(arguments: Sequence[str]) -> None:
                 taken, losses[side] = run(command(inputs, args), inputs)
                 seconds[side].append(taken)
     warm = statistics.median(seconds["ours, warm"])
-    print(f"{processor()}; {date.today()}\n")
+    print(f"{machine()}\n")
     print("| side | seconds | times ours, warm | loss at the end |\n| --- | --- | --- | --- |")
     for side, times in seconds.items():
         each = ", ".join(f"{value:.1f}" for value in times)
