@@ -16,7 +16,7 @@ DEV := $(VENV)/dev-$(ACCELERATOR).stamp
 PYTEST := $(VENV)/bin/python -m pytest -q -n 2 --durations 30
 # XLA fixes the number of a CPU's devices when jax starts: these tests run in a session of their own.
 PYTEST_DEVICES := XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu $(PYTEST) \
-    --dist loadfile tests/eight_devices
+    --dist loadfile --no-loadscope-reorder tests/eight_devices
 PIP := $(VENV)/bin/python -m pip install --quiet --no-compile -c constraints.txt
 # pip compiles on one core, and a third more files: packages' tests and transformers' other models.
 COMPILE := $(VENV)/bin/python -m compileall -qq -j 0 -x '/tests/|/transformers/models/(?!auto|olmo)' $(VENV)/lib

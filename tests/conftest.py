@@ -2,10 +2,13 @@
 
 import gc
 import importlib.metadata
+import io
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -26,12 +29,18 @@ os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
 gc.set_threshold(100_000, 20, 20)
 
 _LONGEST = (
+    "test_mesh_training.py",
+    "test_plan_programs.py",
     "test_processes.py",
     "test_reproduce.py",
-    "test_faults.py",
     "test_training_slow.py",
-    "test_harness.py",
     "test_training_resume.py",
+    "test_training_decoding.py",
+    "test_lora_training.py",
+    "test_faults.py",
+    "test_harness.py",
+    "test_wheel.py",
+    "test_slurm.py",
 )
 _OWN_CACHE = pytest.StashKey[str]()
 
@@ -41,6 +50,33 @@ def pytest_configure(config: pytest.Config) -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         directory = tempfile.mkdtemp(prefix="olmoe_jax_compiled_")
         os.environ["JAX_COMPILATION_CACHE_DIR"] = config.stash[_OWN_CACHE] = directory
+    _draw_once()
+
+
+def _draw_once() -> None:
+    """Lets a session draw each figure of runs once, for all that have its labels and size.
+
+    A figure takes a quarter of a second, and hundreds of runs draw three of them.
+    """
+    from olmoe_jax import plots
+
+    heat_maps, plot_losses = plots.heat_maps, plots.plot_losses
+    drawn: dict[object, bytes] = {}
+
+    def write(file: Path | IO[bytes], key: object, draw: Callable[[IO[bytes]], None]) -> None:
+        if key not in drawn:
+            draw(png := io.BytesIO())
+            drawn[key] = png.getvalue()
+        file.write_bytes(drawn[key]) if isinstance(file, Path) else file.write(drawn[key])
+
+    def maps(values, file):
+        key = tuple((title, map_.shape) for title, map_ in values.items())
+        write(file, key, lambda png: heat_maps(values, png))
+
+    def losses(lines, title, file):
+        write(file, title, lambda png: plot_losses(lines, title, png))
+
+    plots.heat_maps, plots.plot_losses = maps, losses
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -50,7 +86,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest first, so that no process is left alone with one at the end."""
-    items.sort(key=lambda item: item.path.name not in _LONGEST)
+    order = {name: number for number, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.hookimpl(trylast=True)
