@@ -27,7 +27,7 @@ from olmoe_jax.model.parameters import ROUTER, ParameterSpec, merge, norm_scale,
 from olmoe_jax.model.tuned import LayerTunedExperts, TunedExperts
 from olmoe_jax.ops import decoding
 from olmoe_jax.ops.embedding import embedding_lookup, embedding_rows
-from olmoe_jax.ops.linear import ExpertWeights
+from olmoe_jax.ops.linear import ExpertWeights, Linear
 from olmoe_jax.ops.quantization import dequantized, is_quantized
 from olmoe_jax.ops.remat import keep, rematerialised
 from olmoe_jax.ops.routing import RouterStatistics
@@ -72,6 +72,7 @@ class DecoderLayer(nnx.Module):
         tuned: LayerTunedExperts | None = None,
         with_router_logits: bool = False,
         all_layers: AllLayers | None = None,
+        stacks: AllLayers | None = None,
     ) -> tuple[jax.Array, tuple[RouterStatistics, LayerCache]]:
         """Runs the layer, in training, prefill and decoding.
 
@@ -82,6 +83,7 @@ class DecoderLayer(nnx.Module):
           tuned: this layer's tuned experts.
           with_router_logits: whether the statistics hold the router's logits.
           all_layers: a decode step's experts, read in place.
+          stacks: the experts that DenseMixer's router gradient reads in place.
 
         Returns:
           [B, S, D]; the router's statistics; the cache with x's keys and values.
@@ -98,6 +100,7 @@ class DecoderLayer(nnx.Module):
                 tuned,
                 with_router_logits,
                 all_layers,
+                stacks,
             )
         return shard_batch(x + y), (statistics, cache)
 
@@ -300,14 +303,16 @@ class Olmoe(nnx.Module):
         """
         context = self._context(segments, positions, dropout_key)
         graph, stacked = nnx.split(self.layers)
+        experts = self._stacked_experts(stacked)
 
         def layer(x: jax.Array, inputs: tuple) -> tuple[jax.Array, tuple]:
             index, weights, tuned = inputs
+            stacks = AllLayers(experts, index) if experts else None
             # Inside the scan, so that only one layer's weights are ever dequantized at a time, in
             # the backward too.
             weights = dequantized(weights, self.settings.compute_dtype)
             x, (statistics, cache) = nnx.merge(graph, weights)(
-                x, context.of_layer(index), None, tuned, with_router_logits
+                x, context.of_layer(index), None, tuned, with_router_logits, stacks=stacks
             )
             return x, (statistics, cache if with_cache else None)
 
@@ -383,6 +388,18 @@ class Olmoe(nnx.Module):
             # A key for each row: no mesh changes what is dropped.
             keys = shard_batch(jax.random.split(dropout_key, segments.shape[0]))
         return Context(rotation(positions, self.config), segments, dropout_keys=keys)
+
+    def _stacked_experts(self, stacked: nnx.State) -> ExpertWeights | None:
+        """Returns the experts of all layers where DenseMixer's router gradient reads them in place.
+
+        Its loop over the experts of a layer would have XLA copy that layer's out of the stacks. A
+        mesh gathers a layer's weights, and quantized ones become numbers a layer at a time.
+        """
+        settings, experts = self.settings, self.layers.moe.experts
+        if not settings.dense_router_gradient or active_mesh() or is_quantized(stacked):
+            return None
+        matrices = (getattr(experts, name)[...] for name in ExpertWeights._fields)
+        return ExpertWeights(*(Linear(jax.lax.stop_gradient(matrix)) for matrix in matrices))
 
     def _tuned_by_layer(self) -> LayerTunedExperts | None:
         """Returns the tuned experts of all layers, stacked."""

@@ -36,10 +36,10 @@ from olmoe_jax.parallel import sharding
 
 
 class AllLayers(NamedTuple):
-    """The experts of all layers, stacked, and the number of one layer: how a decode step reads."""
+    """The experts of all layers, stacked, and the number of one layer, to be read in place."""
 
     experts: ExpertWeights  # gate, up [L, E, D, F], down [L, E, F, D]
-    layer: int
+    layer: int | jax.Array
 
 
 class Experts(nnx.Module):
@@ -61,21 +61,22 @@ class Experts(nnx.Module):
         self.lora = Adapters(settings.lora, matrices, rngs) if settings.lora else None
 
     def weights(
-        self, settings: ModelSettings, tuned: LayerTunedExperts | None = None
+        self,
+        settings: ModelSettings,
+        tuned: LayerTunedExperts | None = None,
+        stacks: AllLayers | None = None,
     ) -> ExpertWeights:
         """Returns one layer's matrices in the compute dtype, sharded as the parameters are."""
-        maps = (
-            adapted(getattr(self, name)[...], self.lora, name, settings)
-            for name in ExpertWeights._fields
-        )
-        if tuned is None:
-            return ExpertWeights(*maps)
-        return ExpertWeights(
-            *(
-                dataclasses.replace(map_, tuned=getattr(tuned, name), indices=tuned.indices)
-                for name, map_ in zip(ExpertWeights._fields, maps, strict=True)
-            )
-        )
+        maps = []
+        for name in ExpertWeights._fields:
+            map_ = adapted(getattr(self, name)[...], self.lora, name, settings)
+            if tuned is not None:
+                map_ = dataclasses.replace(map_, tuned=getattr(tuned, name), indices=tuned.indices)
+            if stacks is not None:
+                stack = getattr(stacks.experts, name).weight, jnp.asarray(stacks.layer)
+                map_ = dataclasses.replace(map_, stack=stack)
+            maps.append(map_)
+        return ExpertWeights(*maps)
 
     def specs(
         self,
@@ -121,6 +122,7 @@ class MoE(nnx.Module):
         tuned: LayerTunedExperts | None = None,
         with_logits: bool = False,
         all_layers: AllLayers | None = None,
+        stacks: AllLayers | None = None,
     ) -> tuple[jax.Array, RouterStatistics]:
         """Runs one layer's block.
 
@@ -131,12 +133,16 @@ class MoE(nnx.Module):
           tuned: arrays that take the gradient of some of this module's experts, and equal them.
           with_logits: whether the statistics hold the router's logits.
           all_layers: a decode step's experts, instead of this module's.
+          stacks: where DenseMixer's router gradient reads this module's experts; without a mesh.
 
         Returns:
           [B, S, D] and the router's statistics.
         """
         router = self.router[...].astype(jnp.float32)
-        experts = all_layers.experts if all_layers else self.experts.weights(self.settings, tuned)
+        if all_layers:
+            experts = all_layers.experts
+        else:
+            experts = self.experts.weights(self.settings, tuned, stacks)
         block: Block = functools.partial(
             moe_block,
             self.config,

@@ -8,10 +8,11 @@ B [R, F]; W never changes.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from olmoe_jax.ops.grouped_matmul import (
     grouped_matmul,
@@ -23,7 +24,7 @@ from olmoe_jax.ops.remat import keep
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["weight", "a", "b", "tuned", "indices"],
+    data_fields=["weight", "a", "b", "tuned", "indices", "stack"],
     meta_fields=["scale"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Linear:
       b: [..., R, F], the adapter's second factor.
       tuned: [u, D, F], equal to `weight[indices]`: gets the gradient, while `weight` is read.
       indices: [u] int32, the experts of `tuned`; E stands for none.
+      stack: [L, E, D, F] and the number of a layer, whose matrices equal `weight`: what takes a
+        single expert reads it there (`expert_of`).
       scale: factor of the adapter's product.
     """
 
@@ -44,6 +47,7 @@ class Linear:
     b: jax.Array | None = None
     tuned: jax.Array | None = None
     indices: jax.Array | None = None
+    stack: tuple[jax.Array, jax.Array] | None = None
     scale: float = 1.0
 
 
@@ -58,6 +62,24 @@ class ExpertWeights(NamedTuple):
 def untuned(map_: Linear) -> Linear:
     """Returns the map without the arrays that only take a gradient; it computes the same."""
     return dataclasses.replace(map_, tuned=None, indices=None)
+
+
+def expert_of(map_: Linear, number: jax.Array, dtype: DTypeLike) -> Linear:
+    """Returns the map of one expert, in a dtype.
+
+    A loop over the experts of a slice, which `weight` is of the stack, would have XLA copy the
+    slice before it.
+    """
+
+    def taken(array: jax.Array | None, index: tuple[jax.Array, ...] = (number,)) -> Any:
+        return None if array is None else array.at[index].get(mode="clip").astype(dtype)
+
+    if map_.stack is None:
+        weight = taken(map_.weight)
+    else:
+        matrices, layer = map_.stack
+        weight = taken(matrices, (layer, number))
+    return Linear(weight, taken(map_.a), taken(map_.b), scale=map_.scale)
 
 
 def merged_weight(map_: Linear) -> jax.Array:
