@@ -27,6 +27,7 @@ from olmoe_jax.model.parameters import ROUTER, ParameterSpec, merge, norm_scale,
 from olmoe_jax.model.tuned import LayerTunedExperts, TunedExperts
 from olmoe_jax.ops import decoding
 from olmoe_jax.ops.embedding import embedding_lookup, embedding_rows
+from olmoe_jax.ops.grouped_matmul import reads_in_stack
 from olmoe_jax.ops.linear import ExpertWeights, Linear
 from olmoe_jax.ops.quantization import dequantized, is_quantized
 from olmoe_jax.ops.remat import keep, rematerialised
@@ -83,7 +84,7 @@ class DecoderLayer(nnx.Module):
           tuned: this layer's tuned experts.
           with_router_logits: whether the statistics hold the router's logits.
           all_layers: a decode step's experts, read in place.
-          stacks: the experts that DenseMixer's router gradient reads in place.
+          stacks: the experts of all layers, for loops over experts to read in place.
 
         Returns:
           [B, S, D]; the router's statistics; the cache with x's keys and values.
@@ -173,7 +174,12 @@ class Olmoe(nnx.Module):
         if sums is not None and stack.serves(active_mesh(), self.settings.remat):
             return self._run_layers_ahead(tokens, segments, positions, dropout_key, sums)
         x, statistics, _ = self._run_layers(
-            tokens, segments, positions, dropout_key, with_router_logits=with_router_logits
+            tokens,
+            segments,
+            positions,
+            dropout_key,
+            with_router_logits=with_router_logits,
+            sums=sums,
         )
         return x, statistics
 
@@ -294,6 +300,7 @@ class Olmoe(nnx.Module):
         *,
         with_router_logits: bool = False,
         with_cache: bool = False,
+        sums: Mapping[str, Any] | None = None,
     ) -> tuple[jax.Array, RouterStatistics, Any]:
         """Scans the layers.
 
@@ -303,7 +310,13 @@ class Olmoe(nnx.Module):
         """
         context = self._context(segments, positions, dropout_key)
         graph, stacked = nnx.split(self.layers)
-        experts = self._stacked_experts(stacked)
+        experts = self._stacked_experts(stacked, sums or {})
+        if experts:
+            # A matrix whose gradient goes to the sums gets none here, not even zeros.
+            held: Any = stacked["moe"]["experts"]
+            for name, map_ in experts._asdict().items():
+                if map_.sums is not None:
+                    held[name] = held[name].replace(jax.lax.stop_gradient(map_.weight))
 
         def layer(x: jax.Array, inputs: tuple) -> tuple[jax.Array, tuple]:
             index, weights, tuned = inputs
@@ -389,17 +402,25 @@ class Olmoe(nnx.Module):
             keys = shard_batch(jax.random.split(dropout_key, segments.shape[0]))
         return Context(rotation(positions, self.config), segments, dropout_keys=keys)
 
-    def _stacked_experts(self, stacked: nnx.State) -> ExpertWeights | None:
-        """Returns the experts of all layers where DenseMixer's router gradient reads them in place.
+    def _stacked_experts(self, stacked: nnx.State, sums: Mapping[str, Any]) -> ExpertWeights | None:
+        """Returns the experts of all layers, with their sums, where loops over experts read them.
 
-        Its loop over the experts of a layer would have XLA copy that layer's out of the stacks. A
-        mesh gathers a layer's weights, and quantized ones become numbers a layer at a time.
+        Such a loop would have XLA copy a layer's experts out of the stacks. A mesh gathers a
+        layer's weights, and quantized ones become numbers a layer at a time.
         """
         settings, experts = self.settings, self.layers.moe.experts
-        if not settings.dense_router_gradient or active_mesh() or is_quantized(stacked):
+        in_stack = reads_in_stack(settings.grouped_matmul)
+        if active_mesh() or is_quantized(stacked):
             return None
-        matrices = (getattr(experts, name)[...] for name in ExpertWeights._fields)
-        return ExpertWeights(*(Linear(jax.lax.stop_gradient(matrix)) for matrix in matrices))
+        if not (in_stack or settings.dense_router_gradient):
+            return None
+
+        def all_layers(name: str) -> Linear:
+            matrices = jax.lax.stop_gradient(getattr(experts, name)[...])
+            own_sums = sums.get(f"layers.moe.experts.{name}") if in_stack else None
+            return Linear(matrices, sums=own_sums)
+
+        return ExpertWeights(*map(all_layers, ExpertWeights._fields))
 
     def _tuned_by_layer(self) -> LayerTunedExperts | None:
         """Returns the tuned experts of all layers, stacked."""

@@ -20,6 +20,7 @@ from olmoe_jax.model.parameters import weight
 from olmoe_jax.model.tuned import LayerTunedExperts
 from olmoe_jax.ops import decoding
 from olmoe_jax.ops.expert_parallel import Block, on_devices, own_experts
+from olmoe_jax.ops.grouped_matmul.stack import InStack
 from olmoe_jax.ops.linear import ExpertWeights, grouped_linear
 from olmoe_jax.ops.remat import keep
 from olmoe_jax.ops.router_gradient import dense_router_term
@@ -73,8 +74,9 @@ class Experts(nnx.Module):
             if tuned is not None:
                 map_ = dataclasses.replace(map_, tuned=getattr(tuned, name), indices=tuned.indices)
             if stacks is not None:
-                stack = getattr(stacks.experts, name).weight, jnp.asarray(stacks.layer)
-                map_ = dataclasses.replace(map_, stack=stack)
+                all_layers = getattr(stacks.experts, name)
+                stack = InStack(all_layers.weight, jnp.asarray(stacks.layer))
+                map_ = dataclasses.replace(map_, stack=stack, sums=all_layers.sums)
             maps.append(map_)
         return ExpertWeights(*maps)
 
@@ -133,7 +135,7 @@ class MoE(nnx.Module):
           tuned: arrays that take the gradient of some of this module's experts, and equal them.
           with_logits: whether the statistics hold the router's logits.
           all_layers: a decode step's experts, instead of this module's.
-          stacks: where DenseMixer's router gradient reads this module's experts; without a mesh.
+          stacks: where loops over experts read this module's, and add their gradients.
 
         Returns:
           [B, S, D] and the router's statistics.
@@ -177,7 +179,7 @@ def moe_block(
     first_expert: jax.Array | int = 0,
     *,
     with_logits: bool = False,
-    layer: int | None = None,
+    layer: int | jax.Array | None = None,
 ) -> tuple[jax.Array, RouterStatistics]:
     """Runs the block on one device, with the experts that the device has at hand.
 

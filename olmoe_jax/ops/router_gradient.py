@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from olmoe_jax.ops.expert_parallel import own_experts
 from olmoe_jax.ops.linear import (
     ExpertWeights,
+    cast,
     expert_of,
     grouped_linear,
     grouped_linear_transposed,
@@ -58,6 +59,7 @@ def dense_router_term(
       dtype: see `router_gradient`.
       backend: see `router_gradient`.
     """
+    experts = ExpertWeights(*map(untuned, experts))
     num_experts, num_own = routing.probabilities.shape[1], experts.gate.weight.shape[0]
     is_chosen = jax.nn.one_hot(routing.chosen, num_experts, dtype=bool).any(axis=1)  # [T, E]
     other_weights = jnp.where(is_chosen | ~is_token[:, None], 0.0, routing.probabilities)
@@ -123,13 +125,12 @@ def _backward(
     g: jax.Array,
 ) -> tuple[None, jax.Array, None, None]:
     x, experts, candidates = residuals
-    experts = ExpertWeights(*map(untuned, experts))
     if dtype == "bfloat16":
         x, g = x.astype(dtype), g.astype(dtype)
     if candidates is None:
         scores = all_expert_scores(x, g, experts, float8=dtype == "float8_e4m3fn")
     else:
-        experts = jax.tree.map(lambda value: value.astype(x.dtype), experts)
+        experts = ExpertWeights(*(cast(map_, x.dtype) for map_ in experts))
         scores = candidate_scores(x, g, experts, candidates, backend)
     return None, scores, None, None
 

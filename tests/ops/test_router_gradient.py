@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from helpers import array_sizes, count_matmuls, relative_error
 
+from olmoe_jax.ops.grouped_matmul.stack import InStack
 from olmoe_jax.ops.linear import (
     ExpertWeights,
     Linear,
@@ -105,7 +106,7 @@ def test_the_stack_of_all_layers_is_read_in_place(float8):
         sizes = (E, weight.shape[1], 2), (E, 2, weight.shape[2])
         map_ = Linear(weight, *(jnp.asarray(random.normal(size=size)) for size in sizes))
         plain.append(map_)
-        stack = jnp.stack([others[name], weight]), jnp.int32(1)
+        stack = InStack(jnp.stack([others[name], weight]), jnp.int32(1))
         nothing = jnp.full_like(weight, jnp.nan)
         in_place.append(dataclasses.replace(map_, weight=nothing, stack=stack))
     scores = jax.jit(all_expert_scores, static_argnums=3)
