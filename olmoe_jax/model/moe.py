@@ -227,7 +227,7 @@ def moe_block(
         backend = settings.grouped_matmul
         gate = keep(grouped_linear(rows, experts.gate, dropped_rows, group_sizes, backend))
         up = keep(grouped_linear(rows, experts.up, dropped_rows, group_sizes, backend))
-        hidden = (jax.nn.silu(gate) * up * row_weights).astype(x.dtype)  # [T*K, F]
+        hidden = _weighted_swiglu(gate, up, row_weights)  # [T*K, F]
         dropped_hidden = hidden
         if dropout_keys is not None:
             # Drawn in the order of the tokens, which does not depend on the routing.
@@ -255,3 +255,13 @@ def moe_block(
     if with_logits:
         statistics = statistics._replace(logits=routing.logits.reshape(*x.shape[:-1], -1))
     return y.reshape(x.shape), statistics
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _weighted_swiglu(gate: jax.Array, up: jax.Array, row_weights: jax.Array) -> jax.Array:
+    """Returns silu(gate) * up * row_weights in gate's dtype.
+
+    The backward computes it again from gate and up, even if `remat` keeps all else: differentiation
+    would keep four more arrays of this size for each layer.
+    """
+    return (jax.nn.silu(gate) * up * row_weights).astype(gate.dtype)
