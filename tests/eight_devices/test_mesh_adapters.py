@@ -83,7 +83,7 @@ def assert_same(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) 
         # Seven targets' A and B, router and head; three tuned matrices, router and head.
         ("lora", "data=2,fsdp=4", 14 + 2),
         ("nf4", "fsdp=8", 14 + 2),
-        ("esft", "data=2,fsdp=4", 3 + 2),
+        pytest.param("esft", "data=2,fsdp=4", 3 + 2, marks=pytest.mark.exhaustive),
     ],
 )
 def test_loss_and_gradients(one_device, kind, mesh, gradients):

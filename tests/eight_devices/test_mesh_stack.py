@@ -75,10 +75,10 @@ def accumulated(method: str, mesh) -> dict[str, np.ndarray]:
     ("method", "mesh"),
     [
         ("frozen", "data=2,fsdp=4"),
-        ("conventional", "fsdp=8"),
-        ("densemixer", "data=2,fsdp=4"),
+        pytest.param("conventional", "fsdp=8", marks=pytest.mark.exhaustive),
+        pytest.param("densemixer", "data=2,fsdp=4", marks=pytest.mark.exhaustive),
         pytest.param("densemixer, 4 experts", "fsdp=8", marks=pytest.mark.exhaustive),
-        ("lora", "data=2,fsdp=4"),
+        pytest.param("lora", "data=2,fsdp=4", marks=pytest.mark.exhaustive),
         pytest.param("nf4", "fsdp=8", marks=pytest.mark.exhaustive),
         ("esft", "fsdp=8"),
         pytest.param("esft, all else too", "data=2,fsdp=4", marks=pytest.mark.exhaustive),
