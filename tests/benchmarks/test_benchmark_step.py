@@ -45,7 +45,10 @@ def test_step_does_the_whole_task(densemixer):
     "flags",
     [
         ("--method=esft", "--tuned_experts=3"),
-        ("--method=conventional", "--lora_rank=2", "--what=update"),
+        pytest.param(
+            ("--method=conventional", "--lora_rank=2", "--what=update"),
+            marks=pytest.mark.exhaustive,
+        ),
     ],
 )
 def test_step_report(flags, capsys):

@@ -346,9 +346,6 @@ def test_the_command_on_code(tiny_model, data_dir, tmp_path):
     code, stdout, stderr = run_module(*common, *sampled, "--allow_code_execution")
     assert code == 0, stderr
     assert "pass@5" in stdout
-    code, stdout, stderr = run_module("eval.run", "--help")
-    assert code == 0
-    assert "--judge_url" in stdout
 
 
 # A process of its own that is worth killing; without jax, so that ten of them start quickly.

@@ -259,19 +259,18 @@ def test_a_killed_evaluation_asks_nothing_twice(tmp_path, tiny_model, data_dir):
         environment = os.environ | {"JUDGE_BASE_URL": server.url, "JUDGE_API_KEY": KEY}
         arguments = {"cwd": ROOT, "env": environment, "stdout": opened, "stderr": opened}
         command = list(map(str, command))
-        for answers in (2, 8):
-            process = subprocess.Popen(command, **arguments)
-            while sum(server.answered.values()) < answers and process.poll() is None:
-                time.sleep(0.01)
-            time.sleep(0.1)  # the client has written them
-            process.send_signal(signal.SIGKILL)
-            assert process.wait() == -signal.SIGKILL
+        process = subprocess.Popen(command, **arguments)
+        while sum(server.answered.values()) < 7 and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(0.1)  # the client has written them
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
         subprocess.run(command, check=True, **arguments)
         answered = server.answered
-        assert answered.pop(None) == 3  # each start asks whether the judge is there
-        # Only a request that was under way at a kill was asked again: at most 2 workers, 2 kills.
+        assert answered.pop(None) == 2  # each start asks whether the judge is there
+        # Only a request that was under way at the kill was asked again: at most 2 workers.
         assert len(answered) == 12
-        assert sum(answered.values()) - len(answered) <= 4
+        assert sum(answered.values()) - len(answered) <= 2
         before = server.asked.copy()
         subprocess.run(command, check=True, **arguments)
         assert server.asked == before

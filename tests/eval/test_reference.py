@@ -86,7 +86,7 @@ def lm_eval_prompts(shared, tmp_path_factory):
         # Their files load the metric from the hub, to try it.
         metric = type("Metric", (), {"compute": lambda self, **_: ({"pass@1": 0.0}, {})})()
         patch.setattr(evaluate, "load", lambda name: metric)
-        manager = TaskManager(include_path=str(path))
+        manager = TaskManager(include_path=str(path), include_defaults=False)
         found = {}
         for name in files:
             task = manager.load(f"local_{name}")["tasks"][f"local_{name}"]
@@ -329,7 +329,7 @@ def test_the_report_marks_chat_templates(tmp_path):
 
 @pytest.mark.slow
 def test_draws_are_those_of_transformers(tiny_model):
-    """The next token of 3 prompts at temperature 0.7 and top_p 0.9, 20,000 draws (chi-squared)."""
+    """The next token of a prompt for each kind of draw, 20,000 draws (chi-squared)."""
     import jax
     import jax.numpy as jnp
     import torch
@@ -349,27 +349,27 @@ def test_draws_are_those_of_transformers(tiny_model):
     tokenizer = load_tokenizer(str(tiny_model))
     theirs = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
     count, draw = 20_000, jax.jit(sample, static_argnums=0)
-    for number, prompt in enumerate(("a b", "the cat", "x y z")):
+    kinds = {"a b": (0.9, 0), "the cat": (0.9, 5), "x y z": (1.0, 7)}
+    for number, (prompt, (top_p, top_k)) in enumerate(kinds.items()):
         ids = torch.tensor([tokenizer(prompt, add_special_tokens=False).input_ids])
         with torch.no_grad():
             logits = 4 * theirs(ids).logits[:, -1]
-        for top_p, top_k in ((0.9, 0), (0.9, 5), (1.0, 7)):
-            warpers = [TemperatureLogitsWarper(0.7)]
-            warpers += [TopKLogitsWarper(top_k)] if top_k else []
-            warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
-            expected = LogitsProcessorList(warpers)(ids, logits.clone()).softmax(-1)[0].numpy()
-            sampling = Draws(0.7, top_p, number, top_k)
-            keys = jax.random.split(jax.random.key(number), count)
-            rows = jnp.broadcast_to(logits[0].numpy(), (count, logits.shape[-1]))
-            drawn = draw(sampling.kind, rows, keys, jnp.int32(0), sampling.numbers)
-            observed = np.bincount(drawn, minlength=len(expected))
-            assert not observed[expected == 0].any()
-            common = expected * count >= 5
-            kept, wanted = observed[common], expected[common] * count
-            rest = count - kept.sum(), count - wanted.sum()
-            statistic = ((kept - wanted) ** 2 / wanted).sum()
-            statistic += (rest[0] - rest[1]) ** 2 / max(rest[1], 1)
-            assert statistic < chi2.ppf(0.9999, max(1, common.sum() - 1 + (rest[1] > 1)))
+        warpers = [TemperatureLogitsWarper(0.7)]
+        warpers += [TopKLogitsWarper(top_k)] if top_k else []
+        warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+        expected = LogitsProcessorList(warpers)(ids, logits.clone()).softmax(-1)[0].numpy()
+        sampling = Draws(0.7, top_p, number, top_k)
+        keys = jax.random.split(jax.random.key(number), count)
+        rows = jnp.broadcast_to(logits[0].numpy(), (count, logits.shape[-1]))
+        drawn = draw(sampling.kind, rows, keys, jnp.int32(0), sampling.numbers)
+        observed = np.bincount(drawn, minlength=len(expected))
+        assert not observed[expected == 0].any()
+        common = expected * count >= 5
+        kept, wanted = observed[common], expected[common] * count
+        rest = count - kept.sum(), count - wanted.sum()
+        statistic = ((kept - wanted) ** 2 / wanted).sum()
+        statistic += (rest[0] - rest[1]) ** 2 / max(rest[1], 1)
+        assert statistic < chi2.ppf(0.9999, max(1, common.sum() - 1 + (rest[1] > 1)))
 
 
 @pytest.mark.slow

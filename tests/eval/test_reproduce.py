@@ -190,4 +190,3 @@ def test_small_from_training_to_report(tmp_path, capfd):
     assert not (output / "esft_gate_gsm/checkpoints").exists()
     # The same report again, without the weights.
     assert (output / "report/report.md").read_text() == report
-    assert_user_error(run_command_line(*arguments, "--eval.limit=3"), "was begun with evaluation=")

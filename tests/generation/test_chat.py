@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, assert_user_error, message_of, run_module
+from helpers import ROOT, message_of, run_module
 
 from olmoe_jax.data.formats import RowRules, format_row
 from olmoe_jax.generation import chat, command
@@ -173,19 +173,19 @@ def test_mistakes(arguments, words, tiny_model):
 
 
 @pytest.mark.slow
-def test_the_command(tiny_model, tmp_path):
-    """One message, a file and a pipe give the same answers."""
+def test_the_command(tiny_model, tmp_path, capsys):
+    """One message and a file give the same answers."""
     template = ["--chat", "--chat_template", TEMPLATES / "chatml.jinja", "--max_new_tokens", 8]
-    common = ["olmoe_jax.generate", "--model", tiny_model, *template]
-    code, alone, stderr = run_module(*common, "--prompt", "Hi?")
-    assert code == 0, stderr
+    common = list(map(str, ["--model", tiny_model, *template]))
+    command.main([*common, "--prompt", "Hi?"])
+    alone = capsys.readouterr().out
     file = rows(tmp_path, {"messages": [USER]}, {"messages": [USER, ANSWER, USER]})
-    code, out, stderr = run_module(*common, "--prompts", file)
+    code, out, stderr = run_module("olmoe_jax.generate", *common, "--prompts", file)
     assert code == 0, stderr
     found = [json.loads(line)["messages"] for line in out.splitlines()]
     assert found[0] == [USER, {"role": "assistant", "content": alone[:-1]}]
     assert [len(messages) for messages in found] == [2, 4]
-    assert_user_error(run_module(*common, "--prompt", "x", "--top_p", "2"), "top_p=2")
+    assert "top_p=2" in message_of(command.main, [*common, "--prompt", "x", "--top_p", "2"])
 
 
 CONTROLLED = """

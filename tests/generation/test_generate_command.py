@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, assert_user_error, message_of, run_module
+from helpers import ROOT, message_of, run_module
 from training import processes
 
 from olmoe_jax.generation import command
@@ -59,22 +59,18 @@ def test_prompts_that_are_no_text_file(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command(tiny_model, tmp_path):
-    command = ["olmoe_jax.generate", "--model", tiny_model, "--max_new_tokens", 8]
-    code, alone, stderr = run_module(*command, "--prompt", "3 + 4 is")
-    assert code == 0, stderr
+def test_the_command(tiny_model, tmp_path, capsys):
+    flags = ["--model", str(tiny_model), "--max_new_tokens", "8"]
     (tmp_path / "prompts").write_text("3 + 4 is\n\nwhat?\n")
-    code, out, stderr = run_module(*command, "--prompts", tmp_path / "prompts")
+    code, out, stderr = run_module("olmoe_jax.generate", *flags, "--prompts", tmp_path / "prompts")
     assert code == 0, stderr
     rows = [json.loads(line) for line in out.splitlines()]
     assert [row["prompt"] for row in rows] == ["3 + 4 is", "what?"]
-    assert rows[0]["text"] + "\n" == alone
-    code, out, _ = run_module("olmoe_jax.generate", "--help")
-    assert code == 0
-    assert "--adapter" in out
-    wrong = run_module(*command, "--prompt", "x", "--adapter", tmp_path)
-    assert_user_error(wrong, "adapter_config.json")
-    assert_user_error(run_module(*command, "--prompt", "x", "--top_p", "2"), "top_p=2")
+    main([*flags, "--prompt", "3 + 4 is"])
+    assert capsys.readouterr().out == rows[0]["text"] + "\n"
+    wrong = [*flags, "--prompt", "x", "--adapter", str(tmp_path)]
+    assert "adapter_config.json" in message_of(main, wrong)
+    assert "top_p=2" in message_of(main, [*flags, "--prompt", "x", "--top_p", "2"])
 
 
 SEVERAL = """
@@ -97,9 +93,13 @@ with distributed.joined(sys.argv[1:]) as (path,):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_several_processes_write_the_same(tiny_model, tmp_path):
-    """Draws on the devices of two processes are those of one device; runs decode greedily."""
+    """Draws on the devices of two processes are those of one device.
+
+    CI has draws on devices of one process (eight_devices/test_mesh_generation.py), and runs of two
+    processes that decode greedily (training/test_training_decoding.py).
+    """
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", SEVERAL, str(tiny_model)]
     started = processes.start(command, tmp_path / "log", environment)

@@ -70,7 +70,7 @@ def compare(checkpoint, rows, count, adapter=None, alone=2):
     return expected
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_small_model(tmp_path):
     pytest.importorskip("torch")
     config = tiny_config(num_kv_heads=2)

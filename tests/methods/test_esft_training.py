@@ -138,7 +138,9 @@ SHAREABLE = {"experts": {"1": [3], "2": [0, 5]}, "shared_experts": False}
 @pytest.mark.parametrize(
     ("content", "options", "also"),
     [
-        ({"experts": EMPTY_LAYER}, {}, {"lm_head.weight"}),
+        pytest.param(
+            {"experts": EMPTY_LAYER}, {}, {"lm_head.weight"}, marks=pytest.mark.exhaustive
+        ),
         ({"experts": EMPTY_LAYER}, {"method__esft_train_head": False}, set()),
         pytest.param(
             {"experts": EMPTY_LAYER},

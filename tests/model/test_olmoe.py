@@ -200,7 +200,9 @@ def test_remat_changes_nothing(remat):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora", [None, LoraSettings(4, 16.0)])
+@pytest.mark.parametrize(
+    "lora", [None, pytest.param(LoraSettings(4, 16.0), marks=pytest.mark.exhaustive)]
+)
 def test_what_remat_computes_twice(lora):
     """Selective: no matmul; full: all of the layer but the last of an expert."""
     config = tiny_config()

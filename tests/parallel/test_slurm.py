@@ -70,14 +70,13 @@ def slurm(tmp_path):
 
 
 def test_the_batch_script(slurm, tmp_path, tokenizer_dir):
-    """Two tasks on one node find each other and make one run."""
+    """Two tasks on one node find each other and make one run, of which one writes."""
     files = make_files(tmp_path / "files", tokenizer_dir)
     output, log = tmp_path / "run", tmp_path / "job.log"
     options = {
         "data__eval_path": None,
         "data__eval_fraction": 0.0,
         "train__max_steps": 2,
-        "train__export_hf": False,
     }
     # Two tasks instead of one on each node, and no GPU.
     sbatch = ["sbatch", "--wait", "--ntasks-per-node=2", "--gpus-per-node=0", f"--output={log}"]
@@ -88,5 +87,9 @@ def test_the_batch_script(slurm, tmp_path, tokenizer_dir):
     )
     said = log.read_text() if log.exists() else (tmp_path / "daemons.log").read_text()
     assert result.returncode == 0, result.stderr + said
-    assert "devices: 2 x cpu in 2 processes" in said
+    assert said.count("devices: 2 x cpu in 2 processes") == 1
+    assert said.count("exported step 2") == 1
     assert len(losses(output)) == 2
+    assert (output / "hf" / "model.safetensors").exists()
+    assert (output / "loss.png").exists()
+    assert len(list((output / "tensorboard").iterdir())) == 1

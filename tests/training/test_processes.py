@@ -1,8 +1,6 @@
 """Two processes as one run: the losses of one device, one writer, and errors that end both."""
 
 import json
-import os
-import signal
 import sys
 from pathlib import Path
 
@@ -13,7 +11,6 @@ from training.tiny_run import losses, make_files, metrics
 
 import olmoe_jax
 from olmoe_jax.config import to_dict
-from olmoe_jax.training.reporting import Reporter
 
 WORKER = Path(__file__).with_name("runs_worker.py")
 STEPS = 10
@@ -51,8 +48,8 @@ def sums(tmp_path_factory, tokenizer_dir):
 @pytest.mark.parametrize(
     "names", [("moving",), pytest.param(("esft", "lora"), marks=pytest.mark.exhaustive)]
 )
-def test_losses_are_those_of_one_device(sums, tmp_path, environment, monkeypatch, names):
-    """Two processes of two devices. A run called moving goes to one of one device, and back."""
+def test_losses_are_those_of_one_device(sums, tmp_path, environment, names):
+    """Two processes of two devices. A run called moving is stopped, and continued by two others."""
 
     def config(name: str, directory: str, **changes):
         return sums.config(tmp_path / directory / name, **(OPTIONS | RUNS[name] | changes))
@@ -71,16 +68,6 @@ def test_losses_are_those_of_one_device(sums, tmp_path, environment, monkeypatch
 
     train_in_two_processes("first", {name: 3 if name == "moving" else None for name in names})
     if "moving" in names:
-        with monkeypatch.context() as patch:
-            report = Reporter.step
-
-            def step(self, line, scalars):
-                report(self, line, scalars)
-                if line["step"] == 6:
-                    os.kill(os.getpid(), signal.SIGTERM)
-
-            patch.setattr(Reporter, "step", step)
-            assert not olmoe_jax.train(config("moving", "two")).finished
         train_in_two_processes("second", {"moving": None})
     for name in names:
         two, one = tmp_path / "two" / name, tmp_path / "one" / name
@@ -104,8 +91,9 @@ def command(sums, tmp_path):
     return [sys.executable, "train.py", *arguments]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_one_of_two_processes_writes(command, tmp_path, environment):
+    """parallel/test_slurm.py has the same in CI."""
     started = processes.start(command, tmp_path / "log", environment)
     assert started.wait() == [0, 0], started.output()
     first, second = started.output()

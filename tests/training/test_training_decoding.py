@@ -213,6 +213,7 @@ def test_with_adapters_and_tuned_experts(files, easy, tmp_path, method):
         | DECODING
         | method
         | {"optimizer__learning_rate": 0.03, "train__max_steps": 40, "train__epochs": 10}
+        | {"generate__every": 2}
     )
     output = olmoe_jax.train(files.config(tmp_path / "run", **options)).output_dir
     assert decoded(output)[2] == 0

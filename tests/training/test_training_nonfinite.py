@@ -83,7 +83,9 @@ def test_n_in_a_row_stop_the_run_and_it_can_be_continued(files, tmp_path, poison
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [{}, {"method__lora_rank": 2}])
+@pytest.mark.parametrize(
+    "method", [{}, pytest.param({"method__lora_rank": 2}, marks=pytest.mark.exhaustive)]
+)
 def test_the_last_loss_is_not_finite(files, tmp_path, poison, method):
     """The run ends with an error and without an export, which the same command does not make."""
     poison(np.nan, {2})

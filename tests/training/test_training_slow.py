@@ -6,12 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers import AS_USERS_COMPILE
-from training.test_training_resume import snapshot
+from training.test_training_resume import Crash, at_step, crash, snapshot
 from training.tiny_run import (
     MODEL,
     ROOT,
@@ -22,6 +23,10 @@ from training.tiny_run import (
     run_train,
     train_command,
 )
+
+import olmoe_jax
+
+__all__ = ["at_step"]
 
 pytestmark = pytest.mark.slow
 
@@ -51,15 +56,24 @@ def check_failed_save(result, output: Path) -> None:
     assert "run the same command again" in result.stderr
 
 
-def test_disk_full_during_a_save(tmp_path, tokenizer_dir, environment, small_disk):
+def test_disk_full_during_a_save(tmp_path, tokenizer_dir, environment, small_disk, at_step, capsys):
+    """The command that meets the full disk is a process; its run begins and ends in this one."""
     if small_disk is None:
         pytest.skip("no right to mount a small file system; the test below goes without")
     files = make_files(tmp_path / "files", tokenizer_dir)
     options = {"train__checkpoint_every": 4, "data__eval_path": None, "data__eval_fraction": 0.0}
     output, whole = small_disk / "run", tmp_path / "whole"
-    assert run_train(train_command(files, whole, **options), environment).returncode == 0
-    first = _stopped_at_4(files, output, options, environment)
-    assert first == [4]
+    olmoe_jax.train(files.config(whole, **options))
+
+    def die_after_the_save():
+        while not (output / "checkpoints" / "4").is_dir():
+            time.sleep(0.01)
+        crash()
+
+    at_step(5, die_after_the_save)
+    with pytest.raises(Crash):
+        olmoe_jax.train(files.config(output, **options))
+    assert [p.name for p in (output / "checkpoints").iterdir() if p.name.isdigit()] == ["4"]
     filler = small_disk / "filler"
     free = shutil.disk_usage(small_disk).free
     filler.write_bytes(b"x" * (free - 256 * 1024))
@@ -67,9 +81,9 @@ def test_disk_full_during_a_save(tmp_path, tokenizer_dir, environment, small_dis
     check_failed_save(result, output)
     assert "no space left on the disk" in result.stderr
     filler.unlink()
-    result = run_train(train_command(files, output, **options), environment)
-    assert result.returncode == 0, result.stderr
-    assert f"continuing after step 4 of {len(losses(whole))}" in result.stdout
+    capsys.readouterr()
+    assert olmoe_jax.train(files.config(output, **options)).finished
+    assert f"continuing after step 4 of {len(losses(whole))}" in capsys.readouterr().out
     assert losses(output) == losses(whole)
     assert exported_bytes(output) == exported_bytes(whole)
 
@@ -130,9 +144,9 @@ def test_real_data_with_the_real_tokenizer(tmp_path, shared, environment):
         "data.eval_path": tmp_path / "test.jsonl",
         "data.tokenizer_path": shared / "data" / "tokenizer",
         "data.max_seq_length": 512,
-        "optimizer.learning_rate": 1e-3,
+        "optimizer.learning_rate": 3e-3,
         "train.batch_size": 4,
-        "train.max_steps": 20,
+        "train.max_steps": 12,
         "train.output_dir": output,
     }
     flags = [f"--config.{field}={value}" for field, value in fields.items()]
@@ -141,12 +155,12 @@ def test_real_data_with_the_real_tokenizer(tmp_path, shared, environment):
     result = run_train(command, environment | AS_USERS_COMPILE)
     assert result.returncode == 0, result.stderr
     curve = list(losses(output).values())
-    assert len(curve) == 20
+    assert len(curve) == 12
     assert np.isfinite(curve).all()
     assert curve[0] == pytest.approx(np.log(50304), rel=0.02)
     assert np.mean(curve[-3:]) < 0.95 * curve[0]
     (evaluation,) = [line for line in metrics(output) if "eval_loss" in line]
-    assert evaluation["step"] == 20
+    assert evaluation["step"] == 12
     assert evaluation["eval_loss"] < curve[0]
     loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
         output / "hf", output_loading_info=True
