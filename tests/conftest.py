@@ -2,6 +2,7 @@
 
 import gc
 import importlib.metadata
+import importlib.util
 import io
 import os
 import shutil
@@ -14,11 +15,12 @@ import pytest
 
 # Compiling takes most of the tests' time and their arrays are tiny: XLA compiles without its
 # optimisations, and with its older emitters, in two fifths of the time. helpers.AS_USERS_COMPILE
-# takes it back; six golden cases run so, as commands. Later jaxlibs than 0.10 have no older
-# emitters, and end a process that asks for them.
+# takes it back; three golden cases run so, as commands. libtpu, and jaxlibs after 0.10, have no
+# older emitters, and end a process that asks for them.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 _CHEAP = "--xla_cpu_parallel_codegen_split_count=1"
-if importlib.metadata.version("jaxlib").startswith("0.10."):
+_TPU = importlib.util.find_spec("libtpu") is not None
+if importlib.metadata.version("jaxlib").startswith("0.10.") and not _TPU:
     _CHEAP += " --xla_cpu_use_fusion_emitters=false"
 if _CHEAP not in (_flags := os.environ.get("XLA_FLAGS", "")):
     os.environ["XLA_FLAGS"] = f"{_flags} {_CHEAP}".strip()
