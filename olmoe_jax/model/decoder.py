@@ -27,7 +27,8 @@ from olmoe_jax.model.parameters import ROUTER, ParameterSpec, merge, norm_scale,
 from olmoe_jax.model.tuned import LayerTunedExperts, TunedExperts
 from olmoe_jax.ops import decoding
 from olmoe_jax.ops.embedding import embedding_lookup, embedding_rows
-from olmoe_jax.ops.linear import ExpertWeights
+from olmoe_jax.ops.grouped_matmul import reads_in_stack
+from olmoe_jax.ops.linear import ExpertWeights, Linear
 from olmoe_jax.ops.quantization import dequantized, is_quantized
 from olmoe_jax.ops.remat import keep, rematerialised
 from olmoe_jax.ops.routing import RouterStatistics
@@ -72,6 +73,7 @@ class DecoderLayer(nnx.Module):
         tuned: LayerTunedExperts | None = None,
         with_router_logits: bool = False,
         all_layers: AllLayers | None = None,
+        stacks: AllLayers | None = None,
     ) -> tuple[jax.Array, tuple[RouterStatistics, LayerCache]]:
         """Runs the layer, in training, prefill and decoding.
 
@@ -82,6 +84,7 @@ class DecoderLayer(nnx.Module):
           tuned: this layer's tuned experts.
           with_router_logits: whether the statistics hold the router's logits.
           all_layers: a decode step's experts, read in place.
+          stacks: the experts of all layers, for loops over experts to read in place.
 
         Returns:
           [B, S, D]; the router's statistics; the cache with x's keys and values.
@@ -98,6 +101,7 @@ class DecoderLayer(nnx.Module):
                 tuned,
                 with_router_logits,
                 all_layers,
+                stacks,
             )
         return shard_batch(x + y), (statistics, cache)
 
@@ -170,7 +174,12 @@ class Olmoe(nnx.Module):
         if sums is not None and stack.serves(active_mesh(), self.settings.remat):
             return self._run_layers_ahead(tokens, segments, positions, dropout_key, sums)
         x, statistics, _ = self._run_layers(
-            tokens, segments, positions, dropout_key, with_router_logits=with_router_logits
+            tokens,
+            segments,
+            positions,
+            dropout_key,
+            with_router_logits=with_router_logits,
+            sums=sums,
         )
         return x, statistics
 
@@ -291,6 +300,7 @@ class Olmoe(nnx.Module):
         *,
         with_router_logits: bool = False,
         with_cache: bool = False,
+        sums: Mapping[str, Any] | None = None,
     ) -> tuple[jax.Array, RouterStatistics, Any]:
         """Scans the layers.
 
@@ -300,14 +310,22 @@ class Olmoe(nnx.Module):
         """
         context = self._context(segments, positions, dropout_key)
         graph, stacked = nnx.split(self.layers)
+        experts = self._stacked_experts(stacked, sums or {})
+        if experts:
+            # A matrix whose gradient goes to the sums gets none here, not even zeros.
+            held: Any = stacked["moe"]["experts"]
+            for name, map_ in experts._asdict().items():
+                if map_.sums is not None:
+                    held[name] = held[name].replace(jax.lax.stop_gradient(map_.weight))
 
         def layer(x: jax.Array, inputs: tuple) -> tuple[jax.Array, tuple]:
             index, weights, tuned = inputs
+            stacks = AllLayers(experts, index) if experts else None
             # Inside the scan, so that only one layer's weights are ever dequantized at a time, in
             # the backward too.
             weights = dequantized(weights, self.settings.compute_dtype)
             x, (statistics, cache) = nnx.merge(graph, weights)(
-                x, context.of_layer(index), None, tuned, with_router_logits
+                x, context.of_layer(index), None, tuned, with_router_logits, stacks=stacks
             )
             return x, (statistics, cache if with_cache else None)
 
@@ -383,6 +401,26 @@ class Olmoe(nnx.Module):
             # A key for each row: no mesh changes what is dropped.
             keys = shard_batch(jax.random.split(dropout_key, segments.shape[0]))
         return Context(rotation(positions, self.config), segments, dropout_keys=keys)
+
+    def _stacked_experts(self, stacked: nnx.State, sums: Mapping[str, Any]) -> ExpertWeights | None:
+        """Returns the experts of all layers, with their sums, where loops over experts read them.
+
+        Such a loop would have XLA copy a layer's experts out of the stacks. A mesh gathers a
+        layer's weights, and quantized ones become numbers a layer at a time.
+        """
+        settings, experts = self.settings, self.layers.moe.experts
+        in_stack = reads_in_stack(settings.grouped_matmul)
+        if active_mesh() or is_quantized(stacked):
+            return None
+        if not (in_stack or settings.dense_router_gradient):
+            return None
+
+        def all_layers(name: str) -> Linear:
+            matrices = jax.lax.stop_gradient(getattr(experts, name)[...])
+            own_sums = sums.get(f"layers.moe.experts.{name}") if in_stack else None
+            return Linear(matrices, sums=own_sums)
+
+        return ExpertWeights(*map(all_layers, ExpertWeights._fields))
 
     def _tuned_by_layer(self) -> LayerTunedExperts | None:
         """Returns the tuned experts of all layers, stacked."""

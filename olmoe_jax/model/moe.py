@@ -20,6 +20,7 @@ from olmoe_jax.model.parameters import weight
 from olmoe_jax.model.tuned import LayerTunedExperts
 from olmoe_jax.ops import decoding
 from olmoe_jax.ops.expert_parallel import Block, on_devices, own_experts
+from olmoe_jax.ops.grouped_matmul.stack import InStack
 from olmoe_jax.ops.linear import ExpertWeights, grouped_linear
 from olmoe_jax.ops.remat import keep
 from olmoe_jax.ops.router_gradient import dense_router_term
@@ -36,10 +37,10 @@ from olmoe_jax.parallel import sharding
 
 
 class AllLayers(NamedTuple):
-    """The experts of all layers, stacked, and the number of one layer: how a decode step reads."""
+    """The experts of all layers, stacked, and the number of one layer, to be read in place."""
 
     experts: ExpertWeights  # gate, up [L, E, D, F], down [L, E, F, D]
-    layer: int
+    layer: int | jax.Array
 
 
 class Experts(nnx.Module):
@@ -61,21 +62,23 @@ class Experts(nnx.Module):
         self.lora = Adapters(settings.lora, matrices, rngs) if settings.lora else None
 
     def weights(
-        self, settings: ModelSettings, tuned: LayerTunedExperts | None = None
+        self,
+        settings: ModelSettings,
+        tuned: LayerTunedExperts | None = None,
+        stacks: AllLayers | None = None,
     ) -> ExpertWeights:
         """Returns one layer's matrices in the compute dtype, sharded as the parameters are."""
-        maps = (
-            adapted(getattr(self, name)[...], self.lora, name, settings)
-            for name in ExpertWeights._fields
-        )
-        if tuned is None:
-            return ExpertWeights(*maps)
-        return ExpertWeights(
-            *(
-                dataclasses.replace(map_, tuned=getattr(tuned, name), indices=tuned.indices)
-                for name, map_ in zip(ExpertWeights._fields, maps, strict=True)
-            )
-        )
+        maps = []
+        for name in ExpertWeights._fields:
+            map_ = adapted(getattr(self, name)[...], self.lora, name, settings)
+            if tuned is not None:
+                map_ = dataclasses.replace(map_, tuned=getattr(tuned, name), indices=tuned.indices)
+            if stacks is not None:
+                all_layers = getattr(stacks.experts, name)
+                stack = InStack(all_layers.weight, jnp.asarray(stacks.layer))
+                map_ = dataclasses.replace(map_, stack=stack, sums=all_layers.sums)
+            maps.append(map_)
+        return ExpertWeights(*maps)
 
     def specs(
         self,
@@ -121,6 +124,7 @@ class MoE(nnx.Module):
         tuned: LayerTunedExperts | None = None,
         with_logits: bool = False,
         all_layers: AllLayers | None = None,
+        stacks: AllLayers | None = None,
     ) -> tuple[jax.Array, RouterStatistics]:
         """Runs one layer's block.
 
@@ -131,12 +135,16 @@ class MoE(nnx.Module):
           tuned: arrays that take the gradient of some of this module's experts, and equal them.
           with_logits: whether the statistics hold the router's logits.
           all_layers: a decode step's experts, instead of this module's.
+          stacks: where loops over experts read this module's, and add their gradients.
 
         Returns:
           [B, S, D] and the router's statistics.
         """
         router = self.router[...].astype(jnp.float32)
-        experts = all_layers.experts if all_layers else self.experts.weights(self.settings, tuned)
+        if all_layers:
+            experts = all_layers.experts
+        else:
+            experts = self.experts.weights(self.settings, tuned, stacks)
         block: Block = functools.partial(
             moe_block,
             self.config,
@@ -171,7 +179,7 @@ def moe_block(
     first_expert: jax.Array | int = 0,
     *,
     with_logits: bool = False,
-    layer: int | None = None,
+    layer: int | jax.Array | None = None,
 ) -> tuple[jax.Array, RouterStatistics]:
     """Runs the block on one device, with the experts that the device has at hand.
 

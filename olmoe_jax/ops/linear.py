@@ -8,22 +8,26 @@ B [R, F]; W never changes.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from olmoe_jax.ops.grouped_matmul import (
     grouped_matmul,
+    grouped_matmul_in_stack,
     grouped_matmul_transposed,
     grouped_matmul_tuned,
+    reads_in_stack,
 )
+from olmoe_jax.ops.grouped_matmul.stack import InStack
 from olmoe_jax.ops.remat import keep
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["weight", "a", "b", "tuned", "indices"],
+    data_fields=["weight", "a", "b", "tuned", "indices", "stack", "sums"],
     meta_fields=["scale"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +40,9 @@ class Linear:
       b: [..., R, F], the adapter's second factor.
       tuned: [u, D, F], equal to `weight[indices]`: gets the gradient, while `weight` is read.
       indices: [u] int32, the experts of `tuned`; E stands for none.
+      stack: equal to `weight`: loops over experts read it, so that `weight` is never copied.
+      sums: a ref of all layers' gradients, to which the backward adds `weight`'s; None: `weight`
+        gets it.
       scale: factor of the adapter's product.
     """
 
@@ -44,6 +51,8 @@ class Linear:
     b: jax.Array | None = None
     tuned: jax.Array | None = None
     indices: jax.Array | None = None
+    stack: InStack | None = None
+    sums: Any = None
     scale: float = 1.0
 
 
@@ -57,7 +66,29 @@ class ExpertWeights(NamedTuple):
 
 def untuned(map_: Linear) -> Linear:
     """Returns the map without the arrays that only take a gradient; it computes the same."""
-    return dataclasses.replace(map_, tuned=None, indices=None)
+    return dataclasses.replace(map_, tuned=None, indices=None, sums=None)
+
+
+def cast(map_: Linear, dtype: DTypeLike) -> Linear:
+    """Returns the map in a dtype; a stack stays as it is stored."""
+    arrays = {name: getattr(map_, name) for name in ("weight", "a", "b")}
+    arrays = {name: None if x is None else x.astype(dtype) for name, x in arrays.items()}
+    return dataclasses.replace(map_, **arrays)
+
+
+def expert_of(map_: Linear, number: jax.Array, dtype: DTypeLike) -> Linear:
+    """Returns the map of one expert, in a dtype.
+
+    A loop over the experts of a slice, which `weight` is of the stack, would have XLA copy the
+    slice before it.
+    """
+
+    def taken(array: jax.Array | None) -> Any:
+        return None if array is None else array.at[number].get(mode="clip").astype(dtype)
+
+    stack = map_.stack
+    weight = taken(map_.weight) if stack is None else stack.matrix(number).astype(dtype)
+    return Linear(weight, taken(map_.a), taken(map_.b), scale=map_.scale)
 
 
 def merged_weight(map_: Linear) -> jax.Array:
@@ -111,10 +142,12 @@ def grouped_linear(
     Returns:
       [N, F].
     """
-    if map_.tuned is None or map_.indices is None:
-        y = grouped_matmul(rows, map_.weight, group_sizes, backend)
-    else:
+    if map_.tuned is not None and map_.indices is not None:
         y = grouped_matmul_tuned(rows, map_.weight, map_.tuned, map_.indices, group_sizes, backend)
+    elif map_.stack is not None and reads_in_stack(backend):
+        y = grouped_matmul_in_stack(rows, map_.weight, map_.stack, map_.sums, group_sizes)
+    else:
+        y = grouped_matmul(rows, map_.weight, group_sizes, backend)
     if map_.a is None or map_.b is None:
         return y
     low = keep(grouped_matmul(dropped, map_.a, group_sizes, backend))
@@ -136,7 +169,10 @@ def grouped_linear_transposed(
       [N, D].
     """
     matmul = functools.partial(grouped_matmul_transposed, group_sizes=group_sizes, backend=backend)
-    y = matmul(rows, map_.weight)
+    if map_.stack is not None and reads_in_stack(backend):
+        y = matmul(rows, map_.stack)
+    else:
+        y = matmul(rows, map_.weight)
     if map_.a is None or map_.b is None:
         return y
     return y + map_.scale * matmul(matmul(rows, map_.b), map_.a)

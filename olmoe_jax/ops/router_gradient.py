@@ -21,6 +21,8 @@ import jax.numpy as jnp
 from olmoe_jax.ops.expert_parallel import own_experts
 from olmoe_jax.ops.linear import (
     ExpertWeights,
+    cast,
+    expert_of,
     grouped_linear,
     grouped_linear_transposed,
     merged_weight,
@@ -57,6 +59,7 @@ def dense_router_term(
       dtype: see `router_gradient`.
       backend: see `router_gradient`.
     """
+    experts = ExpertWeights(*map(untuned, experts))
     num_experts, num_own = routing.probabilities.shape[1], experts.gate.weight.shape[0]
     is_chosen = jax.nn.one_hot(routing.chosen, num_experts, dtype=bool).any(axis=1)  # [T, E]
     other_weights = jnp.where(is_chosen | ~is_token[:, None], 0.0, routing.probabilities)
@@ -122,12 +125,12 @@ def _backward(
     g: jax.Array,
 ) -> tuple[None, jax.Array, None, None]:
     x, experts, candidates = residuals
-    experts = ExpertWeights(*map(untuned, experts))
     if dtype == "bfloat16":
-        x, g, experts = jax.tree.map(lambda value: value.astype(dtype), (x, g, experts))
+        x, g = x.astype(dtype), g.astype(dtype)
     if candidates is None:
         scores = all_expert_scores(x, g, experts, float8=dtype == "float8_e4m3fn")
     else:
+        experts = ExpertWeights(*(cast(map_, x.dtype) for map_ in experts))
         scores = candidate_scores(x, g, experts, candidates, backend)
     return None, scores, None, None
 
@@ -147,17 +150,17 @@ def all_expert_scores(
 ) -> jax.Array:
     """Returns the scores s[t, e] = <g_t, E_e(x_t)>, [T, E] float32.
 
-    Runs one expert at a time: no array of [T, E, F] or [T, E, D] ever exists. With `float8` the
-    matmuls' factors are rounded to 8 bits (see `_to_float8`).
+    Runs one expert at a time, in x's dtype: no array of [T, E, F] or [T, E, D] ever exists. With
+    `float8` the matmuls' factors are rounded to 8 bits (see `_to_float8`).
     """
     # In 8 bits, x and g are pairs of values and scales.
     factor, g_factor = (_to_float8(x, axis=1), _to_float8(g, axis=1)) if float8 else (x, g)
 
-    def one_expert(_: None, expert: ExpertWeights) -> tuple[None, jax.Array]:
+    def one_expert(_: None, number: jax.Array) -> tuple[None, jax.Array]:
         def multiply(rows: Any, name: str) -> jax.Array:
             # down is [F, D]: contracting its D applies the transpose without making it.
             contract = 1 if name == "down" else 0
-            weight = merged_weight(getattr(expert, name))
+            weight = merged_weight(expert_of(getattr(experts, name), number, x.dtype))
             dot = functools.partial(
                 jax.lax.dot_general,
                 dimension_numbers=(((1,), (contract,)), ((), ())),
@@ -170,7 +173,7 @@ def all_expert_scores(
 
         return None, _scores(factor, g_factor, multiply)
 
-    return jax.lax.scan(one_expert, None, experts)[1].T
+    return jax.lax.scan(one_expert, None, jnp.arange(experts.gate.weight.shape[0]))[1].T
 
 
 def _to_float8(matrix: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:

@@ -1,12 +1,14 @@
 """The grouped matmul against a loop over its groups: values, both gradients, every odd case."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import RUN_ON_CPU, array_sizes, assert_close, relative_error
 from ops.grouped_oracle import loop_oracle, make_inputs, run
 
-from olmoe_jax.ops.grouped_matmul import grouped_matmul
+from olmoe_jax.ops.grouped_matmul import grouped_matmul, grouped_matmul_in_stack
+from olmoe_jax.ops.grouped_matmul.stack import InStack
 
 # Names say what is odd; (rows, D, F, group sizes).
 CASES = {
@@ -84,6 +86,34 @@ def test_bfloat16_is_as_exact_as_its_output_allows():
 def test_backends_agree(name):
     inputs = case(name)
     assert_close(run(*inputs, "blocked"), run(*inputs, "ragged_dot"), 1e-6)
+
+
+@pytest.mark.parametrize("with_sums", [False, True], ids=["differentiated", "added to sums"])
+def test_matrices_in_a_stack(with_sums):
+    """The bits are those of a layer's matrices, which are not read. Other layers get nothing."""
+    x, w, g, sizes = case("last_blocks_after_whole_ones")
+    stack = jnp.stack([w + 1, w])
+    before = jnp.ones_like(stack)
+
+    @jax.jit
+    def in_stack(x, nothing, stack, before):
+        sums = jax.new_ref(before) if with_sums else None
+
+        def function(x, nothing):
+            layer = InStack(stack, jnp.int32(1))
+            return grouped_matmul_in_stack(x, nothing, layer, sums, jnp.asarray(sizes))
+
+        y, pullback = jax.vjp(function, x, nothing)
+        return y, *pullback(g), None if sums is None else jax.freeze(sums)
+
+    y, dx, dw, after = in_stack(x, jnp.full_like(w, jnp.nan), stack, before)
+    expected = run(x, w, g, sizes, "blocked")
+    np.testing.assert_array_equal(y, expected[0])
+    np.testing.assert_array_equal(dx, expected[1])
+    np.testing.assert_array_equal(dw, 0 if with_sums else expected[2])
+    if with_sums:
+        np.testing.assert_array_equal(after[0], before[0])
+        np.testing.assert_array_equal(after[1], before[1] + expected[2])
 
 
 def test_blocks_do_not_compute_all_groups_for_all_rows():

@@ -1,18 +1,21 @@
 """DenseMixer's router gradient: nothing in the forward, exact and small in the backward."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import array_sizes, count_matmuls, relative_error
 
+from olmoe_jax.ops.grouped_matmul.stack import InStack
 from olmoe_jax.ops.linear import (
     ExpertWeights,
     Linear,
     grouped_linear_transposed,
     merged_weight,
 )
-from olmoe_jax.ops.router_gradient import router_gradient
+from olmoe_jax.ops.router_gradient import all_expert_scores, router_gradient
 
 # Distinct primes: the size of an array tells which dimensions it has, however it is arranged.
 T, E, D, F, K = 11, 5, 7, 13, 2
@@ -91,6 +94,27 @@ def test_candidates_only(m, backend):
     assert wanted.sum() == (T - 1) * (m - K)
     np.testing.assert_array_equal(np.asarray(scores)[~wanted], 0)
     assert relative_error(scores, np.where(wanted, expected, 0)) < 1e-6
+
+
+@pytest.mark.parametrize("float8", [False, True])
+def test_the_stack_of_all_layers_is_read_in_place(float8):
+    """The bits are those of one layer's matrices, which are not read."""
+    random, (_, arrays), (_, others) = np.random.default_rng(1), case(), case(seed=1)
+    plain, in_place = [], []
+    for name in ExpertWeights._fields:
+        weight = arrays[name]
+        sizes = (E, weight.shape[1], 2), (E, 2, weight.shape[2])
+        map_ = Linear(weight, *(jnp.asarray(random.normal(size=size)) for size in sizes))
+        plain.append(map_)
+        stack = InStack(jnp.stack([others[name], weight]), jnp.int32(1))
+        nothing = jnp.full_like(weight, jnp.nan)
+        in_place.append(dataclasses.replace(map_, weight=nothing, stack=stack))
+    scores = jax.jit(all_expert_scores, static_argnums=3)
+    results = [
+        scores(arrays["x"], arrays["g"], ExpertWeights(*maps), float8) for maps in (plain, in_place)
+    ]
+    assert np.all(np.isfinite(results[0]))
+    np.testing.assert_array_equal(*results)
 
 
 def test_bfloat16_scores_are_float32():

@@ -11,16 +11,21 @@ A backend is a module with two functions, which the product and its gradients ar
     rows_by_rows(x, g, sizes, ends, dtype)
       Returns x^T g of each group's rows, [groups, D, F] in `dtype`, summed in float32. x is [N, D],
       g [N, F], sizes and ends [groups] int32: a group's rows are ends - sizes to ends.
+
+The backend `blocked` also takes `InStack` for w, and has `add_rows_by_rows`, which adds a layer's
+gradients to those of all layers.
 """
 
 import functools
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from olmoe_jax.errors import UserError
 from olmoe_jax.ops.grouped_matmul import blocked, mosaic, ragged, tokamax, triton
+from olmoe_jax.ops.grouped_matmul.stack import InStack
 
 BACKENDS: dict[str, ModuleType] = {
     "blocked": blocked,
@@ -88,7 +93,7 @@ def grouped_matmul(
 
 
 def grouped_matmul_transposed(
-    x: jax.Array, w: jax.Array, group_sizes: jax.Array, backend: str | None = None
+    x: jax.Array, w: jax.Array | InStack, group_sizes: jax.Array, backend: str | None = None
 ) -> jax.Array:
     """Returns y with y[i] = x[i] @ w[group of row i]^T, without a transposed copy of w.
 
@@ -96,7 +101,7 @@ def grouped_matmul_transposed(
 
     Args:
       x: [N, F], rows sorted by group.
-      w: [E, D, F] in x's dtype.
+      w: [E, D, F] in x's dtype; or in a stack, if `reads_in_stack` says so.
       group_sizes, backend: those of `grouped_matmul`.
 
     Returns:
@@ -138,6 +143,47 @@ def _backward(
 
 
 _grouped_matmul.defvjp(_forward, _backward)
+
+
+def reads_in_stack(backend: str | None) -> bool:
+    """Returns whether a backend reads a layer's matrices in the stack of all layers."""
+    return _known(backend) == "blocked"
+
+
+@jax.custom_vjp
+def grouped_matmul_in_stack(
+    x: jax.Array, w: jax.Array, stack: InStack, sums: Any, group_sizes: jax.Array
+) -> jax.Array:
+    """Computes `grouped_matmul` with the backend `blocked`, which reads the matrices in place.
+
+    Args:
+      x, group_sizes: those of `grouped_matmul`.
+      w: [E, D, F] in x's dtype, equal to the stack's matrices: is not read, and gets the gradient
+        unless `sums` does.
+      stack: a layer's matrices.
+      sums: a ref like `stack.matrices`, to which the backward adds the gradient; or None.
+    """
+    return blocked.rows_by_weights(x, stack, group_sizes, contract_last=False)
+
+
+def _in_stack_forward(
+    x: jax.Array, w: jax.Array, stack: InStack, sums: Any, group_sizes: jax.Array
+) -> tuple[jax.Array, tuple]:
+    y = grouped_matmul_in_stack(x, w, stack, sums, group_sizes)
+    return y, (x, stack, sums, group_sizes)
+
+
+def _in_stack_backward(residuals: tuple, g: jax.Array) -> tuple:
+    x, stack, sums, group_sizes = residuals
+    dx, dw = blocked.rows_by_weights(g, stack, group_sizes, contract_last=True), None
+    if sums is None:
+        dw = blocked.rows_by_rows(x, g, group_sizes, jnp.cumsum(group_sizes), x.dtype)
+    else:
+        blocked.add_rows_by_rows(x, g, group_sizes, InStack(sums, stack.layer))
+    return dx, dw, None, None, None
+
+
+grouped_matmul_in_stack.defvjp(_in_stack_forward, _in_stack_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))

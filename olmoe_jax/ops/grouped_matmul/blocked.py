@@ -11,16 +11,19 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from olmoe_jax.ops.grouped_matmul.stack import InStack
+
 _SMALL_MATRIX = 1 << 14
 """Elements of a matrix below which computing unused rows costs less than compiling more loops."""
 
 
 def rows_by_weights(
-    x: jax.Array, w: jax.Array, group_sizes: jax.Array, contract_last: bool
+    x: jax.Array, w: jax.Array | InStack, group_sizes: jax.Array, contract_last: bool
 ) -> jax.Array:
-    """Returns each group's rows times its matrix."""
-    rows, block = x.shape[0], _block_rows(x.shape[0], w.shape[0])
-    parts = _parts(block, w.shape[1] * w.shape[2])
+    """Returns each group's rows times its matrix, which is read where it lies."""
+    groups, *matrix = w.shape
+    rows, block = x.shape[0], _block_rows(x.shape[0], groups)
+    parts = _parts(block, math.prod(matrix))
     x = _at_least(block, x)
     dimensions = (((1,), (1 if contract_last else 0,)), ((), ()))
 
@@ -32,20 +35,51 @@ def rows_by_weights(
         y = jnp.where(valid[:, None], y, others)
         return jax.lax.dynamic_update_slice_in_dim(out, y, start, axis=0)
 
-    width = w.shape[1] if contract_last else w.shape[2]
+    def matrix_of(group: jax.Array) -> jax.Array:
+        if isinstance(w, InStack):
+            return w.matrix(group).astype(x.dtype)
+        return jax.lax.dynamic_index_in_dim(w, group, keepdims=False)
+
+    width = matrix[0] if contract_last else matrix[1]
     out = jnp.zeros((len(x), width), x.dtype)
     ends = jnp.cumsum(group_sizes)
-    return _for_each_block(group_sizes, ends, w, parts, out, body)[:rows]
+    return _for_each_block(group_sizes, ends, matrix_of, parts, out, body)[:rows]
 
 
 def rows_by_rows(
     x: jax.Array, g: jax.Array, sizes: jax.Array, ends: jax.Array, dtype: DTypeLike
 ) -> jax.Array:
     """Returns x^T g of each group's rows."""
-    block = _block_rows(x.shape[0], sizes.shape[0])
+    product = _group_product(x, g, len(sizes))
+
+    def group(_: None, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        # Rounding group by group keeps one matrix in float32 instead of all of them.
+        return None, product(*inputs).astype(dtype)
+
+    return jax.lax.scan(group, None, (sizes, ends))[1]
+
+
+def add_rows_by_rows(x: jax.Array, g: jax.Array, sizes: jax.Array, sums: InStack) -> None:
+    """Adds x^T g of each group's rows, rounded to x's dtype, to a ref's matrices in place."""
+    product = _group_product(x, g, len(sizes))
+
+    def group(_: None, inputs: tuple[jax.Array, ...]) -> tuple[None, None]:
+        number, *rows = inputs
+        matrix = product(*rows).astype(x.dtype)
+        sums.matrices[sums.layer, number] += matrix.astype(sums.matrices.dtype)
+        return None, None
+
+    jax.lax.scan(group, None, (jnp.arange(len(sizes)), sizes, jnp.cumsum(sizes)))
+
+
+def _group_product(
+    x: jax.Array, g: jax.Array, groups: int
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Returns a function from a group's size and end to x^T g of its rows, [D, F] float32."""
+    block = _block_rows(len(x), groups)
     x, g = _at_least(block, x), _at_least(block, g)
 
-    def product(rows: int, first: jax.Array, end: jax.Array) -> jax.Array:
+    def block_product(rows: int, first: jax.Array, end: jax.Array) -> jax.Array:
         start, valid = _window(first, end, rows, len(x))
         x_rows, g_rows = (jax.lax.dynamic_slice_in_dim(a, start, rows) for a in (x, g))
         # The barrier makes XLA transpose the few rows first: its product of two matrices as they
@@ -57,22 +91,23 @@ def rows_by_rows(
         return jnp.zeros((x.shape[1], g.shape[1]), jnp.float32)
 
     parts = _parts(block, x.shape[1] * g.shape[1])
-    last_blocks: list[Callable] = [nothing, *(functools.partial(product, rows) for rows in parts)]
+    last_blocks: list[Callable] = [
+        nothing,
+        *(functools.partial(block_product, rows) for rows in parts),
+    ]
 
-    def group(_: None, inputs: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
-        size, end = inputs
+    def product(size: jax.Array, end: jax.Array) -> jax.Array:
         whole = jnp.maximum(0, size - 1) // block
         rest = size - whole * block
         # The last block comes first: most groups have only one, which so needs no zeros to add to.
         total = jax.lax.switch(-(-rest // parts[0]), last_blocks, end - rest, end)
 
         def add_block(index: jax.Array, total: jax.Array) -> jax.Array:
-            return total + product(block, end - size + index * block, end)
+            return total + block_product(block, end - size + index * block, end)
 
-        # Rounding group by group keeps one matrix in float32 instead of all of them.
-        return None, jax.lax.fori_loop(0, whole, add_block, total).astype(dtype)
+        return jax.lax.fori_loop(0, whole, add_block, total)
 
-    return jax.lax.scan(group, None, (sizes, ends))[1]
+    return product
 
 
 def _block_rows(rows: int, groups: int) -> int:
@@ -97,7 +132,7 @@ def _parts(block: int, matrix: int) -> range:
 def _for_each_block(
     sizes: jax.Array,
     ends: jax.Array,
-    weights: jax.Array,
+    matrix_of: Callable[[jax.Array], jax.Array],
     parts: Sequence[int],
     carry: jax.Array,
     body: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array],
@@ -106,7 +141,7 @@ def _for_each_block(
 
     Args:
       sizes, ends: [E] int32; the rows of a group are ends - sizes to ends.
-      weights: [E, D, F].
+      matrix_of: returns the matrix [D, F] of a group.
       parts: the numbers of rows that a group's last block may have; its other blocks have
         `parts[-1]`. A block may also cover rows of other groups.
       carry: an array with one row for each of all groups' rows; the first block's carry.
@@ -121,7 +156,8 @@ def _for_each_block(
     def group(
         carry: jax.Array, inputs: tuple[jax.Array, jax.Array, jax.Array]
     ) -> tuple[jax.Array, None]:
-        weight, size, end = inputs
+        number, size, end = inputs
+        weight = matrix_of(number)
 
         def blocks(rows: int, first: jax.Array, count: jax.Array, carry: jax.Array) -> jax.Array:
             def one_block(index: jax.Array, carry: jax.Array) -> jax.Array:
@@ -139,7 +175,7 @@ def _for_each_block(
             carry = blocks(rows, end - rest, count, carry)
         return carry, None
 
-    return jax.lax.scan(group, carry, (weights, sizes, ends))[0]
+    return jax.lax.scan(group, carry, (jnp.arange(len(sizes)), sizes, ends))[0]
 
 
 def _window(first: jax.Array, end: jax.Array, rows: int, total: int) -> tuple[jax.Array, jax.Array]:
