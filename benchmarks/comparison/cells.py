@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -90,6 +91,7 @@ class Study:
       targets, methods, seeds: what is fine-tuned, by what, how often.
       epochs: of fine-tuning.
       rates: the learning rates from which validation chooses.
+      some_targets: those on which rates are chosen, and that `variants` and the other bases see.
       other_experts_per_token: K of the bases beside K = 4.
       variants: what else is fine-tuned with K = 4.
     """
@@ -97,11 +99,12 @@ class Study:
     pretrain_steps: int = 2000
     other_steps: int = 400
     pretrain_rows: int = 16_000
-    epochs: int = 4
+    epochs: int = 6
     targets: Sequence[str] = tuple(TARGETS)
     methods: Sequence[str] = EXPERIMENTS
     rates: Sequence[float] = (1e-3, 3e-3, 1e-2)
     seeds: int = 5
+    some_targets: Sequence[str] = ("descend", "back")
     other_experts_per_token: Sequence[int] = OTHER_EXPERTS_PER_TOKEN
     variants: Sequence[str] = (*LIMITED, *ABLATION)
 
@@ -111,16 +114,16 @@ class Study:
         tuned = [m for m in (*self.methods, *self.variants) if m == rate_method(m)]
         rates = self.rates if len(self.rates) > 1 else ()
         groups = [
-            [Cell(k, method, target, RATE_SEED, rate) for target in self.targets for rate in rates]
-            for method in tuned
+            [Cell(k, m, target, RATE_SEED, rate) for target in self.some_targets for rate in rates]
+            for m in tuned
         ]
-        for methods, ks in (
-            (self.methods, (k,)),
-            (self.variants, (k,)),
-            (FULL, self.other_experts_per_token),
+        for methods, ks, targets in (
+            (self.methods, (k,), self.targets),
+            (self.variants, (k,), self.some_targets),
+            (FULL, self.other_experts_per_token, self.some_targets),
         ):
             groups += [
-                [Cell(other, method, target, seed) for target in self.targets]
+                [Cell(other, method, target, seed) for target in targets]
                 for other in ks
                 for seed in range(self.seeds)
                 for method in methods
@@ -164,18 +167,21 @@ def append(output: Path, result: Result) -> None:
 
 
 def chosen_rate(results: Mapping[Cell, Result], study: Study, cell: Cell) -> float:
-    """Returns the rate with the lowest validation loss, found with the base of K = 4 for all K."""
+    """Returns the method's rate with the lowest validation loss, the mean over `some_targets`.
+
+    It is found with the base of K = 4, for all K and all targets.
+    """
     if cell.rate is not None:
         return cell.rate
     if len(study.rates) == 1:
         return study.rates[0]
-    method = rate_method(cell.method)
-    return min(
-        study.rates,
-        key=lambda rate: (
-            results[Cell(EXPERTS_PER_TOKEN, method, cell.target, RATE_SEED, rate)].loss
-        ),
-    )
+
+    def loss(rate: float) -> float:
+        method = rate_method(cell.method)
+        found = (Cell(EXPERTS_PER_TOKEN, method, t, RATE_SEED, rate) for t in study.some_targets)
+        return statistics.mean(results[found_cell].loss for found_cell in found)
+
+    return min(study.rates, key=loss)
 
 
 def missing(group: Iterable[Cell], results: Mapping[Cell, Result]) -> list[Cell]:

@@ -40,8 +40,8 @@ from olmoe_jax.errors import UserError
 from olmoe_jax.model.parameters import ROUTER
 from olmoe_jax.training.run_directory import read_metrics
 
-BATCH_SIZE = 32  # examples per step
-ROWS = {"descend": 2, "order": 7, "back": 5, "cipher": 2}
+BATCH_SIZE = 16  # examples per step
+ROWS = {"descend": 1, "order": 4, "back": 3, "cipher": 1}
 """Rows per micro-batch: the examples of a step fit into so many."""
 LORA_RANK = 8
 TOP_EXPERTS = 4
@@ -150,7 +150,7 @@ def cell_config(output: Path, cell: Cell, rate: float, epochs: int) -> Config:
         ),
         data=DataOptions(
             train_path=str(rows / "train.jsonl"),
-            eval_path=str(rows / "validation.jsonl"),
+            eval_fraction=0.0,
             max_seq_length=ROW_LENGTH,
         ),
         method=options,

@@ -186,11 +186,11 @@ def test_report(tmp_path):
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert re.search(r"\| `densemixer` \| 60\.0 \([\d.]+ to [\d.]+\) \| 0\.\d+ \| 60\.0 ", table)
     count = sum(map(len, Study(seeds=2).groups()))
-    assert f"{count} of {sum(map(len, Study().groups()))} runs, 0.1 hours" in table
-    assert "; 12 missing of densemixer at K = 1;" in table
+    assert f"{count} of {sum(map(len, Study().groups()))} runs, 0.0 hours" in table
+    assert "; 6 missing of densemixer at K = 1;" in table
     effects = (tmp_path / "effects.md").read_text(encoding="utf-8")
     assert "| K = 8 | `densemixer` − `conventional` | +10.0 (" in effects
-    assert "| m = 16 | `densemixer` − `conventional` | +0.0 (+0.0 to +0.0) | 1.000 | 8 |" in effects
+    assert "| m = 16 | `densemixer` − `conventional` | +0.0 (+0.0 to +0.0) | 1.000 | 4 |" in effects
     base = (tmp_path / "base.md").read_text(encoding="utf-8")
     assert "| add | 90 | 90 | 90 | 90 | 12 12 12 | 25 | 25 |" in base
     drawn = (tmp_path / "comparison.svg").read_text(encoding="utf-8")
