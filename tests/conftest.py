@@ -15,7 +15,7 @@ import pytest
 
 # Compiling takes most of the tests' time and their arrays are tiny: XLA compiles without its
 # optimisations, and with its older emitters, in two fifths of the time. helpers.AS_USERS_COMPILE
-# takes it back; three golden cases run so, as commands. libtpu, and jaxlibs after 0.10, have no
+# takes it back; two golden cases run so, as commands. libtpu, and jaxlibs after 0.10, have no
 # older emitters, and end a process that asks for them.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 _CHEAP = "--xla_cpu_parallel_codegen_split_count=1"

@@ -88,6 +88,7 @@ def test_scaling_measures_and_draws(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(scaling, "BASE", ("--shape=tiny", "--rows=2"))
     points = {m: scaling.Point(("--layers=1",), m) for m in (3, 4)}
     monkeypatch.setattr(scaling, "SERIES", {"m": points})
+    monkeypatch.setattr(scaling.jax.config, "update", lambda *_: None)  # jax has started
     scaling.main([f"--output={tmp_path / 'scaling.png'}", "--rounds=2", "--steps=1"])
     # The curves without m are the same program at both points.
     assert scaling.program.cache_info().currsize == 4

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.golden
 SUITE = Path(os.environ.get("OLMOE_JAX_SHARED", "nowhere")) / "reference"
 CASES = sorted(str(file.parent.relative_to(SUITE)) for file in SUITE.rglob("case.json"))
 COMMANDS = {
-    "core/combined/densemixer": True,
+    "core/combined/densemixer": False,
     "lora/densemixer_router_unfrozen": False,
     "lora/merged_bfloat16_gate": True,
     "esft/non_expert_modules_densemixer": False,

@@ -191,19 +191,13 @@ def test_continues_after_a_crash(files, tmp_path, at_step, last):
     assert "train.best_metric: the run has exact_match" in message
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "method",
     [
-        {"method__lora_rank": 4},
-        pytest.param(
-            {"method__name": "esft_token", "method__esft_score_tokens": 500},
-            marks=pytest.mark.exhaustive,
-        ),
-        pytest.param(
-            {"method__name": "frozen", "model__compute_dtype": "bfloat16"},
-            marks=pytest.mark.exhaustive,
-        ),
+        {"method__lora_rank": 4},  # in CI: examples/lora_on_my_data.py
+        {"method__name": "esft_token", "method__esft_score_tokens": 500},
+        {"method__name": "frozen", "model__compute_dtype": "bfloat16"},
     ],
 )
 def test_with_adapters_and_tuned_experts(files, easy, tmp_path, method):
