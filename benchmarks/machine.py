@@ -1,4 +1,4 @@
-"""What a benchmark ran on, and when. Imports the standard library only."""
+"""Names a benchmark's processor, versions and date. Imports the standard library only."""
 
 import importlib.metadata
 import os
@@ -8,7 +8,7 @@ from datetime import date
 from pathlib import Path
 
 _EXTENSIONS = {"avx2": "AVX2", "avx512f": "AVX-512", "amx_tile": "AMX", "sve": "SVE"}
-"""What decides how fast matmuls are: a flag of /proc/cpuinfo -> its name."""
+"""The instructions that make matmuls fast: flag of /proc/cpuinfo -> name."""
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

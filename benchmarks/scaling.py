@@ -26,7 +26,7 @@ BASE += ("--experts=32", "--vocab=512", "--rows=4", "--length=128")
 
 
 class Point(NamedTuple):
-    """What a point's model and batch are: `flags` override BASE; devices share the cores."""
+    """A point of a curve: `flags` override BASE, and the devices share the cores."""
 
     flags: tuple[str, ...] = ()
     m: int = 16

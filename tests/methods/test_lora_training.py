@@ -151,8 +151,11 @@ METHODS = {
     "esft_token": {"method__name": "esft_token", "method__esft_densemixer": True},
 }
 IN_CI = ("conventional", "esft_gate")
-"""test_esft_training.py continues a run of ESFT by token scores, test_quantized_base.py and
-training/test_moved_inputs.py one of DenseMixer with LoRA."""
+"""The methods whose runs CI continues here.
+
+test_esft_training.py continues a run of ESFT by token scores, test_quantized_base.py and
+training/test_moved_inputs.py one of DenseMixer with LoRA.
+"""
 
 
 @pytest.mark.slow

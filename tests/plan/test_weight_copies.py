@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.compilers, pytest.mark.slow]
 
 @functools.cache
 def compiled(layers, *method):
-    """What weight_copies_worker.py prints."""
+    """Returns what weight_copies_worker.py prints."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS", raising=False)
         patch.setenv("PYTHONPATH", str(ROOT))
