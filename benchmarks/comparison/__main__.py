@@ -9,9 +9,12 @@ comparison.svg; --report only writes these again, from the results in OUTPUT.
 """
 
 import argparse
+import os
+import queue
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.comparison.base import write_inputs
@@ -28,32 +31,49 @@ def main(arguments: Sequence[str]) -> None:
     args = parse(arguments)
     keep_programs()
     study = QUICK if args.quick else Study()
-    groups = study.groups()
     if args.base is not None:
         pretrain(args.output, args.base, study)
     elif args.group is not None:
-        run_cells(args.output, missing(groups[args.group], read(args.output)), study)
+        stage, number = args.group
+        group = study.stages()[stage][number]
+        run_cells(args.output, f"{stage}_{number}", missing(group, read(args.output)), study)
     else:
         if not args.report:
-            run_all(args.output, groups, study, args.quick)
+            run_all(args.output, study, args.quick, args.jobs)
         write_report(args.output, study)
 
 
-def run_all(output: Path, groups: Sequence[Sequence[Cell]], study: Study, quick: bool) -> None:
+def run_all(output: Path, study: Study, quick: bool, jobs: int) -> None:
     """Makes the inputs, then pretrains each base and runs each group, as far as it is missing."""
     write_inputs(output / "inputs", study.pretrain_rows)
-    for number, group in enumerate(groups):
-        if left := missing(group, read(output)):
-            k = group[0].experts_per_token
+    for number, groups in enumerate(study.stages()):
+        left = [i for i, group in enumerate(groups) if missing(group, read(output))]
+        for k in dict.fromkeys(groups[i][0].experts_per_token for i in left):
             if not base_file(output, k).exists():
                 in_process(output, quick, f"--base={k}")
-            print(f"group {number + 1} of {len(groups)}: {left[0].method}, K = {k}", flush=True)
-            in_process(output, quick, f"--group={number}")
+        with on_shares_of_the_cores(jobs) as pool:
+            for _ in pool.map(lambda i: run_group(output, quick, number, i, groups[i][0]), left):
+                pass  # map raises what a group raised
 
 
-def in_process(output: Path, quick: bool, work: str) -> None:
+def run_group(output: Path, quick: bool, stage: int, number: int, first: Cell) -> None:
+    """Runs what is missing of a group, whose first run is `first`."""
+    print(f"stage {stage}, group {number}: {first.method}, K = {first.experts_per_token}")
+    in_process(output, quick, "--group", f"{stage}", f"{number}")
+
+
+def on_shares_of_the_cores(jobs: int) -> ThreadPoolExecutor:
+    """Returns a pool of threads; what each of them starts runs on its own share of the cores."""
+    cores = sorted(os.sched_getaffinity(0))
+    shares: queue.SimpleQueue = queue.SimpleQueue()
+    for job in range(jobs):
+        shares.put(cores[job::jobs] or cores)
+    return ThreadPoolExecutor(jobs, initializer=lambda: os.sched_setaffinity(0, shares.get()))
+
+
+def in_process(output: Path, quick: bool, *work: str) -> None:
     """Does a part of the work in a process of its own, whose peak memory is that of one method."""
-    command = [sys.executable, "-m", "benchmarks.comparison", f"--output={output}", work]
+    command = [sys.executable, "-m", "benchmarks.comparison", f"--output={output}", *work]
     if code := subprocess.run([*command, *["--quick"] * quick], check=False).returncode:
         sys.exit(code)
 
@@ -63,9 +83,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = ArgumentParser(prog="python -m benchmarks.comparison", description=__doc__)
     parser.add_argument("--output", type=user_path, required=True)
     parser.add_argument("--quick", action="store_true", help="one target, two methods, two seeds")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, on as many cores")
     parser.add_argument("--report", action="store_true", help="only report the results in OUTPUT")
     parser.add_argument("--base", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--group", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--group", type=int, nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 

@@ -1,6 +1,7 @@
 """The comparison's runs: which there are, in which order, and where their results are kept."""
 
 import dataclasses
+import fcntl
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -108,27 +109,35 @@ class Study:
     other_experts_per_token: Sequence[int] = OTHER_EXPERTS_PER_TOKEN
     variants: Sequence[str] = (*LIMITED, *ABLATION)
 
-    def groups(self) -> list[list[Cell]]:
-        """Returns all runs. Those of a group share a process; a group needs the groups before."""
+    def stages(self) -> list[list[list[Cell]]]:
+        """Returns all runs, in groups that share a process; a stage needs the stages before."""
         k = EXPERTS_PER_TOKEN
         tuned = [m for m in (*self.methods, *self.variants) if m == rate_method(m)]
         rates = self.rates if len(self.rates) > 1 else ()
-        groups = [
-            [Cell(k, m, target, RATE_SEED, rate) for target in self.some_targets for rate in rates]
-            for m in tuned
+        stages = [
+            [
+                [Cell(k, m, t, RATE_SEED, rate) for t in self.some_targets for rate in rates]
+                for m in tuned
+            ]
         ]
         for methods, ks, targets in (
             (self.methods, (k,), self.targets),
             (self.variants, (k,), self.some_targets),
             (FULL, self.other_experts_per_token, self.some_targets),
         ):
-            groups += [
-                [Cell(other, method, target, seed) for target in targets]
-                for other in ks
-                for seed in range(self.seeds)
-                for method in methods
-            ]
-        return [group for group in groups if group]
+            stages.append(
+                [
+                    [Cell(other, method, target, seed) for target in targets]
+                    for other in ks
+                    for seed in range(self.seeds)
+                    for method in methods
+                ]
+            )
+        return [[group for group in groups if group] for groups in stages]
+
+    def cells(self) -> list[Cell]:
+        """Returns all runs, each after those that it needs."""
+        return [cell for groups in self.stages() for group in groups for cell in group]
 
 
 QUICK = Study(
@@ -161,9 +170,11 @@ def append(output: Path, result: Result) -> None:
     """Adds a result; a kill leaves the file as it was, or with the result."""
     file, partial = output / RESULTS, output / f".{RESULTS}.partial"
     row = {name: value for name, value in dataclasses.asdict(result).items() if value is not None}
-    before = file.read_text(encoding="utf-8") if file.exists() else ""
-    partial.write_text(before + json.dumps(row) + "\n", encoding="utf-8")
-    partial.replace(file)
+    with (output / f".{RESULTS}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other groups add theirs
+        before = file.read_text(encoding="utf-8") if file.exists() else ""
+        partial.write_text(before + json.dumps(row) + "\n", encoding="utf-8")
+        partial.replace(file)
 
 
 def chosen_rate(results: Mapping[Cell, Result], study: Study, cell: Cell) -> float:

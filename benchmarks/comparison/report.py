@@ -102,7 +102,7 @@ def difference(
 
 def extent(results: Results, study: Study) -> str:
     """Returns how many runs there are, which are missing, and what they took, in a sentence."""
-    wanted = [cell for group in study.groups() for cell in group]
+    wanted = study.cells()
     gaps = collections.Counter(
         f"{cell.method} at K = {cell.experts_per_token}" for cell in wanted if cell not in results
     )

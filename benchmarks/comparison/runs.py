@@ -129,8 +129,8 @@ def by_task(rows: np.ndarray) -> dict[str, np.ndarray]:
     return dict(zip(TASKS, np.split(rows, len(rows) // KNOWN_ROWS), strict=True))
 
 
-def cell_config(output: Path, cell: Cell, rate: float, epochs: int) -> Config:
-    """Returns the configuration that fine-tunes a base."""
+def cell_config(output: Path, run: Path, cell: Cell, rate: float, epochs: int) -> Config:
+    """Returns the configuration that fine-tunes a base; the run's directory is `run`."""
     inputs = output / "inputs"
     method = {name: name.partition("_m")[0] for name in LIMITED}.get(cell.method, cell.method)
     config = experiment("conventional" if method in ABLATION else method, "gsm")
@@ -158,7 +158,7 @@ def cell_config(output: Path, cell: Cell, rate: float, epochs: int) -> Config:
             config.optimizer, learning_rate=rate, schedule="linear", warmup_ratio=0.1
         ),
         train=TrainOptions(
-            output_dir=str(output / "run"),
+            output_dir=str(run),
             batch_size=BATCH_SIZE,
             rows_per_device=ROWS[cell.target],
             epochs=epochs,
@@ -171,8 +171,12 @@ def cell_config(output: Path, cell: Cell, rate: float, epochs: int) -> Config:
     )
 
 
-def run_cells(output: Path, cells: Sequence[Cell], study: Study) -> None:
-    """Runs the cells, all of one base, one after the other, and adds their results."""
+def run_cells(output: Path, name: str, cells: Sequence[Cell], study: Study) -> None:
+    """Runs the cells, all of one base, one after the other, and adds their results.
+
+    They leave nothing but the results; `name` is that of no other group.
+    """
+    directory = output / f"run_{name}"
     inputs, results = output / "inputs", read(output)
     known = measures.batches(inputs / "known.jsonl", inputs)
     before: dict[str, measures.Measures] = {}
@@ -181,8 +185,8 @@ def run_cells(output: Path, cells: Sequence[Cell], study: Study) -> None:
         rate = chosen_rate(results, study, cell)
         part = "test" if cell.rate is None else "validation"
         rows = measures.batches(inputs / cell.target / f"{part}.jsonl", inputs)
-        shutil.rmtree(output / "run", ignore_errors=True)
-        run = trained(cell_config(output, cell, rate, study.epochs))
+        shutil.rmtree(directory, ignore_errors=True)
+        run = trained(cell_config(output, directory, cell, rate, study.epochs))
         # Before the measures, which all methods have in common.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
         model = olmoe_jax.from_pretrained(run)
@@ -216,6 +220,7 @@ def run_cells(output: Path, cells: Sequence[Cell], study: Study) -> None:
                 **found,
             ),
         )
+        shutil.rmtree(directory)
 
 
 def _bits(right: np.ndarray) -> str:

@@ -41,7 +41,7 @@ def compiler_options(platform: str, layers_ahead: bool) -> dict[str, bool | int]
 
 
 def keep_programs() -> None:
-    """Lets jax keep what it compiles in the cache directory. Call it before jax is imported.
+    """Lets jax keep what it compiles in the cache directory.
 
     JAX_COMPILATION_CACHE_DIR names another directory, and JAX_ENABLE_COMPILATION_CACHE=0 keeps
     nothing. Programs that cannot be read or written cost a warning, and are compiled.
@@ -55,6 +55,11 @@ def keep_programs() -> None:
         directory = cache_directory("compiled") / _processor()
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory)
         _replace_damaged_programs(directory)
+    if "jax" in sys.modules:  # it read the environment when it was imported
+        config, value = sys.modules["jax"].config, os.environ
+        config.update("jax_compilation_cache_dir", value["JAX_COMPILATION_CACHE_DIR"])
+        limit = float(value["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"])
+        config.update("jax_persistent_cache_min_compile_time_secs", limit)
 
 
 def _processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

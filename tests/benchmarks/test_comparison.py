@@ -108,13 +108,14 @@ def test_no_row_has_a_question_that_is_left_out():
 
 def test_every_run_comes_after_what_it_needs():
     study, done = Study(), {}
-    for group in study.groups():
-        assert len({(cell.experts_per_token, cell.method) for cell in group}) == 1
-        for cell in group:
-            assert cells.chosen_rate(done, study, cell) in study.rates
-            done[cell] = result_of(cell, loss=cell.rate or 0.0)
-    count = len(done)
-    assert count == sum(map(len, study.groups()))  # no run twice
+    for groups in study.stages():
+        before = dict(done)
+        for group in groups:
+            assert len({(cell.experts_per_token, cell.method) for cell in group}) == 1
+            for cell in group:
+                assert cells.chosen_rate(before, study, cell) in study.rates
+                done[cell] = result_of(cell, loss=cell.rate or 0.0)
+    assert list(done) == study.cells()  # no run twice
     assert cells.chosen_rate(done, study, next(reversed(done))) == min(study.rates)
 
 
@@ -165,9 +166,8 @@ def test_signs_test_the_runs_not_the_rows():
 
 def made_up(path) -> None:
     """Writes results in which densemixer has one more right answer than the others."""
-    for group in Study(seeds=2).groups():
-        for cell in group:
-            cells.append(path, result_of(cell, 0.6 if cell.method == "densemixer" else 0.5))
+    for cell in Study(seeds=2).cells():
+        cells.append(path, result_of(cell, 0.6 if cell.method == "densemixer" else 0.5))
     facts = {
         "known": dict.fromkeys(tasks.TASKS, "1" * 9 + "0"),
         "targets": {name: {"loss": 2.0, "right": "0" * 10} for name in tasks.TARGETS},
@@ -185,8 +185,8 @@ def test_report(tmp_path):
     main([f"--output={tmp_path}", "--report"])
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert re.search(r"\| `densemixer` \| 60\.0 \([\d.]+ to [\d.]+\) \| 0\.\d+ \| 60\.0 ", table)
-    count = sum(map(len, Study(seeds=2).groups()))
-    assert f"{count} of {sum(map(len, Study().groups()))} runs, 0.0 hours" in table
+    count = len(Study(seeds=2).cells())
+    assert f"{count} of {len(Study().cells())} runs, 0.0 hours" in table
     assert "; 6 missing of densemixer at K = 1;" in table
     effects = (tmp_path / "effects.md").read_text(encoding="utf-8")
     assert "| K = 8 | `densemixer` − `conventional` | +10.0 (" in effects
@@ -204,7 +204,7 @@ def test_nothing_to_report(tmp_path):
 
 def test_cells_of_the_same_base_differ_in_their_method_alone(tmp_path):
     found = {
-        method: runs.cell_config(tmp_path, Cell(4, method, "back", 1), 1e-3, 5)
+        method: runs.cell_config(tmp_path, tmp_path / "run", Cell(4, method, "back", 1), 1e-3, 5)
         for method in ("densemixer_m8", "router_only", "frozen_lora", "conventional")
     }
     assert [c.method.router_gradient_experts for c in found.values()] == [8, None, None, None]
@@ -237,7 +237,7 @@ def test_a_base_and_a_run(tmp_path, monkeypatch):
     runs.pretrain(tmp_path, 4, study)
     facts = report.read_bases(tmp_path)[4]
     assert np.sum(facts["load"]["add"]) == pytest.approx(1, abs=1e-2)
-    runs.run_cells(tmp_path, [cell := Cell(4, "conventional_lora", "order", 0)], study)
+    runs.run_cells(tmp_path, "0", [cell := Cell(4, "conventional_lora", "order", 0)], study)
     result = cells.read(tmp_path)[cell]
     assert result.loss < facts["targets"]["order"]["loss"]
     assert 0 < result.changed_routing < 1
