@@ -9,6 +9,7 @@ comparison.svg; --report only writes these again, from the results in OUTPUT.
 """
 
 import argparse
+import functools
 import os
 import queue
 import subprocess
@@ -52,13 +53,13 @@ def run_all(output: Path, study: Study, quick: bool, jobs: int) -> None:
             if not base_file(output, k).exists():
                 in_process(output, quick, f"--base={k}")
         with on_shares_of_the_cores(jobs) as pool:
-            for _ in pool.map(lambda i: run_group(output, quick, number, i, groups[i][0]), left):
-                pass  # map raises what a group raised
+            run = functools.partial(run_group, output, quick, number)
+            list(pool.map(run, left, [groups[i][0] for i in left]))  # a group that fails ends it
 
 
 def run_group(output: Path, quick: bool, stage: int, number: int, first: Cell) -> None:
     """Runs what is missing of a group, whose first run is `first`."""
-    print(f"stage {stage}, group {number}: {first.method}, K = {first.experts_per_token}")
+    print(f"{first.method}, K = {first.experts_per_token}: {stage}/{number}", flush=True)
     in_process(output, quick, "--group", f"{stage}", f"{number}")
 
 

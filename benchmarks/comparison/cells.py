@@ -47,9 +47,10 @@ class Result:
       experts_per_token, method, target, seed: the cell.
       rate: the learning rate.
       chooses_rate: whether the run only chose the rate: then the target's rows are those of the
-        validation, and nothing else is measured.
+        validation, and the fields from changed_routing on are None.
       right: the target's answers.
       loss: the target's mean loss per token of an answer, in nats.
+      cpu_seconds: the run's, measurements included.
       known: task of pretraining -> its answers.
       changed_routing: share of the tokens' experts, on the target, that are new.
       router_cosine: of the conventional router gradient with the dense one, at the end; None: the
@@ -57,7 +58,6 @@ class Result:
       trained: how many parameters train.
       step_seconds: the 10th percentile of a step's wall time.
       peak_memory: bytes of the process at the run's end.
-      cpu_seconds: the run's, measurements included.
     """
 
     experts_per_token: int
@@ -69,7 +69,7 @@ class Result:
     right: Bits
     loss: float
     cpu_seconds: float
-    known: dict[str, Bits] | None = None
+    known: dict[str, Bits]
     changed_routing: float | None = None
     router_cosine: float | None = None
     trained: int | None = None

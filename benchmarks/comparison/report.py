@@ -76,7 +76,7 @@ def target_right(result: Result) -> np.ndarray:
 
 
 def known_right(result: Result) -> np.ndarray:
-    return np.concatenate([bits(right) for right in (result.known or {}).values()])
+    return np.concatenate([bits(right) for right in result.known.values()])
 
 
 def accuracy(runs: Runs, right: Callable[[Result], np.ndarray]) -> Interval:

@@ -191,16 +191,15 @@ def run_cells(output: Path, name: str, cells: Sequence[Cell], study: Study) -> N
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
         model = olmoe_jax.from_pretrained(run)
         target = measures.measure(model, rows)
-        found: dict[str, Any] = {}
+        answers = by_task(measures.measure(model, known).right)
+        found: dict[str, Any] = {"known": {name: _bits(right) for name, right in answers.items()}}
         if cell.rate is None:
             if cell.target not in before:
                 base = olmoe_jax.from_pretrained(base_run(output, cell.experts_per_token) / "hf")
                 before[cell.target] = measures.measure(base, rows)
             parameters = RunCheckpoint(run).trained()
             seconds = [line.seconds for line in read_metrics(run) if line.seconds is not None]
-            answers = by_task(measures.measure(model, known).right)
-            found = {
-                "known": {name: _bits(right) for name, right in answers.items()},
+            found |= {
                 "changed_routing": measures.changed_routing(target, before[cell.target], rows),
                 "trained": sum(value.size for value in parameters.values()),
                 "step_seconds": float(np.quantile(seconds, 0.1)),

@@ -123,9 +123,9 @@ def result_of(cell: Cell, correct: float = 0.5, **values) -> Result:
     """Returns a made-up result: of ten answers the share `correct` is right."""
     answers = ("1" * round(10 * correct)).ljust(10, "0")
     fields = {"loss": 1.0, "cpu_seconds": 1.0, "rate": cell.rate or 1e-3} | values
+    fields["known"] = dict.fromkeys(tasks.TASKS, answers)
     if cell.rate is None:
         fields |= {
-            "known": dict.fromkeys(tasks.TASKS, answers),
             "changed_routing": 0.1,
             "trained": 10_000_000,
             "step_seconds": 0.5,

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 from helpers import ROOT
 
@@ -19,8 +20,8 @@ print(jax.jit(lambda x: x * 3 + 1)(2.0), events.count("/jax/compilation_cache/ca
 """
 
 
-def run(tmp_path):
-    """Returns what PROGRAM prints, its standard error, and the files of the cache."""
+def run(tmp_path, program=PROGRAM):
+    """Returns what a program prints, its standard error, and the files of the cache."""
     environment = {name: value for name, value in os.environ.items() if name[:4] != "JAX_"}
     environment |= {
         "JAX_PLATFORMS": "cpu",
@@ -28,7 +29,7 @@ def run(tmp_path):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     result = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
+        [sys.executable, "-c", program],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -52,6 +53,8 @@ def test_second_start_compiles_nothing_and_damage_is_compiled_once(tmp_path):
     assert errors.startswith("compiling again: jit__lambda")
     assert len(errors.splitlines()) == len(files)
     assert run(tmp_path) == ("7.0 1\n", "", files)
+    # Where jax is imported already.
+    assert run(tmp_path, "import jax" + PROGRAM) == ("7.0 1\n", "", files)
 
 
 def test_cache_that_cannot_be_written_costs_a_warning(tmp_path):
@@ -63,6 +66,7 @@ def test_cache_that_cannot_be_written_costs_a_warning(tmp_path):
 
 @pytest.mark.parametrize("value", ["/elsewhere", ""])
 def test_the_users_directory_wins(monkeypatch, value):
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", value)
     keep_programs()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == value
