@@ -153,7 +153,10 @@ def main(arguments: Sequence[str]) -> None:
     keep_programs()
     config = validate(load_config(CONFIG))
     inputs = Path(config.model.config_path)
-    output = olmoe_jax.train(config).output_dir
+    run = olmoe_jax.train(config)
+    if not run.finished:
+        return
+    output = run.output_dir
     before, _ = ask(untrained_model(inputs), inputs)
     after, texts = ask(olmoe_jax.from_pretrained(output / "hf"), inputs)
     print("\nanswers of the exported model to questions that it has not seen:")

@@ -434,27 +434,6 @@ def _layer_of(stacked: Any, layer: jax.Array | int) -> Any:
     return jax.tree.map(lambda values: values[layer], stacked)
 
 
-def load_balancing_loss(
-    statistics: RouterStatistics, config: ModelConfig, load: jax.Array | None = None
-) -> jax.Array:
-    """Returns E * sum_e f_e P_e over the tokens of all layers (Switch Transformers, eq. 4-6).
-
-    f_e is the share of the (token, layer) pairs that chose e (these sum to K), P_e the mean
-    probability of e. Padding is in neither. A batch without tokens gives 0.
-
-    Args:
-      statistics: of a batch, [L, …].
-      config: the architecture.
-      load: [L, E], the tokens of a larger batch that chose each expert. The result is then this
-        batch's part of the larger batch's loss: the parts add up. None: the batch's own.
-    """
-    load = jax.lax.stop_gradient(statistics.load if load is None else load)
-    pairs = jnp.maximum(jnp.sum(load) / config.num_experts_per_token, 1.0)
-    share = jnp.sum(load, axis=0) / pairs
-    probability = jnp.sum(statistics.probability, axis=0) / pairs
-    return config.num_experts * jnp.sum(share * probability)
-
-
 @functools.cache
 def parameter_specs(
     config: ModelConfig, settings: ModelSettings | None = None

@@ -44,6 +44,27 @@ def router_statistics(routing: Routing, is_token: jax.Array) -> RouterStatistics
     )
 
 
+def load_balancing_loss(
+    statistics: RouterStatistics, experts_per_token: int, load: jax.Array | None = None
+) -> jax.Array:
+    """Returns E * sum_e f_e P_e over the tokens of all layers (Switch Transformers, eq. 4-6).
+
+    f_e is the share of the (token, layer) pairs that chose e (these sum to K), P_e the mean
+    probability of e. Padding is in neither. A batch without tokens gives 0.
+
+    Args:
+      statistics: of a batch, [L, …].
+      experts_per_token: K.
+      load: [L, E], the tokens of a larger batch that chose each expert. The result is then this
+        batch's part of the larger batch's loss: the parts add up. None: the batch's own.
+    """
+    load = jax.lax.stop_gradient(statistics.load if load is None else load)
+    pairs = jnp.maximum(jnp.sum(load) / experts_per_token, 1.0)
+    share = jnp.sum(load, axis=0) / pairs
+    probability = jnp.sum(statistics.probability, axis=0) / pairs
+    return load.shape[1] * jnp.sum(share * probability)
+
+
 def route(
     x: jax.Array, router: jax.Array, is_token: jax.Array, experts_per_token: int, normalize: bool
 ) -> Routing:

@@ -17,10 +17,10 @@ import numpy as np
 from flax import nnx
 
 from olmoe_jax.model.config import ModelConfig, ModelSettings
-from olmoe_jax.model.decoder import Olmoe, graph_of, load_balancing_loss
+from olmoe_jax.model.decoder import Olmoe, graph_of
 from olmoe_jax.model.parameters import ROUTER, Parameters, merge
 from olmoe_jax.ops.cross_entropy import weighted_cross_entropy
-from olmoe_jax.ops.routing import RouterStatistics
+from olmoe_jax.ops.routing import RouterStatistics, load_balancing_loss
 from olmoe_jax.parallel.batch import DeviceBatch
 from olmoe_jax.training.optimizer import Optimizer, Schedule, clip_scale, global_norm
 
@@ -108,7 +108,7 @@ class Trainer:
             loss = weighted_cross_entropy(hidden, model.head(), batch.targets, batch.loss_weights)
         objective = loss
         if self.aux_loss_coefficient:
-            balance = load_balancing_loss(statistics, self.config, load)
+            balance = load_balancing_loss(statistics, self.config.num_experts_per_token, load)
             objective += self.aux_loss_coefficient * balance
         return objective, (loss, statistics)
 

@@ -23,8 +23,7 @@ import pytest
 from helpers import AS_USERS_COMPILE, load_safetensors, run_command_line
 
 from olmoe_jax.checkpoints.source import read_model_config
-from olmoe_jax.model.decoder import load_balancing_loss
-from olmoe_jax.model.moe import RouterStatistics
+from olmoe_jax.ops.routing import RouterStatistics, load_balancing_loss
 
 pytestmark = pytest.mark.golden
 
@@ -131,4 +130,4 @@ def aux_loss(folder: Path, tensors: dict[str, np.ndarray]) -> np.ndarray:
         probabilities.append(p.sum(0))
         loads.append(np.bincount(chosen.ravel(), minlength=config.num_experts))
     statistics = RouterStatistics(np.array(loads), np.array(probabilities), None, None)
-    return load_balancing_loss(statistics, config)
+    return load_balancing_loss(statistics, config.num_experts_per_token)
