@@ -1,14 +1,12 @@
 """The agreement of cheaper router gradients with full DenseMixer's, on held-out rows.
 
-    python -m benchmarks.router_cosine --model RUN/hf --inputs DIRECTORY
+    python -m benchmarks.router_cosine --model RUN/hf --data ROWS.jsonl
 
-The script prints the cosines for m experts and for lower precision. DIRECTORY (compare_methods'
-OUTPUT/inputs) has eval.jsonl and the tokenizer.
+The script prints the cosines for m experts and for lower precision.
 """
 
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -80,42 +78,34 @@ def _gradients(trainer: Trainer, *arguments: Any) -> Any:
     return jax.grad(trainer.loss, has_aux=True)(*arguments)
 
 
-def held_out_batches(inputs: Path, row_length: int, rows: int) -> tuple[list[DeviceBatch], int]:
-    """Returns `inputs`/eval.jsonl in packed batches [rows, row_length], and its targets' number."""
-    tokenizer = data.load_tokenizer(str(inputs))
-    dataset = data.tokenize_dataset(str(inputs / "eval.jsonl"), tokenizer, row_length)
+def packed_batch(file: str, tokenizer_files: str, rows: int) -> DeviceBatch:
+    """Returns the first `rows` packed rows of a file's examples, of 256 tokens each."""
+    tokenizer = data.load_tokenizer(tokenizer_files)
+    dataset = data.tokenize_dataset(file, tokenizer, 256)
     batches = data.evaluation_batches(
         dataset,
-        max_seq_length=row_length,
+        max_seq_length=256,
         pack=True,
         rows_per_batch=rows,
         pad_id=tokenizer.pad_token_id,
     )
-    fields = DeviceBatch._fields
-    return [DeviceBatch(*(getattr(b, name) for name in fields)) for b in batches], int(
-        dataset.target_counts.sum()
-    )
-
-
-def held_out_loss(model: Olmoe, batches: list[DeviceBatch], targets: int) -> float:
-    """Returns the loss per target."""
-    loss, parameters = jax.jit(_trainer(model).loss), split(model)[1]
-    return sum(float(loss({}, parameters, batch)[0]) for batch in batches) / targets
+    batch = next(iter(batches))
+    return DeviceBatch(*(getattr(batch, name) for name in DeviceBatch._fields))
 
 
 def _trainer(model: Olmoe, **settings: Any) -> Trainer:
-    """Returns a trainer for losses and gradients; it cannot update."""
+    """Returns a trainer for gradients; it cannot update."""
     return Trainer(model.config, ModelSettings(**settings), None, None, 1.0)
 
 
 def main(arguments: Sequence[str]) -> None:
     parser = ArgumentParser(prog="python -m benchmarks.router_cosine", description=__doc__)
-    parser.add_argument("--model", required=True, help="Hugging Face checkpoint")
-    parser.add_argument("--inputs", required=True, type=Path, help="eval.jsonl and its tokenizer")
+    parser.add_argument("--model", required=True, help="Hugging Face checkpoint, with tokenizer")
+    parser.add_argument("--data", required=True, help="rows that the model was not trained on")
     parser.add_argument("--rows", type=int, default=8, help="rows of 256 tokens")
     args = parser.parse_args(arguments)
     model = olmoe_jax.from_pretrained(args.model)
-    batch = held_out_batches(args.inputs, 256, args.rows)[0][0]
+    batch = packed_batch(args.data, args.model, args.rows)
     for name, cosine in (router_cosines(model, batch) | precision_cosines(model, batch)).items():
         print(f"{name:14s} {cosine:.6f}")
 
