@@ -4,7 +4,7 @@
 
 Bases of about 10M parameters (32 experts, K per token) are pretrained on twelve generated tasks and
 fine-tuned on four others with each method. Every run is a row of OUTPUT/results.jsonl: the same
-command continues after an interruption. OUTPUT gets table.md, effects.md, base.md and
+command continues after an interruption. OUTPUT gets table.md, rates.md, effects.md, base.md and
 comparison.svg; --report only writes these again, from the results in OUTPUT.
 """
 

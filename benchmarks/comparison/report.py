@@ -24,12 +24,13 @@ FROZEN, CONVENTIONAL, DENSE = FULL
 
 
 def write_report(output: Path, study: Study) -> None:
-    """Writes table.md, effects.md, base.md and comparison.svg from the results in a directory."""
+    """Writes the tables and the picture of the results in a directory beside them."""
     results, bases = read(output), read_bases(output)
     if not results or not bases:
         raise UserError(f"{output}: no result to report; run without --report")
     texts = {
         "table.md": f"{method_table(results, bases)}\n{extent(results, study)}\n",
+        "rates.md": rate_table(results),
         "effects.md": effect_tables(results, bases),
         "base.md": base_tables(bases),
     }
@@ -154,6 +155,35 @@ def method_table(results: Results, bases: Bases) -> str:
     return markdown(head, rows)
 
 
+def by_rate(results: Results, method: str) -> dict[float, tuple[float, float, float]]:
+    """Returns rate -> (target right, known right, target loss) of the runs that chose a rate.
+
+    They are means over the targets, with one seed, on the targets' validation rows.
+    """
+    found = collections.defaultdict(list)
+    for cell, result in results.items():
+        if cell.method == method and cell.rate is not None:
+            right = target_right(result).mean(), known_right(result).mean()
+            found[cell.rate].append((*right, result.loss))
+    return {rate: tuple(np.mean(found[rate], axis=0)) for rate in sorted(found)}
+
+
+def rate_table(results: Results) -> str:
+    """Returns what each method does at each rate; the chosen rate is bold."""
+    tables = {m: found for m in (*EXPERIMENTS, *ABLATION) if (found := by_rate(results, m))}
+    rates = sorted({rate for found in tables.values() for rate in found})
+    rows = []
+    for method, found in tables.items():
+        chosen = min(found, key=lambda rate: found[rate][2])
+        cells = {
+            rate: f"{100 * right:.0f} / {100 * known:.0f} / {loss:.2f}"
+            for rate, (right, known, loss) in found.items()
+        }
+        cells[chosen] = f"**{cells[chosen]}**"
+        rows.append([f"`{method}`", *(cells.get(rate, "") for rate in rates)])
+    return markdown(["target right, % / known right, % / target loss", *map(str, rates)], rows)
+
+
 def effect_tables(results: Results, bases: Bases) -> str:
     """Returns what the router's gradient does: by K, by target, by m, and for the router alone."""
     effects: list[tuple[str, str, Runs, Runs, list[str]]] = []
@@ -228,31 +258,40 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def picture(results: Results, bases: Bases) -> bytes:
-    """Draws target against known accuracy as SVG: a cross of intervals for each method."""
+    """Draws target against known accuracy as SVG.
+
+    On the left each method at its own rate, a cross of intervals; on the right at every rate, with
+    one seed, on the validation rows of the targets that choose the rate.
+    """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(9.6, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
     known = np.concatenate([bits(text) for text in bases[EXPERTS_PER_TOKEN]["known"].values()])
-    axes.axhline(100 * known.mean(), color="grey", linewidth=0.8, linestyle=":")
-    axes.text(0.01, 100 * known.mean(), "before", transform=axes.get_yaxis_transform(), va="bottom")
+    for axes in (left, right):
+        axes.axhline(100 * known.mean(), color="grey", linewidth=0.8, linestyle=":")
+        axes.set_xlabel("right on the target tasks, %")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    where = {"transform": left.get_yaxis_transform(), "va": "bottom"}
+    left.text(0.01, 100 * known.mean(), "before", **where)
+    left.set(ylabel="right on the tasks of pretraining, %", title="at each method's own rate")
+    right.set_title("at every rate, one seed")
     for number, method in enumerate(EXPERIMENTS):
         if not (found := Runs(results, method)):
             continue
-        x, y = (
-            [100 * value for value in accuracy(found, right)]
-            for right in (target_right, known_right)
-        )
+        colour = f"C{number}"
+        crosses = [accuracy(found, answers) for answers in (target_right, known_right)]
+        x, y = ([100 * value for value in cross] for cross in crosses)
         errors = [[[v - low], [high - v]] for v, low, high in (x, y)]
-        axes.errorbar(
+        left.errorbar(
             x[0], y[0], xerr=errors[0], yerr=errors[1], fmt="o", markersize=4, elinewidth=1.2,
-            color=f"C{number}", label=method,
+            color=colour, label=method,
         )  # fmt: skip
-    axes.set(xlabel="right on the target tasks, %", ylabel="right on the tasks of pretraining, %")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize="small", frameon=False)
+        line = 100 * np.array([values[:2] for values in by_rate(results, method).values()])
+        right.plot(*line.reshape(-1, 2).T, "o-", markersize=4, linewidth=1, color=colour)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right", frameon=False)
     buffer = io.BytesIO()
     # Text stays text, and the same results give the same bytes.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "olmoe_jax"}):
