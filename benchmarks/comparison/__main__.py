@@ -5,7 +5,7 @@
 Bases of about 10M parameters (32 experts, K per token) are pretrained on twelve generated tasks and
 fine-tuned on four others with each method. Every run is a row of OUTPUT/results.jsonl: the same
 command continues after an interruption. OUTPUT gets table.md, rates.md, effects.md, base.md and
-comparison.svg; --report only writes these again, from the results in OUTPUT.
+comparison.svg; --report DIR only writes these, from OUTPUT's results, to DIR.
 """
 
 import argparse
@@ -39,9 +39,9 @@ def main(arguments: Sequence[str]) -> None:
         group = study.stages()[stage][number]
         run_cells(args.output, f"{stage}_{number}", missing(group, read(args.output)), study)
     else:
-        if not args.report:
+        if args.report is None:
             run_all(args.output, study, args.quick, args.jobs)
-        write_report(args.output, study)
+        write_report(args.output, args.report or args.output, study)
 
 
 def run_all(output: Path, study: Study, quick: bool, jobs: int) -> None:
@@ -85,7 +85,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--output", type=user_path, required=True)
     parser.add_argument("--quick", action="store_true", help="one target, two methods, two seeds")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, on as many cores")
-    parser.add_argument("--report", action="store_true", help="only report the results in OUTPUT")
+    parser.add_argument(
+        "--report", type=user_path, metavar="DIR", help="only report OUTPUT's results, in DIR"
+    )
     parser.add_argument("--base", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--group", type=int, nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)

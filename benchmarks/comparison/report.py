@@ -23,11 +23,12 @@ Bases = Mapping[int, dict[str, Any]]  # by K
 FROZEN, CONVENTIONAL, DENSE = FULL
 
 
-def write_report(output: Path, study: Study) -> None:
-    """Writes the tables and the picture of the results in a directory beside them."""
+def write_report(output: Path, report: Path, study: Study) -> None:
+    """Writes the tables and the picture of the results in `output` to `report`."""
     results, bases = read(output), read_bases(output)
     if not results or not bases:
         raise UserError(f"{output}: no result to report; run without --report")
+    report.mkdir(parents=True, exist_ok=True)
     texts = {
         "table.md": f"{method_table(results, bases)}\n{extent(results, study)}\n",
         "rates.md": rate_table(results),
@@ -35,9 +36,9 @@ def write_report(output: Path, study: Study) -> None:
         "base.md": base_tables(bases),
     }
     for name, text in texts.items():
-        (output / name).write_text(text, encoding="utf-8")
+        (report / name).write_text(text, encoding="utf-8")
         print(text)
-    (output / "comparison.svg").write_bytes(picture(results, bases))
+    (report / "comparison.svg").write_bytes(picture(results, bases))
 
 
 def read_bases(folder: Path) -> dict[int, dict[str, Any]]:

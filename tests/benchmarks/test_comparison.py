@@ -182,24 +182,25 @@ def made_up(path) -> None:
 
 def test_report(tmp_path):
     made_up(tmp_path)
-    main([f"--output={tmp_path}", "--report"])
-    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    report_path = tmp_path / "report"
+    main([f"--output={tmp_path}", f"--report={report_path}"])
+    table = (report_path / "table.md").read_text(encoding="utf-8")
     assert re.search(r"\| `densemixer` \| 60\.0 \([\d.]+ to [\d.]+\) \| 0\.\d+ \| 60\.0 ", table)
     count = len(Study(seeds=2).cells())
     assert f"{count} of {len(Study().cells())} runs, 0.0 hours" in table
     assert "; 6 missing of densemixer at K = 1;" in table
-    effects = (tmp_path / "effects.md").read_text(encoding="utf-8")
+    effects = (report_path / "effects.md").read_text(encoding="utf-8")
     assert "| K = 8 | `densemixer` − `conventional` | +10.0 (" in effects
     assert "| m = 16 | `densemixer` − `conventional` | +0.0 (+0.0 to +0.0) | 1.000 | 4 |" in effects
-    base = (tmp_path / "base.md").read_text(encoding="utf-8")
+    base = (report_path / "base.md").read_text(encoding="utf-8")
     assert "| add | 90 | 90 | 90 | 90 | 12 12 12 | 25 | 25 |" in base
-    drawn = (tmp_path / "comparison.svg").read_text(encoding="utf-8")
+    drawn = (report_path / "comparison.svg").read_text(encoding="utf-8")
     assert ">esft_token<" in drawn
 
 
 def test_nothing_to_report(tmp_path):
     with pytest.raises(UserError, match="no result to report"):
-        main(["--output", str(tmp_path), "--report"])
+        main([f"--output={tmp_path}", f"--report={tmp_path}"])
 
 
 def test_cells_of_the_same_base_differ_in_their_method_alone(tmp_path):
