@@ -39,7 +39,7 @@ def train_and_score(model: str, data: Path, output: Path, *, rate: float, epochs
         optimizer=options.OptimizerOptions(learning_rate=rate),
         train=options.TrainOptions(output_dir=f"{output}/run", batch_size=32, epochs=epochs),
     )
-    run = olmoe_jax.train(config).output_dir  # run/adapter is what PEFT and vLLM load
+    run = olmoe_jax.train(config).output_dir  # docs/serving.md: what loads run/adapter
 
     # Without `settings` the model would be loaded in float32, which takes twice the memory.
     settings = ModelSettings(compute_dtype=jnp.bfloat16)
