@@ -19,7 +19,7 @@ _TAG = "olmoe_jax"
 _SHOWN = {
     "train": ("batch_size", "epochs", "max_steps", "seed"),
     "data": ("train_path", "hub_config", "split", "max_seq_length", "pack"),
-    "model": ("compute_dtype", "quantization"),
+    "model": ("compute_dtype", "base_quantization"),
 }
 """The fields of these sections that a card shows; of method and optimizer it shows all."""
 _USE, _TRAINING = "## Use\n", "\n## Training\n"

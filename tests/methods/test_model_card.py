@@ -1,6 +1,7 @@
 """Model cards: the hub's own parser reads them, and they say what trained and how."""
 
 import json
+from typing import get_type_hints
 
 import pytest
 import yaml
@@ -9,7 +10,9 @@ from tiny import short_run, write_base
 
 import olmoe_jax
 from convert import merge_lora, to_hf
+from olmoe_jax.checkpoints import card
 from olmoe_jax.checkpoints.card import add_results
+from olmoe_jax.config import Config
 
 BASE_CARD = """---
 license: apache-2.0
@@ -41,6 +44,12 @@ def metadata(path) -> dict:
     card = ModelCard.load(path / "README.md")
     assert yaml.safe_load(card.content.split("---")[1]) == card.data.to_dict()
     return card.data.to_dict()
+
+
+def test_a_card_shows_fields_that_a_configuration_has():
+    sections = get_type_hints(Config)
+    for section, names in card._SHOWN.items():
+        assert set(names) <= set(get_type_hints(sections[section]))
 
 
 @pytest.mark.slow
