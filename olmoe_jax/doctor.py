@@ -31,8 +31,8 @@ def main(arguments: Sequence[str]) -> None:
     """Prints the page. Exits with 2 if something is wrong."""
     ArgumentParser(
         prog="python -m olmoe_jax.doctor",
-        description="Says in a minute what this machine has, which kernels work on it, what is "
-        "wrong\nand the command that cures it. Exits with 2 if something is wrong.",
+        description="Says what this machine has, which kernels work on it, what is wrong and the "
+        "command\nthat cures it. Exits with 2 if something is wrong.",
     ).parse_args(arguments)
     cures: dict[str, str] = {}
     for part in (memory_and_disk, hub, versions, devices, kernels, layer):

@@ -319,14 +319,14 @@ class TrainOptions:
         "aside and start afresh",
     )
     export_hf: bool = option(
-        True, "write the final model as a Hugging Face checkpoint to OUTPUT_DIR/hf"
+        True, "write the final model to OUTPUT_DIR/hf, adapters to OUTPUT_DIR/adapter"
     )
     export_dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = option(
         None,
         "dtype of exported models; default: the base's. What float16 cannot hold becomes float32",
     )
     export_best: bool = option(
-        False, "write the best model by train.best_metric to OUTPUT_DIR/hf_best"
+        False, "write the best model by train.best_metric to OUTPUT_DIR/hf_best or adapter_best"
     )
 
 

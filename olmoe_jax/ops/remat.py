@@ -2,7 +2,7 @@
 
 The three choices have the names of Megatron-LM and torchtitan. "none" keeps everything that the
 backward pass reads. "full" keeps a function's inputs alone. "selective" also keeps the outputs of
-matmuls and attention, so that only elementwise operations, norms, sorting and the gathering of
+matmuls, attention and sorting, so that only elementwise operations, norms and the gathering of
 weights run twice.
 """
 
