@@ -261,8 +261,9 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def picture(results: Results, bases: Bases) -> bytes:
     """Draws target against known accuracy as SVG.
 
-    On the left each method at its own rate, a cross of intervals; on the right at every rate, with
-    one seed, on the validation rows of the targets that choose the rate.
+    On the left each method at its own rate, a cross of intervals. On the right at every rate, with
+    one seed, on the validation rows of the targets that choose the rate: there by the target's
+    loss, which tells methods apart that give no right answer.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -272,13 +273,21 @@ def picture(results: Results, bases: Bases) -> bytes:
     known = np.concatenate([bits(text) for text in bases[EXPERTS_PER_TOKEN]["known"].values()])
     for axes in (left, right):
         axes.axhline(100 * known.mean(), color="grey", linewidth=0.8, linestyle=":")
-        axes.set_xlabel("right on the target tasks, %")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     where = {"transform": left.get_yaxis_transform(), "va": "bottom"}
     left.text(0.01, 100 * known.mean(), "before", **where)
-    left.set(ylabel="right on the tasks of pretraining, %", title="at each method's own rate")
-    right.set_title("at every rate, one seed")
+    left.set(
+        xlabel="right on the target tasks, %",
+        ylabel="right on the tasks of pretraining, %",
+        title="at each method's own rate",
+    )
+    right.set(
+        xlabel="loss on the target tasks, nats", xscale="log", title="at every rate, one seed"
+    )
+    right.set_xticks(ticks := (3, 2, 1, 0.5, 0.3, 0.2, 0.1), map(str, ticks))
+    right.minorticks_off()
+    right.set_xlim(3.5, 0.12)  # better ones to the right, as on the left
     for number, method in enumerate(EXPERIMENTS):
         if not (found := Runs(results, method)):
             continue
@@ -290,8 +299,8 @@ def picture(results: Results, bases: Bases) -> bytes:
             x[0], y[0], xerr=errors[0], yerr=errors[1], fmt="o", markersize=4, elinewidth=1.2,
             color=colour, label=method,
         )  # fmt: skip
-        line = 100 * np.array([values[:2] for values in by_rate(results, method).values()])
-        right.plot(*line.reshape(-1, 2).T, "o-", markersize=4, linewidth=1, color=colour)
+        line = [(loss, 100 * kept) for _, kept, loss in by_rate(results, method).values()]
+        right.plot(*np.array(line).reshape(-1, 2).T, "o-", markersize=4, linewidth=1, color=colour)
     figure.legend(*left.get_legend_handles_labels(), loc="outside right", frameon=False)
     buffer = io.BytesIO()
     # Text stays text, and the same results give the same bytes.
