@@ -54,14 +54,15 @@ def open_source(path_or_hub_id: str, step: int | None = None, base: str | None =
       base: of a training run: where its base lies now; None: where it lay.
 
     Raises:
-      UserError: the checkpoint is missing, incomplete, damaged, or of another architecture; or
-        `base` is not the run's.
+      UserError: the checkpoint is missing, incomplete, damaged, or of another architecture;
+        `base` is not the run's; or `base` or `step` is given and the checkpoint is no run's.
     """
     path = directory.resolve(path_or_hub_id)
     if (path / CHECKPOINTS).is_dir() and not (path / PARAMETERS).is_dir():
         return RunCheckpoint(path, step, base)
-    if base is not None:
-        raise UserError(f"--base {base}: {path} is not a training run; leave --base out")
+    for flag, value in (("base", base), ("step", step)):
+        if value is not None:
+            raise UserError(f"--{flag} {value}: {path} is not a training run; leave --{flag} out")
     if not (path / PARAMETERS).is_dir():
         return HFCheckpoint(path)
     if (path / checksums.FILE).exists():

@@ -62,6 +62,14 @@ def test_existing_output(tmp_path, model):
     assert (tmp_path / "out" / "precious").read_text() == "data"
 
 
+def test_a_step_of_what_is_no_run(tmp_path, model):
+    """The step would be ignored: such a checkpoint has one set of weights."""
+    arguments = ["--checkpoint", str(model), "--output", str(tmp_path / "out"), "--step", "300"]
+    expected = f"--step 300: {model} is not a training run; leave --step out"
+    assert message_of(to_hf.main, arguments) == expected
+    assert left_behind(tmp_path) == []
+
+
 def test_parity_of_another_architecture(tmp_path, model):
     write_json(model / "config.json", hf_config(CONFIG, model_type="llama"))
     arguments = ("--model", model, "--batch", tmp_path / "none", "--method", "frozen")
