@@ -10,7 +10,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from olmoe_jax.checkpoints.directory import ADAPTER_FILES
 from olmoe_jax.checkpoints.names import Weight
+from olmoe_jax.errors import UserError
 from olmoe_jax.files import read_json
 from olmoe_jax.model.config import ModelConfig, model_config_from_hf
 
@@ -51,7 +53,13 @@ def read_model_config(files: Path) -> ModelConfig:
     """Reads the architecture from a directory's config.json.
 
     Raises:
-      UserError: the file is missing or damaged, or describes no OLMoE model.
+      UserError: the file is missing or damaged, or describes no OLMoE model; or the directory is an
+        adapter's.
     """
     file = files / "config.json"
+    if not file.exists() and any((files / name).exists() for name in ADAPTER_FILES):
+        raise UserError(
+            f"{files}: holds an adapter and no model; write its base here, and the adapter as "
+            "--adapter or method.adapter_path, or merge the two with convert.merge_lora"
+        )
     return model_config_from_hf(read_json(dict[str, Any], file), str(file))

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from tiny import BYTES, LORA, random_adapters, short_run, tiny_config, write_base
 
 import olmoe_jax
-from convert import merge_lora, to_hf
+from convert import from_hf, merge_lora, to_hf
 from olmoe_jax.checkpoints import directory
 from olmoe_jax.checkpoints.fingerprint import adapter_fingerprint
 from olmoe_jax.checkpoints.huggingface import HFCheckpoint
@@ -441,6 +441,15 @@ def test_training_mistake_in_a_process(run_files, tmp_path):
     result = run_command_line("train.py", *run_files.arguments(tmp_path / "out", **changes))
     assert_user_error(result, experts, "layer 2 has [99]; write different ids from 0 to 7")
     assert [path.name for path in tmp_path.iterdir()] == ["experts.json"]
+
+
+@pytest.mark.parametrize("command", [from_hf, to_hf])
+def test_an_adapter_in_the_place_of_a_model(tmp_path, command):
+    adapter, output = make_adapter(tmp_path / "a"), str(tmp_path / "out")
+    flag = "--model" if command is from_hf else "--checkpoint"
+    with pytest.raises(UserError, match="a: holds an adapter and no model; write its base here"):
+        command.main([flag, str(adapter), "--output", output])
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_to_hf_adapter_of_a_base(base, tmp_path):
