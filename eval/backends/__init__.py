@@ -70,12 +70,13 @@ def check_backend(
     """
     if name == "jax":
         if adapter or base:
-            from olmoe_jax.checkpoints.opening import open_source
+            from olmoe_jax.checkpoints.opening import check_not_merged, open_source
             from olmoe_jax.checkpoints.peft import read_adapter
 
-            config = open_source(model, base=base).config
+            source = open_source(model, base=base)
             if adapter:
-                read_adapter(adapter, config)
+                check_not_merged(source, adapter)
+                read_adapter(adapter, source.config)
         return
     if base:
         raise UserError(

@@ -21,7 +21,7 @@ from olmoe_jax.checkpoints.merging import merged
 from olmoe_jax.checkpoints.names import Weight
 from olmoe_jax.checkpoints.orbax import PARAMETERS, ConvertedCheckpoint, OrbaxArrays
 from olmoe_jax.checkpoints.overrides import with_experts
-from olmoe_jax.checkpoints.peft import adapted, parameter_names
+from olmoe_jax.checkpoints.peft import adapted, adapter_directory, parameter_names
 from olmoe_jax.checkpoints.source import MODEL_DIRECTORY, Source, read_model_config
 from olmoe_jax.errors import UserError
 from olmoe_jax.files import absolute, read_json
@@ -95,6 +95,23 @@ def weights_identity(source: Source) -> dict[str, str]:
 def _checksum(value: np.ndarray) -> str:
     content = np.ascontiguousarray(value).view(np.uint8)
     return f"{value.dtype} {value.shape} {xxhash.xxh3_128_hexdigest(content)}"
+
+
+def check_not_merged(source: Source, adapter: str | Path) -> None:
+    """Checks that a checkpoint is not that of the run which made the adapter.
+
+    A LoRA run's checkpoint has its adapter merged: beside it, the adapter would count twice.
+
+    Raises:
+      UserError: it is, or there is no adapter.
+    """
+    if not (isinstance(source, RunCheckpoint) and source.lora):
+        return
+    if adapter_directory(str(adapter)).resolve().parent == source.path.resolve():
+        raise UserError(
+            f"{source.path}: has its adapter merged already; leave {adapter} out, or write the "
+            f"run's base, {source.base}, in the place of the run"
+        )
 
 
 class RunCheckpoint:

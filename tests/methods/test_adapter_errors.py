@@ -17,6 +17,7 @@ from convert import from_hf, merge_lora, to_hf
 from olmoe_jax.checkpoints import directory
 from olmoe_jax.checkpoints.fingerprint import adapter_fingerprint
 from olmoe_jax.checkpoints.huggingface import HFCheckpoint
+from olmoe_jax.checkpoints.opening import RunCheckpoint, check_not_merged
 from olmoe_jax.checkpoints.peft import read_adapter, write_adapter
 from olmoe_jax.checkpoints.peft_config import HISTORY, AdapterConfig
 from olmoe_jax.checkpoints.safetensors_file import load
@@ -450,6 +451,17 @@ def test_an_adapter_in_the_place_of_a_model(tmp_path, command):
     with pytest.raises(UserError, match="a: holds an adapter and no model; write its base here"):
         command.main([flag, str(adapter), "--output", output])
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_the_adapter_of_the_run_that_is_opened(tmp_path):
+    run = object.__new__(RunCheckpoint)
+    run.path, run.lora, run.base = tmp_path / "run", LoraSettings(4, 8.0), "a/base"
+    run.path.mkdir()
+    own, other = make_adapter(run.path / "adapter"), make_adapter(tmp_path / "other")
+    for adapter in (own, run.path):
+        with pytest.raises(UserError, match=r"has its adapter merged already; .* base, a/base,"):
+            check_not_merged(run, adapter)
+    check_not_merged(run, other)
 
 
 def test_to_hf_adapter_of_a_base(base, tmp_path):

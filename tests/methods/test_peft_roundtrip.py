@@ -11,6 +11,7 @@ from helpers import (
     assert_same_bits,
     load_checkpoint_tensors,
     load_safetensors,
+    message_of,
     relative_error,
     run_module,
 )
@@ -20,6 +21,7 @@ from tiny import LORA, base_weights, make_model, random_adapters, short_run
 
 import olmoe_jax
 from convert import merge_lora, to_hf
+from eval.backends import check_backend
 from olmoe_jax.checkpoints.huggingface import HFCheckpoint
 from olmoe_jax.checkpoints.peft import ROUTER_FILE, read_adapter, to_peft, write_adapter
 from olmoe_jax.model.lora import TARGETS, LoraSettings
@@ -93,6 +95,25 @@ def test_export_is_what_trained(run, base, tmp_path):
     assert changed == {
         name for name in before if "_proj." in name or name.endswith("mlp.gate.weight")
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ["", "adapter"])
+def test_the_adapter_of_the_run_that_is_opened(run, base, run_files, tmp_path, adapter):
+    """A run is opened with its adapter merged, which would count twice."""
+    own, out = str(run / adapter), tmp_path / "out"
+    config = short_run(run_files, run, out, method__adapter_path=own, **LORA)
+    merge = ["--model", str(run), "--adapter", own, "--output", str(out)]
+    for refused in (
+        lambda: merge_lora.main(merge),
+        lambda: olmoe_jax.from_pretrained(run, adapter=own),
+        lambda: check_backend("jax", str(run), own),
+        lambda: olmoe_jax.train(config),
+    ):
+        message = message_of(refused)
+        assert message.startswith(f"{run}: has its adapter merged already; leave {own} out, or")
+        assert f"the run's base, {base}, in" in message
+    assert not out.exists()
 
 
 @pytest.mark.slow
