@@ -19,7 +19,7 @@ from olmoe_jax.checkpoints import directory
 from olmoe_jax.data.arguments import add_chat_template
 from olmoe_jax.errors import SEED, ArgumentParser, UserError, run_command, whole_number
 from olmoe_jax.files import PATH_OR_ID, absolute, expand, user_path
-from olmoe_jax.generation.command import add_model
+from olmoe_jax.generation.command import add_model, check_draws
 from olmoe_jax.parallel.compilation import keep_programs
 from olmoe_jax.parallel.cpu import restart_with_huge_pages, use_all_cores
 
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> None:
     args = parser().parse_args(arguments)
     directory.check_writable(args.output)
     tasks = tasks_of(args.tasks, args.protocol)
-    decoding = _decoding(args)
+    decoding = _decoding(args, tasks)
     tools = Tools(run_programs=_sandbox(args, tasks))
     examples = {task.name: read_examples(task, args.data)[: args.limit] for task in tasks}
     check_backend(args.backend, args.model, args.adapter, args.base)
@@ -227,7 +227,7 @@ class _Models:
         return self._backend
 
 
-def _decoding(args: argparse.Namespace) -> Decoding:
+def _decoding(args: argparse.Namespace, tasks: Sequence[Task]) -> Decoding:
     if args.temperature is not None and args.temperature < 0:
         raise UserError(f"--temperature={args.temperature}: must be 0 or more")
     if args.top_p is not None and not 0 < args.top_p <= 1:
@@ -236,6 +236,8 @@ def _decoding(args: argparse.Namespace) -> Decoding:
         raise UserError(
             f"--samples={args.samples}: greedy samples are all the same; add e.g. --temperature 0.8"
         )
+    own = max(task.temperature for task in tasks)
+    check_draws(args, own if args.temperature is None else args.temperature)
     if args.allow_extrapolation and args.backend == "vllm":
         raise UserError("--allow_extrapolation: --backend vllm cannot; leave one of them out")
     return Decoding(

@@ -37,6 +37,7 @@ def main(arguments: Sequence[str]) -> None:
     for flag in ("system", "chat_template"):
         if getattr(args, flag) is not None and not args.chat:
             raise UserError(f"--{flag} is for chats: add --chat, or leave the flag out")
+    check_draws(args, args.temperature)
     prompts = [] if args.chat else _prompts(args)
     keep_programs()
 
@@ -154,6 +155,17 @@ def add_model(parser: ArgumentParser) -> None:
     kinds = "a PEFT adapter of this model, or the LoRA run that made it"
     parser.add_argument("--adapter", type=expand, metavar="DIR", help=kinds)
     parser.add_argument("--base", **BASE)
+
+
+def check_draws(args: argparse.Namespace, temperature: float) -> None:
+    """Raises a `UserError` if a flag says how to draw, and decoding at `temperature` is greedy."""
+    for flag, neutral in (("top_p", 1), ("top_k", 0)):
+        value = getattr(args, flag)
+        if not temperature and value not in (None, neutral):
+            raise UserError(
+                f"--{flag}={value}: greedy decoding draws no token; add e.g. --temperature 0.8, or "
+                f"leave --{flag} out"
+            )
 
 
 def tokenizer_directory(files: Path, adapter: str | None) -> Path:

@@ -211,6 +211,7 @@ COMMON = ["--model", "nowhere", "--output", "out", "--tasks"]
         ([*COMMON, "gsm", "--batch_size", "0"], "--batch_size: 0: expected"),
         ([*COMMON, "gsm", "--temperature", "-1"], "--temperature=-1.0"),
         ([*COMMON, "gsm", "--samples", "3"], "add e.g. --temperature 0.8"),
+        ([*COMMON, "gsm,law", "--top_p", "0.9"], "--top_p=0.9: greedy decoding draws no token"),
         ([*COMMON, "gsm", "--backend", "tf"], "invalid choice: 'tf'"),
         ([*COMMON, "gsm,mbpp"], "--tasks mbpp: runs programs that the model wrote; add --allow"),
         ([*COMMON, "gsm", "--data", "missing"], "no gsm8k/test.jsonl there"),

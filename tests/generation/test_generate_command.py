@@ -37,6 +37,8 @@ def test_the_name_stays_the_function():
         (["--model", "m", "--prompts", "nowhere.txt"], "nowhere.txt: no such file"),
         (["--model", "nowhere", "--prompt", "x"], "nowhere: no such directory"),
         (["--model", "m", "--prompt", "x", "--temprature", "1"], "--temprature"),
+        (["--model", "m", "--prompt", "x", "--top_p", "0.9"], "--top_p=0.9: greedy decoding draws"),
+        (["--model", "m", "--chat", "--top_k", "5"], "--top_k=5: greedy decoding draws no token"),
     ],
 )
 def test_mistakes(arguments, culprit):
