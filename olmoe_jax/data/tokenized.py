@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -149,6 +150,24 @@ class TokenizedDataset:
                 own = np.random.RandomState(seed).permutation(own)
             taken.append(own[np.arange(number * count, (number + 1) * count) % len(own)])
         return self.subset(np.concatenate(taken))
+
+    def check_vocabulary(self, size: int, tokenizer: str | PathLike, instead: str) -> None:
+        """Checks that a model has all tokens.
+
+        Args:
+          size: of the model's vocabulary.
+          tokenizer: what the message calls the tokenizer.
+          instead: what the user does to give the model's tokenizer.
+
+        Raises:
+          UserError: a token is beyond the vocabulary, where an embedding would be zero.
+        """
+        largest = int(self.tokens.max())
+        if largest >= size:
+            raise UserError(
+                f"the tokenizer of {tokenizer} gives token {largest}, but the model's vocabulary "
+                f"has {size}; {instead}"
+            )
 
     def identity(self) -> dict[str, str | int]:
         """Returns the named parts that determine the examples, for a message that names one.

@@ -100,12 +100,7 @@ def generate(
     encoded = [tokenizer(p, add_special_tokens=False, verbose=False).input_ids for p in prompts]
     if not all(encoded):
         raise UserError("a prompt is empty; write at least one word")
-    largest, known = max(map(max, encoded), default=0), model.config.vocab_size
-    if largest >= known:
-        raise UserError(
-            f"the tokenizer gives token {largest}, but the model's vocabulary has {known}; "
-            "write the model's tokenizer"
-        )
+    check_vocabulary(model, max(map(max, encoded), default=0))
     positions = sys.maxsize if allow_extrapolation else model.config.max_position_embeddings
     rooms = [positions - len(tokens) for tokens in encoded]
     for number, (tokens, room) in enumerate(zip(encoded, rooms, strict=True), 1):
@@ -130,6 +125,16 @@ def generate(
             for index, text in zip(indices, found, strict=True):
                 texts[index] = text
     return texts
+
+
+def check_vocabulary(model: Olmoe, largest: int) -> None:
+    """Raises a `UserError` if the model does not have the token `largest`."""
+    known = model.config.vocab_size
+    if largest >= known:
+        raise UserError(
+            f"the tokenizer gives token {largest}, but the model's vocabulary has {known}; "
+            "write the model's tokenizer"
+        )
 
 
 def bucket(size: int, smallest: int = 1) -> int:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from olmoe_jax.generation.decoding import bucket, forward_program
+from olmoe_jax.generation.decoding import bucket, check_vocabulary, forward_program
 from olmoe_jax.model.decoder import Olmoe
 from olmoe_jax.model.parameters import Parameters, merge, split
 from olmoe_jax.ops.cross_entropy import CHUNK
@@ -32,7 +32,11 @@ def log_likelihoods(model: Olmoe, pairs: Sequence[TokenPair]) -> list[tuple[floa
     Args:
       model: from `olmoe_jax.from_pretrained`; under `jax.set_mesh` the devices share the rows.
       pairs: (context, continuation) tokens; a context is not empty.
+
+    Raises:
+      UserError: the model does not have a token.
     """
+    check_vocabulary(model, max((max(part) for pair in pairs for part in pair if part), default=0))
     rows: dict[tuple[int, ...], int] = {}
     places = []  # (row, column) of each hidden state that predicts a token of a continuation
     for context, continuation in pairs:

@@ -79,7 +79,8 @@ def run_score(args: argparse.Namespace, output: Path) -> str:
 
     source = open_source(args.model)
     dtype = jnp.dtype(args.compute_dtype)
-    tokenizer = data.load_tokenizer(args.tokenizer or str(source.files))
+    place = args.tokenizer or str(source.files)
+    tokenizer = data.load_tokenizer(place)
     positions = source.config.max_position_embeddings
     length = args.max_seq_length or min(4096, positions)
     if length > positions and not args.allow_extrapolation:
@@ -90,6 +91,7 @@ def run_score(args: argparse.Namespace, output: Path) -> str:
     rules = rules_of(args, tokenizer)
     sources = ", ".join(map(str, sources_of(args)))
     dataset = data.tokenize_dataset(sources, tokenizer, length, rules=rules, progress=True)
+    dataset.check_vocabulary(source.config.vocab_size, place, "write the model's as --tokenizer")
     dataset = dataset.epoch(0, args.seed)
     mesh = sharding.make_mesh()
     scores, tokens = expert_scores(

@@ -71,12 +71,9 @@ def load_datasets(config: Config, model: BaseModel) -> Datasets:
     elif options.eval_fraction:
         train, evaluation = data.held_out_split(train, options.eval_fraction, config.train.seed)
     for dataset in filter(None, (train, evaluation)):
-        largest = int(dataset.tokens.max())
-        if largest >= model.config.vocab_size:
-            raise UserError(
-                f"the tokenizer of {model.tokenizer_files} gives token {largest}, but the model's "
-                f"vocabulary has {model.config.vocab_size}; set data.tokenizer_path to the model's"
-            )
+        dataset.check_vocabulary(
+            model.config.vocab_size, model.tokenizer_files, "set data.tokenizer_path to the model's"
+        )
     pad_id = tokenizer.pad_token_id
     pad_id = tokenizer.eos_token_id if pad_id is None else pad_id
     return Datasets(train, evaluation, pad_id, rules, rules.ends(tokenizer))

@@ -57,6 +57,12 @@ def test_log_likelihoods_are_those_of_the_logits():
     assert [greedy for _, greedy in found[-2:]] == [True, False]
 
 
+@pytest.mark.parametrize("pair", [([61], [1]), ([1], [61])])
+def test_a_token_that_the_model_does_not_have(pair):
+    message = message_of(log_likelihoods, make_model(CONFIG), [([1], []), pair])
+    assert message.startswith("the tokenizer gives token 61, but the model's vocabulary has 61;")
+
+
 def requests(*arguments: tuple) -> list[SimpleNamespace]:
     return [SimpleNamespace(args=args) for args in arguments]
 

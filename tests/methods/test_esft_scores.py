@@ -5,8 +5,8 @@ import json
 import jax
 import numpy as np
 import pytest
-from helpers import relative_error
-from tiny import BYTES, LENGTHS, ROWS, make_examples, tiny_config
+from helpers import message_of, relative_error
+from tiny import BYTES, LENGTHS, ROWS, make_examples, tiny_config, write_base
 
 from olmoe_jax import data
 from olmoe_jax.checkpoints.huggingface import HFCheckpoint
@@ -133,3 +133,13 @@ def test_command(base, run_files, tokenizer, tmp_path, capsys):
     best = np.sort(expected["gate"], axis=1)[:, -2:].sum(axis=1).mean()
     assert f"scored {int(lengths[order[:count]].sum())} tokens; the 2 best of 8 experts" in said
     assert f"hold {best:.0%} of a layer's gate score" in said
+
+
+def test_a_tokenizer_of_another_model(run_files, tmp_path):
+    """Its tokens would be zeros to the model, whose scores would be wrong."""
+    small, output = write_base(tmp_path / "small", vocab_size=20), tmp_path / "out"
+    arguments = ["--model", str(small), "--data", str(run_files.train), "--output", str(output)]
+    message = message_of(command.main, ["score", *arguments, f"--tokenizer={run_files.tokenizer}"])
+    assert message.startswith(f"the tokenizer of {run_files.tokenizer} gives token ")
+    assert message.endswith("the model's vocabulary has 20; write the model's as --tokenizer")
+    assert not output.exists()
