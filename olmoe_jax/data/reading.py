@@ -8,7 +8,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from olmoe_jax import hub
@@ -86,9 +86,7 @@ def check_distinct(sources: Sequence[Source]) -> None:
     """Raises a `UserError` if a file, or a split of a data set on the hub, is in two sources."""
     seen: dict[object, Source] = {}
     for source in sources:
-        hub_rows = (source.path, source.config, source.split)
-        places = map(os.path.realpath, _local_files(source.path)) if source.is_local else [hub_rows]
-        for place in places:
+        for place in _places(source):
             if other := seen.get(place):
                 name = place if source.is_local else source.path
                 raise UserError(
@@ -96,6 +94,24 @@ def check_distinct(sources: Sequence[Source]) -> None:
                     "if an epoch is to take its rows twice"
                 )
             seen[place] = source
+
+
+def in_both(some: Iterable[Source], others: Iterable[Source]) -> list[str]:
+    """Returns the files, and the splits of data sets on the hub, of some sources and of others."""
+    places = {place for source in some for place in _places(source)}
+    return [
+        str(place if source.is_local else source)
+        for source in others
+        for place in _places(source)
+        if place in places
+    ]
+
+
+def _places(source: Source) -> list[object]:
+    """Returns the files of a source, or the split of a data set on the hub."""
+    if source.is_local:
+        return [os.path.realpath(file) for file in _local_files(source.path)]
+    return [(source.path, source.config, source.split or "train")]
 
 
 def about_rows(sources: Sequence[Source]) -> int | None:

@@ -9,6 +9,7 @@ from olmoe_jax import data
 from olmoe_jax.checkpoints.turn_ends import read_turn_ends
 from olmoe_jax.config import Config
 from olmoe_jax.data.counts import source_table
+from olmoe_jax.data.reading import in_both
 from olmoe_jax.model.lora import is_adapter
 from olmoe_jax.model.parameters import Parameters, count_parameters
 from olmoe_jax.parallel import sharding
@@ -43,6 +44,13 @@ def introduction(
         f"{len(evaluation) if evaluation else 0:,} evaluation examples"
     )
     yield from source_table(train.sources, train.source_counts)
+    given = evaluation.sources if evaluation and config.data.eval_path else ()
+    if both := in_both(train.sources, given):
+        more = f" (and {len(both) - 1} more)" if len(both) > 1 else ""
+        yield (
+            f"note: {both[0]}{more} is in data.train_path and in data.eval_path, so that the eval "
+            "loss does not show what the model makes of other rows"
+        )
     if train.counts.templated:
         yield f"conversations: {datasets.rules.describe()}"
     named = read_turn_ends(model.files)

@@ -3,6 +3,7 @@
 import collections
 import html
 import json
+import os
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ import pytest
 from olmoe_jax.data import TrainingData, held_out_split, tokenize_dataset
 from olmoe_jax.data.__main__ import main
 from olmoe_jax.data.counts import Counts
+from olmoe_jax.data.reading import in_both
 from olmoe_jax.errors import UserError
+from olmoe_jax.sources import parse
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -135,6 +138,15 @@ def test_a_file_in_two_sources_is_refused(files, tokenizer, tmp_path):
             tokenize_dataset(f"{files[0]}, {other} weight=2", tokenizer, 20)
     with pytest.raises(UserError, match="o/n is in two sources"):
         tokenize_dataset("o/n, o/n weight=2", tokenizer, 20)
+
+
+def test_files_that_train_and_evaluate(files, tmp_path):
+    train = parse(f"{files[0]}, o/n")
+    assert in_both(train, parse(f"{files[1]}, o/n split=test")) == []
+    assert in_both(train, parse(f"o/n split=train, {tmp_path}")) == [
+        "o/n split=train",
+        os.path.realpath(files[0]),
+    ]
 
 
 def test_a_source_without_a_row_to_train_on_is_refused(files, tokenizer, tmp_path):

@@ -57,8 +57,10 @@ def run(files, easy, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_nothing_else_changes(files, easy, run, tmp_path):
+def test_nothing_else_changes(files, easy, run, tmp_path, capsys):
     plain = olmoe_jax.train(files.config(tmp_path / "plain", **easy)).output_dir
+    both = f"note: {easy['data__train_path']} is in data.train_path and in data.eval_path, so"
+    assert both in capsys.readouterr().out
     assert losses(run) == losses(plain)
     assert exported_bytes(run) == exported_bytes(plain)
     others = [line for line in metrics(run) if "exact_match" not in line]
