@@ -55,7 +55,11 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--adapter", type=user_path, metavar="PEFT_DIR", help="train this LoRA adapter"
     )
-    parser.add_argument("--router", choices=["frozen", "trained"], help="with --adapter")
+    parser.add_argument(
+        "--router",
+        choices=["frozen", "trained"],
+        help="with --adapter; default: as --method says",
+    )
     parser.add_argument(
         "--experts",
         type=user_path,
@@ -73,8 +77,21 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--compute_dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args(arguments)
+    _check_read(args, parser)
     with directory.new_file(args.output) as partial, jax.default_matmul_precision("highest"):
         safetensors_file.save(partial, compute(args))
+
+
+def _check_read(args: argparse.Namespace, parser: ArgumentParser) -> None:
+    """Raises a `UserError` if a flag is given that the others leave unread."""
+    if args.adapter and args.experts:
+        raise UserError(f"--experts {args.experts}: an --adapter trains alone; leave one out")
+    if args.router and not args.adapter:
+        raise UserError(f"--router {args.router}: only read with --adapter; write --method instead")
+    for flag in ("learning_rate", "weight_decay", "warmup_steps"):
+        value = getattr(args, flag)
+        if args.optimizer_steps is None and value != parser.get_default(flag):
+            raise UserError(f"--{flag} {value}: only read with --optimizer_steps; add that")
 
 
 def compute(args: argparse.Namespace) -> dict[str, np.ndarray]:
@@ -94,7 +111,7 @@ def compute(args: argparse.Namespace) -> dict[str, np.ndarray]:
     if args.adapter:
         lora, adapter = with_router(*read_adapter(args.adapter, config), source)
         parameters |= adapter
-        method = Lora(method, lora, router_trains=args.router == "trained")
+        method = Lora(method, lora, None if args.router is None else args.router == "trained")
     elif args.experts:
         dense = method.dense_router_gradient
         options = MethodOptions(name=args.method, experts_path=str(args.experts))

@@ -105,6 +105,20 @@ def test_bad_usage_is_one_line(command, arguments, culprit):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--adapter=a", "--experts=e.json"], "--experts e.json: an --adapter trains alone; leave"),
+        (["--router=trained"], "--router trained: only read with --adapter; write --method"),
+        (["--learning_rate=0.1"], "--learning_rate 0.1: only read with --optimizer_steps; add"),
+        (["--warmup_steps=3"], "--warmup_steps 3: only read with --optimizer_steps; add that"),
+    ],
+)
+def test_parity_flags_that_others_leave_unread(tmp_path, flags, expected):
+    common = ["--model=x", "--batch=b", f"--output={tmp_path / 'out'}", "--method=frozen"]
+    assert message_of(parity.main, [*common, *flags]).startswith(expected)
+
+
 def batch(tmp_path, shape=(2, 4), **changes):
     arrays = {
         "input_ids": np.ones(shape, np.int64),
