@@ -130,7 +130,7 @@ class Field:
 
     def parse(self, text: str) -> Any:
         """Returns the value that `text` means on a command line."""
-        if self.optional and text.lower() == "none":
+        if self._is_none(text):
             return None
         value: Any = text
         if self.kind is bool:
@@ -143,12 +143,12 @@ class Field:
         return self.check_type(value, shown=text)
 
     def check_type(self, value: Any, shown: str | None = None) -> Any:
-        """Returns `value`, an int of a float field as a float, a path with ~ replaced.
+        """Returns `value`, an int of a float field as a float, "none" as None, a path without ~.
 
         Raises:
           UserError: the value has another type, or is a place that cannot be.
         """
-        if value is None and self.optional:
+        if self._is_none(value):
             return None
         if self.rule is SOURCES and isinstance(value, list | tuple):
             value = ", ".join(map(str, value))
@@ -174,6 +174,11 @@ class Field:
         else:
             return
         raise UserError(f"{self.path}={show(value)}: {requirement}; write e.g. {self.example}")
+
+    def _is_none(self, value: Any) -> bool:
+        """Returns whether the value is none, as Python or as the command line spells it."""
+        spelt = isinstance(value, str) and value.lower() == "none"
+        return self.optional and (value is None or spelt)
 
     def _wrong_type(self, shown: str) -> UserError:
         instead = "" if self.choices else f"; write e.g. {self.example}"

@@ -207,6 +207,23 @@ def test_home_in_every_path(monkeypatch):
         assert getattr(getattr(config, section), name) == "/home/me"
 
 
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("data.chat_template", "none"),
+        ("data.eval_path", "None"),
+        ("model.base_quantization", "none"),
+        ("train.max_steps", "none"),
+    ],
+)
+def test_none_as_text_in_a_config_file(path, text):
+    """Help and errors spell None so. It would be a file, or be refused as "expected … or none"."""
+    section, name = path.split(".")
+    changed = dataclasses.replace(getattr(GSM, section), **{name: text})
+    config = check_types(dataclasses.replace(GSM, **{section: changed}))
+    assert getattr(getattr(config, section), name) is None
+
+
 def test_every_number_has_a_range():
     for path, entry in FIELDS.items():
         assert entry.rule or entry.kind not in (int, float), path
