@@ -158,7 +158,24 @@ def _local_rows(path: str) -> Iterator[tuple[str, Row]]:
         yield from _list_rows(path)
     else:
         for number, line in read_lines(path, opened=_opened):
-            yield f"line {number}", decode(Row, line, f"{path}: line {number}")
+            yield f"line {number}", _row_of_line(line, f"{path}: line {number}")
+
+
+def _row_of_line(line: bytes, place: str) -> Row:
+    try:
+        return decode(Row, line, place)
+    except UserError as error:
+        raise UserError(f"{error}{_instead(line)}") from None
+
+
+def _instead(line: bytes) -> str:
+    """Returns what to write instead of a line that is no row, for the end of a message."""
+    try:
+        line.decode()
+    except UnicodeDecodeError:  # PowerShell writes UTF-16, older programs cp1252
+        return "; save the file as UTF-8"
+    is_whole = line.startswith(b"{") and line.endswith(b"}")
+    return "" if is_whole else "; write one JSON object a line, or a .json file that lists them"
 
 
 @contextlib.contextmanager
