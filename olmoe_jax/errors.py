@@ -35,6 +35,10 @@ _HINTS = {
 
 
 _MEMORY = "not enough memory; `python -m olmoe_jax.plan` says what a run needs and what needs less"
+_NO_DEVICES = (
+    "jax cannot start its devices; check JAX_PLATFORMS, and see what `python -m olmoe_jax.doctor` "
+    "says"
+)
 
 
 class UserError(argparse.ArgumentTypeError):
@@ -219,9 +223,9 @@ _HALF = re.compile("[\ud800-\udfff]")
 def outcome(error: BaseException) -> tuple[int, str]:
     """Returns the exit code of a command that ends by an error, and the line to print.
 
-    The code is 2 for a `UserError`, a refusal of the operating system and too little memory, and
-    130 for an interrupt. Another exception is a defect of this project: 70, and the line names a
-    file that has the traceback.
+    The code is 2 for a `UserError`, a refusal of the operating system, too little memory and
+    devices that do not start, and 130 for an interrupt. Another exception is a defect of this
+    project: 70, and the line names a file that has the traceback.
     """
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
@@ -231,9 +235,22 @@ def outcome(error: BaseException) -> tuple[int, str]:
         name = "" if error.filename is None else f"{error.filename}: "
         return 2, f"error: {_message(name + os_reason(error))}"
     what = one_line(f"{type(error).__name__}: {text_of(error)}")
+    if _is_of_devices(error):
+        return 2, f"error: {_NO_DEVICES} ({shorten(what, 300)})"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in what:
         return 2, f"error: {_MEMORY} ({shorten(what, 200)})"
     return DEFECT, _defect(error, shorten(what, 300))
+
+
+def _is_of_devices(error: BaseException) -> bool:
+    """Returns whether jax could not start its devices.
+
+    It names a platform that does not start, and asserts that one of those in JAX_PLATFORMS is here.
+    """
+    if isinstance(error, AssertionError):
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        return bool(frames) and frames[-1].f_globals.get("__name__") == "jax._src.xla_bridge"
+    return isinstance(error, RuntimeError) and "Unable to initialize backend" in text_of(error)
 
 
 def _message(text: str) -> str:

@@ -51,11 +51,25 @@ class UnprintableError(Exception):
         raise RuntimeError
 
 
+def raised_by(module: str, statement: str) -> BaseException:
+    try:
+        exec(statement, {"__name__": module})
+    except Exception as error:
+        return error
+    raise AssertionError
+
+
+NO_DEVICES = "error: jax cannot start its devices; check JAX_PLATFORMS, and see what `python -m"
+
+
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
         (UserError("a" * 5000 + "; write b"), 2, f"error: {'a' * 800} … {'a' * 388}; write b"),
         (UserError("a\nb"), 2, "error: a b"),
+        (RuntimeError("Unable to initialize backend 'x': no\n(set JAX_PLATFORMS)"), 2, NO_DEVICES),
+        (raised_by("jax._src.xla_bridge", "assert None"), 2, NO_DEVICES),
+        (raised_by("jax._src.other", "assert None"), 70, "error: this is a defect in olmoe_jax"),
         (OSError(errno.ELOOP, "Loop", "x"), 2, "error: x: loop; its symbolic links lead in a"),
         (OSError(errno.ENOSPC, "No space"), 2, "error: no space; make room, or write"),
         (MemoryError(), 2, "error: not enough memory; "),
