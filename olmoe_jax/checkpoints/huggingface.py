@@ -48,8 +48,9 @@ class HFCheckpoint:
     checks the checksums, which reads the weights once.
 
     Raises:
-      UserError: a file is missing, truncated or damaged; the index names an absent tensor; a tensor
-        is missing, unexpected or of the wrong shape; the architecture is not OLMoE's.
+      UserError: a file is missing, truncated or damaged; the index names an absent tensor, or there
+        is another model beside it; a tensor is missing, unexpected or of the wrong shape; the
+        architecture is not OLMoE's.
     """
 
     def __init__(self, path: Path):
@@ -174,6 +175,12 @@ def _locate_tensors(path: Path) -> dict[str, StoredTensor]:
     if (path / _INDEX).exists():
         weight_map = read_json(_Index, path / _INDEX).weight_map
         files = sorted(set(weight_map.values()))
+        if _SINGLE not in files and (path / _SINGLE).exists():
+            # transformers would take the one file.
+            raise UserError(
+                f"{path}: holds {_SINGLE} and an index of other files, which may be two models; "
+                "remove those that are not meant"
+            )
     elif (path / _SINGLE).exists():
         weight_map, files = {}, [_SINGLE]
     else:

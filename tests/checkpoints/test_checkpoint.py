@@ -132,6 +132,10 @@ BREAKS = {
         lambda p: safetensors.numpy.save_file({Q: hf_tensors(CONFIG)[Q]}, p / SHARD),
         [Q],
     ),
+    "two_models": (
+        lambda p: write_tensors(p, hf_tensors(CONFIG)),
+        ["holds model.safetensors and an index of other files", "remove those"],
+    ),
     "unexpected_tensor": (
         lambda p: edit_tensors(p, put("model.layers.0.extra", lambda t: t[Q])),
         ["unexpected tensor model.layers.0.extra"],
