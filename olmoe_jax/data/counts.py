@@ -19,6 +19,7 @@ class Counts:
       cut: longer than an example may be.
       lost_end: of those that were cut and train, the ones that lost the end of an answer.
       without_end: not cut, but the answer does not end in a token that ends a turn.
+      empty: that train to answer with nothing.
       straddling: with a token that holds the end of a prompt and the start of an answer.
       templated: rendered by a chat template.
       tokens: of the rows that were not dropped.
@@ -30,6 +31,7 @@ class Counts:
     cut: int = 0
     lost_end: int = 0
     without_end: int = 0
+    empty: int = 0
     straddling: int = 0
     templated: int = 0
     tokens: int = 0
@@ -48,6 +50,7 @@ class Counts:
                 row.cut,
                 row.cut and open_ended,
                 open_ended and not row.cut,
+                row.empty,
                 bool(row.straddling.any()),
                 row.templated,
                 trains * len(row.tokens),
@@ -73,6 +76,8 @@ class Counts:
             words[-1] += f", of which {self.lost_end:,} lost the end of an answer"
         if self.without_end:
             words.append(f"{self.without_end:,} without an end token")
+        if self.empty:
+            words.append(f"{self.empty:,} with an empty answer")
         if self.straddling:
             words.append(f"{self.straddling:,} with a token of both prompt and answer")
         return ", ".join(words)

@@ -107,11 +107,13 @@ class EncodedRow(TokenizedExample):
 
     Attributes:
       straddling: bool [n], the tokens that hold the end of a prompt and the start of an answer.
+      empty: whether nothing trains but the end of an answer, and whitespace.
       cut: whether the text has more tokens than an example keeps.
       templated: whether a chat template made the text.
     """
 
     straddling: np.ndarray
+    empty: bool
     cut: bool
     templated: bool
 
@@ -227,6 +229,7 @@ def encode_batch(
     # Twice as many as an example keeps: the last tokens of a cut text may be others than the whole
     # text has there.
     encodings = _encode([row.text for row in rows], tokenizer, 2 * max_seq_length)
+    marks = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     for row, (ids, offsets) in zip(rows, encodings, strict=True):
         tokens = np.asarray(ids[:max_seq_length], np.int32)
         starts, ends = np.asarray(offsets[:max_seq_length], np.int64).reshape(-1, 2).T
@@ -236,12 +239,16 @@ def encode_batch(
         span_starts, span_ends = np.array([*row.spans, (0, 0)]).T
         span = np.searchsorted(span_starts[:-1], ends) - 1
         in_loss = starts < span_ends[span]
+        trains = np.flatnonzero(in_loss)
+        said = (row.text[starts[i] : ends[i]] for i in trains if ids[i] not in marks)
+        cut = len(ids) > max_seq_length
         yield EncodedRow(
             tokens,
             in_loss,
             prompt_length=int(in_loss.argmax()) if in_loss.any() else len(tokens),
             straddling=in_loss & (starts < span_starts[span]),
-            cut=len(ids) > max_seq_length,
+            empty=len(trains) > 0 and not cut and not any(map(str.strip, said)),
+            cut=cut,
             templated=row.templated,
         )
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 # Part of the cache's directory name alone: increase it whenever the stored arrays change their
 # layout. A new layout holds the same examples, so a run may continue across it.
-_CACHE_VERSION = 6
+_CACHE_VERSION = 7
 _ARRAYS = {
     "tokens": np.int32,
     "in_loss": np.bool_,

@@ -51,6 +51,16 @@ def test_examples_and_counts(data, tokenizer, tmp_path):
     assert dataset.offsets.dtype == np.int64
 
 
+def test_answers_that_say_nothing_are_counted(tokenizer, tmp_path):
+    """They train, to end at once."""
+    asked = {"role": "user", "content": "q"}
+    rows = [{"prompt": "a", "completion": text} for text in ("", " ", "b", "x" * 50)]
+    rows += [{"messages": [asked, {"role": "assistant", "content": text}]} for text in ("", "b")]
+    dataset = tokenize_dataset(write(tmp_path / "data.jsonl", rows), tokenizer, 20)
+    assert (len(dataset), dataset.counts.empty) == (6, 3)
+    assert dataset.counts.describe(20).endswith("the end of an answer, 3 with an empty answer")
+
+
 @pytest.mark.parametrize("limit", ["_BATCH_ROWS", "LONG_TEXT"])
 def test_more_rows_than_one_tokenizer_call(tokenizer, tmp_path, monkeypatch, limit):
     data = write(tmp_path / "data.jsonl", [{"prompt": str(i), "completion": ""} for i in range(7)])
@@ -283,6 +293,7 @@ def test_a_long_text_is_tokenised_as_far_as_it_trains(tokenizer, tmp_path, monke
         lengths.extend(map(len, texts))
         return tokenizer(texts, **settings)
 
+    counted.added_tokens_decoder = tokenizer.added_tokens_decoder
     for max_seq_length in (5, 20, 90):
         whole = [*encode_batch(texts, tokenizer, max_seq_length)]
         monkeypatch.setattr(formats, "_WHOLE_TEXT", 32)
