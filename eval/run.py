@@ -127,7 +127,12 @@ def parser() -> ArgumentParser:
         "make a user's turn of each prompt, by the model's template or a file's; default: none",
     )
     add("--batch_size", type=whole_number(1), default=16, metavar="N", help="prompts together (16)")
-    add("--max_new_tokens", type=whole_number(1), metavar="N", help="default: each task's own")
+    add(
+        "--max_new_tokens",
+        type=whole_number(1, 2**20),
+        metavar="N",
+        help="default: each task's own",
+    )
     add("--allow_extrapolation", action="store_true", help="read beyond the model's positions")
     add("--temperature", type=float, metavar="T", help="0: greedy; default: each task's own")
     add("--top_p", type=float, metavar="P", help="draw from the likeliest tokens only")

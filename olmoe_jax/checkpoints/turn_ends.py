@@ -2,12 +2,17 @@
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import pydantic
 
 from olmoe_jax.checkpoints.directory import MODEL_FILES, write_json
 from olmoe_jax.files import read_json, validate
 
 _FIELD = "eos_token_id"
+_NONE = -1
+"""The id by which some configurations say that no token ends a text."""
+_Id = Annotated[int, pydantic.Field(ge=_NONE, lt=2**31)]
 
 
 def read_turn_ends(files: Path) -> set[int]:
@@ -20,9 +25,9 @@ def read_turn_ends(files: Path) -> set[int]:
     for file in (files / name for name in MODEL_FILES):
         if file.is_file():
             value = read_json(dict[str, Any], file).get(_FIELD)
-            found = validate(int | list[int] | None, value, f"{file}: {_FIELD}")
-            ids |= set([found] if isinstance(found, int) else found or [])
-    return ids
+            listed = value if isinstance(value, list) else [_NONE if value is None else value]
+            ids |= {*validate(list[_Id], listed, f"{file}: {_FIELD}")}
+    return ids - {_NONE}
 
 
 def keep_turn_ends(files: Path, ids: Collection[int]) -> None:

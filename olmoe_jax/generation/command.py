@@ -123,7 +123,7 @@ def parser() -> ArgumentParser:
     )
     add(
         "--max_new_tokens",
-        type=whole_number(1),
+        type=whole_number(1, 2**20),
         metavar="N",
         help="default: 256, or fewer where the model's positions end",
     )

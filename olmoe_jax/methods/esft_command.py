@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> None:
     score.add_argument("--max_tokens", type=whole_number(1), default=300_000, metavar="N")
     score.add_argument(
         "--max_seq_length",
-        type=whole_number(1),
+        type=whole_number(1, 2**20),
         metavar="N",
         help="default: 4096, or fewer where the model's positions end",
     )

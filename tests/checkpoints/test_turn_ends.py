@@ -22,12 +22,17 @@ def test_ids_are_read_and_written(tmp_path):
     assert json.loads(generation.read_text()) == {"eos_token_id": 3}
 
 
+def test_no_token(tmp_path):
+    (tmp_path / "config.json").write_text('{"eos_token_id": [-1, 5]}')
+    assert read_turn_ends(tmp_path) == {5}
+
+
 def test_an_adapter_keeps_them_alone(tmp_path):
     keep_turn_ends(tmp_path, {7, 3})
     assert read_turn_ends(tmp_path) == {3, 7}
 
 
-@pytest.mark.parametrize("value", ["2", True, 1.5, {}, [None]])
+@pytest.mark.parametrize("value", ["2", True, 1.5, {}, [None], 2**31, [-2]])
 def test_what_is_no_id_is_refused(tmp_path, value):
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": value}))
     with pytest.raises(UserError, match=r"config\.json: eos_token_id"):

@@ -38,6 +38,7 @@ def test_the_name_stays_the_function():
         (["--model", "nowhere", "--prompt", "x"], "nowhere: no such directory"),
         (["--model", "m", "--prompt", "x", "--temprature", "1"], "--temprature"),
         (["--model", "m", "--prompt", "x", "--top_p", "0.9"], "--top_p=0.9: greedy decoding draws"),
+        (["--model", "m", "--max_new_tokens", "9" * 18], "a whole number, 1 to 1048576"),
         (["--model", "m", "--chat", "--top_k", "5"], "--top_k=5: greedy decoding draws no token"),
     ],
 )
