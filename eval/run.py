@@ -50,6 +50,7 @@ def main(arguments: Sequence[str]) -> None:
     decoding = dataclasses.replace(decoding, chat_template=_chat_template(args))
     judged = [task.name for task in tasks if isinstance(task, JudgedTask)]
     server, questions = _judge(args, judged)
+    note = _prompts(args).note  # a wrong model shows before anything is written
     if server and not all((args.output / name / RESULT).exists() for name in judged):
         server.check(questions.body(server.model, "Write yes."))
     # The same content under another path is the same model.
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str]) -> None:
         cache = args.output / "judge.jsonl"
         judge = Judge(server, cache, args.judge_workers, questions=questions)
         tools = Tools(tools.run_programs, judge)
-    if note := _prompts(args).note:
+    if note:
         print(note)
     models = _Models(args)
     scores: dict[str, dict[str, float]] = {}

@@ -67,6 +67,14 @@ def test_the_adapter_names_the_evaluation(tiny_model, adapters, data_dir, tmp_pa
     assert not (tmp_path / "other").exists()
 
 
+def test_an_adapter_as_the_model_leaves_no_output(adapters, data_dir, tmp_path):
+    """Else the same output directory would be refused to the corrected command."""
+    command = ["--model", str(adapters[0] / "adapter"), "--tasks", "gsm", "--data", str(data_dir)]
+    message = message_of(run.main, [*command, "--output", str(tmp_path / "e")])
+    assert "holds an adapter and no model" in message
+    assert not (tmp_path / "e").exists()
+
+
 def test_backends_that_read_no_adapter(tiny_model, adapters, monkeypatch):
     arguments = str(tiny_model), str(adapters[0])
     message = message_of(check_backend, "vllm", *arguments)
