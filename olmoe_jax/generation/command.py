@@ -11,6 +11,7 @@ from olmoe_jax.data.arguments import add_chat_template
 from olmoe_jax.errors import SEED, ArgumentParser, UserError, data_output, whole_number
 from olmoe_jax.files import BASE, PATH_OR_ID, expand, read_bytes, utf8
 from olmoe_jax.parallel.compilation import keep_programs
+from olmoe_jax.sources import SUFFIXES
 
 EPILOG = """examples:
   python -m olmoe_jax.generate --model runs/quickstart/hf --prompt "Question: 2 + 3?
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str]) -> None:
         if getattr(args, flag) is not None and not args.chat:
             raise UserError(f"--{flag} is for chats: add --chat, or leave the flag out")
     check_draws(args, args.temperature)
+    _note_escapes(args)
     prompts = [] if args.chat else _prompts(args)
     keep_programs()
 
@@ -168,6 +170,17 @@ def check_draws(args: argparse.Namespace, temperature: float) -> None:
             )
 
 
+def _note_escapes(args: argparse.Namespace) -> None:
+    """Prints a line if a text of a flag has a backslash and an n, where a shell keeps both."""
+    for flag in ("prompt", "stop", "system"):
+        if "\\n" in "".join(getattr(args, flag) or ()):
+            print(
+                f"note: --{flag} holds \\n, a backslash and an n; where it is to end a line, write "
+                f"--{flag} $'...\\n...'",
+                file=sys.stderr,
+            )
+
+
 def tokenizer_directory(files: Path, adapter: str | None) -> Path:
     """Returns where a model's tokenizer and chat template are: its adapter's, if it has them.
 
@@ -190,6 +203,11 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     if args.prompts == "-":
         prompts += _lines(sys.stdin.buffer.read(), "standard input")
     elif args.prompts is not None:
+        if args.prompts.endswith(SUFFIXES):
+            raise UserError(
+                f"--prompts {args.prompts}: holds rows, where a prompt is a line of a text file; "
+                "write the prompts to one, or add --chat to answer rows of messages"
+            )
         prompts += _lines(read_bytes(Path(args.prompts)), args.prompts)
     if not prompts:
         raise UserError("there is no prompt: write --prompt TEXT, or --prompts FILE")

@@ -39,11 +39,21 @@ def test_the_name_stays_the_function():
         (["--model", "m", "--prompt", "x", "--temprature", "1"], "--temprature"),
         (["--model", "m", "--prompt", "x", "--top_p", "0.9"], "--top_p=0.9: greedy decoding draws"),
         (["--model", "m", "--max_new_tokens", "9" * 18], "a whole number, 1 to 1048576"),
+        (["--model", "m", "--prompts", "rows.jsonl"], "--prompts rows.jsonl: holds rows, where a"),
         (["--model", "m", "--chat", "--top_k", "5"], "--top_k=5: greedy decoding draws no token"),
     ],
 )
 def test_mistakes(arguments, culprit):
     assert culprit in message_of(main, arguments)
+
+
+def test_escapes_that_a_shell_keeps(capsys):
+    flags = ["--model", "nowhere", "--prompt", r"Q: 2?\nA:", "--stop", "\n", "--prompt", "a\\b"]
+    message_of(main, flags)
+    assert capsys.readouterr().err == (
+        r"note: --prompt holds \n, a backslash and an n; where it is to end a line, write "
+        "--prompt $'...\\n...'\n"
+    )
 
 
 def test_prompts_are_the_lines_of_the_file(tmp_path):
