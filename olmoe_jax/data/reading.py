@@ -203,6 +203,10 @@ def _csv_rows(path: str) -> Iterator[tuple[str, Row]]:
         reader = csv.reader(file, strict=True)
         try:
             header = next(reader, [])
+            if len(header) == 1 and re.search(r"\w[;\t]\w", header[0]):
+                raise UserError(
+                    f"{path}: the header is one column, {header[0]}; separate columns with commas"
+                )
             for name in header:
                 if not name or header.count(name) > 1:
                     raise UserError(

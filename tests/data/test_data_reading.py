@@ -116,6 +116,7 @@ def test_a_struct_of_a_table_has_the_fields_that_its_row_gave_it(tmp_path):
         ("table.txt", b"a,b", r"use .jsonl, .json, .parquet, .csv"),
         ("table.csv", b"a,b", "is empty"),
         ("fields.csv", b"a,b\n1,2\n3", "line 3 has 1 fields, and the header 2"),
+        ("excel.csv", b"prompt;completion\na,b;c\n", "the header is one column, prompt;compl"),
         ("latin.csv", b"a,b\n\xe9,2\n", "not UTF-8; save it as UTF-8"),
         ("twice.csv", b"a,b,a\n1,2,3\n", "the header has a twice"),
         ("index.csv", b",a,b\n0,1,2\n", "the header has a column without a name"),
