@@ -99,10 +99,12 @@ def read_conversations(
 
 def _rows(file: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
     if file == "-":
-        for number, line in enumerate(sys.stdin.buffer, 1):
+        lines = [(n, line) for n, line in enumerate(sys.stdin.buffer, 1) if line.strip()]
+        if not lines:
+            raise UserError("standard input is empty; write a row of messages on each line")
+        for number, line in lines:
             place = f"standard input: line {number}"
-            if line.strip():
-                yield place, decode(dict[str, Any], utf8(line, place), place)
+            yield place, decode(dict[str, Any], utf8(line, place), place)
     elif file is not None:
         yield from read_rows(file)
 

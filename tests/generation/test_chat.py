@@ -1,5 +1,6 @@
 """Chats: prompts are the texts that training made, history, Ctrl-C, and `generate --chat`."""
 
+import io
 import json
 import os
 import pty
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import ROOT, message_of, run_module
@@ -149,6 +151,12 @@ def test_rows_that_are_refused(row, words, tokenizer, tmp_path):
     message = message_of(chat.read_conversations, [], file, "Be brief.", chatml)
     assert message.startswith(f"{file}: line 2: ")
     assert words in message
+
+
+def test_rows_that_are_not_there(tokenizer, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"\n \n")))
+    message = message_of(chat.read_conversations, [], "-", None, format_of("none", tokenizer))
+    assert message == "standard input is empty; write a row of messages on each line"
 
 
 def test_rows_keep_their_fields(tokenizer, tmp_path):
