@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from benchmarks.machine import machine
-from olmoe_jax.errors import ArgumentParser, UserError, run_command
+from olmoe_jax.errors import ArgumentParser, UserError, run_command, whole_number
 from olmoe_jax.ops.attention import BACKENDS, attention, check_backend
 from olmoe_jax.parallel.sharding import BATCH, make_mesh, on_own_rows
 from olmoe_jax.plan.devices import open_devices, parse_topology, prepare_environment
@@ -33,10 +33,12 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--shape", default="4,256,8,64", help="rows per device, length, heads, size"
     )
-    parser.add_argument("--kv_heads", type=int, help="default: as many as heads")
+    parser.add_argument("--kv_heads", type=whole_number(1), help="default: as many as heads")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--segments", type=int, default=4, help="examples packed into each row")
-    parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument(
+        "--segments", type=whole_number(1), default=4, help="examples packed into each row"
+    )
+    parser.add_argument("--runs", type=whole_number(1), default=10)
     parser.add_argument("--topology", help="compile for these devices instead")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(arguments)

@@ -23,7 +23,7 @@ from benchmarks.memory import GIB
 from benchmarks.shapes import shape_of
 from benchmarks.step import build, make_parser, random_batch, timed
 from olmoe_jax.checkpoints import checksums
-from olmoe_jax.errors import UserError, run_command
+from olmoe_jax.errors import UserError, run_command, whole_number
 from olmoe_jax.parallel import sharding
 from olmoe_jax.parallel.cpu import restart_with_huge_pages
 from olmoe_jax.training.checkpoint import Checkpointer
@@ -34,8 +34,10 @@ def main(arguments: Sequence[str]) -> None:
     parser = make_parser()
     parser.prog, parser.description = "python -m benchmarks.checkpointing", __doc__
     parser.set_defaults(rows=1, length=32, what="update")
-    parser.add_argument("--saves", type=int, default=3, help="saves of each kind")
-    parser.add_argument("--steps", type=int, default=10, help="timed steps without a save")
+    parser.add_argument("--saves", type=whole_number(1), default=3, help="saves of each kind")
+    parser.add_argument(
+        "--steps", type=whole_number(1), default=10, help="timed steps without a save"
+    )
     parser.add_argument(
         "--output", type=Path, help="directory to write in; default: a temporary one"
     )

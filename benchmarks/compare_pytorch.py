@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine
-from olmoe_jax.errors import ArgumentParser, UserError, run_command
+from olmoe_jax.errors import ArgumentParser, UserError, run_command, whole_number
 from olmoe_jax.parallel.cpu import TUNABLES
 
 ROOT = Path(__file__).parents[1]
@@ -95,9 +95,11 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--eager", action="store_true", help="also transformers 5's eager experts, which are slow"
     )
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=3, help="steps of a side in a round")
-    parser.add_argument("--threads", type=int, default=2, help="CPU cores to use")
+    parser.add_argument("--rounds", type=whole_number(1), default=3)
+    parser.add_argument(
+        "--steps", type=whole_number(1), default=3, help="steps of a side in a round"
+    )
+    parser.add_argument("--threads", type=whole_number(1), default=2, help="CPU cores to use")
     parser.add_argument("--venvs", type=Path, default=ROOT / "build" / "pytorch")
     parser.add_argument("--json", action="store_true", help="print all results as JSON")
     args = parser.parse_args(arguments)

@@ -23,7 +23,14 @@ from typing import Any
 
 from benchmarks import device_golden
 from benchmarks.shapes import SHAPES, Shape
-from olmoe_jax.errors import ArgumentParser, UserError, first_line, run_command, shorten
+from olmoe_jax.errors import (
+    ArgumentParser,
+    UserError,
+    first_line,
+    run_command,
+    shorten,
+    whole_number,
+)
 
 STARTED = time.time()
 ROOT = Path(__file__).parents[1]
@@ -57,9 +64,11 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--shape", choices=SHAPES, default="full")
     parser.add_argument("--backend", help="proofs: of the grouped matmul, or of attention")
     parser.add_argument("--kind", choices=STEPS, default="densemixer", help="step: what trains")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4], help="step: of a batch")
+    parser.add_argument(
+        "--rows", type=whole_number(1), nargs="+", default=[1, 4], help="step: of a batch"
+    )
     parser.add_argument("--remat", choices=("full", "selective", "none"), default="full")
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=whole_number(1), default=5)
     parser.add_argument("--directory", type=Path, help="where to read and write")
     args = parser.parse_args(arguments)
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from benchmarks.machine import machine
-from olmoe_jax.errors import ArgumentParser, run_command
+from olmoe_jax.errors import ArgumentParser, run_command, whole_number
 from olmoe_jax.parallel.cpu import restart_with_huge_pages, use_all_cores
 
 _BYTES = 2**28
@@ -21,10 +21,10 @@ _BYTES = 2**28
 
 def main(arguments: Sequence[str]) -> None:
     parser = ArgumentParser(prog="python -m benchmarks.few_rows_matmul", description=__doc__)
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--intermediate", type=int, default=1024)
-    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--rows", type=whole_number(1), default=4)
+    parser.add_argument("--hidden", type=whole_number(1), default=2048)
+    parser.add_argument("--intermediate", type=whole_number(1), default=1024)
+    parser.add_argument("--runs", type=whole_number(1), default=7)
     args = parser.parse_args(arguments)
     use_all_cores()
     seconds = measure(args)

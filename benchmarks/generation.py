@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks.compare_pytorch import ROOT, VENVS, busy_cores, make_venv, run_checked
 from benchmarks.machine import machine
 from benchmarks.shapes import Shape, add_shape_flags, shape_of
-from olmoe_jax.errors import ArgumentParser, UserError, run_command
+from olmoe_jax.errors import ArgumentParser, UserError, run_command, whole_number
 from olmoe_jax.parallel.cpu import use_all_cores
 
 if TYPE_CHECKING:
@@ -73,10 +73,10 @@ def parser() -> ArgumentParser:
     result = ArgumentParser(prog="python -m benchmarks.generation", description=__doc__)
     add_shape_flags(result)
     result.set_defaults(rows=16, length=64)
-    result.add_argument("--new_tokens", type=int, default=128)
-    result.add_argument("--rounds", type=int, default=3)
-    result.add_argument("--repeats", type=int, default=2, help="timed runs per process")
-    result.add_argument("--threads", type=int, default=2, help="CPU cores to use")
+    result.add_argument("--new_tokens", type=whole_number(1), default=128)
+    result.add_argument("--rounds", type=whole_number(1), default=3)
+    result.add_argument("--repeats", type=whole_number(1), default=2, help="timed runs per process")
+    result.add_argument("--threads", type=whole_number(1), default=2, help="CPU cores to use")
     result.add_argument("--venvs", type=Path, default=ROOT / "build" / "pytorch")
     result.add_argument("--model", help="measure only ours, on this Hugging Face directory")
     return result

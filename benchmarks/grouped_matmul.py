@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from benchmarks.memory import GIB
-from olmoe_jax.errors import ArgumentParser, UserError, run_command
+from olmoe_jax.errors import ArgumentParser, UserError, run_command, whole_number
 from olmoe_jax.ops.grouped_matmul import BACKENDS, check_backend, grouped_matmul
 from olmoe_jax.parallel.sharding import make_mesh
 from olmoe_jax.plan.devices import open_devices, parse_topology, prepare_environment
@@ -25,11 +25,13 @@ from olmoe_jax.plan.devices import open_devices, parse_topology, prepare_environ
 def main(arguments: Sequence[str]) -> None:
     parser = ArgumentParser(prog="python -m benchmarks.grouped_matmul", description=__doc__)
     parser.add_argument("--topology", required=True, help="one device, e.g. h100:1")
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--rows", type=int, default=32_768, help="rows of all experts together")
-    parser.add_argument("--experts", type=int, default=64)
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--intermediate", type=int, default=1024)
+    parser.add_argument("--layers", type=whole_number(1), default=16)
+    parser.add_argument(
+        "--rows", type=whole_number(1), default=32_768, help="rows of all experts together"
+    )
+    parser.add_argument("--experts", type=whole_number(1), default=64)
+    parser.add_argument("--hidden", type=whole_number(1), default=2048)
+    parser.add_argument("--intermediate", type=whole_number(1), default=1024)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--backend", choices=BACKENDS, help="this one alone (default: all)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

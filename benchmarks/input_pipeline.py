@@ -23,7 +23,7 @@ from benchmarks.machine import machine
 from olmoe_jax import data
 from olmoe_jax.checkpoints import directory
 from olmoe_jax.config import Config, DataOptions, ModelOptions, TrainOptions
-from olmoe_jax.errors import ArgumentParser, run_command
+from olmoe_jax.errors import ArgumentParser, run_command, whole_number
 from olmoe_jax.parallel import sharding
 from olmoe_jax.quickstart import write_inputs
 from olmoe_jax.training.base_model import open_model
@@ -46,9 +46,9 @@ AHEAD = 6
 def main(arguments: Sequence[str]) -> None:
     """Measures and prints the result. Raises `UserError` for bad usage."""
     parser = ArgumentParser(prog="python -m benchmarks.input_pipeline", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=8, help="timed steps in a round")
-    parser.add_argument("--batch_size", type=int, default=32, help="examples in a step")
+    parser.add_argument("--rounds", type=whole_number(1), default=5)
+    parser.add_argument("--steps", type=whole_number(1), default=8, help="timed steps in a round")
+    parser.add_argument("--batch_size", type=whole_number(1), default=32, help="examples in a step")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as path:

@@ -23,7 +23,7 @@ import numpy as np
 from olmoe_jax import data
 from olmoe_jax.config import Config, OptimizerOptions, apply_overrides
 from olmoe_jax.config.load import load_config
-from olmoe_jax.errors import ArgumentParser, UserError, run_command
+from olmoe_jax.errors import SEED, ArgumentParser, UserError, run_command, whole_number
 from olmoe_jax.model.parameters import Parameters
 from olmoe_jax.parallel import sharding
 from olmoe_jax.quickstart import CONFIG
@@ -53,9 +53,9 @@ class Curve(NamedTuple):
 
 def main(arguments: Sequence[str]) -> None:
     parser = ArgumentParser(prog="python -m benchmarks.lean_state", description=__doc__)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--batch_size", type=int, default=64, help="examples per step")
+    parser.add_argument("--steps", type=whole_number(1), default=200)
+    parser.add_argument("--seeds", type=SEED, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--batch_size", type=whole_number(1), default=64, help="examples per step")
     parser.add_argument(
         "--states",
         nargs="+",

@@ -12,7 +12,7 @@ import numpy as np
 
 from olmoe_jax.data import TokenizedDataset, TrainingData, load_tokenizer, tokenize_dataset
 from olmoe_jax.data.packing import pack
-from olmoe_jax.errors import ArgumentParser, run_command
+from olmoe_jax.errors import ArgumentParser, run_command, whole_number
 
 ORDERS = 20
 """Orders of the examples, so that one lucky epoch does not decide."""
@@ -23,8 +23,10 @@ def main(arguments: Sequence[str]) -> None:
     parser = ArgumentParser(prog="python -m benchmarks.packing", description=__doc__)
     parser.add_argument("--data", required=True)
     parser.add_argument("--tokenizer", required=True)
-    parser.add_argument("--max_seq_length", type=int, default=4096)
-    parser.add_argument("--batch_size", type=int, default=256, help="examples of a step")
+    parser.add_argument("--max_seq_length", type=whole_number(1), default=4096)
+    parser.add_argument(
+        "--batch_size", type=whole_number(1), default=256, help="examples of a step"
+    )
     args = parser.parse_args(arguments)
     tokenizer = load_tokenizer(args.tokenizer)
     dataset = tokenize_dataset(args.data, tokenizer, args.max_seq_length)

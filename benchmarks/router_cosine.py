@@ -14,7 +14,7 @@ import numpy as np
 
 import olmoe_jax
 from olmoe_jax import data
-from olmoe_jax.errors import ArgumentParser, run_command
+from olmoe_jax.errors import ArgumentParser, run_command, whole_number
 from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.model.decoder import Olmoe
 from olmoe_jax.model.parameters import ROUTER, split
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = ArgumentParser(prog="python -m benchmarks.router_cosine", description=__doc__)
     parser.add_argument("--model", required=True, help="Hugging Face checkpoint, with tokenizer")
     parser.add_argument("--data", required=True, help="rows that the model was not trained on")
-    parser.add_argument("--rows", type=int, default=8, help="rows of 256 tokens")
+    parser.add_argument("--rows", type=whole_number(1), default=8, help="rows of 256 tokens")
     args = parser.parse_args(arguments)
     model = olmoe_jax.from_pretrained(args.model)
     batch = packed_batch(args.data, args.model, args.rows)

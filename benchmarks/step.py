@@ -33,7 +33,7 @@ from olmoe_jax.config import (
     TrainOptions,
 )
 from olmoe_jax.data import Batch
-from olmoe_jax.errors import ArgumentParser, UserError, run_command
+from olmoe_jax.errors import ArgumentParser, UserError, run_command, whole_number
 from olmoe_jax.model.config import ModelSettings, model_config_from_hf
 from olmoe_jax.model.flops import step_flops_per_token
 from olmoe_jax.model.parameters import Parameters
@@ -59,8 +59,10 @@ BACKENDS = [
 
 def main(arguments: Sequence[str]) -> None:
     parser = make_parser()
-    parser.add_argument("--steps", type=int, default=5, help="timed steps")
-    parser.add_argument("--devices", type=int, help="virtual CPU devices; default: what there is")
+    parser.add_argument("--steps", type=whole_number(1), default=5, help="timed steps")
+    parser.add_argument(
+        "--devices", type=whole_number(1), help="virtual CPU devices; default: what there is"
+    )
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     args = parser.parse_args(arguments)
     if args.steps < 1:
@@ -76,11 +78,18 @@ def make_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
     add_shape_flags(parser)
     parser.add_argument("--method", choices=METHODS, default="densemixer")
-    parser.add_argument("--router_gradient_experts", type=int, help="DenseMixer's m; default: all")
-    parser.add_argument("--lora_rank", type=int, help="adapters of this rank; default: none")
+    parser.add_argument(
+        "--router_gradient_experts", type=whole_number(1), help="DenseMixer's m; default: all"
+    )
+    parser.add_argument(
+        "--lora_rank", type=whole_number(1), help="adapters of this rank; default: none"
+    )
     parser.add_argument("--lora_dropout", type=float, help="default: the configuration's")
     parser.add_argument(
-        "--tuned_experts", type=int, default=8, help="esft: experts that train in each layer"
+        "--tuned_experts",
+        type=whole_number(1),
+        default=8,
+        help="esft: experts that train in each layer",
     )
     parser.add_argument("--remat", choices=("none", "selective", "full"), default="none")
     for name in BACKENDS:

@@ -6,7 +6,7 @@ import math
 import pytest
 from helpers import run_module
 
-from benchmarks import compare_pytorch, scaling, shapes, step
+from benchmarks import attention, compare_pytorch, packing, scaling, shapes, step
 from benchmarks.shapes import SHAPES
 from olmoe_jax.errors import ArgumentParser, UserError
 
@@ -104,3 +104,11 @@ def test_flags_override_the_shape():
     shape = shapes.shape_of(parser.parse_args(["--shape=mid", "--vocab=50304", "--rows=8"]))
     assert (shape.vocab, shape.rows, shape.tokens) == (50304, 8, 8 * 256)
     assert shape.hidden == SHAPES["mid"].hidden == 512
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"), [(attention, "--runs"), (packing, "--batch_size"), (step, "--steps")]
+)
+def test_a_count_of_nothing_is_refused(command, flag):
+    with pytest.raises(UserError, match=f"{flag}: 0: expected a whole number, 1 or more"):
+        command.main([f"{flag}=0"])
