@@ -7,7 +7,7 @@ from olmoe_jax.checkpoints import directory
 from olmoe_jax.checkpoints.export import export_hf
 from olmoe_jax.checkpoints.huggingface import DTYPES
 from olmoe_jax.checkpoints.merging import MergedSource
-from olmoe_jax.checkpoints.opening import check_not_merged, open_source
+from olmoe_jax.checkpoints.opening import check_adapter, open_source
 from olmoe_jax.checkpoints.overrides import WEIGHTS_FILE, OverriddenSource
 from olmoe_jax.checkpoints.peft import adapter_directory
 from olmoe_jax.checkpoints.source import Source
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> None:
     if (adapter / WEIGHTS_FILE).exists():
         merged = OverriddenSource(base, adapter)
     else:
-        check_not_merged(base, adapter)
+        check_adapter(base, args.model, adapter)
         merged, adapter = MergedSource(base, adapter, dtype), adapter_directory(str(adapter))
     export_hf(
         merged, args.output, args.dtype, allow_nonfinite=args.allow_nonfinite, adapter=adapter

@@ -70,12 +70,12 @@ def check_backend(
     """
     if name == "jax":
         if adapter or base:
-            from olmoe_jax.checkpoints.opening import check_not_merged, open_source
+            from olmoe_jax.checkpoints.opening import check_adapter, open_source
             from olmoe_jax.checkpoints.peft import read_adapter
 
             source = open_source(model, base=base)
             if adapter:
-                check_not_merged(source, adapter)
+                check_adapter(source, model, adapter)
                 read_adapter(adapter, source.config)
         return
     if base:

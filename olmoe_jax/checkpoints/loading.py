@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from olmoe_jax.checkpoints import names
 from olmoe_jax.checkpoints.merging import with_router
 from olmoe_jax.checkpoints.names import Weight
-from olmoe_jax.checkpoints.opening import check_not_merged, open_source
+from olmoe_jax.checkpoints.opening import check_adapter, open_source
 from olmoe_jax.checkpoints.peft import read_adapter
 from olmoe_jax.checkpoints.source import Source
 from olmoe_jax.model.config import ModelConfig, ModelSettings
@@ -61,7 +61,7 @@ def from_pretrained(
 
     added: dict[str, np.ndarray] = {}
     if adapter is not None:
-        check_not_merged(source, adapter)
+        check_adapter(source, str(path_or_hub_id), adapter)
         lora, added = with_router(*read_adapter(adapter, source.config), source)
         settings = dataclasses.replace(settings, lora=lora)
     shardings = sharding.parameter_shardings(parameter_specs(source.config, settings), mesh)

@@ -21,10 +21,11 @@ from olmoe_jax.checkpoints.merging import merged
 from olmoe_jax.checkpoints.names import Weight
 from olmoe_jax.checkpoints.orbax import PARAMETERS, ConvertedCheckpoint, OrbaxArrays
 from olmoe_jax.checkpoints.overrides import with_experts
-from olmoe_jax.checkpoints.peft import adapted, adapter_directory, parameter_names
+from olmoe_jax.checkpoints.peft import CONFIG_FILE, adapted, adapter_directory, parameter_names
 from olmoe_jax.checkpoints.source import MODEL_DIRECTORY, Source, read_model_config
 from olmoe_jax.errors import UserError
 from olmoe_jax.files import absolute, read_json
+from olmoe_jax.hub import is_hub_id
 from olmoe_jax.model.config import LoraSettings, ModelSettings
 from olmoe_jax.model.decoder import parameter_specs
 from olmoe_jax.model.tuned import places
@@ -97,21 +98,31 @@ def _checksum(value: np.ndarray) -> str:
     return f"{value.dtype} {value.shape} {xxhash.xxh3_128_hexdigest(content)}"
 
 
-def check_not_merged(source: Source, adapter: str | Path) -> None:
-    """Checks that a checkpoint is not that of the run which made the adapter.
+def check_adapter(source: Source, model: str, adapter: str | Path) -> None:
+    """Checks that an adapter goes beside a checkpoint; warns where it names another base.
 
     A LoRA run's checkpoint has its adapter merged: beside it, the adapter would count twice.
 
+    Args:
+      source: the checkpoint.
+      model: its directory or hub id.
+      adapter: as for `adapter_directory`.
+
     Raises:
-      UserError: it is, or there is no adapter.
+      UserError: the checkpoint is that of the run which made the adapter, or there is no adapter.
     """
-    if not (isinstance(source, RunCheckpoint) and source.lora):
-        return
-    if adapter_directory(str(adapter)).resolve().parent == source.path.resolve():
+    path = adapter_directory(str(adapter))
+    run = source if isinstance(source, RunCheckpoint) and source.lora else None
+    if run and path.resolve().parent == run.path.resolve():
         raise UserError(
-            f"{source.path}: has its adapter merged already; leave {adapter} out, or write the "
-            f"run's base, {source.base}, in the place of the run"
+            f"{run.path}: has its adapter merged already; leave {adapter} out, or write the run's "
+            f"base, {run.base}, in the place of the run"
         )
+    base = read_json(dict[str, Any], path / CONFIG_FILE).get("base_model_name_or_path")
+    # Where a directory is from, nobody knows.
+    on_hub = isinstance(base, str) and is_hub_id(base) and is_hub_id(model)
+    if on_hub and base != model and not os.path.exists(model):
+        _warn(f"{adapter}: its base is {base}, not {model}; the outputs are wrong if these differ")
 
 
 class RunCheckpoint:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from olmoe_jax import methods
 from olmoe_jax.checkpoints import directory
 from olmoe_jax.checkpoints.fingerprint import adapter_fingerprint
-from olmoe_jax.checkpoints.opening import BASE, check_not_merged, open_source, weights_identity
+from olmoe_jax.checkpoints.opening import BASE, check_adapter, open_source, weights_identity
 from olmoe_jax.checkpoints.source import Source, read_model_config
 from olmoe_jax.config import Config
 from olmoe_jax.errors import UserError
@@ -71,7 +71,7 @@ def open_model(config: Config) -> BaseModel:
         source = open_source(options.path)
         model_config, files = source.config, source.files
         if adapter := config.method.adapter_path:
-            check_not_merged(source, adapter)
+            check_adapter(source, options.path, adapter)
     else:
         path = Path(options.config_path or "")
         if not path.is_dir() and (path.name != "config.json" or not path.exists()):

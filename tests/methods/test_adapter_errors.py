@@ -17,7 +17,7 @@ from convert import from_hf, merge_lora, to_hf
 from olmoe_jax.checkpoints import directory
 from olmoe_jax.checkpoints.fingerprint import adapter_fingerprint
 from olmoe_jax.checkpoints.huggingface import HFCheckpoint
-from olmoe_jax.checkpoints.opening import RunCheckpoint, check_not_merged
+from olmoe_jax.checkpoints.opening import RunCheckpoint, check_adapter
 from olmoe_jax.checkpoints.peft import read_adapter, write_adapter
 from olmoe_jax.checkpoints.peft_config import HISTORY, AdapterConfig
 from olmoe_jax.checkpoints.safetensors_file import load
@@ -460,8 +460,26 @@ def test_the_adapter_of_the_run_that_is_opened(tmp_path):
     own, other = make_adapter(run.path / "adapter"), make_adapter(tmp_path / "other")
     for adapter in (own, run.path):
         with pytest.raises(UserError, match=r"has its adapter merged already; .* base, a/base,"):
-            check_not_merged(run, adapter)
-    check_not_merged(run, other)
+            check_adapter(run, str(run.path), adapter)
+    check_adapter(run, str(run.path), other)
+
+
+@pytest.mark.parametrize(
+    ("base", "model", "warns"),
+    [
+        ("allenai/a", "allenai/b", True),
+        ("allenai/a", "allenai/a", False),
+        ("allenai/a", "/a/download", False),
+        ("/where/it/lay", "allenai/b", False),
+        (None, "allenai/b", False),
+    ],
+)
+def test_an_adapter_of_another_base_on_the_hub(tmp_path, capsys, base, model, warns):
+    adapter = make_adapter(tmp_path / "a", base_model_name_or_path=base)
+    check_adapter(None, model, adapter)
+    expected = f"warning: {adapter}: its base is {base}, not {model}; the outputs are wrong if"
+    said = capsys.readouterr().err
+    assert said.startswith(expected) if warns else not said
 
 
 def test_to_hf_adapter_of_a_base(base, tmp_path):
