@@ -1,5 +1,6 @@
 """Checks that a chat template prints all that a conversation says."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,7 +55,14 @@ def check_printed(
             raise UserError(
                 f"{template.name} takes no list of parts; write messages[{index}].content as text"
             )
-        for number in range(len(calls) if isinstance(calls, list) and len(calls) > 1 else 0):
+        for number, call in enumerate(calls if isinstance(calls, list) else ()):
+            if _is_quoted(call, text):
+                raise UserError(
+                    f"{template.name} prints field messages[{index}].tool_calls[{number}] with its "
+                    "arguments in quotes; write them as an object, not as text"
+                )
+            if len(calls) == 1:
+                continue
             others = [*calls[:number], *calls[number + 1 :]]
             what = f"field messages[{index}].tool_calls[{number}]"
             refuse_unprinted(what, changed(index, tool_calls=others))
@@ -65,6 +73,18 @@ def check_printed(
         same = _REASONING if name in _REASONING else (name,)
         without = [{n: v for n, v in m.items() if n not in same} for m in messages]
         refuse_unprinted(f"field {name} of the messages", without)
+
+
+def _is_quoted(call: Any, text: str) -> bool:
+    """Returns whether the arguments of a tool call are text, and stand as a JSON string in `text`.
+
+    A model would learn to call with a string in the place of an object.
+    """
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    arguments = function.get("arguments") if isinstance(function, Mapping) else None
+    if not isinstance(arguments, str) or not arguments.lstrip().startswith("{"):
+        return False
+    return json.dumps(arguments, ensure_ascii=False) in text
 
 
 def _word(index: int, number: int) -> str:

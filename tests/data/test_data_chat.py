@@ -271,6 +271,7 @@ def test_what_stands_elsewhere_by_chance_is_not_printed(
 
 
 BROKEN = {"function": {"name": "weather", "arguments": {"city": "\ud800"}}}
+QUOTED = {"function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
 PARTS = [{"type": "text", "text": "Hi "}, {"type": "text", "text": "you"}]
 WEIGHTED = [PARTS[0], {**PARTS[1], "weight": 0}]
 
@@ -296,6 +297,11 @@ WEIGHTED = [PARTS[0], {**PARTS[1], "weight": 0}]
         ("chatml", chat(("user", "Hi", {"train": True}), ANSWER), "a turn that is no assistant's"),
         ("llama3", chat(USER, ("assistant", "", {"tool_calls": [BROKEN]}), tools=TOOLS), "Unicode"),
         ("llama3", chat(USER, ("assistant", "", {"tool_calls": 5}), tools=TOOLS), "does not take"),
+        (
+            "llama3",
+            chat(USER, ("assistant", "", {"tool_calls": [QUOTED]}), tools=TOOLS),
+            r"messages\[1\].tool_calls\[0\] with its arguments in quotes; write them as an object",
+        ),
         ("chatml", chat(("user", {"a": 1}, {}), ANSWER), "content must be text"),
         ("chatml", chat(("user", None, {}), ANSWER), r"messages\[0\].content is missing"),
         ("chatml", chat(USER, ("assistant", None, {"refusal": ""})), "content is missing"),
@@ -321,6 +327,12 @@ def test_what_would_not_train_is_refused(name, row, message, chat_tokenizer):
     rules = rules_of(name, chat_tokenizer) if name else row_rules(chat_tokenizer, None)
     with pytest.raises(UserError, match=message):
         trained(row, rules, chat_tokenizer)
+
+
+def test_arguments_as_text_where_the_template_takes_it(chat_tokenizer):
+    rules = rules_of("qwen3", chat_tokenizer, train_on="last_answer")
+    rows = [chat(USER, ("assistant", "", {"tool_calls": [c]}), tools=TOOLS) for c in (CALL, QUOTED)]
+    assert trained(rows[0], rules, chat_tokenizer) == trained(rows[1], rules, chat_tokenizer)
 
 
 def test_ignored_fields_are_left_out(chat_tokenizer):
