@@ -88,9 +88,12 @@ def generate(
         raises ends the decoding.
 
     Raises:
-      UserError: a prompt is empty, too long or of another model's tokenizer, or a number is out of
-        range.
+      UserError: a prompt is empty, too long or of another model's tokenizer, a number is out of
+        range, or there is a text in the place of a list.
     """
+    for name, given in {"prompts": prompts, "stop": stop}.items():
+        if isinstance(given, str):  # which is a sequence of texts too, its characters
+            raise UserError(f"{name} is one text; write a list of texts")
     for name, value in {"max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
         if value is not None and value < 1:
             raise UserError(f"{name}={value}: must be 1 or more")

@@ -200,6 +200,8 @@ def test_mistakes(model, tokenizer):
         ("temperature=-1", ["a"], {"temperature": -1}),
         ("top_p=0", ["a"], {"top_p": 0}),
         ("a stop string is empty", ["a"], {"stop": [""]}),
+        ("prompts is one text; write a list", "ab", {}),
+        ("stop is one text; write a list", ["a"], {"stop": "ab"}),
     ]:
         assert culprit in message_of(
             lambda p, a: generate(model, tokenizer, p, **a), prompts, arguments
