@@ -70,12 +70,19 @@ def new_directory(output: str | Path) -> Iterator[Path]:
       The directory to write into, under another name until then. An error removes it.
 
     Raises:
-      UserError: something is there already.
+      UserError: something is there already, or what is there cannot be replaced.
       OSError: the directory cannot be made, before the block, or written.
     """
     output = Path(output)
+    if output.is_symlink() and output.is_dir():
+        output = output.resolve()  # the link stays, and what it leads to is made
     if os.path.lexists(output) and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: exists already; write another --output or remove it")
+    if output.is_dir() and (os.path.ismount(output) or output.samefile(os.curdir)):
+        raise UserError(
+            f"{output}: a mount point, or the current directory, cannot be replaced by the "
+            "finished directory; write a new one in it"
+        )
     partial = _partial(output)
     missing = [parent for parent in partial.parents if not parent.exists()]
     try:

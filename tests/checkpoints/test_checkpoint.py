@@ -213,6 +213,30 @@ def test_new_directory(tmp_path):
     assert (tmp_path / "empty" / "file").exists()
 
 
+def test_new_directory_behind_a_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with directory.new_directory(tmp_path / "link") as partial:
+        (partial / "file").touch()
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "file").exists()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_directories_that_cannot_be_replaced(tmp_path, monkeypatch):
+    """It shows before the work, not at its end."""
+    mounted = tmp_path / "mounted"
+    mounted.mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: str(path) == str(mounted))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"mounted: a mount point, .* write a new one in it"):
+        directory.new_directory(mounted).__enter__()
+    mounted.rmdir()
+    for output in (".", tmp_path):
+        with pytest.raises(UserError, match="or the current directory, cannot be replaced"):
+            directory.new_directory(output).__enter__()
+
+
 @pytest.mark.parametrize(
     ("error", "raised"),
     [
