@@ -278,6 +278,9 @@ _PARTS = {
     "tokenizer": "the tokenizer is another",
     "max_seq_length": "data.max_seq_length is another",
     "rules": "this version of olmoe_jax makes other tokens of the same rows, or masks others",
+    "chat template": "data.chat_template is another, or the tokenizer's own is",
+    "train_on": "data.train_on is another",
+    "ignored fields": "data.ignore_fields are others",
     "weights": "the weights of the sources are others",
     "split": "other examples are held out",
 }
