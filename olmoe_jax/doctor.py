@@ -51,9 +51,11 @@ def main(arguments: Sequence[str]) -> None:
 def versions() -> Iterator[Line]:
     """Python, and whether the parts of jax are of one version."""
     yield "python", f"{platform.python_version()} on {platform.platform()}", None
+    # What an interrupted pip left behind has no name.
+    installed = {item.name for item in importlib.metadata.distributions()} - {None}
     found = {
         name: importlib.metadata.version(name)
-        for name in sorted({item.name for item in importlib.metadata.distributions()})
+        for name in sorted(installed)
         if name in ("jax", "jaxlib", "libtpu") or name.startswith("jax-cuda")
     }
     # libtpu counts its own versions.

@@ -69,6 +69,12 @@ def test_wrong_kernel(page, monkeypatch, failure):
     assert "grouped_matmul: write --config.model.grouped_matmul=blocked\n" in text
 
 
+def test_what_an_interrupted_pip_left_behind(monkeypatch, tmp_path):
+    (tmp_path / "~ax-0.4.0.dist-info").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert [name for name, *_ in doctor.versions()] == ["python", "jax"]
+
+
 def test_driver_that_is_too_old(page, monkeypatch):
     monkeypatch.setattr(accelerator, "detect", DETECT)
     monkeypatch.setattr(accelerator, "_nvidia_driver", lambda system: ("470.1", 7.0))
