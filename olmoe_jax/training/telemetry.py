@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.monitoring
 
-from olmoe_jax.errors import UserError
+from olmoe_jax.errors import UserError, first_line
 
 GIB = 2**30
 WARM_UP_STEPS = 2
@@ -141,7 +141,7 @@ class WandB:
     """Weights & Biases: gets what TensorBoard gets, under the same names.
 
     Raises:
-      UserError: the package is not installed.
+      UserError: the package is not installed, or does not begin a run: there is no key, say.
     """
 
     def __init__(self, project: str, output: Path, config: Mapping[str, Any]):
@@ -152,14 +152,20 @@ class WandB:
         name = output / "wandb_run_id"
         if not name.exists():
             name.write_text(uuid.uuid4().hex)
-        self._run = wandb.init(
-            project=project,
-            name=output.name,
-            id=name.read_text(),
-            resume="allow",
-            dir=str(output),
-            config=dict(config),
-        )
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=output.name,
+                id=name.read_text(),
+                resume="allow",
+                dir=str(output),
+                config=dict(config),
+            )
+        except Exception as error:  # wandb raises many unrelated types
+            raise UserError(
+                f"train.wandb_project={project}: Weights & Biases does not begin the run "
+                f"({first_line(error)}); set WANDB_API_KEY or WANDB_MODE=offline, or write none"
+            ) from error
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Adds scalars to a step."""

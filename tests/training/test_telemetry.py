@@ -12,7 +12,7 @@ from training.tiny_run import metrics
 
 import olmoe_jax
 from olmoe_jax.errors import UserError
-from olmoe_jax.training.telemetry import Breakdown, Pace
+from olmoe_jax.training.telemetry import Breakdown, Pace, WandB
 
 
 def test_breakdown():
@@ -102,6 +102,17 @@ def test_wandb_gets_what_tensorboard_gets(files, tmp_path, monkeypatch):
         for name, tag in {"loss": "train/loss", "eval_loss": "eval/loss"}.items():
             if name in line:
                 assert wandb.logged[line["step"]][tag] == pytest.approx(line[name])
+
+
+def test_wandb_begins_no_run(tmp_path, monkeypatch):
+    def init(**options):
+        raise ValueError("api_key not configured (no-tty)")
+
+    wandb = Recorder()
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with pytest.raises(UserError, match=r"\(api_key not configured .*; set WANDB_API_KEY or WANDB"):
+        WandB("olmoe", tmp_path, {})
 
 
 def test_wandb_is_not_installed(files, tmp_path, monkeypatch):
