@@ -57,8 +57,17 @@ class HFCheckpoint:
         self.files = path
         self.config = read_model_config(path)
         checksums.check_weights(path)
-        self._tensors = _locate_tensors(path)
-        self._check()
+        try:
+            self._tensors = _locate_tensors(path)
+            self._check()
+        except UserError as error:
+            # Of no error alone: some writers leave the field beside weights that are not quantized.
+            if read_json(dict[str, Any], path / "config.json").get("quantization_config"):
+                raise UserError(
+                    f"{error}; config.json says that the weights are quantized: write the "
+                    "checkpoint from which they were made"
+                ) from None
+            raise
 
     def dtype(self, weight: Weight) -> np.dtype:
         return self._matrix(weight, 0, 0).dtype

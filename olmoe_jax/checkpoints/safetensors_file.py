@@ -131,7 +131,9 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 def _locate(file: Path, start: int, name: str, entry: _Entry) -> StoredTensor:
     """Returns the place of a tensor; `start` is the position of the first tensor's first byte."""
     if entry.dtype not in _DTYPES:
-        raise UserError(f"{file}: tensor {name} has unsupported dtype {entry.dtype}")
+        raise UserError(
+            f"{file}: tensor {name} has unsupported dtype {entry.dtype}; save it as BF16 or F32"
+        )
     first, last = entry.data_offsets
     tensor = StoredTensor(file, start + first, _DTYPES[entry.dtype], tuple(entry.shape))
     if tensor.end != start + last:

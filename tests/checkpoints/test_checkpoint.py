@@ -140,6 +140,13 @@ BREAKS = {
         lambda p: edit_tensors(p, put("model.layers.0.extra", lambda t: t[Q])),
         ["unexpected tensor model.layers.0.extra"],
     ),
+    "quantized": (
+        lambda p: (
+            edit_tensors(p, put(f"{Q}.absmax", lambda t: t[Q])),
+            edit_config(p, quantization_config={"load_in_4bit": True}),
+        ),
+        [f"unexpected tensor {Q}.absmax", "quantized: write the checkpoint from which"],
+    ),
     "one_layer_too_many": (
         lambda p: edit_config(p, num_hidden_layers=1),
         ["unexpected tensor model.layers.1."],
