@@ -136,6 +136,12 @@ def _local_files(path: str) -> list[str]:
     if os.path.isdir(path):
         names = (name for name in os.listdir(path) if not name.startswith("."))
         files = sorted(os.path.join(path, name) for name in names)
+        # Their .json files are no rows.
+        if any(file.endswith((".arrow", "/dataset_dict.json")) for file in files):
+            raise UserError(
+                f"{path} is what save_to_disk of `datasets` wrote: write the data set with to_json "
+                "or to_parquet, and name that file"
+            )
         found = [file for file in files if file.endswith(SUFFIXES)]
         if not found:
             raise UserError(f"{path} is a directory: name a data file in it ({_SUFFIXES})")

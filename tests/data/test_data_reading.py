@@ -181,6 +181,14 @@ def test_a_fifo_is_refused_at_once(tmp_path):
                 [*read(Source(str(tmp_path / f"rows{suffix}")))]
 
 
+@pytest.mark.parametrize("name", ["data-00000-of-00001.arrow", "dataset_dict.json"])
+def test_what_datasets_saved_is_refused(tmp_path, name):
+    for file in (name, "dataset_info.json"):
+        (tmp_path / file).write_text("{}")
+    with pytest.raises(UserError, match=r"save_to_disk of `datasets` wrote: .* name that file"):
+        [*read_rows(str(tmp_path))]
+
+
 def test_directory_and_nonsense_are_refused(tmp_path):
     with pytest.raises(UserError, match="is a directory"):
         [*read_rows(str(tmp_path))]
