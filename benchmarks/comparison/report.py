@@ -103,14 +103,19 @@ def difference(
 
 
 def extent(results: Results, study: Study) -> str:
-    """Returns how many runs there are, which are missing, and what they took, in a sentence."""
+    """Returns how many runs there are, what they took, and which are missing."""
     wanted = study.cells()
-    gaps = collections.Counter(
-        f"{cell.method} at K = {cell.experts_per_token}" for cell in wanted if cell not in results
-    )
+    gaps: dict[int, collections.Counter[str]] = {}
+    for cell in wanted:
+        if cell not in results:
+            gaps.setdefault(cell.experts_per_token, collections.Counter())[cell.method] += 1
+    count = len(wanted) - sum(methods.total() for methods in gaps.values())
     hours = sum(result.cpu_seconds for result in results.values()) / 3600
-    text = f"{len(wanted) - gaps.total()} of {len(wanted)} runs, {hours:.1f} hours of CPU time"
-    return text + "".join(f"; {count} missing of {name}" for name, count in gaps.items()) + "."
+    text = f"{count} of {len(wanted)} runs, {hours:.1f} hours of CPU time."
+    for k, methods in gaps.items():
+        missing = ", ".join(f"{number} of {name}" for name, number in methods.items())
+        text += f" Missing at K = {k}: {missing}."
+    return text
 
 
 def method_table(results: Results, bases: Bases) -> str:

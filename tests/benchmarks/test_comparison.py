@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import ROOT
 from tiny import make_model, tiny_config
 
 from benchmarks.comparison import base, cells, intervals, measures, report, runs, tasks
@@ -187,8 +188,8 @@ def test_report(tmp_path):
     table = (report_path / "table.md").read_text(encoding="utf-8")
     assert re.search(r"\| `densemixer` \| 60\.0 \([\d.]+ to [\d.]+\) \| 0\.\d+ \| 60\.0 ", table)
     count = len(Study(seeds=2).cells())
-    assert f"{count} of {len(Study().cells())} runs, 0.0 hours" in table
-    assert "; 6 missing of densemixer at K = 1;" in table
+    assert f"{count} of {len(Study().cells())} runs, 0.1 hours" in table
+    assert " Missing at K = 1: 6 of frozen, 6 of conventional, 6 of densemixer. Missing" in table
     effects = (report_path / "effects.md").read_text(encoding="utf-8")
     assert "| K = 8 | `densemixer` − `conventional` | +10.0 (" in effects
     assert "| m = 16 | `densemixer` − `conventional` | +0.0 (+0.0 to +0.0) | 1.000 | 4 |" in effects
@@ -196,6 +197,13 @@ def test_report(tmp_path):
     assert "| add | 90 | 90 | 90 | 90 | 12 12 12 | 25 | 25 |" in base
     drawn = (report_path / "comparison.svg").read_text(encoding="utf-8")
     assert ">esft_token<" in drawn
+
+
+def test_the_document_shows_the_committed_results(tmp_path):
+    report.write_report(ROOT / "benchmarks/comparison/results", tmp_path, Study())
+    document = (ROOT / "docs/comparison.md").read_text(encoding="utf-8")
+    for file in tmp_path.glob("*.md"):
+        assert file.read_text(encoding="utf-8").strip() in document, file.name
 
 
 def test_nothing_to_report(tmp_path):
