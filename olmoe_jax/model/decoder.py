@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 
 from olmoe_jax.model import stack
 from olmoe_jax.model.attention import (
@@ -23,7 +22,7 @@ from olmoe_jax.model.attention import (
 )
 from olmoe_jax.model.config import ModelConfig, ModelSettings
 from olmoe_jax.model.moe import AllLayers, MoE
-from olmoe_jax.model.parameters import ROUTER, ParameterSpec, merge, norm_scale, specs, weight
+from olmoe_jax.model.parameters import ParameterSpec, norm_scale, specs, weight
 from olmoe_jax.model.tuned import LayerTunedExperts, TunedExperts
 from olmoe_jax.ops import decoding
 from olmoe_jax.ops.embedding import embedding_lookup, embedding_rows
@@ -32,7 +31,7 @@ from olmoe_jax.ops.linear import ExpertWeights, Linear
 from olmoe_jax.ops.quantization import dequantized, is_quantized
 from olmoe_jax.ops.remat import keep, rematerialised
 from olmoe_jax.ops.routing import RouterStatistics
-from olmoe_jax.parallel.sharding import active_mesh, gathered, partition_spec, shard_batch
+from olmoe_jax.parallel.sharding import active_mesh, gathered, shard_batch
 
 
 class KVCache(NamedTuple):
@@ -172,7 +171,16 @@ class Olmoe(nnx.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         if sums is not None and stack.serves(active_mesh(), self.settings.remat):
-            return self._run_layers_ahead(tokens, segments, positions, dropout_key, sums)
+            x, statistics = stack.run_module(
+                self.layers,
+                self._tuned_by_layer(),
+                {n: spec.axes for n, spec in parameter_specs(self.config, self.settings).items()},
+                self.settings,
+                self.embedded(tokens),
+                self._context(segments, positions, dropout_key),
+                sums,
+            )
+            return self.normed(x), statistics
         x, statistics, _ = self._run_layers(
             tokens,
             segments,
@@ -335,62 +343,6 @@ class Olmoe(nnx.Module):
             rematerialised(layer, self.settings.remat), self.embedded(tokens), inputs
         )
         return self.normed(x), statistics, cache
-
-    def _run_layers_ahead(
-        self,
-        tokens: jax.Array,
-        segments: jax.Array,
-        positions: jax.Array,
-        dropout_key: jax.Array | None,
-        sums: Mapping[str, Any],
-    ) -> tuple[jax.Array, RouterStatistics]:
-        """Runs the layers by `stack.run_layers`; returns what `hidden` does, without logits."""
-        graph, stacked = nnx.split(self.layers)
-        weights = {
-            ".".join(("layers", *map(str, path))): variable.get_value()
-            for path, variable in nnx.to_flat_state(stacked)
-        }
-        axes = {n: spec.axes for n, spec in parameter_specs(self.config, self.settings).items()}
-        refs = {name: sums[name] for name in weights if name in sums}
-        trained = list(refs)
-        if tuned := self._tuned_by_layer():
-            weights |= {f"tuned.{name}": value for name, value in tuned._asdict().items()}
-            axes["tuned.indices"] = ("tuned",)
-            trained += [f"tuned.{name}" for name in tuned._fields if f"tuned.{name}" in sums]
-        dtype, mesh = self.settings.compute_dtype, active_mesh()
-        assert mesh is not None
-
-        def spec(name: str, value: jax.Array) -> P:
-            outer = () if name.startswith("layers.") else ("layer",)
-            return partition_spec(value.shape, (*outer, *axes[name]), mesh)
-
-        def cast(name: str, shard: jax.Array) -> jax.Array:
-            return shard.astype(dtype) if shard.dtype == jnp.float32 and name != ROUTER else shard
-
-        def layer(
-            x: jax.Array, context: Context, index: jax.Array, weights: dict[str, Any]
-        ) -> tuple[jax.Array, RouterStatistics]:
-            own: dict[str, Any] = {}
-            tuned: dict[str, Any] = {}
-            for name, value in dequantized(weights, dtype).items():
-                part, _, name_in_part = name.partition(".")
-                (own if part == "layers" else tuned)[name_in_part] = value
-            x, (statistics, _) = merge(graph, own)(
-                x, context.of_layer(index), tuned=LayerTunedExperts(**tuned) if tuned else None
-            )
-            return x, statistics
-
-        x, statistics = stack.run_layers(
-            layer,
-            self.embedded(tokens),
-            self._context(segments, positions, dropout_key),
-            weights,
-            {n: jax.tree.map(functools.partial(spec, n), w) for n, w in weights.items()},
-            cast,
-            trained,
-            refs,
-        )
-        return self.normed(x), statistics
 
     def _context(
         self, segments: jax.Array, positions: jax.Array, dropout_key: jax.Array | None

@@ -16,14 +16,22 @@ The loops run inside one `jax.shard_map`, so that a device's own gradients can w
 Shapes: L layers, B rows.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
+from olmoe_jax.model.attention import Context
+from olmoe_jax.model.config import ModelSettings
+from olmoe_jax.model.parameters import ROUTER, merge
+from olmoe_jax.model.tuned import LayerTunedExperts
+from olmoe_jax.ops.quantization import dequantized
+from olmoe_jax.ops.routing import RouterStatistics
 from olmoe_jax.parallel import sharding
 
 Layer = Callable[[jax.Array, Any, jax.Array, dict[str, Any]], tuple[jax.Array, Any]]
@@ -40,6 +48,69 @@ def serves(mesh: Mesh | AbstractMesh | None, remat: str) -> bool:
         return False
     travels = mesh is not None and mesh.shape["fsdp"] > 1 and mesh.shape[sharding.EXPERT] == 1
     return travels and remat == "full"
+
+
+def run_module(
+    layers: nnx.Module,
+    tuned: LayerTunedExperts | None,
+    axes: Mapping[str, Sequence[str]],
+    settings: ModelSettings,
+    x: jax.Array,
+    context: Context,
+    sums: Mapping[str, Any],
+) -> tuple[jax.Array, RouterStatistics]:
+    """Runs a model's stacked layers by `run_layers`.
+
+    Args:
+      layers: the `DecoderLayer`, with the parameters of all layers.
+      tuned: the tuned experts of all layers; None: there are none.
+      axes: by name, the logical axes of the model's parameters.
+      settings: how the model computes.
+      x: [B, S, D], the first layer's input.
+      context: the inputs that all layers share.
+      sums: the refs to which the gradients of what trains are added, by name.
+
+    Returns:
+      [B, S, D]; the router's statistics [L, …], without logits.
+    """
+    graph, stacked = nnx.split(layers)
+    weights = {
+        ".".join(("layers", *map(str, path))): variable.get_value()
+        for path, variable in nnx.to_flat_state(stacked)
+    }
+    refs = {name: sums[name] for name in weights if name in sums}
+    trained = list(refs)
+    if tuned:
+        weights |= {f"tuned.{name}": value for name, value in tuned._asdict().items()}
+        axes = {**axes, "tuned.indices": ("tuned",)}
+        trained += [f"tuned.{name}" for name in tuned._fields if f"tuned.{name}" in sums]
+    dtype, mesh = settings.compute_dtype, sharding.active_mesh()
+    assert mesh is not None
+
+    def spec(name: str, value: jax.Array) -> P:
+        outer = () if name.startswith("layers.") else ("layer",)
+        return sharding.partition_spec(value.shape, (*outer, *axes[name]), mesh)
+
+    def cast(name: str, shard: jax.Array) -> jax.Array:
+        return shard.astype(dtype) if shard.dtype == jnp.float32 and name != ROUTER else shard
+
+    def layer(
+        x: jax.Array, context: Context, index: jax.Array, weights: dict[str, Any]
+    ) -> tuple[jax.Array, RouterStatistics]:
+        own: dict[str, Any] = {}
+        own_tuned: dict[str, Any] = {}
+        for name, value in dequantized(weights, dtype).items():
+            part, _, name_in_part = name.partition(".")
+            (own if part == "layers" else own_tuned)[name_in_part] = value
+        x, (statistics, _) = merge(graph, own)(
+            x,
+            context.of_layer(index),
+            tuned=LayerTunedExperts(**own_tuned) if own_tuned else None,
+        )
+        return x, statistics
+
+    specs = {n: jax.tree.map(functools.partial(spec, n), w) for n, w in weights.items()}
+    return run_layers(layer, x, context, weights, specs, cast, trained, refs)
 
 
 def run_layers(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ from jax.sharding import Mesh
 
 from olmoe_jax import data
 from olmoe_jax.checkpoints.turn_ends import write_turn_ends
-from olmoe_jax.config import Config
+from olmoe_jax.config import Config, first_difference, to_dict
 from olmoe_jax.data.chat_template import write_template
 from olmoe_jax.errors import UserError
-from olmoe_jax.parallel.distributed import is_writer
+from olmoe_jax.parallel import distributed
 from olmoe_jax.training.base_model import BaseModel
 
 
@@ -58,7 +59,7 @@ def load_datasets(config: Config, model: BaseModel) -> Datasets:
         max_seq_length=options.max_seq_length,
         rules=rules,
         config=options.hub_config,
-        progress=is_writer(),
+        progress=distributed.is_writer(),
     )
     train, evaluation = tokenize(options.train_path, split=options.split), None
     if options.chat_template not in (None, "auto") and not train.counts.templated:
@@ -77,6 +78,28 @@ def load_datasets(config: Config, model: BaseModel) -> Datasets:
     pad_id = tokenizer.pad_token_id
     pad_id = tokenizer.eos_token_id if pad_id is None else pad_id
     return Datasets(train, evaluation, pad_id, rules, rules.ends(tokenizer))
+
+
+def check_same_everywhere(config: Config, datasets: Datasets) -> None:
+    """Checks that all processes of the run have one configuration and the same data.
+
+    Raises:
+      UserError: this process has others than process 0.
+    """
+    theirs = json.loads(distributed.from_writer("config", json.dumps(to_dict(config))))
+    if difference := first_difference(theirs, to_dict(config)):
+        raise UserError(
+            f"process {jax.process_index()} was started with another config than process 0: "
+            f"{difference}; start all processes with the same command"
+        )
+    own = datasets.identity()
+    theirs = json.loads(distributed.from_writer("data", json.dumps(own)))
+    for which, fingerprint in own.items():
+        if theirs[which] != fingerprint:
+            raise UserError(
+                f"process {jax.process_index()} has other {which} than process 0 (the content of "
+                "the file or the tokenizer); give all processes the same files"
+            )
 
 
 def write_format(config: Config, datasets: Datasets, files: Path) -> None:

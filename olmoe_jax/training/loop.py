@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,8 @@ import jax
 import numpy as np
 
 from olmoe_jax import data
-from olmoe_jax.checkpoints import opening
-from olmoe_jax.config import Config, first_difference, to_dict, validate
-from olmoe_jax.errors import UserError, os_reason
+from olmoe_jax.config import Config, to_dict, validate
+from olmoe_jax.errors import UserError
 from olmoe_jax.methods import Preparation
 from olmoe_jax.model.flops import step_flops_per_token
 from olmoe_jax.parallel import distributed, sharding
@@ -24,6 +22,7 @@ from olmoe_jax.training.best import Best
 from olmoe_jax.training.checkpoint import Checkpointer, Restored
 from olmoe_jax.training.datasets import (
     Datasets,
+    check_same_everywhere,
     load_datasets,
     row_layout,
     training_data,
@@ -34,16 +33,10 @@ from olmoe_jax.training.evaluation import Evaluation
 from olmoe_jax.training.finishing import finish
 from olmoe_jax.training.introduction import introduction
 from olmoe_jax.training.program import Program, build_program
-from olmoe_jax.training.proofs import prove_kernels, with_fastest_grouped_matmul
-from olmoe_jax.training.reporting import (
-    TENSORBOARD,
-    Reporter,
-    Silence,
-    finite,
-    router_scalars,
-)
+from olmoe_jax.training.proofs import with_proven_kernels
+from olmoe_jax.training.reporting import TENSORBOARD, Reporter, Silence, finite, step_scalars
 from olmoe_jax.training.step import StepMetrics
-from olmoe_jax.training.telemetry import Breakdown, Profile, check_wandb, memory_scalars
+from olmoe_jax.training.telemetry import Breakdown, Profile, check_wandb
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,13 +71,8 @@ def train(config: Config) -> TrainResult:
         datasets = load_datasets(config, model)
     steps = training_data(config, datasets, mesh)
     held_out = held_out_sample(config, model, datasets)
-    _check_same_everywhere(config, datasets)
-    config, model = with_fastest_grouped_matmul(config, model, steps.row_length)
-    if jax.default_backend() != "cpu":
-        rows = config.train.rows_per_device
-        proven = prove_kernels(model.config, model.settings, rows, steps.row_length)
-        if distributed.is_writer():
-            print(proven, flush=True)
+    check_same_everywhere(config, datasets)
+    config, model = with_proven_kernels(config, model, steps.row_length)
     try:
         with run_directory.opened(
             config,
@@ -109,38 +97,8 @@ def train(config: Config) -> TrainResult:
             if result.finished and distributed.is_writer():
                 finish(config, model.method, output, result.step)
     except OSError as error:
-        raise _refused(Path(config.train.output_dir), error) from error
+        raise run_directory.refused(Path(config.train.output_dir), error) from error
     return result
-
-
-def _check_same_everywhere(config: Config, datasets: Datasets) -> None:
-    """Checks that all processes of the run have one configuration and the same data.
-
-    Raises:
-      UserError: this process has others than process 0.
-    """
-    theirs = json.loads(distributed.from_writer("config", json.dumps(to_dict(config))))
-    if difference := first_difference(theirs, to_dict(config)):
-        raise UserError(
-            f"process {jax.process_index()} was started with another config than process 0: "
-            f"{difference}; start all processes with the same command"
-        )
-    own = datasets.identity()
-    theirs = json.loads(distributed.from_writer("data", json.dumps(own)))
-    for which, fingerprint in own.items():
-        if theirs[which] != fingerprint:
-            raise UserError(
-                f"process {jax.process_index()} has other {which} than process 0 (the content of "
-                "the file or the tokenizer); give all processes the same files"
-            )
-
-
-def _refused(output: Path, error: OSError) -> UserError:
-    saved = opening.steps(output)
-    kept = f"the checkpoint of step {saved[-1]} is intact" if saved else "no checkpoint yet"
-    return UserError(
-        f"{error.filename or output}: {os_reason(error)}; {kept}; then run the same command again"
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +181,7 @@ class _Run:
 
     def _close(self) -> None:
         """Ends the profile, waits for the last save, and closes the reports."""
-        self._say_if(self.profile.close())
+        self.reporter.say(self.profile.close())
         self.checkpoints.close()
         self.reporter.close()
 
@@ -256,7 +214,7 @@ class _Run:
     def _one_step(self) -> None:
         """Starts a step, and reports the step before while the devices work."""
         program = self.program
-        self._say_if(self.profile.next_step(self.state))
+        self.reporter.say(self.profile.next_step(self.state))
         with self.clock.part("data"):
             step = next(self.iterator)
         batches = map(program.to_devices, step.batches)
@@ -342,33 +300,11 @@ class _Run:
             "seconds": round(seconds, 4),
         }
         self.expert_load += metrics.statistics.load
-        scalars = self._scalars(step, metrics, seconds)
-        self.reporter.step(line, scalars)
+        scalars = step_scalars(
+            step, self.steps.steps_per_epoch, metrics, seconds, self.flops_per_token
+        )
+        self.reporter.step(line, scalars | self.clock.take())
         self._check_finite(step, metrics)
-
-    def _scalars(self, step: data.Step, metrics: StepMetrics, seconds: float) -> dict[str, float]:
-        speed, statistics = step.tokens / seconds, metrics.statistics
-        return {
-            "train/loss": float(metrics.loss),
-            "train/learning_rate": float(metrics.learning_rate),
-            "train/grad_norm": float(metrics.grad_norm),
-            "train/skipped_updates": float(metrics.skipped),
-            "train/epoch": step.epoch
-            + (step.index % self.steps.steps_per_epoch + 1) / self.steps.steps_per_epoch,
-            "data/padding_share": step.padding / (step.padding + step.tokens),
-            "data/tokens": step.tokens,
-            "speed/seconds_per_step": seconds,
-            "speed/tokens_per_second": speed,
-            "speed/model_teraflops_per_second": self.flops_per_token * speed / 1e12,
-            **router_scalars(statistics.load, statistics.entropy, step.tokens),
-            **_router_scalar(metrics),
-            **self.clock.take(),
-            **memory_scalars(),
-        }
-
-    def _say_if(self, message: str | None) -> None:
-        if message:
-            self.reporter.say(message)
 
     def _check_finite(self, step: data.Step, metrics: StepMetrics) -> None:
         in_a_row, limit = int(metrics.skipped_in_a_row), self.config.train.max_nonfinite_steps
@@ -387,8 +323,3 @@ class _Run:
 
 def _due(every: int | None, done: int) -> bool:
     return every is not None and done % every == 0
-
-
-def _router_scalar(metrics: StepMetrics) -> dict[str, float]:
-    norm = metrics.router_grad_norm
-    return {} if norm is None else {"router_gradient/norm": float(norm)}

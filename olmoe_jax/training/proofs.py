@@ -62,6 +62,23 @@ def prove_kernels(config: ModelConfig, settings: ModelSettings, rows: int, lengt
     )
 
 
+def with_proven_kernels(
+    config: Config, model: BaseModel, row_length: int
+) -> tuple[Config, BaseModel]:
+    """Chooses the kernels of a run, and proves them on an accelerator before they are trusted.
+
+    Raises:
+      UserError: see `prove_kernels`.
+    """
+    config, model = with_fastest_grouped_matmul(config, model, row_length)
+    if jax.default_backend() != "cpu":
+        rows = config.train.rows_per_device
+        proven = prove_kernels(model.config, model.settings, rows, row_length)
+        if distributed.is_writer():
+            print(proven, flush=True)
+    return config, model
+
+
 def with_fastest_grouped_matmul(
     config: Config, model: BaseModel, row_length: int
 ) -> tuple[Config, BaseModel]:

@@ -13,12 +13,14 @@ import numpy as np
 from jax.typing import ArrayLike
 from tqdm import tqdm
 
+from olmoe_jax.data import Step
 from olmoe_jax.plots import heat_maps
 from olmoe_jax.training.decoding import Answer
 from olmoe_jax.training.evaluation import Evaluated
 from olmoe_jax.training.event_file import EventFile
 from olmoe_jax.training.run_directory import METRICS, metrics_report
-from olmoe_jax.training.telemetry import Pace, WandB
+from olmoe_jax.training.step import StepMetrics
+from olmoe_jax.training.telemetry import Pace, WandB, memory_scalars
 
 TENSORBOARD = "tensorboard"
 SECONDS_BETWEEN_LINES = 10.0
@@ -61,11 +63,11 @@ class Reporter:
         self._last_line = -math.inf
         self._latest: dict[str, float | None] = {}
 
-    def say(self, message: str) -> None:
-        """Prints a line, above the progress bar where there is one."""
-        if self._is_terminal:
+    def say(self, message: str | None) -> None:
+        """Prints a line, if there is one, above the progress bar where there is that."""
+        if message and self._is_terminal:
             self._bar.write(message)
-        else:
+        elif message:
             print(message, flush=True)
 
     def step(self, line: dict[str, Any], scalars: dict[str, float]) -> None:
@@ -174,6 +176,38 @@ class Silence:
 def finite(value: float | np.ndarray) -> float | None:
     """Returns a float, or None for what JSON lacks: NaN and infinities."""
     return float(value) if np.isfinite(value) else None
+
+
+def step_scalars(
+    step: Step, steps_per_epoch: int, metrics: StepMetrics, seconds: float, flops_per_token: float
+) -> dict[str, float]:
+    """Returns TensorBoard's scalars of a step.
+
+    Args:
+      step: its data.
+      steps_per_epoch: of the run.
+      metrics: its numbers, on the host.
+      seconds: its wall time.
+      flops_per_token: what the mathematics of a step needs for a token.
+    """
+    speed, statistics = step.tokens / seconds, metrics.statistics
+    scalars = {
+        "train/loss": float(metrics.loss),
+        "train/learning_rate": float(metrics.learning_rate),
+        "train/grad_norm": float(metrics.grad_norm),
+        "train/skipped_updates": float(metrics.skipped),
+        "train/epoch": step.epoch + (step.index % steps_per_epoch + 1) / steps_per_epoch,
+        "data/padding_share": step.padding / (step.padding + step.tokens),
+        "data/tokens": step.tokens,
+        "speed/seconds_per_step": seconds,
+        "speed/tokens_per_second": speed,
+        "speed/model_teraflops_per_second": flops_per_token * speed / 1e12,
+        **router_scalars(statistics.load, statistics.entropy, step.tokens),
+        **memory_scalars(),
+    }
+    if metrics.router_grad_norm is not None:
+        scalars["router_gradient/norm"] = float(metrics.router_grad_norm)
+    return scalars
 
 
 def router_scalars(load: ArrayLike, entropy: ArrayLike, tokens: int) -> dict[str, float]:

@@ -34,7 +34,7 @@ from olmoe_jax.checkpoints.opening import CHECKPOINTS, EXPERTS, METRICS
 from olmoe_jax.checkpoints.source import MODEL_DIRECTORY
 from olmoe_jax.config import FIELDS, Config, first_difference, to_dict
 from olmoe_jax.config.fields import show
-from olmoe_jax.errors import UserError
+from olmoe_jax.errors import UserError, os_reason
 from olmoe_jax.files import STRICT, open_regular, read_json, read_json_lines
 from olmoe_jax.parallel import distributed
 
@@ -316,3 +316,12 @@ def rewind_metrics(output: Path, report: dict[str, Any] | None) -> None:
 
 def _checksum(content: bytes) -> str:
     return xxhash.xxh3_128(content).hexdigest()
+
+
+def refused(output: Path, error: OSError) -> UserError:
+    """Returns what a run says that could not write, and which checkpoint it leaves."""
+    saved = opening.steps(output)
+    kept = f"the checkpoint of step {saved[-1]} is intact" if saved else "no checkpoint yet"
+    return UserError(
+        f"{error.filename or output}: {os_reason(error)}; {kept}; then run the same command again"
+    )
