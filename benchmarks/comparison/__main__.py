@@ -21,7 +21,7 @@ from pathlib import Path
 from benchmarks.comparison.base import write_inputs
 from benchmarks.comparison.cells import QUICK, Cell, Study, missing, read
 from benchmarks.comparison.report import write_report
-from benchmarks.comparison.runs import base_file, pretrain, run_cells
+from benchmarks.comparison.runs import base_file, keep_study, pretrain, run_cells
 from olmoe_jax.errors import ArgumentParser, run_command
 from olmoe_jax.files import user_path
 from olmoe_jax.parallel.compilation import keep_programs
@@ -46,6 +46,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def run_all(output: Path, study: Study, quick: bool, jobs: int) -> None:
     """Makes the inputs, then pretrains each base and runs each group, as far as it is missing."""
+    keep_study(output, study)
     write_inputs(output / "inputs", study.pretrain_rows)
     for number, groups in enumerate(study.stages()):
         left = [i for i, group in enumerate(groups) if missing(group, read(output))]

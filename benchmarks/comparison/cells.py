@@ -57,7 +57,7 @@ class Result:
         router does not train.
       trained: how many parameters train.
       step_seconds: the 10th percentile of a step's wall time.
-      peak_memory: bytes of the process at the run's end.
+      peak_memory: bytes of the process at the run's end, its earlier runs included.
     """
 
     experts_per_token: int
@@ -103,7 +103,7 @@ class Study:
     epochs: int = 6
     targets: Sequence[str] = tuple(TARGETS)
     methods: Sequence[str] = EXPERIMENTS
-    rates: Sequence[float] = (1e-3, 3e-3, 1e-2, 3e-2)
+    rates: Sequence[float] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
     seeds: int = 5
     some_targets: Sequence[str] = ("descend", "back")
     other_experts_per_token: Sequence[int] = OTHER_EXPERTS_PER_TOKEN

@@ -15,36 +15,44 @@ RESAMPLES = 2000
 
 
 class Interval(NamedTuple):
-    """A mean, and its 95% interval."""
+    """A mean, and its 95% interval; NaN where one seed alone says nothing of others."""
 
     value: float
     low: float
     high: float
 
 
-def interval(tables: Sequence[np.ndarray], same_rows: bool = False) -> Interval:
+def interval(tables: Sequence[np.ndarray], tasks: int = 0) -> Interval:
     """Returns the mean over the tables, with a hierarchical bootstrap's percentile interval.
 
-    A resample draws seeds with replacement within each table, and rows with replacement, the same
-    rows for all its seeds. The targets, of which each table is one, are not drawn.
+    A resample draws one seed less than there are, with replacement, within each table: as many as
+    there are would make the interval too short. Then it draws rows with replacement, the same rows
+    for all its seeds. The targets, of which each table is one, are not drawn.
 
     Args:
       tables: [seeds, rows] each.
-      same_rows: the rows are the same in all tables, and drawn once for all.
+      tasks: 0: each table has rows of its own. Else all tables have the same rows, drawn once for
+        all, and within each of so many tasks of as many rows.
     """
+    value = float(np.mean([table.mean() for table in tables]))
+    if min(len(table) for table in tables) < 2:
+        return Interval(value, np.nan, np.nan)
     random = np.random.default_rng(0)
-    drawn, weights = np.zeros(RESAMPLES), None
+    total, rows = np.zeros(RESAMPLES), None
     for table in tables:
-        seeds, rows = (_weights(random, count) for count in table.shape)
-        weights = weights if same_rows and weights is not None else rows
-        drawn += np.einsum("is,sn,in->i", seeds, table, weights, optimize=True)
-    low, high = np.percentile(drawn / len(tables), [2.5, 97.5])
-    return Interval(float(np.mean([table.mean() for table in tables])), float(low), float(high))
+        seeds = _weights(random, len(table), len(table) - 1)
+        if rows is None or not tasks:
+            each = table.shape[1] // (tasks or 1)
+            parts = [_weights(random, each, each) for _ in range(tasks or 1)]
+            rows = np.concatenate(parts, axis=1) / len(parts)
+        total += np.einsum("is,sn,in->i", seeds, table, rows, optimize=True)
+    low, high = np.percentile(total / len(tables), [2.5, 97.5])
+    return Interval(value, float(low), float(high))
 
 
-def _weights(random: np.random.Generator, count: int) -> np.ndarray:
+def _weights(random: np.random.Generator, count: int, draws: int) -> np.ndarray:
     """Returns how often each of `count` things is drawn in each resample, as shares."""
-    return random.multinomial(count, np.full(count, 1 / count), RESAMPLES) / count
+    return random.multinomial(draws, np.full(count, 1 / count), RESAMPLES) / draws
 
 
 def paired_p(differences: Sequence[np.ndarray]) -> float:

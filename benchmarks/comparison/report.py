@@ -5,22 +5,25 @@ import io
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from benchmarks.comparison.base import EXPERTS_PER_TOKEN
 from benchmarks.comparison.cells import ABLATION, LIMITED, Cell, Result, Study, read
 from benchmarks.comparison.intervals import Interval, interval, paired_p
-from benchmarks.comparison.tasks import TASKS
+from benchmarks.comparison.tasks import TARGETS, TASKS
 from configs.table import EXPERIMENTS, FULL
-from eval.statistics import holm
+from eval.statistics import holm, wilson
 from olmoe_jax.errors import UserError
 from olmoe_jax.files import read_json
 
 Results = Mapping[Cell, Result]
 Bases = Mapping[int, dict[str, Any]]  # by K
 FROZEN, CONVENTIONAL, DENSE = FULL
+MARKERS = "osD^v<>P"
+FEWEST_PAIRS = 6
+"""Fewer pairs cannot give a p below 0.05."""
 
 
 def write_report(output: Path, report: Path, study: Study) -> None:
@@ -30,9 +33,10 @@ def write_report(output: Path, report: Path, study: Study) -> None:
         raise UserError(f"{output}: no result to report; run without --report")
     report.mkdir(parents=True, exist_ok=True)
     texts = {
-        "table.md": f"{method_table(results, bases)}\n{extent(results, study)}\n",
+        "table.md": f"{method_table(results, bases)}\n{extent(results, bases, study)}\n",
         "rates.md": rate_table(results),
-        "effects.md": effect_tables(results, bases),
+        "targets.md": target_table(results, bases),
+        "effects.md": effect_table(results, bases, study),
         "base.md": base_tables(bases),
     }
     for name, text in texts.items():
@@ -68,9 +72,16 @@ class Runs:
     def all(self) -> list[Result]:
         return [result for runs in self.by_target.values() for result in runs.values()]
 
-    def values(self, number: Callable[[Result], float | None]) -> list[float]:
-        """Returns a number of every run that has it."""
-        return [value for value in map(number, self.all) if value is not None]
+    def mean(
+        self,
+        number: Callable[[Result], float | None],
+        of: Callable[[list[float]], float] = statistics.mean,
+    ) -> float | None:
+        """Returns the mean over the targets of the runs' mean (or `of`); None if a run has none."""
+        rows = [[number(result) for result in seeds.values()] for seeds in self.by_target.values()]
+        if any(value is None for row in rows for value in row):
+            return None
+        return statistics.mean(of(row) for row in rows)  # type: ignore[arg-type]
 
 
 def target_right(result: Result) -> np.ndarray:
@@ -81,28 +92,55 @@ def known_right(result: Result) -> np.ndarray:
     return np.concatenate([bits(right) for right in result.known.values()])
 
 
+TASK_COUNT = {target_right: 0, known_right: len(TASKS)}
+"""How many tasks the answers of one run are of that all runs have in common."""
+
+
 def accuracy(runs: Runs, right: Callable[[Result], np.ndarray]) -> Interval:
     """Returns the share of right answers; the targets count equally."""
     tables = [np.stack([*map(right, seeds.values())]) for seeds in runs.by_target.values()]
-    return interval(tables, same_rows=right is known_right)
+    found = interval(tables, tasks=TASK_COUNT[right])
+    if found.high - found.low < 1e-9:  # all right or all wrong: resamples do not differ
+        rows = tables[0].shape[1] * (1 if TASK_COUNT[right] else len(tables))
+        low, high = wilson(round(found.value * rows), rows)
+        return Interval(found.value, low / 100, high / 100)
+    return found
+
+
+class Effect(NamedTuple):
+    """What one method's runs do beyond another's, with the same targets and seeds."""
+
+    right: Interval  # share of right answers
+    loss: float  # nats
+    p: float | None  # of no difference in right answers; None: too few pairs for a small one
+    pairs: int
 
 
 def difference(
     first: Runs, second: Runs, right: Callable[[Result], np.ndarray], targets: Sequence[str] = ()
-) -> tuple[Interval, float, int] | None:
-    """Returns first - second over their common targets and seeds, its p, and how many pairs."""
-    tables, pairs = [], 0
+) -> Effect | None:
+    """Returns first - second over their common targets (or those given) and seeds."""
+    tables, losses, pairs = [], [], 0
     for target in targets or first.by_target:
         ours, theirs = first.by_target.get(target, {}), second.by_target.get(target, {})
         if seeds := sorted(ours.keys() & theirs.keys()):
             tables.append(np.stack([right(ours[s]) - right(theirs[s]) for s in seeds]))
+            losses.append(statistics.mean(ours[s].loss - theirs[s].loss for s in seeds))
             pairs += len(seeds)
     if not tables:
         return None
-    return interval(tables, same_rows=right is known_right), paired_p(tables), pairs
+    p = paired_p(tables) if pairs >= FEWEST_PAIRS else None
+    found = interval(tables, tasks=TASK_COUNT[right])
+    return Effect(found, statistics.mean(losses), p, pairs)
 
 
-def extent(results: Results, study: Study) -> str:
+def adjusted(effects: Sequence[Effect]) -> list[str]:
+    """Returns the effects' p, corrected for their number by Holm's method; "": there is none."""
+    values = iter(holm([effect.p for effect in effects if effect.p is not None]))
+    return ["" if effect.p is None else f"{next(values):.3f}" for effect in effects]
+
+
+def extent(results: Results, bases: Bases, study: Study) -> str:
     """Returns how many runs there are, what they took, and which are missing."""
     wanted = study.cells()
     gaps: dict[int, collections.Counter[str]] = {}
@@ -111,7 +149,9 @@ def extent(results: Results, study: Study) -> str:
             gaps.setdefault(cell.experts_per_token, collections.Counter())[cell.method] += 1
     count = len(wanted) - sum(methods.total() for methods in gaps.values())
     hours = sum(result.cpu_seconds for result in results.values()) / 3600
-    text = f"{count} of {len(wanted)} runs, {hours:.1f} hours of CPU time."
+    pretraining = sum(facts["wall_seconds"] for facts in bases.values()) / 3600
+    text = f"{count} of {len(wanted)} runs, {hours:.1f} hours of CPU time; the bases took "
+    text += f"{pretraining:.1f} hours."
     for k, methods in gaps.items():
         missing = ", ".join(f"{number} of {name}" for name, number in methods.items())
         text += f" Missing at K = {k}: {missing}."
@@ -122,15 +162,15 @@ def method_table(results: Results, bases: Bases) -> str:
     """Returns the table of the methods at K = 4, with tests against conventional training."""
     base = bases[EXPERTS_PER_TOKEN]
     runs = {m: found for m in EXPERIMENTS if (found := Runs(results, m))}
-    targets = sorted({target for found in runs.values() for target in found.by_target})
+    targets = [target for target in TARGETS if any(target in r.by_target for r in runs.values())]
     tests = {
         (method, right): test
         for method, found in runs.items()
-        for right in (target_right, known_right)
+        for right in TASK_COUNT
         if method != CONVENTIONAL and CONVENTIONAL in runs
         if (test := difference(found, runs[CONVENTIONAL], right))
     }
-    adjusted = dict(zip(tests, holm([test[1] for test in tests.values()]), strict=True))
+    p = dict(zip(tests, adjusted([*tests.values()]), strict=True))
     head = ["method", "target right, %", "p", "known right, %", "p", "target loss"]
     head += ["experts that are new", "router cosine", "trained", "step", "memory", "runs"]
     before = np.mean([bits(base["targets"][t]["right"]).mean() for t in targets])
@@ -142,23 +182,47 @@ def method_table(results: Results, bases: Bases) -> str:
     rows = [[*first, f"{cosine:.3f}", "", "", "", ""]]
     for method, found in runs.items():
         columns = [f"`{method}`"]
-        for right in (target_right, known_right):
-            p = adjusted.get((method, right))
-            columns += [percent(accuracy(found, right)), "" if p is None else f"{p:.3f}"]
-        cosines = found.values(lambda r: r.router_cosine)
+        for right in TASK_COUNT:
+            columns += [percent(accuracy(found, right)), p.get((method, right), "")]
+        cosine = found.mean(lambda r: r.router_cosine)
+        # The fastest run of a target was disturbed least.
+        step = found.mean(lambda r: r.step_seconds, of=min)
+        # A process's peak is that of its first run, of which this target is.
+        peaks = [result.peak_memory for result in found.by_target.get(targets[0], {}).values()]
         rows.append(
             [
                 *columns,
-                f"{statistics.mean(found.values(lambda r: r.loss)):.3f}",
-                f"{100 * statistics.mean(found.values(lambda r: r.changed_routing)):.1f}%",
-                f"{statistics.mean(cosines):.3f}" if cosines else "–",
-                f"{statistics.mean(found.values(lambda r: r.trained)) / 1e6:.2f}M",
-                f"{min(found.values(lambda r: r.step_seconds)):.2f} s",
-                f"{min(found.values(lambda r: r.peak_memory)) / 2**30:.2f} GiB",
+                f"{found.mean(lambda r: r.loss):.3f}",
+                f"{100 * found.mean(lambda r: r.changed_routing):.1f}%",
+                "–" if cosine is None else f"{cosine:.3f}",
+                f"{found.mean(lambda r: r.trained) / 1e6:.2f}M",
+                f"{step:.2f} s",
+                f"{statistics.median(peaks) / 2**30:.1f} GiB" if peaks else "",
                 str(len(found.all)),
             ]
         )
     return markdown(head, rows)
+
+
+def target_table(results: Results, bases: Bases) -> str:
+    """Returns right answers and loss of each method on each target, means over the seeds."""
+    losses = bases[EXPERTS_PER_TOKEN]["targets"]
+    targets = sorted(losses, key=lambda target: losses[target]["loss"])
+    before = [
+        f"{100 * bits(losses[t]['right']).mean():.0f} / {losses[t]['loss']:.2f}" for t in targets
+    ]
+    rows = [["before", *before]]
+    for method in (*EXPERIMENTS, *LIMITED, *ABLATION):
+        if found := Runs(results, method).by_target:
+            cells = []
+            for target in targets:
+                runs = [*found.get(target, {}).values()]
+                right = [100 * target_right(result).mean() for result in runs]
+                loss = [result.loss for result in runs]
+                text = f"{np.mean(right):.0f} / {np.mean(loss):.2f}" if runs else ""
+                cells.append(text)
+            rows.append([f"`{method}`", *cells])
+    return markdown(["target right, % / target loss", *targets], rows)
 
 
 def by_rate(results: Results, method: str) -> dict[float, tuple[float, float, float]]:
@@ -190,36 +254,48 @@ def rate_table(results: Results) -> str:
     return markdown(["target right, % / known right, % / target loss", *map(str, rates)], rows)
 
 
-def effect_tables(results: Results, bases: Bases) -> str:
-    """Returns what the router's gradient does: by K, by target, by m, and for the router alone."""
-    effects: list[tuple[str, str, Runs, Runs, list[str]]] = []
-    for k in sorted(bases):
-        frozen, conventional, dense = (Runs(results, method, k) for method in FULL)
-        effects += [
-            (f"K = {k}", f"`{DENSE}` − `{CONVENTIONAL}`", dense, conventional, []),
-            (f"K = {k}", f"`{CONVENTIONAL}` − `{FROZEN}`", conventional, frozen, []),
-        ]
-    conventional, dense = Runs(results, CONVENTIONAL), Runs(results, DENSE)
+def effect_table(results: Results, bases: Bases, study: Study) -> str:
+    """Returns what the router's gradient does: by K, by target, by m, and for the router alone.
+
+    K and m are compared on `study.some_targets`, which all of them have.
+    """
+    some = study.some_targets
+    frozen, conventional, dense = (Runs(results, method) for method in FULL)
+    _, lora, dense_lora = (Runs(results, f"{method}_lora") for method in FULL)
+    more, learns = f"`{DENSE}` − `{CONVENTIONAL}`", f"`{CONVENTIONAL}` − `{FROZEN}`"
+    effects: list[tuple[str, str, Runs, Runs, Sequence[str]]] = [
+        ("all targets", more, dense, conventional, ()),
+        ("all targets", learns, conventional, frozen, ()),
+        ("all targets, LoRA", more, dense_lora, lora, ()),
+    ]
     losses = {name: facts["loss"] for name, facts in bases[EXPERTS_PER_TOKEN]["targets"].items()}
     for target in sorted(losses, key=losses.__getitem__):
         where = f"{target}, {losses[target]:.2f} nats before"
-        effects.append((where, f"`{DENSE}` − `{CONVENTIONAL}`", dense, conventional, [target]))
+        effects.append((where, more, dense, conventional, [target]))
+    two = " and ".join(some)
+    for k in sorted(bases):
+        frozen, conventional, dense = (Runs(results, method, k) for method in FULL)
+        effects += [
+            (f"K = {k}, {two}", more, dense, conventional, some),
+            (f"K = {k}, {two}", learns, conventional, frozen, some),
+        ]
     for method, m in LIMITED.items():
-        what = f"`{DENSE}` − `{CONVENTIONAL}`"
-        effects.append((f"m = {m}", what, Runs(results, method), conventional, []))
+        of_m = Runs(results, method)
+        effects.append((f"m = {m}, {two}", more, of_m, Runs(results, CONVENTIONAL), some))
     first, second = (Runs(results, method) for method in ABLATION)
-    effects.append(("router alone", "dense − conventional gradient", second, first, []))
+    effects.append((f"router alone, {two}", "dense − conventional gradient", second, first, some))
     found = [
-        (where, what, *test)
+        (where, what, test)
         for where, what, a, b, targets in effects
         if (test := difference(a, b, target_right, targets))
     ]
-    adjusted = holm([p for _, _, _, p, _ in found])
+    p = adjusted([test for _, _, test in found])
     rows = [
-        [where, what, percent(found_, signed=True), f"{p:.3f}", str(pairs)]
-        for (where, what, found_, _, pairs), p in zip(found, adjusted, strict=True)
+        [where, what, percent(test.right, signed=True), p_, f"{test.loss:+.3f}", str(test.pairs)]
+        for (where, what, test), p_ in zip(found, p, strict=True)
     ]
-    return markdown(["where", "difference", "target right, points", "p", "pairs"], rows)
+    head = ["where", "difference", "target right, points", "p", "target loss", "pairs"]
+    return markdown(head, rows)
 
 
 def base_tables(bases: Bases) -> str:
@@ -254,7 +330,7 @@ def percent(found: Interval, signed: bool = False) -> str:
     """Returns an interval of shares in percent."""
     form = "{:+.1f}" if signed else "{:.1f}"
     value, low, high = (form.format(100 * number) for number in found)
-    return f"{value} ({low} to {high})"
+    return value if np.isnan(found.low) else f"{value} ({low} to {high})"
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -299,13 +375,19 @@ def picture(results: Results, bases: Bases) -> bytes:
         colour = f"C{number}"
         crosses = [accuracy(found, answers) for answers in (target_right, known_right)]
         x, y = ([100 * value for value in cross] for cross in crosses)
-        errors = [[[v - low], [high - v]] for v, low, high in (x, y)]
+        errors = [[[max(0, v - low)], [max(0, high - v)]] for v, low, high in (x, y)]
         left.errorbar(
-            x[0], y[0], xerr=errors[0], yerr=errors[1], fmt="o", markersize=4, elinewidth=1.2,
-            color=colour, label=method,
+            x[0], y[0], xerr=errors[0], yerr=errors[1], fmt=MARKERS[number], markersize=5,
+            elinewidth=1.2, color=colour, label=method,
         )  # fmt: skip
         line = [(loss, 100 * kept) for _, kept, loss in by_rate(results, method).values()]
-        right.plot(*np.array(line).reshape(-1, 2).T, "o-", markersize=4, linewidth=1, color=colour)
+        right.plot(
+            *np.array(line).reshape(-1, 2).T,
+            f"{MARKERS[number]}-",
+            markersize=5,
+            linewidth=1,
+            color=colour,
+        )
     figure.legend(*left.get_legend_handles_labels(), loc="outside right", frameon=False)
     buffer = io.BytesIO()
     # Text stays text, and the same results give the same bytes.

@@ -33,6 +33,7 @@ from benchmarks.comparison.cells import (
 from benchmarks.comparison.tasks import TASKS
 from benchmarks.router_cosine import router_cosine, router_cosines
 from configs.table import LORA, experiment
+from eval.outputs import open_output
 from olmoe_jax.checkpoints import directory
 from olmoe_jax.checkpoints.opening import RunCheckpoint
 from olmoe_jax.config import Config, DataOptions, ModelOptions, TrainOptions
@@ -56,6 +57,16 @@ def base_file(output: Path, experts_per_token: int) -> Path:
 def base_run(output: Path, experts_per_token: int) -> Path:
     """Returns the directory of a base's training run."""
     return output / f"base_{experts_per_token}"
+
+
+def keep_study(output: Path, study: Study) -> None:
+    """Keeps what a study's bases and runs have in common, or checks that they have.
+
+    Raises:
+      UserError: `output` is of another study.
+    """
+    fixed = ("pretrain_steps", "pretrain_rows", "other_steps", "epochs")
+    open_output(output, "study.json", {name: getattr(study, name) for name in fixed})
 
 
 def pretrain(output: Path, experts_per_token: int, study: Study) -> None:

@@ -154,8 +154,39 @@ def test_an_interval_holds_the_spread_of_seeds_and_of_rows():
     found = intervals.interval([rows])
     # 1.96 standard errors of a share of 1/2 in 100 rows.
     assert (found.low, found.high) == pytest.approx((0.402, 0.598), abs=0.02)
-    apart, shared = intervals.interval([rows, rows]), intervals.interval([rows, rows], True)
+    apart, shared = intervals.interval([rows, rows]), intervals.interval([rows, rows], tasks=1)
     assert shared.high - shared.low == pytest.approx(2**0.5 * (apart.high - apart.low), rel=0.1)
+
+
+def test_one_seed_has_no_interval():
+    found = intervals.interval([np.ones((3, 10)), np.zeros((1, 10))])
+    assert found.value == 0.5
+    assert np.isnan(found.low)
+
+
+def test_tasks_are_not_drawn():
+    rows = np.tile(np.repeat([0, 1], 50), (3, 1))  # one task all wrong, one all right
+    found = intervals.interval([rows], tasks=2)
+    assert (found.low, found.high) == pytest.approx((0.5, 0.5))
+    assert intervals.interval([rows], tasks=1).low < 0.45
+
+
+def test_answers_that_are_all_wrong_have_an_interval():
+    runs_ = report.Runs(
+        {c: result_of(c, 0) for c in (Cell(4, "frozen", "back", s) for s in (0, 1))}, "frozen"
+    )
+    found = report.accuracy(runs_, report.target_right)
+    assert (found.value, found.low) == (0, 0)
+    assert found.high == pytest.approx(0.278, abs=1e-3)  # Wilson, 10 rows
+
+
+def test_another_study_does_not_continue(tmp_path):
+    inputs = tmp_path / "inputs"
+    runs.keep_study(tmp_path, cells.QUICK)
+    inputs.mkdir()
+    runs.keep_study(tmp_path, cells.QUICK)
+    with pytest.raises(UserError, match="was begun with pretrain_steps=250, now it is 2000"):
+        runs.keep_study(tmp_path, Study())
 
 
 def test_signs_test_the_runs_not_the_rows():
@@ -170,6 +201,7 @@ def made_up(path) -> None:
     for cell in Study(seeds=2).cells():
         cells.append(path, result_of(cell, 0.6 if cell.method == "densemixer" else 0.5))
     facts = {
+        "wall_seconds": 900.0,
         "known": dict.fromkeys(tasks.TASKS, "1" * 9 + "0"),
         "targets": {name: {"loss": 2.0, "right": "0" * 10} for name in tasks.TARGETS},
         "router_cosines": {name: {"4": 0.9, "32": 1.0} for name in tasks.TARGETS},
@@ -188,11 +220,16 @@ def test_report(tmp_path):
     table = (report_path / "table.md").read_text(encoding="utf-8")
     assert re.search(r"\| `densemixer` \| 60\.0 \([\d.]+ to [\d.]+\) \| 0\.\d+ \| 60\.0 ", table)
     count = len(Study(seeds=2).cells())
-    assert f"{count} of {len(Study().cells())} runs, 0.1 hours" in table
+    assert (
+        f"{count} of {len(Study().cells())} runs, 0.1 hours of CPU time; the bases took 1.0 hours."
+        in table
+    )
     assert " Missing at K = 1: 6 of frozen, 6 of conventional, 6 of densemixer. Missing" in table
     effects = (report_path / "effects.md").read_text(encoding="utf-8")
-    assert "| K = 8 | `densemixer` − `conventional` | +10.0 (" in effects
-    assert "| m = 16 | `densemixer` − `conventional` | +0.0 (+0.0 to +0.0) | 1.000 | 4 |" in effects
+    assert "| K = 8, descend and back | `densemixer` − `conventional` | +10.0 (" in effects
+    # Four pairs give no p.
+    row = "| m = 16, descend and back | `densemixer` − `conventional` | +0.0 (+0.0 to +0.0) |"
+    assert f"{row}  | +0.000 | 4 |" in effects
     base = (report_path / "base.md").read_text(encoding="utf-8")
     assert "| add | 90 | 90 | 90 | 90 | 12 12 12 | 25 | 25 |" in base
     drawn = (report_path / "comparison.svg").read_text(encoding="utf-8")
