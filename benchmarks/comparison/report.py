@@ -366,9 +366,9 @@ def picture(results: Results, bases: Bases) -> bytes:
     right.set(
         xlabel="loss on the target tasks, nats", xscale="log", title="at every rate, one seed"
     )
-    right.set_xticks(ticks := (3, 2, 1, 0.5, 0.3, 0.2, 0.1), map(str, ticks))
+    right.set_xticks(ticks := (5, 3, 2, 1, 0.5, 0.3, 0.2), map(str, ticks))
     right.minorticks_off()
-    right.set_xlim(3.5, 0.12)  # better ones to the right, as on the left
+    right.set_xlim(6, 0.13)  # better ones to the right, as on the left
     for number, method in enumerate(EXPERIMENTS):
         if not (found := Runs(results, method)):
             continue
