@@ -108,7 +108,7 @@ def accuracy(runs: Runs, right: Callable[[Result], np.ndarray]) -> Interval:
 
 
 class Effect(NamedTuple):
-    """What one method's runs do beyond another's, with the same targets and seeds."""
+    """The difference between two methods' runs with the same targets and seeds."""
 
     right: Interval  # share of right answers
     loss: float  # nats

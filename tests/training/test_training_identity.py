@@ -1,4 +1,4 @@
-"""What a continued run must find unchanged: every part that may differ has words."""
+"""Every part of the identity that may differ has words that a refusal shows."""
 
 from olmoe_jax.data import tokenize_dataset
 from olmoe_jax.training.checkpoint import _other
