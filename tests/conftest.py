@@ -163,3 +163,22 @@ def shared():
     if "OLMOE_JAX_SHARED" not in os.environ:
         pytest.skip("OLMOE_JAX_SHARED is not set")
     return Path(os.environ["OLMOE_JAX_SHARED"])
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """Calls `action()` once, when this step is reported."""
+    from olmoe_jax.training.reporting import Reporter
+
+    def apply(number, action):
+        original, done = Reporter.step, []
+
+        def step(self, line, scalars):
+            original(self, line, scalars)
+            if line["step"] == number and not done:
+                done.append(number)
+                action()
+
+        monkeypatch.setattr(Reporter, "step", step)
+
+    return apply

@@ -15,6 +15,7 @@ from helpers import (
     saved_arrays,
 )
 from tiny import short_run, write_base
+from training.interruptions import stop
 from training.tiny_run import losses
 
 import olmoe_jax
@@ -108,11 +109,11 @@ def test_adapter_of_the_trained_tensors(run, chosen, bfloat16_base, tmp_path):
 
 
 def test_a_continued_run_does_not_score_again(
-    run, run_files, bfloat16_base, tmp_path, sigterm_at, monkeypatch
+    run, run_files, bfloat16_base, tmp_path, at_step, monkeypatch
 ):
     """It trains the experts that it chose first, and has the losses of the whole run."""
     config = short_run(run_files, bfloat16_base, tmp_path / "run", **ESFT)
-    sigterm_at(2)
+    at_step(2, stop)
     assert not olmoe_jax.train(config).finished
     kept = (tmp_path / "run" / "experts.json").read_bytes()
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from helpers import assert_close
 from tiny import LORA, random_adapters, random_weights, short_run, tiny_config
+from training.interruptions import stop
 from training.tiny_run import losses
 
 import olmoe_jax
@@ -173,12 +174,12 @@ def test_none_in_evaluation(setting):
         ),
     ],
 )
-def test_the_same_after_a_stop(run_files, base, tmp_path, sigterm_at, options):
+def test_the_same_after_a_stop(run_files, base, tmp_path, at_step, options):
     """A continued run's losses and adapter are those of a run that nothing stopped."""
     changes = LORA | {"method__lora_dropout": 0.4} | options
     whole = olmoe_jax.train(short_run(run_files, base, tmp_path / "whole", **changes))
     config = short_run(run_files, base, tmp_path / "stopped", **changes)
-    sigterm_at(2)
+    at_step(2, stop)
     stopped = olmoe_jax.train(config)
     assert not stopped.finished
     assert olmoe_jax.train(config).finished

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from helpers import assert_same_bits, load_checkpoint_tensors, saved_arrays
 from tiny import LORA, base_weights, program_of, short_run
+from training.interruptions import stop
 from training.tiny_run import losses
 
 import olmoe_jax
@@ -163,14 +164,14 @@ training/test_moved_inputs.py one of DenseMixer with LoRA.
     "method",
     [pytest.param(name, marks=[] if name in IN_CI else pytest.mark.exhaustive) for name in METHODS],
 )
-def test_trains_and_continues(run_files, base, tmp_path, sigterm_at, method):
+def test_trains_and_continues(run_files, base, tmp_path, at_step, method):
     """The loss falls, and a run that was stopped has the numbers of one that was not."""
     changes = METHODS[method] | {"optimizer__learning_rate": 0.02, "train__max_steps": 10}
     whole = olmoe_jax.train(short_run(run_files, base, tmp_path / "whole", **changes)).output_dir
     values = list(losses(whole).values())
     assert np.mean(values[-3:]) < np.mean(values[:3]) - 0.2
     config = short_run(run_files, base, tmp_path / "stopped", **changes)
-    sigterm_at(4)
+    at_step(4, stop)
     stopped = olmoe_jax.train(config)
     assert not stopped.finished
     assert stopped.step in (4, 5)

@@ -24,6 +24,7 @@ from tiny import (
     short_run,
     tiny_config,
 )
+from training.interruptions import stop
 from training.tiny_run import losses
 
 import olmoe_jax
@@ -135,7 +136,7 @@ def test_refused(run_files, base, tmp_path, changes, says):
 
 
 @pytest.mark.slow
-def test_trains_continues_and_exports(run_files, base, tmp_path, sigterm_at, capsys):
+def test_trains_continues_and_exports(run_files, base, tmp_path, at_step, capsys):
     """The loss falls; stopped, the run continues exactly; the adapter merges."""
     changes = {"optimizer__learning_rate": 0.02, "train__max_steps": 12}
     run = functools.partial(short_run, run_files, base)
@@ -147,7 +148,7 @@ def test_trains_continues_and_exports(run_files, base, tmp_path, sigterm_at, cap
     values = list(losses(whole).values())
     assert np.mean(values[-3:]) < np.mean(values[:3]) - 0.2
     config = run(tmp_path / "stopped", **(NF4 | changes))
-    sigterm_at(4)
+    at_step(4, stop)
     assert not olmoe_jax.train(config).finished
     stopped = olmoe_jax.train(config).output_dir
     assert losses(stopped) == losses(whole)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import load_checkpoint_tensors, message_of
 from tiny import LORA, short_run, write_base, write_tensors
-from training.test_training_resume import refused, snapshot, without_seconds
+from training.interruptions import refused, snapshot, without_seconds
 from training.tiny_run import make_files, metrics
 
 import olmoe_jax

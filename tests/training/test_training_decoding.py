@@ -7,8 +7,8 @@ import sys
 import pytest
 from helpers import ROOT, message_of
 from training import processes
+from training.interruptions import Crash, crash, without_seconds
 from training.test_processes import WORKER
-from training.test_training_resume import Crash, at_step, crash, without_seconds
 from training.test_training_run import board
 from training.tiny_run import exported_bytes, losses, metrics
 
@@ -21,8 +21,6 @@ from olmoe_jax.training.datasets import load_datasets
 from olmoe_jax.training.decoding import Answer, held_out_sample
 from olmoe_jax.training.event_file import TAGS
 from olmoe_jax.training.reporting import answers_text
-
-__all__ = ["at_step"]
 
 STEPS = 12
 OPTIONS = {"train__max_steps": 6, "train__keep_checkpoints": 1, "train__checkpoint_every": 4}

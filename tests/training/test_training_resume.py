@@ -8,6 +8,15 @@ import signal
 from pathlib import Path
 
 import pytest
+from training.interruptions import (
+    Crash,
+    assert_same_when_stopped,
+    crash,
+    refused,
+    snapshot,
+    stop,
+    without_seconds,
+)
 from training.test_training_run import board
 from training.tiny_run import exported_bytes, losses, make_files, metrics
 
@@ -21,50 +30,6 @@ pytestmark = pytest.mark.slow
 
 STEPS = 12
 OPTIONS = {"train__checkpoint_every": 4, "train__eval_every": 5}
-
-
-class Crash(BaseException):
-    """Stands for the death of the process."""
-
-
-@pytest.fixture
-def at_step(monkeypatch):
-    """Calls `action()` once, when this step is reported."""
-
-    def apply(number, action):
-        original, done = Reporter.step, []
-
-        def step(self, line, scalars):
-            original(self, line, scalars)
-            if line["step"] == number and not done:
-                done.append(number)
-                action()
-
-        monkeypatch.setattr(Reporter, "step", step)
-
-    return apply
-
-
-def stop():
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def crash():
-    raise Crash
-
-
-def without_seconds(lines):
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
-
-
-def assert_same_when_stopped(config, at_step, whole: Path) -> Path:
-    """Stopped after step 4 and continued, the run is `whole`; returns its directory."""
-    at_step(4, stop)
-    assert not olmoe_jax.train(config).finished
-    output = olmoe_jax.train(config).output_dir
-    assert without_seconds(metrics(output)) == without_seconds(metrics(whole))
-    assert exported_bytes(output) == exported_bytes(whole)
-    return output
 
 
 @pytest.fixture(scope="module")
@@ -175,14 +140,6 @@ def test_adapters_and_tuned_experts_with_a_lean_state(files, tmp_path, method):
     assert (output / ("adapter" if "lora_rank" in method else "hf")).is_dir()
 
 
-def snapshot(directory: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(directory)): path.read_bytes()
-        for path in sorted(directory.rglob("*"))
-        if path.is_file()
-    }
-
-
 def test_a_finished_run_is_left_alone(files, whole):
     before = snapshot(whole)
     result = olmoe_jax.train(files.config(whole, **OPTIONS))
@@ -210,18 +167,6 @@ def test_restart_sets_the_old_run_aside(files, whole, tmp_path, capsys):
         assert len(losses(output)) == 1
     assert snapshot(tmp_path / "run.old-1") == before
     assert len(losses(tmp_path / "run.old-2")) == 1
-
-
-def refused(config) -> str:
-    """The message with which a run is refused; the output directory must stay as it is."""
-    output = Path(config.train.output_dir)
-    before = snapshot(output)
-    with pytest.raises(UserError) as caught:
-        olmoe_jax.train(config)
-    assert snapshot(output) == before
-    message = str(caught.value)
-    assert len(message) < 400
-    return message
 
 
 @pytest.mark.parametrize(

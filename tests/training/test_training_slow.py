@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import AS_USERS_COMPILE
-from training.test_training_resume import Crash, at_step, crash, snapshot
+from training.interruptions import Crash, crash, snapshot
 from training.tiny_run import (
     MODEL,
     ROOT,
@@ -25,8 +25,6 @@ from training.tiny_run import (
 )
 
 import olmoe_jax
-
-__all__ = ["at_step"]
 
 pytestmark = pytest.mark.slow
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from training.test_training_resume import refused
+from training.interruptions import refused
 from training.tiny_run import metrics
 
 import olmoe_jax
