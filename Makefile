@@ -89,6 +89,6 @@ $(DEV): requirements.txt requirements-dev.txt constraints.txt | $(VENV)/bin/pyth
 # A .venv without pip would fail ever after: leave none behind.
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	    echo "error: olmoe_jax needs Python 3.11 or newer, and PYTHON=$(PYTHON) is not: write e.g. make PYTHON=python3.12" >&2; \
+	    echo "error: olmoe_jax needs Python 3.11 or newer, and PYTHON=$(PYTHON) is none, or does not run: write e.g. make PYTHON=python3.12" >&2; \
 	    exit 1; }
 	@$(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }

@@ -9,8 +9,17 @@ from olmoe_jax.checkpoints import directory
 from olmoe_jax.errors import UserError, shorten, text_of
 from olmoe_jax.files import read_json
 
+OPTIONAL = 2
+"""How many names may be missing from a file of the same kind."""
 
-def open_output(path: Path, file: str, asked: Mapping[str, Any], free: Sequence[str] = ()) -> None:
+
+def open_output(
+    path: Path,
+    file: str,
+    asked: Mapping[str, Any],
+    free: Sequence[str] = (),
+    begun: bool = True,
+) -> None:
     """Makes a directory, or makes sure that it was begun with the same values.
 
     Args:
@@ -18,22 +27,25 @@ def open_output(path: Path, file: str, asked: Mapping[str, Any], free: Sequence[
       file: the file in it that keeps the values.
       asked: JSON values by name.
       free: names whose values may differ from the kept ones.
+      begun: whether there is work of the kept values; without any, `asked` takes their place.
 
     Raises:
       UserError: a value differs (named), or the directory is of something else.
     """
     if os.path.lexists(path / file):
         kept = read_json(dict[str, Any], path / file)
+        foreign = len(kept.keys() ^ asked.keys()) > OPTIONAL
         for name in dict.fromkeys([*asked, *kept]):
             value = asked.get(name)
-            if name not in free and kept.get(name) != value:
+            if (begun or foreign) and name not in free and kept.get(name) != value:
                 former = shorten(text_of(kept.get(name)), 200)
                 raise UserError(
                     f"{path} was begun with {name}={former}, now it is {value}; write another "
                     f"--output, or the former {name} to continue"
                 )
-        return
-    if path.exists() and any(entry.name != f".{file}.partial" for entry in path.iterdir()):
+        if begun or foreign:
+            return
+    elif path.exists() and any(entry.name != f".{file}.partial" for entry in path.iterdir()):
         raise UserError(
             f"--output {path}: holds other files and no {file}; write an empty or new directory"
         )

@@ -24,6 +24,18 @@ class Output:
     output: str
 
 
+def begun(path: Path) -> bool:
+    """Whether a predictions' file has rows, or another process is about to write some."""
+    if not path.is_file() or path.stat().st_size:
+        return path.is_file()
+    with open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 class PredictionFile:
     """Rows on disk, in whole batches; a context manager that one process at a time can enter.
 

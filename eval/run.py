@@ -10,8 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.backends import BACKENDS, DTYPES, Backend, Prompts, check_backend, open_backend
-from eval.evaluation import MODEL, RESULT, SETTINGS, Decoding, digest, evaluate, settings_of
+from eval.evaluation import (
+    MODEL,
+    PREDICTIONS,
+    RESULT,
+    SETTINGS,
+    Decoding,
+    digest,
+    evaluate,
+    settings_of,
+)
 from eval.outputs import open_output
+from eval.predictions import begun
 from eval.tasks import PROTOCOLS, TASKS, tasks_of
 from eval.tasks.judged import JudgedTask
 from eval.tasks.task import RunPrograms, Task, Tools, read_examples, source_of
@@ -54,7 +64,9 @@ def main(arguments: Sequence[str]) -> None:
     if server and not all((args.output / name / RESULT).exists() for name in judged):
         server.check(questions.body(server.model, "Write yes."))
     # The same content under another path is the same model.
-    open_output(args.output, MODEL, _model(args), free=["model", "adapter"])
+    # Where nothing was decoded, e.g. for want of memory, other values may be tried.
+    any_begun = any(begun(file) for file in args.output.glob(f"*/{PREDICTIONS}"))
+    open_output(args.output, MODEL, _model(args), ["model", "adapter"], any_begun)
     settings = {
         task.name: settings_of(task, examples[task.name], decoding, args.limit)
         | {
@@ -65,7 +77,8 @@ def main(arguments: Sequence[str]) -> None:
     }
     for name, asked in settings.items():
         # The same rows may come from elsewhere.
-        open_output(args.output / name, SETTINGS, asked, free=["source"])
+        path = args.output / name
+        open_output(path, SETTINGS, asked, ["source"], begun(path / PREDICTIONS))
     if server:
         from eval.judge.judge import Judge
 

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from eval.evaluation import MODEL, SETTINGS, Decoding, evaluate, settings_of
+from eval.evaluation import MODEL, PREDICTIONS, SETTINGS, Decoding, evaluate, settings_of
 from eval.outputs import open_output
+from eval.predictions import begun
 from eval.tasks import TASKS
 from eval.tasks.task import Tools, read_examples
 
@@ -35,6 +36,7 @@ FIVES = Decoding(batch_size=5)
 def evaluate_gsm(output: Path, data: Path, backend, decoding=FIVES, limit=None):
     examples = read_examples(GSM, str(data))[:limit]
     settings = settings_of(GSM, examples, decoding, limit)
-    open_output(output, MODEL, {"model": "m", "fingerprint": "f"})
-    open_output(output / GSM.name, SETTINGS, settings)
+    started = begun(output / GSM.name / PREDICTIONS)
+    open_output(output, MODEL, {"model": "m", "fingerprint": "f"}, begun=started)
+    open_output(output / GSM.name, SETTINGS, settings, begun=started)
     return evaluate(GSM, examples, settings, output, lambda: backend, Tools())

@@ -69,6 +69,25 @@ def test_a_finished_task_needs_no_model(tmp_path, data_dir):
     assert contents(tmp_path) == before
 
 
+def test_other_settings_where_nothing_was_decoded(tmp_path, data_dir):
+    """A batch that is too large for the memory must not bind the output to its size."""
+    larger = Decoding(batch_size=9)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_gsm(tmp_path, data_dir, Echo(0), larger)
+    with PredictionFile(tmp_path / "gsm/predictions.jsonl", []):  # of another evaluation
+        assert "batch_size=9, now it is 5" in message_of(evaluate_gsm, tmp_path, data_dir, Echo())
+    evaluate_gsm(tmp_path, data_dir, Echo())
+    assert json.loads((tmp_path / "gsm/settings.json").read_text())["batch_size"] == 5
+    evaluate_gsm(tmp_path / "whole", data_dir, Echo())
+    assert contents(tmp_path) == contents(tmp_path / "whole")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "model.json").write_text('{"model": "theirs"}')
+    asked = dict.fromkeys(("model", "fingerprint", "adapter", "tokenizer"))
+    arguments = (open_output, foreign, MODEL, asked, (), False)
+    assert "was begun with model=theirs, now it is None" in message_of(*arguments)
+
+
 def test_samples_draw_different_numbers(tmp_path):
     task = TASKS["humaneval"]
     examples = [Example(str(i), "x" * i, "tests") for i in range(3)]
