@@ -36,9 +36,12 @@ class EsftTask(Task):
         return super().examples((place, _with_answers(row)) for place, row in rows)
 
     def examples_of(self, rows: Sequence[Query]) -> list[Example]:
+        ids = [str(index if row.idx is None else row.idx) for index, row in enumerate(rows)]
+        if len(set(ids)) < len(ids):  # numbers of several files, one after the other
+            ids = [str(index) for index in range(len(rows))]
         return [
-            Example(str(index if row.idx is None else row.idx), row.prompt, row.answers[0].strip())
-            for index, row in enumerate(rows)
+            Example(name, row.prompt, row.answers[0].strip())
+            for name, row in zip(ids, rows, strict=True)
         ]
 
     def shorten(self, prompt: str) -> str | None:

@@ -33,6 +33,10 @@ _SHORTEST = 32
 """The fewest prompt columns, and columns for new tokens."""
 _NEW_TOKENS = 256
 """How many new tokens a text has at most where nobody says."""
+NOT_FINITE = (
+    "the model gives NaN or infinite logits: its weights hold such values, or overflow in the "
+    "compute dtype; take another checkpoint, or compute in float32"
+)
 
 
 class _State(NamedTuple):
@@ -44,6 +48,7 @@ class _State(NamedTuple):
     ended: jax.Array  # [B] bool
     lengths: jax.Array  # [B] int32: tokens of the prompts
     keys: jax.Array  # [B] random keys, one for each row
+    finite: jax.Array  # [] bool: all logits were, of rows that had not ended
 
 
 def generate(
@@ -89,7 +94,7 @@ def generate(
 
     Raises:
       UserError: a prompt is empty, too long or of another model's tokenizer, a number is out of
-        range, or there is a text in the place of a list.
+        range, there is a text in the place of a list, or the model gives NaN.
     """
     for name, given in {"prompts": prompts, "stop": stop}.items():
         if isinstance(given, str):  # which is a sequence of texts too, its characters
@@ -212,6 +217,8 @@ class _Decoder:
         stopped, running, until = np.zeros(rows, bool), len(prompts), 1
         while True:
             new, count, ended = (np.asarray(part) for part in (state.new, state.count, state.ended))
+            if not state.finite:
+                raise UserError(NOT_FINITE)
             if self._watch:
                 self._watch(cut_at(self._text(new[0, : min(count, limits[0])]), self._stop))
             if self._stop:
@@ -327,10 +334,12 @@ def _prefill(
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, seeds)
     first = sample(kind, logits, keys, jnp.int32(0), numbers)
     lengths = segments.sum(axis=1)
-    ended = (lengths == 0) | jnp.isin(first, jnp.array(ends))
+    ended = lengths == 0
+    finite = jnp.all(jnp.isfinite(logits) | ended[:, None])
+    ended |= jnp.isin(first, jnp.array(ends))
     end = ends[0]
     new = jnp.full((batch, room), end, jnp.int32).at[:, 0].set(jnp.where(ended, end, first))
-    return _readable(_State(cache, new, jnp.int32(1), ended, lengths, keys))
+    return _readable(_State(cache, new, jnp.int32(1), ended, lengths, keys, finite))
 
 
 @forward_program(static_argnums=(0, 1, 2), donate_argnums=(4,))
@@ -355,17 +364,17 @@ def _continue(
         return (state.count < until) & ~jnp.all(state.ended)
 
     def one_token(state: _State) -> _State:
-        cache, new, count, ended, lengths, keys = state
+        cache, new, count, ended, lengths, keys, finite = state
         last = jax.lax.dynamic_index_in_dim(new, count - 1, axis=1, keepdims=False)
         # A row that has ended counts as padding, for which no expert is read.
         logits, cache = model.decode(
             layers, shard_batch(last), shard_batch(~ended), lengths + count - 1, cache
         )
+        finite &= jnp.all(jnp.isfinite(logits) | ended[:, None])
         token = jnp.where(ended, ends[0], sample(kind, logits, keys, count, numbers))
         new = jax.lax.dynamic_update_slice_in_dim(new, token[:, None], count, axis=1)
-        return _State(
-            cache, new, count + 1, ended | jnp.isin(token, jnp.array(ends)), lengths, keys
-        )
+        ended |= jnp.isin(token, jnp.array(ends))
+        return _State(cache, new, count + 1, ended, lengths, keys, finite)
 
     state = state._replace(ended=gathered(ended))
     # XLA gives the loop's result a sharding of its own, whatever the sharding in the loop is.
@@ -374,5 +383,5 @@ def _continue(
 
 def _readable(state: _State) -> _State:
     """Returns the state with the small arrays on every device, where every process reads them."""
-    read = {name: gathered(getattr(state, name)) for name in ("new", "count", "ended")}
+    read = {name: gathered(getattr(state, name)) for name in ("new", "count", "ended", "finite")}
     return state._replace(**read)

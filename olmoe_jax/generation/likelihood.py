@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from olmoe_jax.generation.decoding import bucket, check_vocabulary, forward_program
+from olmoe_jax.errors import UserError
+from olmoe_jax.generation.decoding import NOT_FINITE, bucket, check_vocabulary, forward_program
 from olmoe_jax.model.decoder import Olmoe
 from olmoe_jax.model.parameters import Parameters, merge, split
 from olmoe_jax.ops.cross_entropy import CHUNK
@@ -34,7 +35,7 @@ def log_likelihoods(model: Olmoe, pairs: Sequence[TokenPair]) -> list[tuple[floa
       pairs: (context, continuation) tokens; a context is not empty.
 
     Raises:
-      UserError: the model does not have a token.
+      UserError: the model does not have a token, or gives NaN.
     """
     check_vocabulary(model, max((max(part) for pair in pairs for part in pair if part), default=0))
     rows: dict[tuple[int, ...], int] = {}
@@ -59,6 +60,8 @@ def log_likelihoods(model: Olmoe, pairs: Sequence[TokenPair]) -> list[tuple[floa
     graph, parameters = split(model)
     scored = _scores(graph, parameters, tokens, segments, positions, targets)
     values, greedy = (np.asarray(part)[: len(places)] for part in scored)
+    if not np.isfinite(values).all():
+        raise UserError(NOT_FINITE)
     ends = np.cumsum([len(continuation) for _, continuation in pairs])[:-1]
     return [
         (float(part.sum(dtype=np.float64)), bool(all_.all()))

@@ -192,6 +192,14 @@ def test_shortening_drops_the_oldest_example():
     assert GSM.shorten("Answer the following question.\n\nQuestion: 1?\nAnswer:") is None
 
 
+def test_esft_rows_with_the_same_number():
+    """Files one after the other begin at 0 again; a sample of a row has the row's number."""
+    row = {"prompt": "p", "answers": ["a"]}
+    rows = [("", row | {"idx": number}) for number in (7, 3)]
+    assert [example.id for example in LAW.examples(rows)] == ["7", "3"]
+    assert [example.id for example in LAW.examples([*rows, rows[0]])] == ["0", "1", "2"]
+
+
 def test_law_without_and_with_a_judge():
     made = predictions(LAW, [(" 判决离婚。\n\n请预测", "判决离婚"), ("", "驳回"), ("驳回", "驳回")])
     assert made[0].answer == "判决离婚。"

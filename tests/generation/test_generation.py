@@ -12,6 +12,7 @@ from tiny import make_model, merged_weights, random_adapters, random_weights, ti
 from olmoe_jax import generate
 from olmoe_jax.generation import decoding as generation
 from olmoe_jax.generation.decoding import bucket
+from olmoe_jax.generation.likelihood import log_likelihoods
 from olmoe_jax.generation.sampling import Numbers, Sampling, sample
 from olmoe_jax.generation.stop_strings import cut_at
 from olmoe_jax.model.config import ModelSettings
@@ -206,3 +207,14 @@ def test_mistakes(model, tokenizer):
         assert culprit in message_of(
             lambda p, a: generate(model, tokenizer, p, **a), prompts, arguments
         )
+
+
+def test_weights_that_are_not_finite(tokenizer):
+    """argmax would take NaN for the most probable token."""
+    config = tiny_config(vocab_size=len(tokenizer))
+    weights = random_weights(config)
+    weights["lm_head"][0, -1] = np.nan
+    broken = make_model(config, weights)
+    message = message_of(lambda: generate(broken, tokenizer, ["ab"], max_new_tokens=4))
+    assert message == message_of(log_likelihoods, broken, [([1], [2])])
+    assert message.startswith("the model gives NaN or infinite logits: its weights hold such")
