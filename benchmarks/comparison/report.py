@@ -92,6 +92,11 @@ def known_right(result: Result) -> np.ndarray:
     return np.concatenate([bits(right) for right in result.known.values()])
 
 
+def target_loss(result: Result) -> np.ndarray:
+    """The mean loss, as if it were a row: an interval of it is one over the seeds."""
+    return np.array([result.loss])
+
+
 TASK_COUNT = {target_right: 0, known_right: len(TASKS)}
 """How many tasks the answers of one run are of that all runs have in common."""
 
@@ -110,28 +115,25 @@ def accuracy(runs: Runs, right: Callable[[Result], np.ndarray]) -> Interval:
 class Effect(NamedTuple):
     """The difference between two methods' runs with the same targets and seeds."""
 
-    right: Interval  # share of right answers
-    loss: float  # nats
-    p: float | None  # of no difference in right answers; None: too few pairs for a small one
+    mean: Interval
+    p: float | None  # of no difference; None: too few pairs for a small one
     pairs: int
 
 
 def difference(
-    first: Runs, second: Runs, right: Callable[[Result], np.ndarray], targets: Sequence[str] = ()
+    first: Runs, second: Runs, number: Callable[[Result], np.ndarray], targets: Sequence[str] = ()
 ) -> Effect | None:
     """Returns first - second over their common targets (or those given) and seeds."""
-    tables, losses, pairs = [], [], 0
+    tables, pairs = [], 0
     for target in targets or first.by_target:
         ours, theirs = first.by_target.get(target, {}), second.by_target.get(target, {})
         if seeds := sorted(ours.keys() & theirs.keys()):
-            tables.append(np.stack([right(ours[s]) - right(theirs[s]) for s in seeds]))
-            losses.append(statistics.mean(ours[s].loss - theirs[s].loss for s in seeds))
+            tables.append(np.stack([number(ours[s]) - number(theirs[s]) for s in seeds]))
             pairs += len(seeds)
     if not tables:
         return None
     p = paired_p(tables) if pairs >= FEWEST_PAIRS else None
-    found = interval(tables, tasks=TASK_COUNT[right])
-    return Effect(found, statistics.mean(losses), p, pairs)
+    return Effect(interval(tables, tasks=TASK_COUNT.get(number, 0)), p, pairs)
 
 
 def adjusted(effects: Sequence[Effect]) -> list[str]:
@@ -285,16 +287,18 @@ def effect_table(results: Results, bases: Bases, study: Study) -> str:
     first, second = (Runs(results, method) for method in ABLATION)
     effects.append((f"router alone, {two}", "dense − conventional gradient", second, first, some))
     found = [
-        (where, what, test)
-        for where, what, a, b, targets in effects
-        if (test := difference(a, b, target_right, targets))
+        (where, what, right, loss)
+        for where, what, first, second, targets in effects
+        if (right := difference(first, second, target_right, targets))
+        and (loss := difference(first, second, target_loss, targets))
     ]
-    p = adjusted([test for _, _, test in found])
+    p = adjusted([right for *_, right, _ in found])
+    loss_p = adjusted([loss for *_, loss in found])
     rows = [
-        [where, what, percent(test.right, signed=True), p_, f"{test.loss:+.3f}", str(test.pairs)]
-        for (where, what, test), p_ in zip(found, p, strict=True)
+        [where, what, percent(right.mean, True), p[i], nats(loss.mean), loss_p[i], str(right.pairs)]
+        for i, (where, what, right, loss) in enumerate(found)
     ]
-    head = ["where", "difference", "target right, points", "p", "target loss", "pairs"]
+    head = ["where", "difference", "target right, points", "p", "target loss, nats", "p", "pairs"]
     return markdown(head, rows)
 
 
@@ -333,6 +337,13 @@ def percent(found: Interval, signed: bool = False) -> str:
     return value if np.isnan(found.low) else f"{value} ({low} to {high})"
 
 
+def nats(found: Interval) -> str:
+    """Returns a difference with its interval, "+0.027 (-0.010 to +0.064)"."""
+    if np.isnan(found.low):
+        return f"{found.value:+.3f}"
+    return f"{found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
+
+
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Returns a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
@@ -366,9 +377,9 @@ def picture(results: Results, bases: Bases) -> bytes:
     right.set(
         xlabel="loss on the target tasks, nats", xscale="log", title="at every rate, one seed"
     )
-    right.set_xticks(ticks := (5, 3, 2, 1, 0.5, 0.3, 0.2), map(str, ticks))
+    right.set_xticks(ticks := (10, 5, 3, 2, 1, 0.5, 0.3, 0.2), map(str, ticks))
     right.minorticks_off()
-    right.set_xlim(6, 0.13)  # better ones to the right, as on the left
+    right.invert_xaxis()  # better ones to the right, as on the left
     for number, method in enumerate(EXPERIMENTS):
         if not (found := Runs(results, method)):
             continue

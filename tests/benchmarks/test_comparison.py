@@ -229,7 +229,7 @@ def test_report(tmp_path):
     assert "| K = 8, descend and back | `densemixer` − `conventional` | +10.0 (" in effects
     # Four pairs give no p.
     row = "| m = 16, descend and back | `densemixer` − `conventional` | +0.0 (+0.0 to +0.0) |"
-    assert f"{row}  | +0.000 | 4 |" in effects
+    assert f"{row}  | +0.000 (+0.000 to +0.000) |  | 4 |" in effects
     base = (report_path / "base.md").read_text(encoding="utf-8")
     assert "| add | 90 | 90 | 90 | 90 | 12 12 12 | 25 | 25 |" in base
     drawn = (report_path / "comparison.svg").read_text(encoding="utf-8")
