@@ -263,12 +263,13 @@ def effect_table(results: Results, bases: Bases, study: Study) -> str:
     """
     some = study.some_targets
     frozen, conventional, dense = (Runs(results, method) for method in FULL)
-    _, lora, dense_lora = (Runs(results, f"{method}_lora") for method in FULL)
+    frozen_lora, lora, dense_lora = (Runs(results, f"{method}_lora") for method in FULL)
     more, learns = f"`{DENSE}` − `{CONVENTIONAL}`", f"`{CONVENTIONAL}` − `{FROZEN}`"
     effects: list[tuple[str, str, Runs, Runs, Sequence[str]]] = [
         ("all targets", more, dense, conventional, ()),
         ("all targets", learns, conventional, frozen, ()),
         ("all targets, LoRA", more, dense_lora, lora, ()),
+        ("all targets, LoRA", learns, lora, frozen_lora, ()),
     ]
     losses = {name: facts["loss"] for name, facts in bases[EXPERTS_PER_TOKEN]["targets"].items()}
     for target in sorted(losses, key=losses.__getitem__):
