@@ -145,6 +145,7 @@ QUICK = Study(
     pretrain_rows=4000,
     epochs=3,
     targets=tuple(TARGETS)[:1],
+    some_targets=tuple(TARGETS)[:1],
     methods=FULL[1:],
     rates=(1e-3,),
     seeds=2,
