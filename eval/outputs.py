@@ -34,16 +34,17 @@ def open_output(
     """
     if os.path.lexists(path / file):
         kept = read_json(dict[str, Any], path / file)
-        foreign = len(kept.keys() ^ asked.keys()) > OPTIONAL
+        # A file of something else has other names, and is never replaced.
+        binding = begun or len(kept.keys() ^ asked.keys()) > OPTIONAL
         for name in dict.fromkeys([*asked, *kept]):
             value = asked.get(name)
-            if (begun or foreign) and name not in free and kept.get(name) != value:
+            if binding and name not in free and kept.get(name) != value:
                 former = shorten(text_of(kept.get(name)), 200)
                 raise UserError(
                     f"{path} was begun with {name}={former}, now it is {value}; write another "
                     f"--output, or the former {name} to continue"
                 )
-        if begun or foreign:
+        if binding:
             return
     elif path.exists() and any(entry.name != f".{file}.partial" for entry in path.iterdir()):
         raise UserError(

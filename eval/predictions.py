@@ -25,7 +25,7 @@ class Output:
 
 
 def begun(path: Path) -> bool:
-    """Whether a predictions' file has rows, or another process is about to write some."""
+    """Returns whether the file has predictions, or another process is about to write some."""
     if not path.is_file() or path.stat().st_size:
         return path.is_file()
     with open(path, "rb") as file:

@@ -93,7 +93,7 @@ def known_right(result: Result) -> np.ndarray:
 
 
 def target_loss(result: Result) -> np.ndarray:
-    """The mean loss, as if it were a row: an interval of it is one over the seeds."""
+    """Returns the mean loss as one row [1]; its interval is one over the seeds."""
     return np.array([result.loss])
 
 

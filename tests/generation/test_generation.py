@@ -210,7 +210,7 @@ def test_mistakes(model, tokenizer):
 
 
 def test_weights_that_are_not_finite(tokenizer):
-    """argmax would take NaN for the most probable token."""
+    """Decoding and log-likelihoods refuse NaN, which argmax takes for the most probable token."""
     config = tiny_config(vocab_size=len(tokenizer))
     weights = random_weights(config)
     weights["lm_head"][0, -1] = np.nan

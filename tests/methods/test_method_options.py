@@ -68,7 +68,7 @@ def test_options_that_do_not_go_together(run_files, base, tmp_path, changes, exp
 
 @pytest.mark.slow
 def test_training_mistake_in_a_process(run_files, tmp_path):
-    """experts_path of another model: exit code 2, one line, nothing written."""
+    """The command refuses experts_path of another model: exit code 2, one line, nothing written."""
     experts = tmp_path / "experts.json"
     experts.write_text(json.dumps({"experts": {"1": [0], "2": [99]}}))
     changes = {"method__name": "esft_gate", "method__experts_path": str(experts)}
