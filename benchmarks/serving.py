@@ -110,29 +110,26 @@ def _must_merge(case: Case, server: Server) -> bool:
 def decode(case: Case) -> dict[str, Any]:
     """Returns our greedy tokens: {"ends": ids, "answers": [{"prompt": ids, "tokens": ids}, …]}."""
     import olmoe_jax
-    from olmoe_jax.checkpoints.turn_ends import read_turn_ends
-    from olmoe_jax.data import load_tokenizer
     from olmoe_jax.generation.chat import open_format
 
-    tokenizer = load_tokenizer(str(case.tokenizer))
-    ends = {tokenizer.eos_token_id, *read_turn_ends(case.model)}
+    spec = "auto" if case.chat else "none"
+    format = open_format(spec, case.model, tokenizer=str(case.tokenizer))
+    tokenizer = format.tokenizer
     prompts = read_prompts(case)
     if case.chat:  # as `generate --chat` does
-        format = open_format("auto", tokenizer, case.tokenizer)
         prompts = [format.prompt(messages) for messages in prompts]
-        ends |= set(format.rules.ends(tokenizer))
     texts = olmoe_jax.generate(
         olmoe_jax.from_pretrained(case.model, adapter=case.adapter),
         _Ids(tokenizer),
         prompts,
         max_new_tokens=NEW_TOKENS,
-        ends=ends,
+        ends=format.ends,
     )
     answers = [
         {"prompt": tokenizer(prompt).input_ids, "tokens": [int(word) for word in text.split()]}
         for prompt, text in zip(prompts, texts, strict=True)
     ]
-    return {"ends": sorted(ends), "answers": answers}
+    return {"ends": format.ends, "answers": answers}
 
 
 class _Ids:

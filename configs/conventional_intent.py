@@ -1,8 +1,7 @@
 """Full fine-tuning with the conventional router gradient on ESFT's intent recognition."""
 
 from configs.table import experiment
-from olmoe_jax.config import Config
 
 
-def get_config() -> Config:
+def get_config():
     return experiment("conventional", "intent")

@@ -1,8 +1,7 @@
 """LoRA beside a conventionally trained router, on grade school math (GSM8K)."""
 
 from configs.table import experiment
-from olmoe_jax.config import Config
 
 
-def get_config() -> Config:
+def get_config():
     return experiment("conventional_lora", "gsm")

@@ -1,8 +1,7 @@
 """Full fine-tuning with DenseMixer's router gradient on ESFT's legal judgment."""
 
 from configs.table import experiment
-from olmoe_jax.config import Config
 
 
-def get_config() -> Config:
+def get_config():
     return experiment("densemixer", "law")

@@ -1,8 +1,7 @@
 """LoRA beside a router trained with DenseMixer's gradient, on ESFT's translation."""
 
 from configs.table import experiment
-from olmoe_jax.config import Config
 
 
-def get_config() -> Config:
+def get_config():
     return experiment("densemixer_lora", "translation")

@@ -1,8 +1,7 @@
 """LoRA with a frozen router, on ESFT's intent recognition."""
 
 from configs.table import experiment
-from olmoe_jax.config import Config
 
 
-def get_config() -> Config:
+def get_config():
     return experiment("frozen_lora", "intent")

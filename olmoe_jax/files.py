@@ -159,8 +159,8 @@ def read_text(file: Path, limit: int = SIZE_LIMIT) -> str:
     return utf8(read_bytes(file, limit), file)
 
 
-def utf8(content: bytes, source: str | Path) -> str:
-    """Returns UTF-8 as text, without a byte order mark.
+def utf8(content: bytes, source: str | Path, line: int = 1) -> str:
+    """Returns UTF-8 as text, without a byte order mark; `line` is the number of its first line.
 
     Raises:
       UserError: the content is not UTF-8; the message names `source` and the line.
@@ -168,7 +168,7 @@ def utf8(content: bytes, source: str | Path) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
+        line += content.count(b"\n", 0, error.start)
         raise UserError(f"{source}: not UTF-8 text at line {line}; save it as UTF-8") from None
 
 

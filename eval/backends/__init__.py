@@ -12,11 +12,8 @@ from pathlib import Path
 from typing import Protocol
 
 from olmoe_jax.checkpoints import directory
-from olmoe_jax.checkpoints.turn_ends import read_turn_ends
-from olmoe_jax.data import load_tokenizer
 from olmoe_jax.errors import UserError
 from olmoe_jax.generation.chat import open_format
-from olmoe_jax.generation.command import tokenizer_directory
 
 BACKENDS = ("jax", "hf", "vllm")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -156,12 +153,8 @@ class Prompts:
         tokenizer: str | None = None,
         chat_template: str = "none",
     ):
-        tuned = tokenizer_directory(files, adapter)
-        place = tokenizer or str(tuned)
-        self.tokenizer = load_tokenizer(place)
-        self._format = open_format(chat_template, self.tokenizer, place)
-        ends = {*read_turn_ends(files), *read_turn_ends(tuned)}
-        self.ends = sorted(ends.union(self._format.rules.ends(self.tokenizer)))
+        self._format = open_format(chat_template, files, adapter, tokenizer)
+        self.tokenizer, self.ends = self._format.tokenizer, self._format.ends
 
     @property
     def template(self) -> str | None:

@@ -42,7 +42,7 @@ class ModelOptions:
         path_or_id("allenai/OLMoE-1B-7B-0125"),
     )
     init: Literal["pretrained", "random"] = option(
-        "pretrained", "source of the weights: model.path, or random numbers (for tests)"
+        "pretrained", "source of the weights: model.path, or random numbers drawn by train.seed"
     )
     config_path: str | None = option(
         None,

@@ -43,24 +43,18 @@ def main(argv: Sequence[str]) -> None:
     rules = rules_of(args, tokenizer)
     sources = sources_of(args)
     check_distinct(sources)
-    found: list[list[EncodedRow]] = [
-        [
-            example
-            for place, row in itertools.islice(read_source(source), args.rows)
-            for example in encode_batch(
-                [format_row_at(place, row, tokenizer.eos_token, rules)],
-                tokenizer,
-                args.max_seq_length,
-            )
-        ]
-        for source in sources
-    ]
-    examples = [example for of_source in found for example in of_source]
+    found: list[list[EncodedRow]] = []  # the examples of each source
+    for source in sources:
+        found.append([])
+        for place, row in itertools.islice(read_source(source), args.rows):
+            text = format_row_at(place, row, tokenizer.eos_token, rules)
+            found[-1] += encode_batch([text], tokenizer, args.max_seq_length)
+    examples = [*itertools.chain(*found)]
     if args.json:
         for example in examples:
             print(_as_json(example))
     else:
-        counts = [Counts.of(of_source, rules.ends(tokenizer)) for of_source in found]
+        counts = [Counts.of(of_source, rules.ends(tokenizer.eos_token_id)) for of_source in found]
         summary = [_summary(examples, sum(counts, Counts()), args.max_seq_length)]
         table = source_table(sources, counts)
         if any(example.templated for example in examples):

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from olmoe_jax.data.chat_template import ChatTemplate, Message, Span, as_message
-from olmoe_jax.data.fields import checked_text, has_content
+from olmoe_jax.data.chat_template import ChatTemplate, Message, Span
+from olmoe_jax.data.fields import AvoidableError, checked_text, has_content
 from olmoe_jax.data.printed import check_printed
 from olmoe_jax.errors import UserError
 
@@ -27,10 +27,6 @@ _SHAREGPT_ROLES = {
 }
 _SHAREGPT_FIELDS = {"from": "role", "value": "content"}
 """ShareGPT's fields, and what `messages` call them. Some of its files have the latter."""
-_NEEDS_TEMPLATE = (
-    "is used only by a chat template; name one (chat_template), or leave the field out "
-    "(data.ignore_fields)"
-)
 
 
 @dataclass(frozen=True)
@@ -107,7 +103,7 @@ def templated(
       UserError: the template refuses the messages, prints nothing of what they say, or does not
         show which part an assistant wrote.
     """
-    messages, wanted = _trained_turns(messages, train_on)
+    messages, wanted = trained_turns(messages, train_on)
     text, marks = template.render(messages, tools)
     checked_text(text, "messages")
     check_printed(messages, tools, template, text)
@@ -126,12 +122,10 @@ def templated(
             f"{template.name} marks {len(marks)} parts of {len(marked)} assistant turns, so that "
             "it does not say which part is which turn; mark one part a turn"
         )
-    spans = {
-        turn: marks[marked.index(turn)]
-        if turn in marked
-        else _span(messages, tools, template, text, turn)
-        for turn in needed
-    }
+    spans = dict(zip(marked, marks, strict=False))
+    for turn in needed:
+        if turn not in spans:
+            spans[turn] = _span(messages, tools, template, text, turn)
     return FormattedRow(text, trained(len(text), spans, wanted, train_on), templated=True)
 
 
@@ -147,13 +141,13 @@ def joined(
     Raises:
       UserError: the turns do not alternate, or say what cannot be said without a template.
     """
-    messages, wanted = _trained_turns(messages, train_on)
+    messages, wanted = trained_turns(messages, train_on)
     for index, message in enumerate(messages):
         for name, value in message.items():
             if name not in ("role", "content") and has_content(value):
-                raise UserError(f"field messages[{index}].{name} {_NEEDS_TEMPLATE}")
+                raise _needs_template(f"messages[{index}].{name}")
     if tools:
-        raise UserError(f"field tools {_NEEDS_TEMPLATE}")
+        raise _needs_template("tools")
     roles = [message["role"] for message in messages]
     contents = [checked_text(message.get("content"), "content") for message in messages]
     first = int(roles[:1] == ["system"])
@@ -180,50 +174,12 @@ def joined(
     return FormattedRow("".join(pieces), trained(length, spans, wanted, train_on))
 
 
-def asked(
-    messages: Sequence[Message], tools: list | None, template: ChatTemplate | None, eos: str
-) -> str:
-    """Returns the text that a model continues with the assistant's next turn.
-
-    Raises:
-      UserError: the last turn is an assistant's; or as for `templated` and `joined`.
-    """
-    messages, _ = _trained_turns(messages, "answers")
-    if not messages or messages[-1]["role"] in ("assistant", "system"):
-        raise UserError(
-            "field messages must end with the turn that is to be answered, a user's or a tool's; "
-            "leave an assistant's last turn out"
-        )
-    if template is None:
-        row = joined([*messages, as_message("assistant", "")], tools, eos, "last_answer")
-        return row.text[: row.spans[0][0]]
-    text, _ = template.render(messages, tools)
-    check_printed(messages, tools, template, text)
-    return checked_text(template.render(messages, tools, prompt=True)[0], "messages")
-
-
-def answered(
-    messages: Sequence[Message],
-    tools: list | None,
-    template: ChatTemplate | None,
-    prompt: str,
-    text: str,
-) -> Message:
-    """Returns the assistant's turn that a model wrote as `text` behind the `prompt` of `asked`.
-
-    The turn's content is such that further turns have prompt and text as they were before them, if
-    the template can say so: some put a space in front of a content.
-    """
-    for content in (text.removeprefix(" "), text):
-        turn = as_message("assistant", content)
-        history = [*messages, turn]
-        plain = template is None
-        said = (
-            joined(history, tools, "", "all").text if plain else template.render(history, tools)[0]
-        )
-        if said.startswith(prompt + text):
-            return turn
-    return turn
+def _needs_template(field: str) -> AvoidableError:
+    return AvoidableError(
+        f"field {field} is used only by a chat template; name one (chat_template), or leave the "
+        "field out",
+        " (data.ignore_fields)",
+    )
 
 
 def after(before: str, text: str) -> str:
@@ -234,7 +190,7 @@ def after(before: str, text: str) -> str:
     return text if separated else f" {text}"
 
 
-def _trained_turns(
+def trained_turns(
     messages: Sequence[Message], train_on: str
 ) -> tuple[list[Message], dict[int, bool]]:
     """Returns the messages without weights, and whether a turn trains.

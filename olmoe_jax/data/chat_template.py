@@ -129,7 +129,7 @@ def chat_template(spec: str | None, tokenizer: "PreTrainedTokenizerBase") -> Cha
     if "default" not in sources or not all(isinstance(s, str) for s in sources.values()):
         raise UserError(
             f"the tokenizer of {tokenizer.name_or_path} has chat templates, but no text named "
-            "default; write one to a file and set data.chat_template to it"
+            "default; write one to a file, and name the file (chat_template)"
         )
     return ChatTemplate("the tokenizer's chat template", sources, tokenizer)
 

@@ -1,9 +1,31 @@
 """Checks of the fields of a row."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from olmoe_jax.errors import UserError
+
+
+class AvoidableError(UserError):
+    """An error that an option of training avoids.
+
+    Only training, and the commands that show or score its rows, have the option: `naming_options`
+    adds its name, `option`, to the message.
+    """
+
+    def __init__(self, message: str, option: str):
+        super().__init__(message)
+        self.option = option
+
+
+@contextlib.contextmanager
+def naming_options() -> Iterator[None]:
+    """Adds the option to the message of an `AvoidableError` of the block."""
+    try:
+        yield
+    except AvoidableError as error:
+        raise UserError(f"{error}{error.option}") from None
 
 
 def checked_text(value: Any, field: str) -> str:

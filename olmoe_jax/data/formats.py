@@ -22,7 +22,7 @@ from olmoe_jax.data.chat import (
     trained,
 )
 from olmoe_jax.data.chat_template import ChatTemplate, Message, chat_template
-from olmoe_jax.data.fields import checked_text, has_content
+from olmoe_jax.data.fields import AvoidableError, checked_text, has_content, naming_options
 from olmoe_jax.errors import UserError
 from olmoe_jax.files import decode
 
@@ -132,9 +132,9 @@ class RowRules:
     train_on: str = "answers"
     ignored: frozenset[str] = frozenset(BOOKKEEPING.split(","))
 
-    def ends(self, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-        """Returns the token ids that end a turn."""
-        return self.template.ends if self.template else [tokenizer.eos_token_id]
+    def ends(self, eos: int) -> list[int]:
+        """Returns the token ids that end a turn: the tokenizer's eos, and the template's."""
+        return sorted({eos, *(self.template.ends if self.template else ())})
 
     def describe(self) -> str:
         """Returns which template conversations have, in words."""
@@ -182,8 +182,9 @@ def format_row(row: Fields, eos: str, rules: RowRules | None = None) -> Formatte
         )
     for required, optional, formatter in _FORMATS:
         if all(name in fields for name in required):
-            _check_used(fields, rules, *required, *optional)
-            return formatter(fields, eos, rules)
+            with naming_options():
+                _check_used(fields, rules, *required, *optional)
+                return formatter(fields, eos, rules)
     found = ", ".join(fields) or "none"
     raise UserError(f"unknown fields (found: {found}); accepted: {ACCEPTED_FIELDS}")
 
@@ -207,13 +208,14 @@ def _fields(row: Fields, rules: RowRules) -> dict[str, Any]:
 
 
 def _check_used(fields: Fields, rules: RowRules, *used: str) -> None:
-    """Raises a `UserError` if a field says something and is not among those that a format uses."""
+    """Raises `AvoidableError` if a field says something and the format does not use it."""
     unused = [name for name, v in fields.items() if name not in used and has_content(v)]
     if unused:
-        what = f"fields {', '.join(unused)} are" if len(unused) > 1 else f"field {unused[0]} is"
-        raise UserError(
-            f"{what} not used by rows of {', '.join(used)}; to train without, set "
-            f"data.ignore_fields={','.join(sorted({*rules.ignored, *unused}))}"
+        several = len(unused) > 1
+        what = f"fields {', '.join(unused)} are" if several else f"field {unused[0]} is"
+        raise AvoidableError(
+            f"{what} not used by rows of {', '.join(used)}; remove {'them' if several else 'it'}",
+            f", or set data.ignore_fields={','.join(sorted({*rules.ignored, *unused}))}",
         )
 
 

@@ -1,11 +1,12 @@
 """Checks that a chat template prints all that a conversation says."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from olmoe_jax.data.chat_template import ChatTemplate, Message
-from olmoe_jax.data.fields import checked_text, has_content
+from olmoe_jax.data.fields import AvoidableError, checked_text, has_content
 from olmoe_jax.errors import UserError
 
 _LINKS = ("tool_call_id",)
@@ -32,9 +33,9 @@ def check_printed(
         except UserError:
             printed = True  # the template cannot do without it
         if not printed:
-            raise UserError(
-                f"{template.name} prints nothing of {what}; write one that does, or leave it out "
-                "(data.ignore_fields)"
+            raise AvoidableError(
+                f"{template.name} prints nothing of {what}; write one that does, or leave it out",
+                " (data.ignore_fields)",
             )
 
     def changed(index: int, **fields: Any) -> list[Message]:
@@ -46,7 +47,7 @@ def check_printed(
     words = _printed_words(messages, tools, template)
     for index, message in enumerate(messages):
         for number, part in enumerate(contents[index]):
-            known = _word(index, number) in words if words else part.strip() in text
+            known = part.strip() in text if words is None else _word(index, number) in words
             if part.strip() and not known:
                 what = f"field messages[{index}].content (role {message['role']})"
                 refuse_unprinted(what, changed(index, content=""))
@@ -88,15 +89,20 @@ def _is_quoted(call: Any, text: str) -> bool:
 
 
 def _word(index: int, number: int) -> str:
-    """Returns a word that stands for a part of a message's content."""
+    """Returns a word that stands for a part of a message's content; `_WORD` finds such words."""
     return f"zq{index}x{number}qz"
 
 
-def _printed_words(messages: Sequence[Message], tools: list | None, template: ChatTemplate) -> str:
-    """Returns the conversation's text with a word of its own in place of each part of a content.
+_WORD = re.compile(r"zq\d+x\d+qz")
 
-    A content may also stand elsewhere in the text by chance: the word does not. The text is empty
-    where the template refuses such contents.
+
+def _printed_words(
+    messages: Sequence[Message], tools: list | None, template: ChatTemplate
+) -> set[str] | None:
+    """Returns which words the template prints, if each part of a content is a word of its own.
+
+    A content may also stand elsewhere in the text by chance: the word does not. Returns None where
+    the template refuses such contents.
     """
     marked = []
     for index, message in enumerate(messages):
@@ -108,9 +114,9 @@ def _printed_words(messages: Sequence[Message], tools: list | None, template: Ch
             content = _word(index, 0)
         marked.append(message if content is None else {**message, "content": content})
     try:
-        return template.render(marked, tools)[0]
+        return {*_WORD.findall(template.render(marked, tools)[0])}
     except UserError:
-        return ""
+        return None
 
 
 def _texts(message: Message, index: int) -> list[str]:
@@ -134,8 +140,8 @@ def _texts(message: Message, index: int) -> list[str]:
             )
         for name, value in part.items():
             if name not in ("type", "text") and has_content(value):
-                raise UserError(
-                    f"field {field}[{number}].{name} is not used; remove it, or leave it out "
-                    "(data.ignore_fields)"
+                raise AvoidableError(
+                    f"field {field}[{number}].{name} is not used; remove it",
+                    ", or leave it out (data.ignore_fields)",
                 )
     return [checked_text(part["text"], field) for part in content]

@@ -8,10 +8,12 @@ import io
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from olmoe_jax import hub
+from olmoe_jax.data.fields import naming_options
 from olmoe_jax.data.hub_dataset import load_from_hub
 from olmoe_jax.errors import UserError, first_line
 from olmoe_jax.files import (
@@ -43,7 +45,8 @@ _PAGE_LIMIT = 256 << 20
 
 def read_source(source: Source) -> Iterator[tuple[str, Row]]:
     """Yields `read_rows` of a source, whatever its weight."""
-    return read_rows(source.path, source.split or "train", source.config)
+    with naming_options():
+        yield from read_rows(source.path, source.split or "train", source.config)
 
 
 def read_rows(
@@ -213,8 +216,8 @@ def _csv_rows(path: str) -> Iterator[tuple[str, Row]]:
                 raise UserError(
                     f"{path}: the header is one column, {header[0]}; separate columns with commas"
                 )
-            for name in header:
-                if not name or header.count(name) > 1:
+            for name, count in Counter(header).items():
+                if not name or count > 1:
                     raise UserError(
                         f"{path}: the header has "
                         + (f"{name} twice" if name else "a column without a name")
@@ -255,8 +258,9 @@ def _list_rows(path: str) -> Iterator[tuple[str, Row]]:
         while more:
             number += 1
             where = f"{path}: row {number}"
-            if len(text) - at < 2 * LINE_LIMIT:
-                text, at = text[at:] + file.read(2 * LINE_LIMIT), 0
+            # Without more to add, each of the last rows would copy all that follow it.
+            if len(text) - at < 2 * LINE_LIMIT and (next_part := file.read(2 * LINE_LIMIT)):
+                text, at = text[at:] + next_part, 0
             at = _SPACE.match(text, at).end()
             try:
                 row, end = decode_at(text, at)

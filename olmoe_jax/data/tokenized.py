@@ -304,7 +304,7 @@ def _tokenize(
     progress: bool,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields the arrays of `_ARRAYS` part by part, for the cache."""
-    ends, all_counts = rules.ends(tokenizer), []
+    ends, all_counts = rules.ends(tokenizer.eos_token_id), []
     with _progress_bar(sources, progress) as bar:
         for source in sources:
             counts = Counts()

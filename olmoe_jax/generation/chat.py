@@ -7,14 +7,18 @@ import contextlib
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from olmoe_jax.data.chat import answered, asked
-from olmoe_jax.data.chat_template import Message, chat_template
+from olmoe_jax.checkpoints.turn_ends import read_turn_ends
+from olmoe_jax.data import load_tokenizer
+from olmoe_jax.data.chat import joined, trained_turns
+from olmoe_jax.data.chat_template import Message, as_message, chat_template
+from olmoe_jax.data.fields import checked_text
 from olmoe_jax.data.formats import RowRules, Tools, conversation
+from olmoe_jax.data.printed import check_printed
 from olmoe_jax.data.reading import read_rows
 from olmoe_jax.errors import UserError, data_output, one_line
 from olmoe_jax.files import decode, utf8
@@ -29,60 +33,93 @@ Decode = Callable[..., list[str]]
 
 @dataclass(frozen=True)
 class Format:
-    """How conversations become text.
+    """How conversations become text, and where an answer ends."""
 
-    Attributes:
-      rules: the chat template, and the fields that count as absent.
-      tokenizer: the model's.
-    """
-
-    rules: RowRules
+    rules: RowRules  # the chat template, and the fields that count as absent
     tokenizer: "PreTrainedTokenizerBase"
+    ends: Collection[int]  # the token ids that end a text
 
     def prompt(self, messages: Sequence[Message], tools: Tools = None) -> str:
-        """Returns the text that the model continues."""
-        return asked(messages, tools, self.rules.template, self.tokenizer.eos_token)
+        """Returns the text that a model continues with the assistant's next turn.
+
+        Raises:
+          UserError: the last turn is an assistant's, or a text of these messages could not be
+            trained on.
+        """
+        messages, _ = trained_turns(messages, "all")
+        if not messages or messages[-1]["role"] in ("assistant", "system"):
+            raise UserError(
+                "field messages must end with the turn that is to be answered, a user's or a "
+                "tool's; leave an assistant's last turn out"
+            )
+        template, eos = self.rules.template, self.tokenizer.eos_token
+        if template is None:
+            row = joined([*messages, as_message("assistant", "")], tools, eos, "last_answer")
+            return row.text[: row.spans[0][0]]
+        text, _ = template.render(messages, tools)
+        check_printed(messages, tools, template, text)
+        return checked_text(template.render(messages, tools, prompt=True)[0], "messages")
 
     def answer(self, messages: Sequence[Message], tools: Tools, prompt: str, text: str) -> Message:
-        """Returns the assistant's turn that the model wrote as `text`."""
-        return answered(messages, tools, self.rules.template, prompt, text)
+        """Returns the assistant's turn that a model wrote as `text` behind the `prompt`.
+
+        The turn's content is such that further turns have prompt and text as they were before
+        them, if the template can say so: some put a space in front of a content.
+        """
+        template = self.rules.template
+        for content in (text.removeprefix(" "), text):
+            turn = as_message("assistant", content)
+            history = [*messages, turn]
+            if template is None:
+                said = joined(history, tools, "", "all").text
+            else:
+                said, _ = template.render(history, tools)
+            if said.startswith(prompt + text):
+                return turn
+        return turn
 
 
-def open_format(spec: str, tokenizer: "PreTrainedTokenizerBase", place: str | Path) -> Format:
-    """Returns the format that --chat_template names.
+def open_format(
+    spec: str, files: Path, adapter: str | None = None, tokenizer: str | None = None
+) -> Format:
+    """Returns the format of a model's conversations; opens the tokenizer.
 
     Args:
-      spec: "auto", "none" for turns that are joined plainly, or a file.
-      tokenizer: the model's, which has the template of "auto".
-      place: where the tokenizer is, for messages.
+      spec: "auto", "none" for turns that are joined plainly, or a file: as --chat_template says.
+      files: the model's directory.
+      adapter: the model's adapter, or the LoRA run that made it. Its tokenizer and chat template
+        replace the model's, if it has them.
+      tokenizer: a directory or hub id whose tokenizer replaces both.
 
     Raises:
-      UserError: a template is missing or wrong.
+      UserError: tokenizer or template are missing or wrong.
     """
-    template = chat_template(None if spec == "none" else spec, tokenizer)
+    from olmoe_jax.checkpoints.peft import adapter_directory  # imports jax
+
+    tuned = files if adapter is None else adapter_directory(adapter)
+    if not (tuned / "tokenizer.json").exists():
+        tuned = files
+    place = tokenizer or str(tuned)
+    opened = load_tokenizer(place)
+    template = chat_template(None if spec == "none" else spec, opened)
     if template is None and spec != "none":
         raise UserError(
             f"{place} has no chat template; write --chat_template FILE (Jinja), or "
             "--chat_template none for a model whose training joined turns without one"
         )
-    return Format(RowRules(template), tokenizer)
+    rules = RowRules(template)
+    ends = {*read_turn_ends(files), *read_turn_ends(tuned), *rules.ends(opened.eos_token_id)}
+    return Format(rules, opened, sorted(ends))
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation that waits for an assistant's turn.
+    """A conversation that waits for an assistant's turn."""
 
-    Attributes:
-      row: the row of the file.
-      messages: its turns, a system turn in front.
-      tools: the tools' JSON schemas.
-      prompt: the text that the model continues.
-    """
-
-    row: Mapping[str, Any]
-    messages: list[Message]
+    row: Mapping[str, Any]  # the row of the file
+    messages: list[Message]  # its turns, a system turn in front
     tools: Tools
-    prompt: str
+    prompt: str  # the text that the model continues
 
 
 def read_conversations(
@@ -99,12 +136,12 @@ def read_conversations(
 
 def _rows(file: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
     if file == "-":
-        lines = [(n, line) for n, line in enumerate(sys.stdin.buffer, 1) if line.strip()]
+        lines = [*_stdin_lines()]
         if not lines:
             raise UserError("standard input is empty; write a row of messages on each line")
         for number, line in lines:
             place = f"standard input: line {number}"
-            yield place, decode(dict[str, Any], utf8(line, place), place)
+            yield place, decode(dict[str, Any], line, place)
     elif file is not None:
         yield from read_rows(file)
 
@@ -130,9 +167,9 @@ def answer(conversations: Sequence[Conversation], chat: Format, generate: Decode
     ]
 
 
-def as_json(asked: Conversation, turn: Message) -> str:
+def as_json(conversation: Conversation, turn: Message) -> str:
     """Returns a line of JSON: the row with the assistant's turn behind its messages."""
-    row = {**asked.row, "messages": [*asked.row["messages"], turn]}
+    row = {**conversation.row, "messages": [*conversation.row["messages"], turn]}
     return json.dumps(row, ensure_ascii=False, default=str)
 
 
@@ -143,7 +180,7 @@ class Session:
       chat: how the conversation becomes text.
       generate: continues a prompt.
       system: the text of a system turn, or None.
-      room: tokens that a prompt may have. The oldest messages and answers beyond are left out.
+      room: the most tokens of a prompt. A longer one loses its oldest messages and answers.
     """
 
     def __init__(self, chat: Format, generate: Decode, system: str | None, room: int):
@@ -151,18 +188,13 @@ class Session:
         self._system = [] if system is None else [{"role": "system", "content": system}]
         self._turns: list[Message] = []
 
-    @property
-    def messages(self) -> list[Message]:
-        """The conversation up to now."""
-        return [*self._system, *self._turns]
-
     def say(self, message: str, watch: Callable[[str], object] | None = None) -> str:
         """Returns the answer to a message.
 
         Args:
           message: the user's.
-          watch: called with the answer as far as it is written. Where a KeyboardInterrupt comes
-            during it or the decoding, the answer ends. A message without an answer is forgotten.
+          watch: called with the answer as far as it is written. A KeyboardInterrupt, from `watch`
+            or from the decoding, ends the answer. A message without an answer is forgotten.
         """
         turns = [*self._turns, {"role": "user", "content": message}]
         prompt = self._chat.prompt([*self._system, *turns])
@@ -202,12 +234,12 @@ class Session:
 def converse(session: Session, stop: Sequence[str]) -> None:
     """Answers the lines of the standard input until it ends.
 
-    On a terminal the answers appear as they are written. Ctrl-C stops an answer, and ends the
-    session where none is being written. A message that cannot be answered is reported there; in a
-    pipe it ends the command.
+    On a terminal the answers appear as they are written, and a message that cannot be answered is
+    reported. Ctrl-C stops an answer, and ends the session where none is being written. In a pipe a
+    message that cannot be answered ends the command.
     """
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        for message in _piped():
+        for _, message in _stdin_lines():
             print(session.say(message), file=data_output(), flush=True)
         return
     print("Ctrl-C stops an answer; here it ends the chat, and so does Ctrl-D", file=sys.stderr)
@@ -287,9 +319,9 @@ def _typed() -> Iterator[str]:
             yield line
 
 
-def _piped() -> Iterator[str]:
-    """Yields the lines of the standard input."""
+def _stdin_lines() -> Iterator[tuple[int, str]]:
+    """Yields (number from 1, text) of each line of the standard input that is not blank."""
     for number, line in enumerate(sys.stdin.buffer, 1):
-        text = utf8(line, f"standard input: line {number}").rstrip("\r\n")
+        text = utf8(line, "standard input", number).rstrip("\r\n")
         if text.strip():
-            yield text
+            yield number, text

@@ -48,20 +48,15 @@ def main(arguments: Sequence[str]) -> None:
 
     import olmoe_jax
     from olmoe_jax.checkpoints.opening import open_source
-    from olmoe_jax.checkpoints.turn_ends import read_turn_ends
-    from olmoe_jax.data import load_tokenizer
     from olmoe_jax.generation import chat
     from olmoe_jax.model.config import ModelSettings
     from olmoe_jax.parallel import sharding
 
     source = open_source(args.model)
-    place = tokenizer_directory(source.files, args.adapter)
-    tokenizer = load_tokenizer(str(place))
-    ends = {tokenizer.eos_token_id, *read_turn_ends(source.files), *read_turn_ends(place)}
+    spec = (args.chat_template or "auto") if args.chat else "none"
+    format = chat.open_format(spec, source.files, args.adapter)
     conversations = []
     if args.chat:
-        format = chat.open_format(args.chat_template or "auto", tokenizer, place)
-        ends |= set(format.rules.ends(tokenizer))
         conversations = chat.read_conversations(args.prompt, args.prompts, args.system, format)
     mesh = sharding.decoding_mesh(source.config.num_experts)
     settings = ModelSettings(compute_dtype=jnp.dtype(args.compute_dtype))
@@ -71,7 +66,7 @@ def main(arguments: Sequence[str]) -> None:
     generate = functools.partial(
         olmoe_jax.generate,
         model,
-        tokenizer,
+        format.tokenizer,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_p=args.top_p,
@@ -80,7 +75,7 @@ def main(arguments: Sequence[str]) -> None:
         seed=args.seed,
         batch_size=args.batch_size,
         allow_extrapolation=args.allow_extrapolation,
-        ends=ends,
+        ends=format.ends,
     )
     with jax.set_mesh(mesh):
         if not args.chat:
@@ -179,22 +174,6 @@ def _note_escapes(args: argparse.Namespace) -> None:
                 f"--{flag} $'...\\n...'",
                 file=sys.stderr,
             )
-
-
-def tokenizer_directory(files: Path, adapter: str | None) -> Path:
-    """Returns where a model's tokenizer and chat template are: its adapter's, if it has them.
-
-    Args:
-      files: the model's directory.
-      adapter: a PEFT adapter, or the LoRA run that made it, or None.
-    """
-    if adapter is not None:
-        from olmoe_jax.checkpoints.peft import adapter_directory
-
-        path = adapter_directory(adapter)
-        if (path / "tokenizer.json").exists():
-            return path
-    return files
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:

@@ -37,6 +37,8 @@ def log_likelihoods(model: Olmoe, pairs: Sequence[TokenPair]) -> list[tuple[floa
     Raises:
       UserError: the model does not have a token, or gives NaN.
     """
+    if not pairs:
+        return []
     check_vocabulary(model, max((max(part) for pair in pairs for part in pair if part), default=0))
     rows: dict[tuple[int, ...], int] = {}
     places = []  # (row, column) of each hidden state that predicts a token of a continuation

@@ -77,7 +77,7 @@ def load_datasets(config: Config, model: BaseModel) -> Datasets:
         )
     pad_id = tokenizer.pad_token_id
     pad_id = tokenizer.eos_token_id if pad_id is None else pad_id
-    return Datasets(train, evaluation, pad_id, rules, rules.ends(tokenizer))
+    return Datasets(train, evaluation, pad_id, rules, rules.ends(tokenizer.eos_token_id))
 
 
 def check_same_everywhere(config: Config, datasets: Datasets) -> None:

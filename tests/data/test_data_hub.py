@@ -76,11 +76,11 @@ EXPECTED = {
     "o/two config=other": ["other"],
 }
 REFUSED = {
-    "o/plain split=dev": "it has no split dev; write split=NAME or data.split, one of",
+    "o/plain split=dev": "it has no split dev, but ",
     "o/plain split=train[:20": "train[:20 is no slice of a split; write as train[:10%]",
-    "o/plain config=main": "it has no configuration main; write config=NAME or data.hub_config",
-    "o/two": "it has several configurations; write config=NAME or data.hub_config, one of main, ot",
-    "o/two config=third": "it has no configuration third; write config=NAME",
+    "o/plain config=main": "it has no configuration main, but ",
+    "o/two": "it has several configurations, main, other; write OWNER/NAME:FILE, or config=NAME (d",
+    "o/two config=third": "it has no configuration third, but ",
     "o/script": "it is made by a script, script.py, and code of the hub is never run",
     "o/nothing": "it does not exist or is private; check the id",
 }
@@ -122,7 +122,7 @@ def test_what_the_hub_does_not_have_is_refused_in_one_line(answers):
         assert "\n" not in said
     offline = dict(zip(REFUSED, answers["offline"][len(EXPECTED) :], strict=True))
     assert "HF_HUB_OFFLINE is set, and the cache does not have it" in offline["o/nothing"]
-    assert "the cache has several configurations of it; write config=NAME" in offline["o/two"]
+    assert "the cache has several configurations of it, " in offline["o/two"]
     assert "the cache has no configuration third of it, but" in offline["o/two config=third"]
 
 

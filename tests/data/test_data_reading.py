@@ -1,6 +1,7 @@
 import gzip
 import json
 import os
+import time
 
 import pyarrow
 import pyarrow.parquet
@@ -171,6 +172,20 @@ def test_a_list_longer_than_the_window(tmp_path, monkeypatch):
     rows = [{"prompt": "é" * (i % 60), "completion": str(i)} for i in range(200)]
     (tmp_path / "rows.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
     assert [row for _, row in read_rows(str(tmp_path / "rows.json"))] == rows
+
+
+def test_many_rows_and_many_columns_take_time_in_proportion(tmp_path):
+    """40,000 rows of a list, and 20,000 columns: 4 s each, if one looks at all others."""
+    rows = [{"prompt": "x" * 100, "completion": str(i)} for i in range(40_000)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    columns = [f"c{i}" for i in range(20_000)]
+    (tmp_path / "wide.csv").write_text("\n".join([",".join(columns)] * 2))
+    begin = time.process_time()
+    assert [row for _, row in read_rows(str(tmp_path / "rows.json"))] == rows
+    assert [row for _, row in read_rows(str(tmp_path / "wide.csv"))] == [
+        dict(zip(columns, columns, strict=True))
+    ]
+    assert time.process_time() - begin < 2
 
 
 def test_a_fifo_is_refused_at_once(tmp_path):

@@ -9,15 +9,18 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from helpers import ROOT, message_of, run_module
 
+from olmoe_jax.data import hub_dataset
+from olmoe_jax.data.chat_template import chat_template
 from olmoe_jax.data.formats import RowRules, format_row
+from olmoe_jax.data.reading import read_source
 from olmoe_jax.generation import chat, command
 from olmoe_jax.generation.stop_strings import settled
+from olmoe_jax.sources import Source
 
 TEMPLATES = ROOT / "tests/data/chat_templates"
 NAMES = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
@@ -25,8 +28,9 @@ USER, ANSWER = {"role": "user", "content": "Hi?"}, {"role": "assistant", "conten
 
 
 def format_of(name, tokenizer):
-    spec = "none" if name == "none" else str(TEMPLATES / f"{name}.jinja")
-    return chat.open_format(spec, tokenizer, Path("m"))
+    spec = None if name == "none" else str(TEMPLATES / f"{name}.jinja")
+    rules = RowRules(chat_template(spec, tokenizer))
+    return chat.Format(rules, tokenizer, rules.ends(tokenizer.eos_token_id))
 
 
 @pytest.mark.parametrize("name", [*NAMES, "none"])
@@ -67,8 +71,8 @@ def test_a_session_keeps_what_was_said(name, tokenizer):
     assert session.say("Hi?") == "Ho!"
     assert session.say("1?") == "2"
     system = {"role": "system", "content": "Be brief."}
-    assert session.messages[:3] == [system, USER, ANSWER]
     first, second = generate.prompts
+    assert second == format.prompt([system, USER, ANSWER, {"role": "user", "content": "1?"}])
     assert second.startswith(first + ("Ho!" if first.endswith(("\n", ">")) else " Ho!"))
     assert first == format.prompt([system, USER])
 
@@ -89,14 +93,14 @@ def test_ctrl_c_stops_an_answer(tokenizer, capsys):
         screen.finish(session.say("Tell me.", screen.show))
     assert signal.getsignal(signal.SIGINT) == former
     assert capsys.readouterr().out == "Once upon a\n"
-    assert [m["content"] for m in session.messages] == ["Tell me.", "Once upon a"]
+    assert [m["content"] for m in session._turns] == ["Tell me.", "Once upon a"]
 
     def at_once(prompts, watch):
         raise KeyboardInterrupt
 
     session = chat.Session(format_of("chatml", tokenizer), at_once, None, 10_000)
     assert session.say("Tell me.", screen.show) == ""
-    assert session.messages == []
+    assert session._turns == []
     with pytest.raises(KeyboardInterrupt):
         session.say("Tell me.")  # in a pipe
 
@@ -139,10 +143,14 @@ def rows(tmp_path, *lines):
         ({"messages": "x"}, "field messages must be a list of objects"),
         ({"messages": []}, "must end with the turn that is to be answered"),
         ({"messages": [USER, ANSWER]}, "leave an assistant's last turn out"),
-        ({"messages": [USER], "score": 1}, "field score is not used by rows of messages"),
+        ({"messages": [USER], "score": 1}, "rows of messages, tools, system; remove it"),
         ({"messages": [{"role": "system", "content": "x"}, USER]}, "leave --system out"),
         ({"messages": [USER], "tools": [{}]}, "prints nothing of field tools"),
         ({"messages": [{**USER, "mood": "x"}]}, "prints nothing of field mood"),
+        (
+            {"messages": [{**USER, "content": [{"type": "text", "text": "x", "lang": "en"}]}]},
+            "field messages[1].content[0].lang is not used; remove it",
+        ),
     ],
 )
 def test_rows_that_are_refused(row, words, tokenizer, tmp_path):
@@ -151,12 +159,55 @@ def test_rows_that_are_refused(row, words, tokenizer, tmp_path):
     message = message_of(chat.read_conversations, [], file, "Be brief.", chatml)
     assert message.startswith(f"{file}: line 2: ")
     assert words in message
+    assert "data." not in message  # the command has no fields of a config
+
+
+def test_what_the_command_cannot_set_is_not_advised(tokenizer, tmp_path, monkeypatch):
+    """Training says of the same rows which field of the config helps."""
+    file, plain = (
+        rows(tmp_path, {"messages": [{**USER, "mood": "x"}]}),
+        format_of("none", tokenizer),
+    )
+    message = message_of(chat.read_conversations, [], file, None, plain)
+    assert message.endswith("name one (chat_template), or leave the field out")
+    two = SimpleNamespace(chat_template={"a": "x"}, name_or_path="m")
+    assert message_of(chat_template, "auto", two).endswith("and name the file (chat_template)")
+    asks = ValueError("Config name is missing. Please pick one among: ['a', 'b']")
+
+    def by_name(*_):
+        raise asks
+
+    monkeypatch.setattr(hub_dataset, "_by_name", by_name)
+    message = message_of(chat.read_conversations, [], "o/two", None, plain)
+    assert message == "o/two: it has several configurations, a, b; write OWNER/NAME:FILE"
+    message = message_of(list, read_source(Source("o/two")))
+    assert message.endswith("write OWNER/NAME:FILE, or config=NAME (data.hub_config)")
+
+
+def test_weights_of_turns_matter_to_training_alone(tokenizer):
+    format, weighted = format_of("chatml", tokenizer), [{**USER, "weight": 1}]
+    assert format.prompt(weighted) == format.prompt([USER])
+    assert "weight must be 0 or 1" in message_of(format.prompt, [{**USER, "weight": 2}])
 
 
 def test_rows_that_are_not_there(tokenizer, monkeypatch):
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"\n \n")))
     message = message_of(chat.read_conversations, [], "-", None, format_of("none", tokenizer))
     assert message == "standard input is empty; write a row of messages on each line"
+
+
+def test_a_line_of_the_standard_input_that_is_not_utf8(tokenizer, monkeypatch):
+    """The message counts the lines of the input, in a file of rows and in a session."""
+    format = format_of("none", tokenizer)
+    session = chat.Session(format, Scripted("a"), None, 10_000)
+    for read in (
+        lambda: chat.read_conversations([], "-", None, format),
+        lambda: chat.converse(session, ()),
+    ):
+        buffer = io.BytesIO(b'{"messages": []}\n\xff\n')
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=buffer, isatty=lambda: False))
+        words = "standard input: not UTF-8 text at line 2; save it as UTF-8"
+        assert message_of(read) == words
 
 
 def test_rows_keep_their_fields(tokenizer, tmp_path):

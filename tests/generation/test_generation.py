@@ -217,4 +217,5 @@ def test_weights_that_are_not_finite(tokenizer):
     broken = make_model(config, weights)
     message = message_of(lambda: generate(broken, tokenizer, ["ab"], max_new_tokens=4))
     assert message == message_of(log_likelihoods, broken, [([1], [2])])
+    assert log_likelihoods(broken, []) == []
     assert message.startswith("the model gives NaN or infinite logits: its weights hold such")
