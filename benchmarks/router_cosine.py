@@ -89,8 +89,7 @@ def packed_batch(file: str, tokenizer_files: str, rows: int) -> DeviceBatch:
         rows_per_batch=rows,
         pad_id=tokenizer.pad_token_id,
     )
-    batch = next(iter(batches))
-    return DeviceBatch(*(getattr(batch, name) for name in DeviceBatch._fields))
+    return DeviceBatch(*next(batches))
 
 
 def _trainer(model: Olmoe, **settings: Any) -> Trainer:

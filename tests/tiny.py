@@ -196,14 +196,13 @@ def make_batch() -> Batch:
     tokens = random.integers(2, 61, (8, 10)).astype(np.int32)
     lengths = np.array([10, 9, 4, 10, 1, 7, 10, 3])
     segments = (np.arange(10) < lengths[:, None]).astype(np.int32)
-    values = {
-        "tokens": tokens,
-        "targets": np.roll(tokens, -1, axis=1),
-        "segment_ids": segments,
-        "positions": np.broadcast_to(np.arange(10, dtype=np.int32), tokens.shape),
-        "loss_weights": (segments / segments.sum()).astype(np.float32),
-    }
-    return Batch(**{field.name: values[field.name] for field in dataclasses.fields(Batch)})
+    return Batch(
+        tokens=tokens,
+        targets=np.roll(tokens, -1, axis=1),
+        segment_ids=segments,
+        positions=np.broadcast_to(np.arange(10, dtype=np.int32), tokens.shape),
+        loss_weights=(segments / segments.sum()).astype(np.float32),
+    )
 
 
 def program_of(config, experts=None):
@@ -237,8 +236,7 @@ def make_examples(lengths=LENGTHS):
         tokens=random.integers(0, 258, total, dtype=np.int32),
         in_loss=np.ones(total, bool),
         offsets=np.cumsum([0, *lengths], dtype=np.int64),
-        prompt_lengths=np.zeros(len(lengths), np.int32),
-        rows=np.arange(len(lengths)),
+        members=np.arange(len(lengths)),
         sources=[Source("synthetic")],
         source_counts=[Counts(rows=len(lengths))],
         origin={"content": "synthetic"},

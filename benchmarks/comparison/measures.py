@@ -49,7 +49,7 @@ def batches(file: Path, tokenizer_files: Path) -> list[DeviceBatch]:
         rows_per_batch=_ROWS,
         pad_id=tokenizer.pad_token_id,
     )
-    return [DeviceBatch(*(getattr(b, name) for name in DeviceBatch._fields)) for b in found]
+    return [DeviceBatch(*batch) for batch in found]
 
 
 def measure(model: Olmoe, rows: list[DeviceBatch]) -> Measures:

@@ -13,10 +13,8 @@ from olmoe_jax.errors import UserError
 
 ADAPTERS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "adapter_path")
 ROUTER_GRADIENT = ("router_gradient_experts", "router_gradient_dtype")
-EXPERT_TUNING = ("experts_path",)
 ESFT = (
-    *EXPERT_TUNING,
-    *("esft_top_p", "esft_score_tokens", "esft_train_head", "esft_densemixer"),
+    *("experts_path", "esft_top_p", "esft_score_tokens", "esft_train_head", "esft_densemixer"),
     *ROUTER_GRADIENT,
 )
 ESFT_SWITCHES = dict.fromkeys(ROUTER_GRADIENT, "esft_densemixer")

@@ -76,19 +76,21 @@ context. Write a response that appropriately completes the request.
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """The tokens of a row.
+    """The tokens of a row, and which of them train.
 
-    Attributes:
-      tokens: int32 [n].
-      in_loss: bool [n], the tokens that train: the loss covers them. The loss leaves out the first
-        token of an example in any case, because no token before it predicts it.
-      prompt_length: how many tokens come before the first answer, at most n. A conversation of
-        several turns has one prompt too: everything before its first assistant turn.
+    The loss leaves out the first token in any case, because no token before it predicts it.
     """
 
-    tokens: np.ndarray
-    in_loss: np.ndarray
-    prompt_length: int
+    tokens: np.ndarray  # int32 [n]
+    in_loss: np.ndarray  # bool [n]: the loss covers the token
+
+    @property
+    def prompt_length(self) -> int:
+        """How many tokens come before the first answer, at most n.
+
+        A conversation of several turns has one prompt too: all before its first assistant turn.
+        """
+        return int(self.in_loss.argmax()) if self.in_loss.any() else len(self.tokens)
 
     def prompt_and_answer(self, ends: Collection[int]) -> tuple[np.ndarray, np.ndarray] | None:
         """Returns the tokens of the prompt and those of the first answer, without its end.
@@ -103,34 +105,21 @@ class TokenizedExample:
 
 @dataclass(frozen=True)
 class EncodedRow(TokenizedExample):
-    """The tokens of a row, and what became of it on the way.
+    """The tokens of a row, and what became of it on the way."""
 
-    Attributes:
-      straddling: bool [n], the tokens that hold the end of a prompt and the start of an answer.
-      empty: whether nothing trains but the end of an answer, and whitespace.
-      cut: whether the text has more tokens than an example keeps.
-      templated: whether a chat template made the text.
-    """
-
-    straddling: np.ndarray
-    empty: bool
-    cut: bool
-    templated: bool
+    straddling: np.ndarray  # bool [n]: the token holds the end of a prompt and an answer's start
+    empty: bool  # nothing trains but the end of an answer, and whitespace
+    cut: bool  # the text has more tokens than an example keeps
+    templated: bool  # a chat template made the text
 
 
 @dataclass(frozen=True)
 class RowRules:
-    """How rows become text, and what of it trains.
+    """How rows become text, and what of it trains."""
 
-    Attributes:
-      template: the template of conversations; None: turns are joined plainly.
-      train_on: "answers", "last_answer" or "all" (the whole text).
-      ignored: fields that count as absent, in a row and in a message.
-    """
-
-    template: ChatTemplate | None = None
-    train_on: str = "answers"
-    ignored: frozenset[str] = frozenset(BOOKKEEPING.split(","))
+    template: ChatTemplate | None = None  # of conversations; None: turns are joined plainly
+    train_on: str = "answers"  # or "last_answer", or "all": the whole text
+    ignored: frozenset[str] = frozenset(BOOKKEEPING.split(","))  # count as absent, in messages too
 
     def ends(self, eos: int) -> list[int]:
         """Returns the token ids that end a turn: the tokenizer's eos, and the template's."""
@@ -247,7 +236,6 @@ def encode_batch(
         yield EncodedRow(
             tokens,
             in_loss,
-            prompt_length=int(in_loss.argmax()) if in_loss.any() else len(tokens),
             straddling=in_loss & (starts < span_starts[span]),
             empty=len(trains) > 0 and not cut and not any(map(str.strip, said)),
             cut=cut,

@@ -22,25 +22,15 @@ _PREFETCH_STEPS = 4
 
 @dataclass(frozen=True)
 class Step:
-    """The input of one optimizer step. The counts cover all processes.
+    """The input of one optimizer step. The counts cover all processes."""
 
-    Attributes:
-      index: the number of the step in the run, from 0.
-      epoch: the number of the epoch, from 0.
-      batches: this process's rows of each micro-batch.
-      tokens: tokens of examples.
-      padding: padding tokens, those of empty rows included.
-      examples: examples.
-      targets: targets that the loss covers.
-    """
-
-    index: int
-    epoch: int
-    batches: list[Batch]
-    tokens: int
-    padding: int
+    index: int  # the number of the step in the run, from 0
+    epoch: int  # from 0
+    batches: list[Batch]  # this process's rows of each micro-batch
+    tokens: int  # of examples
+    padding: int  # tokens, those of empty rows included
     examples: int
-    targets: int
+    targets: int  # that the loss covers
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,45 +40,26 @@ class TrainingData:
     A step is `batch_size` examples, chosen by (seed, step) alone. An epoch is every example once,
     or as often as its source's weight says; the last step of an epoch may have fewer examples.
 
-    Attributes:
-      dataset: the examples.
-      batch_size: examples of a step, over all processes.
-      epochs: passes over the examples.
-      max_steps: the step at which the run ends, if the epochs do not end earlier.
-      seed: the seed of the order of the examples; every epoch has another order.
-      max_seq_length: the longest row.
-      pack: whether examples share rows, of `row_length` tokens each. Otherwise each example has a
-        row of its own, and the rows of a step are as long as the step's longest example needs,
-        rounded up to a power of two.
-      rows_per_batch: rows of a micro-batch, over all processes. Empty rows fill the last
-        micro-batch of a step. A process holds one contiguous share of each micro-batch.
-      loss_normalization: see `loss_weights_per_example`.
-      microbatch_examples: see `loss_weights_per_example`.
-      pad_id: the token id of padding.
-      process_index: this process's number, from 0.
-      process_count: the number of processes.
-
-    Raises:
-      ValueError: `rows_per_batch` is no multiple of `process_count`.
+    With `pack`, examples share rows of `row_length` tokens. Otherwise each example has a row of its
+    own, and the rows of a step are as long as its longest example needs, rounded up to a power of
+    two. Empty rows fill the last micro-batch of a step. A process holds one contiguous share of
+    each micro-batch.
     """
 
     dataset: TokenizedDataset
     _: KW_ONLY
-    batch_size: int
+    batch_size: int  # examples of a step, over all processes
     epochs: int
-    max_steps: int | None
-    seed: int
-    max_seq_length: int
+    max_steps: int | None  # the step at which the run ends, if the epochs do not end earlier
+    seed: int  # of the order of the examples; every epoch has another order
+    max_seq_length: int  # the longest row
     pack: bool
-    rows_per_batch: int
-    loss_normalization: str
-    microbatch_examples: int
+    rows_per_batch: int  # rows of a micro-batch, over all processes
+    loss_normalization: str  # see `loss_weights_per_example`
+    microbatch_examples: int  # see `loss_weights_per_example`
     pad_id: int
     process_index: int = 0
     process_count: int = 1
-
-    def __post_init__(self) -> None:
-        _check_shares(self.rows_per_batch, self.process_count)
 
     @cached_property
     def first_epoch(self) -> TokenizedDataset:
@@ -128,7 +99,7 @@ class TrainingData:
         """Returns the exact share of padding in the rows of the first epoch."""
         places = 0
         for examples in self.epoch_examples():
-            rows, row_length = self._rows(self.first_epoch.lengths[examples])
+            rows, row_length = self._arranged(self.first_epoch.lengths[examples])
             places += len(rows) * row_length
         return 1 - int(self.first_epoch.lengths.sum()) / places
 
@@ -172,16 +143,14 @@ class TrainingData:
                 low = middle + 1
         return min(high * _ROW_MULTIPLE, self.max_seq_length)
 
-    def _rows(self, lengths: np.ndarray) -> tuple[list[list[int]], int]:
-        """Returns a step's rows over all processes, empty ones included, and the row length."""
-        rows, row_length = _arrange(lengths, self.row_length, self.pack)
-        return _with_empty_rows(rows, self.rows_per_batch), row_length
+    def _arranged(self, lengths: np.ndarray) -> tuple[list[list[int]], int]:
+        return _arrange(lengths, self.row_length, self.pack, self.rows_per_batch)
 
     def _step(self, index: int, examples: np.ndarray) -> Step:
         epoch = index // self.steps_per_epoch
         dataset = self._epoch(epoch)
         lengths, targets = dataset.lengths[examples], dataset.target_counts[examples]
-        rows, row_length = self._rows(lengths)
+        rows, row_length = self._arranged(lengths)
         weights = loss_weights_per_example(
             targets, self.loss_normalization, self.microbatch_examples
         )
@@ -215,47 +184,40 @@ def evaluation_batches(
 
     Rows are as in `TrainingData`. All processes yield equally many batches. A batch is filled when
     the caller asks for the batch, so that one batch is in memory at a time.
-
-    Raises:
-      ValueError: `rows_per_batch` is no multiple of `process_count`.
     """
-    _check_shares(rows_per_batch, process_count)
     examples, weights = np.arange(len(dataset)), np.ones(len(dataset))
-    rows, row_length = _arrange(dataset.lengths, max_seq_length, pack)
-    rows = _with_empty_rows(rows, rows_per_batch)
+    rows, row_length = _arrange(dataset.lengths, max_seq_length, pack, rows_per_batch)
     for share in _shares(rows, rows_per_batch, process_index, process_count):
         yield fill_rows(dataset, examples, share, row_length, weights, pad_id)
 
 
-def _arrange(lengths: np.ndarray, max_seq_length: int, packed: bool) -> tuple[list[list[int]], int]:
-    """Returns rows of indices into `lengths` and the length of a row."""
+def _arrange(
+    lengths: np.ndarray, row_length: int, packed: bool, rows_per_batch: int
+) -> tuple[list[list[int]], int]:
+    """Returns rows of indices into `lengths` over all processes, and the length of the rows.
+
+    Empty rows fill the last micro-batch. Rows that are not packed have at most `row_length` tokens.
+    """
     if packed:
-        return pack(lengths, max_seq_length), max_seq_length
-    row_length, longest = _SHORTEST_ROW, int(lengths.max())
-    if longest > max_seq_length:
-        raise ValueError(f"an example has {longest} tokens, more than {max_seq_length}")
-    while row_length < longest:
-        row_length *= 2
-    return [[index] for index in range(len(lengths))], min(row_length, max_seq_length)
-
-
-def _with_empty_rows(rows: list[list[int]], rows_per_batch: int) -> list[list[int]]:
-    """Returns `rows`, filled up with empty rows to whole micro-batches."""
-    return rows + [[]] * (-len(rows) % rows_per_batch)
+        rows = pack(lengths, row_length)
+    else:
+        rows = [[index] for index in range(len(lengths))]
+        needed = _SHORTEST_ROW
+        while needed < lengths.max():
+            needed *= 2
+        row_length = min(needed, row_length)
+    return rows + [[]] * (-len(rows) % rows_per_batch), row_length
 
 
 def _shares(
     rows: Sequence[list[int]], rows_per_batch: int, process_index: int, process_count: int
 ) -> Iterator[Sequence[list[int]]]:
     """Yields this process's rows of each micro-batch."""
+    if rows_per_batch % process_count:  # rows would be lost
+        raise ValueError(
+            f"rows_per_batch={rows_per_batch} must be a multiple of the number of processes, "
+            f"{process_count}"
+        )
     share = rows_per_batch // process_count
     for start in range(process_index * share, len(rows), rows_per_batch):
         yield rows[start : start + share]
-
-
-def _check_shares(rows_per_batch: int, process_count: int) -> None:
-    if rows_per_batch < 1 or rows_per_batch % process_count:
-        raise ValueError(
-            f"rows_per_batch={rows_per_batch} must be a positive multiple of the number of "
-            f"processes, {process_count}"
-        )

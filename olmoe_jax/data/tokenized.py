@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
-from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,12 +33,11 @@ if TYPE_CHECKING:
 
 # Part of the cache's directory name alone: increase it whenever the stored arrays change their
 # layout. A new layout holds the same examples, so a run may continue across it.
-_CACHE_VERSION = 7
+_CACHE_VERSION = 8
 _ARRAYS = {
     "tokens": np.int32,
     "in_loss": np.bool_,
     "lengths": np.int32,
-    "prompt_lengths": np.int32,
     "counts": np.int64,
 }
 """The arrays of the cache: those of `TokenizedDataset`, with lengths in place of offsets."""
@@ -52,28 +50,19 @@ _BAR_DELAY = 2
 class TokenizedDataset:
     """The examples of some sources that train, in the order of the sources and their rows.
 
-    Attributes:
-      tokens: int32 [all tokens], the stored examples one after the other.
-      in_loss: bool [all tokens], the tokens that the loss covers.
-      offsets: int64 [stored examples + 1], where each example starts in `tokens`.
-      prompt_lengths: int32 [stored examples], see `TokenizedExample`.
-      rows: int64 [N], the stored examples that this data set holds.
-      sources: where the rows come from.
-      source_counts: what became of the rows of each source, also in a subset.
-      origin: the named parts that determine the stored examples, see `identity`.
+    The arrays of all stored examples are shared with subsets.
     """
 
-    tokens: np.ndarray
-    in_loss: np.ndarray
-    offsets: np.ndarray
-    prompt_lengths: np.ndarray
-    rows: np.ndarray
-    sources: Sequence[Source]
-    source_counts: Sequence[Counts]
-    origin: Mapping[str, str | int]
+    tokens: np.ndarray  # int32 [all tokens]: the stored examples one after the other
+    in_loss: np.ndarray  # bool [all tokens]: the tokens that the loss covers
+    offsets: np.ndarray  # int64 [stored examples + 1]: where each example starts in `tokens`
+    members: np.ndarray  # int64 [N]: which of the stored examples this data set holds
+    sources: Sequence[Source]  # where the rows come from
+    source_counts: Sequence[Counts]  # of the rows of each source, also in a subset
+    origin: Mapping[str, str | int]  # the parts that determine the stored examples: `identity`
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.members)
 
     @property
     def counts(self) -> Counts:
@@ -83,7 +72,7 @@ class TokenizedDataset:
     @cached_property
     def lengths(self) -> np.ndarray:
         """int64 [N]: the number of tokens of each example."""
-        return np.diff(self.offsets)[self.rows]
+        return np.diff(self.offsets)[self.members]
 
     @cached_property
     def target_counts(self) -> np.ndarray:
@@ -93,24 +82,22 @@ class TokenizedDataset:
         """
         starts = self.offsets[:-1]
         counts = np.add.reduceat(self.in_loss, starts, dtype=np.int64)
-        return (counts - self.in_loss[starts])[self.rows]
+        return (counts - self.in_loss[starts])[self.members]
 
     def example(self, index: int) -> TokenizedExample:
         """Returns example `index` of this data set; its arrays are views."""
-        row = self.rows[index]
-        span = slice(self.offsets[row], self.offsets[row + 1])
-        return TokenizedExample(
-            self.tokens[span], self.in_loss[span], int(self.prompt_lengths[row])
-        )
+        stored = self.members[index]
+        span = slice(self.offsets[stored], self.offsets[stored + 1])
+        return TokenizedExample(self.tokens[span], self.in_loss[span])
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> "TokenizedDataset":
         """Returns a data set of the examples at `indices`, in that order, on the same arrays."""
-        return replace(self, rows=self.rows[np.asarray(indices, np.int64)])
+        return replace(self, members=self.members[np.asarray(indices, np.int64)])
 
     def of_source(self, number: int) -> np.ndarray:
         """Returns int64 [n], which of the examples come from source `number`."""
         ends = np.cumsum([counts.kept for counts in self.source_counts])
-        return np.flatnonzero(np.searchsorted(ends, self.rows, side="right") == number)
+        return np.flatnonzero(np.searchsorted(ends, self.members, side="right") == number)
 
     def sets(self) -> "dict[str | None, TokenizedDataset]":
         """Returns the examples of each name that a source has, in the order of the sources.
@@ -151,44 +138,16 @@ class TokenizedDataset:
             taken.append(own[np.arange(number * count, (number + 1) * count) % len(own)])
         return self.subset(np.concatenate(taken))
 
-    def check_vocabulary(self, size: int, tokenizer: str | PathLike, instead: str) -> None:
-        """Checks that a model has all tokens.
-
-        Args:
-          size: of the model's vocabulary.
-          tokenizer: what the message calls the tokenizer.
-          instead: what the user does to give the model's tokenizer.
-
-        Raises:
-          UserError: a token is beyond the vocabulary, where an embedding would be zero.
-        """
-        largest = int(self.tokens.max())
-        if largest >= size:
-            raise UserError(
-                f"the tokenizer of {tokenizer} gives token {largest}, but the model's vocabulary "
-                f"has {size}; {instead}"
-            )
-
     def identity(self) -> dict[str, str | int]:
         """Returns the named parts that determine the examples, for a message that names one.
 
-        content: hash of the data files or of the hub's rows.
-        tokenizer: hash of the tokenizer and its end-of-text token.
-        max_seq_length: the length at which an example is cut.
-          rules: the version of the rules in data/formats.py.
-        and the parts of `RowRules.identity`.
-        weights: the weights of the sources, where one of them is not 1.
-        split: hash of the positions of this set's examples among those of the sources.
+        These are `origin`, the weights of the sources if one of them is not 1, and as `split` a
+        hash of the positions of this set's examples among those of the sources.
         """
         weights = [source.weight for source in self.sources]
         weighted = {"weights": str(weights)} if set(weights) != {1} else {}
-        split = hashlib.sha256(self.rows.tobytes()).hexdigest()
+        split = hashlib.sha256(self.members.tobytes()).hexdigest()
         return {**self.origin, **weighted, "split": split}
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of `identity()`: two data sets with the same one hold the same examples."""
-        return _hash(self.identity())
 
 
 def tokenize_dataset(
@@ -217,13 +176,12 @@ def tokenize_dataset(
       UserError: a row cannot be read or formatted (the message names file and line), no row is left
         to train on, or the cache cannot be written.
     """
-    if max_seq_length < 1:
-        raise ValueError(f"max_seq_length must be positive, not {max_seq_length}")
     rules = rules or row_rules(tokenizer)
     sources = parse(data, config, split)
     check_distinct(sources)
     digests = [content_digest(source) for source in sources]
     origin: dict[str, str | int] = {
+        # Of the data files, or of the hub's rows.
         "content": digests[0] if len(digests) == 1 else _hash(digests),
         "tokenizer": _tokenizer_digest(tokenizer),
         "max_seq_length": max_seq_length,
@@ -248,8 +206,7 @@ def tokenize_dataset(
         tokens=arrays["tokens"],
         in_loss=arrays["in_loss"],
         offsets=np.concatenate([[0], np.cumsum(arrays["lengths"], dtype=np.int64)]),
-        prompt_lengths=arrays["prompt_lengths"],
-        rows=np.arange(len(arrays["lengths"])),
+        members=np.arange(len(arrays["lengths"])),
         sources=sources,
         source_counts=[
             Counts(*numbers) for numbers in arrays["counts"].reshape(len(sources), -1).tolist()
@@ -261,16 +218,13 @@ def tokenize_dataset(
 def held_out_split(
     dataset: TokenizedDataset, fraction: float, seed: int
 ) -> tuple[TokenizedDataset, TokenizedDataset]:
-    """Returns (train, evaluation), where `seed` draws the share of examples that is held out.
+    """Returns (train, evaluation); `seed` draws the fraction of the examples that is held out.
 
     Both keep the order of the data set and have at least one example.
 
     Raises:
       UserError: the data set has fewer than two examples.
-      ValueError: `fraction` is not between 0 and 1.
     """
-    if not 0 < fraction < 1:
-        raise ValueError(f"the held-out fraction must be between 0 and 1, not {fraction}")
     count = len(dataset)
     if count < 2:
         raise UserError(
@@ -318,7 +272,6 @@ def _tokenize(
                         "tokens": np.concatenate([example.tokens for example in learnt]),
                         "in_loss": np.concatenate([example.in_loss for example in learnt]),
                         "lengths": np.array([len(example.tokens) for example in learnt], np.int32),
-                        "prompt_lengths": np.array([e.prompt_length for e in learnt], np.int32),
                     }
             if not counts.kept:
                 raise UserError(

@@ -66,6 +66,28 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
 _NO_LIMIT = 1 << 62
 
 
+def check_vocabulary(
+    largest: int,
+    size: int,
+    instead: str = "write the model's tokenizer",
+    tokenizer: os.PathLike | str | None = None,
+) -> None:
+    """Raises a `UserError` if the largest token is beyond a vocabulary, where no embedding is.
+
+    Args:
+      largest: the largest token.
+      size: of the model's vocabulary.
+      instead: what the user does to give the model's tokenizer.
+      tokenizer: what the message calls the tokenizer.
+    """
+    if largest >= size:
+        of = f" of {tokenizer}" if tokenizer else ""
+        raise UserError(
+            f"the tokenizer{of} gives token {largest}, but the model's vocabulary has {size}; "
+            f"{instead}"
+        )
+
+
 _ONE_AT_A_TIME = threading.RLock()
 
 

@@ -3,7 +3,7 @@
 Shapes: B rows, P prompt columns (padded on the left), N new tokens, V vocabulary.
 
 Sizes are rounded up (`bucket`), so that many prompts share few programs. The loop runs on the
-devices for CHUNK tokens; then the host looks for stop strings.
+devices for TOKENS_PER_LOOP tokens; then the host looks for stop strings.
 """
 
 import functools
@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
+from olmoe_jax.data.tokenizer import check_vocabulary
 from olmoe_jax.errors import UserError
 from olmoe_jax.generation.sampling import Kind, Numbers, Sampling, sample
 from olmoe_jax.generation.stop_strings import cut_at
@@ -28,7 +29,7 @@ from olmoe_jax.parallel.sharding import active_mesh, gathered, shard_batch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CHUNK = 16
+TOKENS_PER_LOOP = 16
 _SHORTEST = 32
 """The fewest prompt columns, and columns for new tokens."""
 _NEW_TOKENS = 256
@@ -108,7 +109,7 @@ def generate(
     encoded = [tokenizer(p, add_special_tokens=False, verbose=False).input_ids for p in prompts]
     if not all(encoded):
         raise UserError("a prompt is empty; write at least one word")
-    check_vocabulary(model, max(map(max, encoded), default=0))
+    check_vocabulary(max(map(max, encoded), default=0), model.config.vocab_size)
     positions = sys.maxsize if allow_extrapolation else model.config.max_position_embeddings
     rooms = [positions - len(tokens) for tokens in encoded]
     for number, (tokens, room) in enumerate(zip(encoded, rooms, strict=True), 1):
@@ -133,16 +134,6 @@ def generate(
             for index, text in zip(indices, found, strict=True):
                 texts[index] = text
     return texts
-
-
-def check_vocabulary(model: Olmoe, largest: int) -> None:
-    """Raises a `UserError` if the model does not have the token `largest`."""
-    known = model.config.vocab_size
-    if largest >= known:
-        raise UserError(
-            f"the tokenizer gives token {largest}, but the model's vocabulary has {known}; "
-            "write the model's tokenizer"
-        )
 
 
 def bucket(size: int, smallest: int = 1) -> int:
@@ -213,7 +204,7 @@ class _Decoder:
             self._numbers,
         )
 
-        # Decode CHUNK tokens at a time, until every row has ended.
+        # Decode TOKENS_PER_LOOP tokens at a time, until every row has ended.
         stopped, running, until = np.zeros(rows, bool), len(prompts), 1
         while True:
             new, count, ended = (np.asarray(part) for part in (state.new, state.count, state.ended))
@@ -229,7 +220,7 @@ class _Decoder:
             running = still
             if not still:
                 break
-            until = min(until + CHUNK, longest)
+            until = min(until + TOKENS_PER_LOOP, longest)
             state = _continue(
                 self._graph, self._kind, ends, self._parameters, state, ended, until, self._numbers
             )

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from olmoe_jax.data.tokenizer import check_vocabulary
 from olmoe_jax.errors import UserError
-from olmoe_jax.generation.decoding import NOT_FINITE, bucket, check_vocabulary, forward_program
+from olmoe_jax.generation.decoding import NOT_FINITE, bucket, forward_program
 from olmoe_jax.model.decoder import Olmoe
 from olmoe_jax.model.parameters import Parameters, merge, split
 from olmoe_jax.ops.cross_entropy import CHUNK
@@ -39,7 +40,8 @@ def log_likelihoods(model: Olmoe, pairs: Sequence[TokenPair]) -> list[tuple[floa
     """
     if not pairs:
         return []
-    check_vocabulary(model, max((max(part) for pair in pairs for part in pair if part), default=0))
+    largest = max((max(part) for pair in pairs for part in pair if part), default=0)
+    check_vocabulary(largest, model.config.vocab_size)
     rows: dict[tuple[int, ...], int] = {}
     places = []  # (row, column) of each hidden state that predicts a token of a continuation
     for context, continuation in pairs:

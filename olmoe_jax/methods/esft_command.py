@@ -91,7 +91,8 @@ def run_score(args: argparse.Namespace, output: Path) -> str:
     rules = rules_of(args, tokenizer)
     sources = ", ".join(map(str, sources_of(args)))
     dataset = data.tokenize_dataset(sources, tokenizer, length, rules=rules, progress=True)
-    dataset.check_vocabulary(source.config.vocab_size, place, "write the model's as --tokenizer")
+    vocabulary, instead = source.config.vocab_size, "write the model's as --tokenizer"
+    data.check_vocabulary(dataset.tokens.max(), vocabulary, instead, place)
     dataset = dataset.epoch(0, args.seed)
     mesh = sharding.make_mesh()
     scores, tokens = expert_scores(

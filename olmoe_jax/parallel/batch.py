@@ -1,32 +1,14 @@
 """A batch on the devices: rows of tokens, split over all axes of the mesh."""
 
 import functools
-from typing import NamedTuple, Protocol
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from olmoe_jax.parallel.sharding import BATCH
-
-
-class HostRows(Protocol):
-    """The arrays of `olmoe_jax.data.Batch`."""
-
-    @property
-    def tokens(self) -> np.ndarray: ...
-
-    @property
-    def targets(self) -> np.ndarray: ...
-
-    @property
-    def segment_ids(self) -> np.ndarray: ...
-
-    @property
-    def positions(self) -> np.ndarray: ...
-
-    @property
-    def loss_weights(self) -> np.ndarray: ...
 
 
 class DeviceBatch(NamedTuple):
@@ -39,7 +21,7 @@ class DeviceBatch(NamedTuple):
     loss_weights: jax.Array  # float32: sum to 1 over a step
 
 
-def place_batch(rows: HostRows, mesh: Mesh) -> DeviceBatch:
-    """Places this process's rows as its part of the global batch."""
+def place_batch(rows: Iterable[np.ndarray], mesh: Mesh) -> DeviceBatch:
+    """Places this process's rows, an `olmoe_jax.data.Batch`, as its part of the global batch."""
     place = functools.partial(jax.make_array_from_process_local_data, NamedSharding(mesh, BATCH))
-    return DeviceBatch(*(place(getattr(rows, name)) for name in DeviceBatch._fields))
+    return DeviceBatch(*map(place, rows))

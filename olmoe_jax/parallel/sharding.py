@@ -9,7 +9,7 @@ are used; embedding and head, which have a row per token of the vocabulary, stay
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,16 +42,6 @@ RULES: dict[str, tuple[str, ...]] = {
     "router": (),
     "norm": (),
 }
-
-
-class Declared(Protocol):
-    """A parameter's shape and logical axes, as `olmoe_jax.model.parameters.ParameterSpec` has."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def axes(self) -> tuple[str, ...]: ...
 
 
 def make_mesh(
@@ -138,8 +128,8 @@ def expert_axes(num_experts: int, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     return mesh_axes(partition_spec((num_experts,), ("expert",), mesh)[0])
 
 
-def parameter_shardings(specs: Mapping[str, Declared], mesh: Mesh) -> dict[str, NamedSharding]:
-    """Returns the sharding of each parameter."""
+def parameter_shardings(specs: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
+    """Returns the sharding of each parameter, from its `model.parameters.ParameterSpec`."""
     return {
         name: NamedSharding(mesh, partition_spec(spec.shape, spec.axes, mesh))
         for name, spec in specs.items()

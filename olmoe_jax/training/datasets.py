@@ -72,8 +72,11 @@ def load_datasets(config: Config, model: BaseModel) -> Datasets:
     elif options.eval_fraction:
         train, evaluation = data.held_out_split(train, options.eval_fraction, config.train.seed)
     for dataset in filter(None, (train, evaluation)):
-        dataset.check_vocabulary(
-            model.config.vocab_size, model.tokenizer_files, "set data.tokenizer_path to the model's"
+        data.check_vocabulary(
+            dataset.tokens.max(),
+            model.config.vocab_size,
+            "set data.tokenizer_path to the model's",
+            model.tokenizer_files,
         )
     pad_id = tokenizer.pad_token_id
     pad_id = tokenizer.eos_token_id if pad_id is None else pad_id

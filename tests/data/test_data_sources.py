@@ -55,7 +55,7 @@ def test_sources_of_one_name_are_a_set(files, tokenizer, tmp_path):
     plain = tokenize_dataset(f"{files[0]}, {files[1]}, {other}", tokenizer, 20)
     assert plain.identity() == named.identity()  # a name changes no row
     _, held_out = held_out_split(plain, 0.5, seed=0)
-    assert held_out.sets()[None].rows.tolist() == held_out.rows.tolist()
+    assert held_out.sets()[None].members.tolist() == held_out.members.tolist()
 
 
 @pytest.mark.parametrize("weight", [0.25, 0.5, 1, 1.5, 2, 2.7, 0.001])

@@ -77,7 +77,7 @@ def test_cache_is_used_until_data_tokenizer_or_settings_change(
     tokenizer("x", truncation=True, max_length=1)  # leaves its setting in the tokenizer
     again = tokenize_dataset(data, tokenizer, 20)
     assert len(tokenizations) == 1
-    assert first.fingerprint == again.fingerprint
+    assert first.identity() == again.identity()
     np.testing.assert_array_equal(first.tokens, again.tokens)
 
     assert tokenize_dataset(data, tokenizer, 6).lengths.tolist() == [5, 6, 6]
@@ -89,7 +89,7 @@ def test_cache_is_used_until_data_tokenizer_or_settings_change(
     write(tmp_path / "data.jsonl", ROWS[:2])
     changed = tokenize_dataset(data, tokenizer, 20)
     assert len(changed) == 2
-    assert changed.fingerprint != first.fingerprint
+    assert changed.identity() != first.identity()
     assert len(tokenizations) == 4
 
 
@@ -202,13 +202,13 @@ def test_held_out_split(make_dataset):
     dataset = make_dataset([3] * 50)
     train, evaluation = held_out_split(dataset, 0.1, seed=7)
     assert (len(train), len(evaluation)) == (45, 5)
-    assert sorted([*train.rows, *evaluation.rows]) == list(range(50))
+    assert sorted([*train.members, *evaluation.members]) == list(range(50))
     assert train.tokens is dataset.tokens
-    first, same = evaluation.example(0), dataset.example(evaluation.rows[0])
+    first, same = evaluation.example(0), dataset.example(evaluation.members[0])
     np.testing.assert_array_equal(first.tokens, same.tokens)
     again, _ = held_out_split(dataset, 0.1, seed=7)
     other, _ = held_out_split(dataset, 0.1, seed=8)
-    assert train.fingerprint == again.fingerprint != other.fingerprint
+    assert train.identity() == again.identity() != other.identity()
     different = train.identity().items() ^ other.identity().items()
     assert {name for name, _ in different} == {"split"}
     assert [len(part) for part in held_out_split(make_dataset([3, 3]), 0.01, seed=0)] == [1, 1]

@@ -106,7 +106,7 @@ def test_stop_strings(model, tokenizer, greedy, monkeypatch):
 
     monkeypatch.setattr(generation, "_continue", counted)
     generate(model, tokenizer, [PROMPTS[1]], max_new_tokens=60, stop=stop)
-    assert counts == [1 + generation.CHUNK]
+    assert counts == [1 + generation.TOKENS_PER_LOOP]
 
 
 @pytest.mark.slow

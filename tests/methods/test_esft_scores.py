@@ -22,7 +22,7 @@ PAD = 1
 
 
 def rows_of(dataset, rows=None):
-    rows = dataset.rows if rows is None else dataset.rows[rows]
+    rows = dataset.members if rows is None else dataset.members[rows]
     return [dataset.tokens[dataset.offsets[row] : dataset.offsets[row + 1]] for row in rows]
 
 

@@ -106,12 +106,11 @@ def test_packed_is_unpacked(setup, unpacked):
 
 def rows_of(batch: Batch, weights: np.ndarray, rows: slice) -> Batch:
     """These rows with these loss weights, and empty rows up to the same number."""
-    arrays = {}
-    for field in dataclasses.fields(batch):
-        array = weights if field.name == "loss_weights" else getattr(batch, field.name)
-        arrays[field.name] = np.zeros_like(array)
-        arrays[field.name][: len(array[rows])] = array[rows]
-    return Batch(**arrays)
+    arrays = []
+    for array in batch._replace(loss_weights=weights):
+        arrays.append(np.zeros_like(array))
+        arrays[-1][: len(array[rows])] = array[rows]
+    return Batch(*arrays)
 
 
 def test_microbatch_normalization_is_the_mean_of_the_means(setup, unpacked):

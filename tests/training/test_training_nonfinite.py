@@ -1,7 +1,5 @@
 """A loss or gradient that is not finite: the update is skipped; after N of them the run stops."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 from helpers import message_of
@@ -35,7 +33,7 @@ def poison(monkeypatch):
             calls[0] += 1
             if calls[0] in steps:
                 weights = np.where(batch.loss_weights > 0, value, 0).astype(np.float32)
-                batch = dataclasses.replace(batch, loss_weights=weights)
+                batch = batch._replace(loss_weights=weights)
             return original(self, batch)
 
         monkeypatch.setattr(Program, "to_devices", to_devices)
