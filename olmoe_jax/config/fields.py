@@ -20,19 +20,14 @@ _LIMIT = 2**32
 class Rule:
     """The range of a field's values.
 
-    Attributes:
-      requirement: the range in words: "must be ...".
-      test: returns whether a value lies in the range.
-      example: a value in the range, as the command line spells it.
-      expand: returns a value that is a place (a path, a hub id, sources of rows) with ~ replaced.
-      absolute: returns such a value with absolute paths.
+    A value that is a place (a path, a hub id, sources of rows) has the two last functions.
     """
 
-    requirement: str
-    test: Callable[[Any], bool]
-    example: str
-    expand: Callable[[str], str] | None = None
-    absolute: Callable[[str], str] | None = None
+    requirement: str  # the range in words: "must be ..."
+    test: Callable[[Any], bool]  # whether a value lies in the range
+    example: str  # a value in the range, as the command line spells it
+    expand: Callable[[str], str] | None = None  # returns the place with ~ replaced
+    absolute: Callable[[str], str] | None = None  # returns the place with absolute paths
 
 
 def at_least(minimum: int) -> Rule:
@@ -88,19 +83,12 @@ def option(default: Any, help: str, rule: Rule | None = None, choices: Collectio
 
 @dataclass(frozen=True)
 class Field:
-    """A field as its dataclass declares it.
+    """A field as its dataclass declares it."""
 
-    Attributes:
-      path: SECTION.NAME.
-      kind: bool, int, float or str.
-      choices: the values of a str field that accepts only these.
-      optional: whether None is a value.
-    """
-
-    path: str
-    kind: type
-    choices: Collection[str]
-    optional: bool
+    path: str  # SECTION.NAME
+    kind: type  # bool, int, float or str
+    choices: Collection[str]  # the values of a str field that accepts only these
+    optional: bool  # None is a value
     default: Any
     help: str
     rule: Rule | None
@@ -208,8 +196,8 @@ def read_fields(sections: Mapping[str, type]) -> dict[str, Field]:
 def _read_annotation(annotation: Any) -> tuple[type, tuple[str, ...], bool]:
     """Returns (kind, choices, optional) of T or Literal[...], either with `| None` or without."""
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
-        # typing keeps one object for a union however its choices are ordered: a second module that
-        # annotates the same union must list them in the same order, or messages change theirs.
+        # typing makes one object of equal unions, with the choices in the order of the first: a
+        # module that annotates the same union in another order changes the order in messages.
         kind, choices, _ = _read_annotation(typing.get_args(annotation)[0])
         return kind, choices, True
     if typing.get_origin(annotation) is Literal:

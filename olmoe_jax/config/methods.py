@@ -22,21 +22,13 @@ ESFT_SWITCHES = dict.fromkeys(ROUTER_GRADIENT, "esft_densemixer")
 
 @dataclass(frozen=True)
 class MethodDeclaration:
-    """The declaration of a method: what a configuration may say of it.
+    """The declaration of a method: what a configuration may say of it."""
 
-    Attributes:
-      name: the value of method.name.
-      help: what trains and how the router learns, in a few words.
-      implementation: "MODULE:CLASS", a subclass of `olmoe_jax.methods.Method`.
-      own_fields: the fields of the section `method` that this method reads and not every method
-        does.
-      switches: field -> the field of the section that must be true for the first to be read.
-    """
-
-    name: str
-    help: str
-    implementation: str
-    own_fields: tuple[str, ...] = ()
+    name: str  # the value of method.name
+    help: str  # what trains and how the router learns, in a few words
+    implementation: str  # "MODULE:CLASS", a subclass of `olmoe_jax.methods.Method`
+    own_fields: tuple[str, ...] = ()  # of the section `method`, those that not every method reads
+    # Field -> the field of the section that must be true for the first to be read.
     switches: Mapping[str, str] = field(default_factory=dict)
 
     @property

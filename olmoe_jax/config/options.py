@@ -378,17 +378,11 @@ class Config:
 
 @dataclass(frozen=True)
 class Removed:
-    """A field of earlier versions.
+    """A field of earlier versions."""
 
-    Attributes:
-      instead: what a user writes instead.
-      default: the value with which an old run continues.
-      free: whether an old run continues with any value, since the field changed no mathematics.
-    """
-
-    instead: str
-    default: bool | str | None = None
-    free: bool = False
+    instead: str  # what a user writes instead
+    default: bool | str | None = None  # the value with which an old run continues
+    free: bool = False  # an old run continues with any value: the field changed no mathematics
 
 
 _LESS_MEMORY = (

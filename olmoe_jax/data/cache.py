@@ -41,14 +41,10 @@ def load_arrays(directory: Path, dtypes: _DTypes) -> dict[str, np.ndarray] | Non
 def save_arrays(
     directory: Path, dtypes: _DTypes, parts: Iterable[Mapping[str, np.ndarray]]
 ) -> None:
-    """Writes arrays to `directory` all at once; replaces a damaged one.
+    """Writes arrays, none of them empty, to a directory that appears whole; replaces a damaged one.
 
-    Two processes may write the same directory at the same time: one of the two equal results stays.
-
-    Args:
-      directory: the directory that appears.
-      dtypes: the dtype of each array; no array may be empty.
-      parts: what follows in some of the arrays. One part is in memory at a time.
+    Each part holds what follows in some of the arrays; one part is in memory at a time. Two
+    processes may write the same directory at the same time: one of the two equal results stays.
 
     Raises:
       OSError: the directory cannot be written; nothing is left behind.

@@ -31,21 +31,15 @@ _SHAREGPT_FIELDS = {"from": "role", "value": "content"}
 
 @dataclass(frozen=True)
 class FormattedRow:
-    """The text of a row and the parts of it that train.
-
-    Attributes:
-      text: the text.
-      spans: (start, end) in characters of `text` of each part that trains, in their order.
-      templated: whether a chat template made the text.
-    """
+    """The text of a row and the parts of it that train."""
 
     text: str
-    spans: tuple[Span, ...]
-    templated: bool = False
+    spans: tuple[Span, ...]  # (start, end) in characters of each part that trains, in their order
+    templated: bool = False  # a chat template made the text
 
 
 def checked_messages(value: Any, field: str, ignored: Iterable[str] = ()) -> list[Message]:
-    """Returns messages without null fields and `ignored` ones, in the parts of a content too.
+    """Returns messages without the fields that are null or `ignored`, in lists of parts too.
 
     Raises:
       UserError: they are no list of objects with a role.
@@ -193,9 +187,9 @@ def after(before: str, text: str) -> str:
 def trained_turns(
     messages: Sequence[Message], train_on: str
 ) -> tuple[list[Message], dict[int, bool]]:
-    """Returns the messages without weights, and whether a turn trains.
+    """Returns the messages without weights, and {index of a turn: whether the turn trains}.
 
-    The second has the index of each assistant's turn; if all trains, of each turn that does not.
+    The dict has all turns of an assistant and, with train_on="all", the others that do not train.
     """
     wanted: dict[int, bool] = {}
     plain = []
@@ -236,9 +230,9 @@ def trained(
 def _span(
     messages: Sequence[Message], tools: list | None, template: ChatTemplate, text: str, turn: int
 ) -> Span:
-    """Returns the part of `text` that holds a turn, by rendering prefixes.
+    """Returns the part of `text` that holds a turn, by rendering the turns up to it.
 
-    Of an assistant's turn this is what it wrote: the part does not have what asks it to write.
+    An assistant's part holds what the assistant writes, and not what asks for the answer.
     """
     asks = messages[turn]["role"] == "assistant"
     before, _ = template.render(messages[:turn], tools, prompt=asks)
@@ -250,13 +244,13 @@ def _span(
         raise UserError(
             f"{template.name} asks for messages[{turn}] by a text that ends in {before[-20:]!r} "
             "(add_generation_prompt), and writes another in front of the answer, so that the "
-            "answer is not what the model will be asked for; write a template that keeps the "
-            "text, or one with {% generation %} marks"
+            "model would train on another prompt than it will be given; write a template that "
+            "keeps the text, or one with {% generation %} marks"
         )
     if not text.startswith(before) or not text.startswith(until):
         raise UserError(
             f"{template.name} writes the conversation up to messages[{turn}] in another way once "
-            "more turns follow, so that the answer is not what the model will be asked for; set "
-            "data.train_on=last_answer, or write a template with {% generation %} marks"
+            "more turns follow, so that the model would train on another prompt than it will be "
+            "given; set data.train_on=last_answer, or write a template with {% generation %} marks"
         )
     return len(before), len(until)

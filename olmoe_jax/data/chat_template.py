@@ -25,18 +25,11 @@ _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A chat template of a tokenizer, which transformers renders.
+    """A chat template of a tokenizer, which transformers renders."""
 
-    Attributes:
-      name: what messages call the template.
-      sources: the Jinja text under the name "default". A tokenizer may have another for
-        conversations with tools, "tool_use".
-      tokenizer: the tokenizer, whose special tokens the template may print.
-    """
-
-    name: str
-    sources: Mapping[str, str]
-    tokenizer: "PreTrainedTokenizerBase"
+    name: str  # what error messages call the template
+    sources: Mapping[str, str]  # Jinja: "default" and, for conversations with tools, "tool_use"
+    tokenizer: "PreTrainedTokenizerBase"  # whose special tokens the template may print
 
     def source(self, tools: list | None = None) -> str:
         """Returns the Jinja text for a conversation."""
@@ -61,10 +54,7 @@ class ChatTemplate:
     ) -> tuple[str, list[Span]]:
         """Returns the text of messages, and the spans that the template marks.
 
-        Args:
-          messages: the conversation.
-          tools: the JSON schemas of the tools.
-          prompt: put what an assistant's turn begins with behind the text.
+        With `prompt`, the text ends with the begin of an assistant's turn.
 
         Raises:
           UserError: the template is wrong, or refuses the messages.
@@ -108,11 +98,7 @@ class ChatTemplate:
 
 
 def chat_template(spec: str | None, tokenizer: "PreTrainedTokenizerBase") -> ChatTemplate | None:
-    """Returns the template that `data.chat_template` names.
-
-    Args:
-      spec: "auto" (the tokenizer's own, if it has one), a file, or None.
-      tokenizer: the tokenizer.
+    """Returns the template that `spec` names: "auto" (the tokenizer's own), a file or None.
 
     Raises:
       UserError: the file cannot be read, or the tokenizer has several templates without a default.

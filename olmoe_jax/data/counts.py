@@ -11,31 +11,18 @@ from olmoe_jax.sources import Source, short
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers of rows.
+    """Numbers of rows, and of their tokens."""
 
-    Attributes:
-      rows: read.
-      dropped: without a token to train on.
-      cut: longer than an example may be.
-      lost_end: of those that were cut and train, the ones that lost the end of an answer.
-      without_end: not cut, but the answer does not end in a token that ends a turn.
-      empty: that train to answer with nothing.
-      straddling: with a token that holds the end of a prompt and the start of an answer.
-      templated: rendered by a chat template.
-      tokens: of the rows that were not dropped.
-      trained: those of them that the loss covers.
-    """
-
-    rows: int = 0
-    dropped: int = 0
-    cut: int = 0
-    lost_end: int = 0
-    without_end: int = 0
-    empty: int = 0
-    straddling: int = 0
-    templated: int = 0
-    tokens: int = 0
-    trained: int = 0
+    rows: int = 0  # read
+    dropped: int = 0  # without a token to train on
+    cut: int = 0  # longer than an example may be
+    lost_end: int = 0  # cut, so that an answer that trains has lost its end
+    without_end: int = 0  # not cut, but the answer does not end in a token that ends a turn
+    empty: int = 0  # that train on an empty answer
+    straddling: int = 0  # with a token that holds the end of a prompt and the start of an answer
+    templated: int = 0  # rendered by a chat template
+    tokens: int = 0  # of the rows that were not dropped
+    trained: int = 0  # tokens that the loss covers
 
     @classmethod
     def of(cls, examples: Iterable[EncodedRow], ends: Collection[int]) -> "Counts":

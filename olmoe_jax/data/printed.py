@@ -18,13 +18,9 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 def check_printed(
     messages: Sequence[Message], tools: list | None, template: ChatTemplate, text: str
 ) -> None:
-    """Raises a `UserError` if the template prints nothing of something that the messages say.
+    """Raises a `UserError` if the template leaves out something that messages or tools say.
 
-    Args:
-      messages: the conversation.
-      tools: the JSON schemas of the tools.
-      template: the template.
-      text: what it printed of them.
+    `text` is what the template printed of them.
     """
 
     def refuse_unprinted(what: str, without: list[Message], tools: list | None = tools) -> None:

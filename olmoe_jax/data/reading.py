@@ -44,7 +44,7 @@ _PAGE_LIMIT = 256 << 20
 
 
 def read_source(source: Source) -> Iterator[tuple[str, Row]]:
-    """Yields `read_rows` of a source, whatever its weight."""
+    """Yields `read_rows` of a source: each row once, whatever the source's weight."""
     with naming_options():
         yield from read_rows(source.path, source.split or "train", source.config)
 

@@ -164,13 +164,11 @@ def tokenize_dataset(
     The cache is $OLMOE_JAX_CACHE, or ~/.cache/olmoe_jax.
 
     Args:
-      data: the sources, see `olmoe_jax.sources.parse`.
-      tokenizer: the tokenizer.
-      max_seq_length: the length at which an example is cut.
-      split: the split of data sets on the hub that name none; None: train.
+      data, config, split: the sources, see `olmoe_jax.sources.parse`; the default split is train.
+      tokenizer: from `load_tokenizer`.
+      max_seq_length: the length in tokens at which an example is cut.
       rules: how rows become text; None: `row_rules` of the tokenizer.
-      config: the configuration of data sets on the hub that name none.
-      progress: whether to show a bar on a terminal.
+      progress: shows a bar on a terminal.
 
     Raises:
       UserError: a row cannot be read or formatted (the message names file and line), no row is left

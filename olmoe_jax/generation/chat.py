@@ -32,7 +32,7 @@ Decode = Callable[..., list[str]]
 
 
 @dataclass(frozen=True)
-class Format:
+class ChatFormat:
     """How conversations become text, and where an answer ends."""
 
     rules: RowRules  # the chat template, and the fields that count as absent
@@ -81,7 +81,7 @@ class Format:
 
 def open_format(
     spec: str, files: Path, adapter: str | None = None, tokenizer: str | None = None
-) -> Format:
+) -> ChatFormat:
     """Returns the format of a model's conversations; opens the tokenizer.
 
     Args:
@@ -109,7 +109,7 @@ def open_format(
         )
     rules = RowRules(template)
     ends = {*read_turn_ends(files), *read_turn_ends(tuned), *rules.ends(opened.eos_token_id)}
-    return Format(rules, opened, sorted(ends))
+    return ChatFormat(rules, opened, sorted(ends))
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Conversation:
 
 
 def read_conversations(
-    prompts: Sequence[str], file: str | None, system: str | None, chat: Format
+    prompts: Sequence[str], file: str | None, system: str | None, chat: ChatFormat
 ) -> list[Conversation]:
     """Returns the conversations of the command line: messages, then the rows of a file.
 
@@ -146,7 +146,7 @@ def _rows(file: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
         yield from read_rows(file)
 
 
-def _waiting(place: str, row: dict[str, Any], system: str | None, chat: Format) -> Conversation:
+def _waiting(place: str, row: dict[str, Any], system: str | None, chat: ChatFormat) -> Conversation:
     try:
         messages, tools = conversation(row, chat.rules)
         if system is not None:
@@ -158,7 +158,9 @@ def _waiting(place: str, row: dict[str, Any], system: str | None, chat: Format) 
         raise UserError(f"{place}: {error}") from None
 
 
-def answer(conversations: Sequence[Conversation], chat: Format, generate: Decode) -> list[Message]:
+def answer(
+    conversations: Sequence[Conversation], chat: ChatFormat, generate: Decode
+) -> list[Message]:
     """Returns an assistant's turn for each conversation."""
     texts = generate([c.prompt for c in conversations], progress=len(conversations) > 1)
     return [
@@ -183,7 +185,7 @@ class Session:
       room: the most tokens of a prompt. A longer one loses its oldest messages and answers.
     """
 
-    def __init__(self, chat: Format, generate: Decode, system: str | None, room: int):
+    def __init__(self, chat: ChatFormat, generate: Decode, system: str | None, room: int):
         self._chat, self._generate, self._room = chat, generate, room
         self._system = [] if system is None else [{"role": "system", "content": system}]
         self._turns: list[Message] = []

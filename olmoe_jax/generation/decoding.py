@@ -49,7 +49,7 @@ class _State(NamedTuple):
     ended: jax.Array  # [B] bool
     lengths: jax.Array  # [B] int32: tokens of the prompts
     keys: jax.Array  # [B] random keys, one for each row
-    finite: jax.Array  # [] bool: all logits were, of rows that had not ended
+    finite: jax.Array  # [] bool: all logits so far, but those of rows that had ended, were finite
 
 
 def generate(
@@ -81,11 +81,8 @@ def generate(
       prompts: non-empty texts.
       max_new_tokens: the length at which a text is cut; None: 256, or where the model's positions
         end.
-      temperature: see `Sampling`.
-      top_p: see `Sampling`.
-      top_k: see `Sampling`.
+      temperature, top_p, top_k, seed: see `Sampling`.
       stop: strings that end a text, which is cut before the first of them.
-      seed: see `Sampling`.
       batch_size: prompts decoded together.
       progress: shows a bar.
       allow_extrapolation: decodes beyond the model's positions (max_position_embeddings).

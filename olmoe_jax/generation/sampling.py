@@ -25,25 +25,20 @@ class Numbers(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are taken from the logits.
+    """How tokens are taken from the logits: greedily, or drawn from softmax(logits / temperature).
 
-    Attributes:
-      temperature: 0 takes the most probable token; above 0, draws from
-        softmax(logits / temperature).
-      top_p: draws from the fewest most probable tokens that have this much probability together
-        (nucleus sampling, https://arxiv.org/abs/1904.09751); 1: from all tokens.
-      top_k: draws from so many most probable tokens; 0: from all tokens. With both, top_p is a
-        share of the probability of the top_k tokens.
-      seed: seeds the draws.
+    With top_p below 1 the draws are from the fewest most probable tokens that have this much
+    probability together (nucleus sampling, https://arxiv.org/abs/1904.09751). With both top_p and
+    top_k, top_p is a share of the probability of the top_k tokens.
 
     Raises:
       UserError: a number is out of range.
     """
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    top_k: int = 0
+    temperature: float = 0.0  # 0 takes the most probable token
+    top_p: float = 1.0  # 1: from all tokens
+    seed: int = 0  # of the draws
+    top_k: int = 0  # draws from so many most probable tokens; 0: from all tokens
 
     def __post_init__(self):
         if not 0 <= self.temperature < float("inf"):

@@ -30,7 +30,7 @@ USER, ANSWER = {"role": "user", "content": "Hi?"}, {"role": "assistant", "conten
 def format_of(name, tokenizer):
     spec = None if name == "none" else str(TEMPLATES / f"{name}.jinja")
     rules = RowRules(chat_template(spec, tokenizer))
-    return chat.Format(rules, tokenizer, rules.ends(tokenizer.eos_token_id))
+    return chat.ChatFormat(rules, tokenizer, rules.ends(tokenizer.eos_token_id))
 
 
 @pytest.mark.parametrize("name", [*NAMES, "none"])
