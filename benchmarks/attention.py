@@ -44,6 +44,11 @@ def main(arguments: Sequence[str]) -> None:
     args = parser.parse_args(arguments)
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*){3}", args.shape):
         raise UserError(f"--shape={args.shape}: write four numbers, e.g. 4,256,8,64")
+    _, length, heads, _ = map(int, args.shape.split(","))
+    if heads % (args.kv_heads or heads):
+        raise UserError(f"--kv_heads={args.kv_heads}: write a divisor of the {heads} heads")
+    if args.segments > length:
+        raise UserError(f"--segments={args.segments}: write at most the length, {length}")
     result = compiled(args) if args.topology else {"machine": machine()} | timed(args)
     print(json.dumps(result) if args.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
 

@@ -3,14 +3,15 @@
 The script prints the seconds (median of interleaved runs) and the temporary memory of both ways.
 """
 
-import argparse
 import time
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.machine import machine
+from olmoe_jax.errors import ArgumentParser, run_command, whole_number
 from olmoe_jax.ops.cross_entropy import weighted_cross_entropy
 
 
@@ -22,15 +23,15 @@ def plain(hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.A
     return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - target_logits))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=1)
-    parser.add_argument("--length", type=int, default=4096)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--vocab", type=int, default=8192)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--runs", type=int, default=5)
-    args = parser.parse_args()
+def main(arguments: Sequence[str]) -> None:
+    parser = ArgumentParser(prog="python -m benchmarks.cross_entropy", description=__doc__)
+    parser.add_argument("--rows", type=whole_number(1), default=1)
+    parser.add_argument("--length", type=whole_number(1), default=4096)
+    parser.add_argument("--width", type=whole_number(1), default=256)
+    parser.add_argument("--vocab", type=whole_number(1), default=8192)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--runs", type=whole_number(1), default=5)
+    args = parser.parse_args(arguments)
     keys = jax.random.split(jax.random.key(0), 3)
     shape = (args.rows, args.length)
     hidden = jax.random.normal(keys[0], (*shape, args.width), args.dtype)
@@ -59,4 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -11,7 +11,6 @@ CodeAlpaca, the mean of a sample stands for all examples. The training files of 
 translation are not among the data files: their hours are for 10,000 examples of 1,000 tokens.
 """
 
-import argparse
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -20,6 +19,7 @@ from configs.table import DATASETS, ESFT, EXPERIMENTS, experiment
 from eval.reproduce.cells import tasks_of
 from eval.tasks import TASKS
 from olmoe_jax import methods
+from olmoe_jax.errors import ArgumentParser, UserError, run_command
 from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.model.decoder import parameter_specs
 from olmoe_jax.model.flops import StepFlops, step_flops_per_token
@@ -58,11 +58,13 @@ PROMPTS = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str]) -> None:
     """Prints the hours of each cell as a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(prog="python -m benchmarks.reproduce_hours", description=__doc__)
     parser.add_argument("--utilisation", type=float, default=0.3, help="share of the peak (0.3)")
     share = parser.parse_args(arguments).utilisation
+    if not 0.001 <= share <= 1:
+        raise UserError(f"--utilisation={share}: write a share of the peak, 0.001 to 1")
     print(f"GPU hours at {share:.0%} of an H100's peak")
     print(f"| method | {' | '.join(DATASETS)} | all |")
     print("| --- |" + " ---: |" * (len(DATASETS) + 1))
@@ -119,4 +121,4 @@ def evaluation_hours(dataset: str, share: float) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,8 +1,10 @@
-"""The model and batch sizes that the benchmarks share. Needs the standard library only."""
+"""The model and batch sizes that the benchmarks share. Needs no package."""
 
 import argparse
 import dataclasses
 from typing import Any
+
+from olmoe_jax.errors import whole_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +66,8 @@ def add_shape_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=SHAPES, default="mid")
     for field in dataclasses.fields(Shape):
         if field.type is int:
-            parser.add_argument(f"--{field.name}", type=int, help="default: the shape's")
+            text = "default: the shape's"
+            parser.add_argument(f"--{field.name}", type=whole_number(1), help=text)
     parser.add_argument("--compute_dtype", choices=("float32", "bfloat16"))
 
 

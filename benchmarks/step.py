@@ -165,6 +165,8 @@ def make_step(
         raise UserError("--lora_rank does not go with --method=esft; leave one of them out")
     if args.method == "esft" and not 0 < args.tuned_experts <= shape.experts:
         raise UserError(f"--tuned_experts must be 1 to {shape.experts}")
+    if args.lora_dropout is not None and not 0 <= args.lora_dropout < 1:
+        raise UserError(f"--lora_dropout={args.lora_dropout}: write a share, 0 to below 1")
     if shape.rows % mesh.size:
         raise UserError(f"--rows={shape.rows}: must be a multiple of the {mesh.size} devices")
     program, flops_per_token = build(args, shape, mesh)
@@ -233,7 +235,13 @@ def setup(args: argparse.Namespace, shape: Shape) -> tuple[Config, BaseModel]:
 
 
 def random_batch(shape: Shape) -> Batch:
-    """Returns rows of random tokens, one example each, with weights that make the loss a mean."""
+    """Returns rows of random tokens, one example each, with weights that make the loss a mean.
+
+    Raises:
+      UserError: a row of one token has nothing to predict.
+    """
+    if shape.length < 2:
+        raise UserError(f"--length={shape.length}: write 2 or more")
     size = (shape.rows, shape.length)
     tokens = np.random.default_rng(0).integers(0, shape.vocab, size, dtype=np.int32)
     targets = np.roll(tokens, -1, axis=1)

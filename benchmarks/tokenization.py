@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from benchmarks.machine import machine
 from olmoe_jax.data import load_tokenizer, tokenize_dataset
-from olmoe_jax.errors import ArgumentParser, run_command
+from olmoe_jax.errors import ArgumentParser, UserError, run_command
+from olmoe_jax.files import read_text, user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = ArgumentParser(prog="python -m benchmarks.tokenization", description=__doc__)
     parser.add_argument("--tokenizer", required=True)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--text", type=Path)
+    what.add_argument("--text", type=user_path)
     what.add_argument("--data")
     args = parser.parse_args(arguments)
     tokenizer = load_tokenizer(args.tokenizer)
@@ -45,7 +46,9 @@ def main(arguments: Sequence[str]) -> None:
             tokens, seconds, critical = measure(args.data, tokenizer)
             print(f"{tokens:,} tokens, {seconds:.2f} s, with a core for each thread {critical:.2f}")
             return
-        words = args.text.read_text(encoding="utf-8").split()
+        words = read_text(args.text).split()
+        if len(words) <= WORDS:
+            raise UserError(f"--text={args.text}: write a text of more than {WORDS} words")
         print("chats | turns |    tokens | seconds | a token, over the first row | a core each")
         first = None
         for chats, turns in SHAPES:

@@ -100,7 +100,7 @@ def ours(inputs: Path, args: argparse.Namespace) -> list[str | Path]:
         "optimizer.learning_rate": RATE,
         "train.output_dir": inputs / "output",
         "train.batch_size": args.batch_size,
-        "train.rows_per_device": args.batch_size // 2,
+        "train.rows_per_device": max(1, args.batch_size // 2),
         "train.microbatch_examples": args.batch_size,
         "train.max_steps": args.steps,
     }

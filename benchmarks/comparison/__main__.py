@@ -4,8 +4,8 @@
 
 Bases of about 10M parameters (32 experts, K per token) are pretrained on twelve generated tasks and
 fine-tuned on four others with each method. Every run is a row of OUTPUT/results.jsonl: the same
-command continues after an interruption. OUTPUT gets table.md, rates.md, effects.md, base.md and
-comparison.svg; --report DIR only writes these, from OUTPUT's results, to DIR.
+command continues after an interruption. OUTPUT gets table.md, rates.md, targets.md, effects.md,
+base.md and comparison.svg; --report DIR only writes these, from OUTPUT's results, to DIR.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from benchmarks.comparison.base import write_inputs
 from benchmarks.comparison.cells import QUICK, Cell, Study, missing, read
 from benchmarks.comparison.report import write_report
 from benchmarks.comparison.runs import base_file, keep_study, pretrain, run_cells
-from olmoe_jax.errors import ArgumentParser, run_command
+from olmoe_jax.errors import ArgumentParser, run_command, whole_number
 from olmoe_jax.files import user_path
 from olmoe_jax.parallel.compilation import keep_programs
 
@@ -85,7 +85,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = ArgumentParser(prog="python -m benchmarks.comparison", description=__doc__)
     parser.add_argument("--output", type=user_path, required=True)
     parser.add_argument("--quick", action="store_true", help="one target, two methods, two seeds")
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, on as many cores")
+    parser.add_argument(
+        "--jobs", type=whole_number(1), default=1, help="runs side by side, on as many cores"
+    )
     parser.add_argument(
         "--report", type=user_path, metavar="DIR", help="only report OUTPUT's results, in DIR"
     )

@@ -128,22 +128,18 @@ def transposed_matmul_in_parts(x: jax.Array, matrix: jax.Array) -> jax.Array:
 
     Copies some rows of the matrix into the cache at a time.
     """
-    by_part = matrix.reshape(-1, _rows_of_part(matrix), matrix.shape[1])
+    size = min(len(matrix), max(1, _PART_BYTES * len(matrix) // matrix.nbytes))
+    whole = len(matrix) - len(matrix) % size
 
     def product(rows: jax.Array) -> jax.Array:
         # In this order: XLA's matmul of few rows and a transposed matrix takes twice as long.
         return jnp.einsum("fd,td->ft", rows, x, preferred_element_type=jnp.float32)
 
-    return jax.lax.map(product, by_part).reshape(-1, len(x)).T
+    def part(start: jax.Array) -> jax.Array:
+        return product(jax.lax.dynamic_slice_in_dim(matrix, start, size))
 
-
-def _rows_of_part(matrix: jax.Array) -> int:
-    """Returns how many rows of a matrix [F, D] make a part; the number divides F."""
-    rows = len(matrix)
-    parts = min(rows, -(-matrix.nbytes // _PART_BYTES))
-    while rows % parts:
-        parts += 1
-    return rows // parts
+    y = jax.lax.map(part, jnp.arange(0, whole, size)).reshape(whole, len(x))
+    return jnp.concatenate((y, product(matrix[whole:]))).T
 
 
 def experts_by_loop(

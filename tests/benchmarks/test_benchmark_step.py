@@ -1,12 +1,25 @@
 """The benchmark scripts at tiny size: what they print is complete and plausible."""
 
+import dataclasses
 import json
 import math
+import re
 
 import pytest
 from helpers import run_module
 
-from benchmarks import attention, compare_pytorch, packing, scaling, shapes, step
+from benchmarks import (
+    attention,
+    compare_pytorch,
+    cross_entropy,
+    packing,
+    reproduce_hours,
+    scaling,
+    shapes,
+    step,
+    tokenization,
+)
+from benchmarks.comparison import __main__ as comparison
 from benchmarks.shapes import SHAPES
 from olmoe_jax.errors import ArgumentParser, UserError
 
@@ -107,8 +120,34 @@ def test_flags_override_the_shape():
 
 
 @pytest.mark.parametrize(
-    ("command", "flag"), [(attention, "--runs"), (packing, "--batch_size"), (step, "--steps")]
+    ("command", "flags", "message"),
+    [
+        (attention, "--runs=0", "--runs: 0: expected a whole number, 1 or more"),
+        (attention, "--kv_heads=3", "--kv_heads=3: write a divisor of the 8 heads"),
+        (attention, "--shape=1,1,1,16", "--segments=4: write at most the length, 1"),
+        (comparison, "--output=none --jobs=0", "--jobs: 0: expected a whole number, 1 or more"),
+        (cross_entropy, "--rows=0", "--rows: 0: expected a whole number, 1 or more"),
+        (cross_entropy, "--dtype=foo", "--dtype: invalid choice"),
+        (packing, "--batch_size=0", "--batch_size: 0: expected a whole number, 1 or more"),
+        (reproduce_hours, "--utilisation=0", "--utilisation=0.0: write a share of the peak"),
+        (reproduce_hours, "--utilisation=nan", "--utilisation: nan: expected a number"),
+        (step, "--steps=0", "--steps: 0: expected a whole number, 1 or more"),
+        (step, "--rows=0", "--rows: 0: expected a whole number, 1 or more"),
+        (step, "--shape=tiny --lora_rank=2 --lora_dropout=1", "--lora_dropout=1.0: write a share"),
+    ],
 )
-def test_a_count_of_nothing_is_refused(command, flag):
-    with pytest.raises(UserError, match=f"{flag}: 0: expected a whole number, 1 or more"):
-        command.main([f"{flag}=0"])
+def test_a_flag_that_cannot_work_is_refused(command, flags, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        command.main(flags.split())
+
+
+def test_a_row_of_one_token_has_nothing_to_predict():
+    with pytest.raises(UserError, match="--length=1: write 2 or more"):
+        step.random_batch(dataclasses.replace(SHAPES["tiny"], length=1))
+
+
+def test_a_text_too_short_to_draw_from_is_refused(tmp_path, tokenizer_dir):
+    text = tmp_path / "text.txt"
+    text.write_text("word " * tokenization.WORDS)
+    with pytest.raises(UserError, match=r"text\.txt: write a text of more than 30 words"):
+        tokenization.main([f"--tokenizer={tokenizer_dir}", f"--text={text}"])

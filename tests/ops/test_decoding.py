@@ -32,6 +32,18 @@ def test_matmuls_of_few_rows(width, dtype):
     assert_close(transposed, exact[:, 0], 1e-6)
 
 
+def test_the_head_takes_as_many_turns_as_its_bytes_need():
+    """Chat tokens may make the vocabulary a prime: 4,099 rows, not one of them a turn."""
+    matrix = jax.ShapeDtypeStruct((4099, 512), jnp.float32)
+    x = jax.ShapeDtypeStruct((1, 512), jnp.float32)
+    program = jax.make_jaxpr(transposed_matmul_in_parts)(x, matrix)
+    turns = [equation.params["length"] for equation in program.eqns if "length" in equation.params]
+    assert turns == [64]  # of 64 rows each; a rest of 3 follows
+    random = np.random.default_rng(0)
+    x, matrix = (jnp.asarray(random.normal(size=s.shape), s.dtype) for s in (x, matrix))
+    assert_close(jax.jit(transposed_matmul_in_parts)(x, matrix), x @ matrix.T, 1e-5)
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 40])
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("part_bytes", [decoding._PART_BYTES, 100])
