@@ -7,10 +7,10 @@ from typing import Any
 
 from olmoe_jax.checkpoints import directory
 from olmoe_jax.errors import UserError, shorten, text_of
-from olmoe_jax.files import read_json
+from olmoe_jax.files import absolute, read_json
 
 OPTIONAL = 2
-"""How many names may be missing from a file of the same kind."""
+"""A file of the same kind lacks at most as many of the names, or has as many more."""
 
 
 def open_output(
@@ -25,7 +25,7 @@ def open_output(
     Args:
       path: the directory.
       file: the file in it that keeps the values.
-      asked: JSON values by name.
+      asked: JSON values by name. A path in them may be spelled differently the next time.
       free: names whose values may differ from the kept ones.
       begun: whether there is work of the kept values; without any, `asked` takes their place.
 
@@ -38,7 +38,7 @@ def open_output(
         binding = begun or len(kept.keys() ^ asked.keys()) > OPTIONAL
         for name in dict.fromkeys([*asked, *kept]):
             value = asked.get(name)
-            if binding and name not in free and kept.get(name) != value:
+            if binding and name not in free and _spelled(kept.get(name)) != _spelled(value):
                 former = shorten(text_of(kept.get(name)), 200)
                 raise UserError(
                     f"{path} was begun with {name}={former}, now it is {value}; write another "
@@ -52,3 +52,12 @@ def open_output(
         )
     path.mkdir(parents=True, exist_ok=True)
     directory.write_json(path / file, dict(asked))
+
+
+def _spelled(value: Any) -> Any:
+    """Returns a JSON value with every path that exists (also --FLAG=PATH) in its absolute form."""
+    if isinstance(value, dict):
+        return {name: _spelled(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return list(map(_spelled, value))
+    return "=".join(map(absolute, value.split("="))) if isinstance(value, str) else value

@@ -65,7 +65,7 @@ def wilson(right: int, rows: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference of paired scores, in percent.
+    """A mean difference of paired scores, in the unit of `paired_difference`.
 
     `low` and `high` bound the 95% bootstrap interval, None where all rows differ by the same; `p`
     is the p value of the two-sided `test`.
@@ -79,14 +79,15 @@ class Difference:
     rows: int
 
 
-def paired_difference(a: Sequence[float], b: Sequence[float]) -> Difference:
-    """Returns a - b for the scores (0 to 1) of the same rows in the same order.
+def paired_difference(a: Sequence[float], b: Sequence[float], unit: float = 100.0) -> Difference:
+    """Returns a - b for the scores of the same rows in the same order, as a mean times `unit`.
 
-    McNemar's exact test compares scores that are all 0 or 1, a permutation test all others.
+    The default unit shows scores of 0 to 1 in percent. McNemar's exact test compares scores that
+    are all 0 or 1, a permutation test all others.
     """
     first, second = np.asarray(a, np.float64), np.asarray(b, np.float64)
     differences = first - second
-    metric = bootstrap(differences, lambda total: 100 * total / len(differences))
+    metric = bootstrap(differences, lambda total: unit * total / len(differences))
     if np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all():
         test, p = "McNemar", mcnemar(int((differences > 0).sum()), int((differences < 0).sum()))
     else:

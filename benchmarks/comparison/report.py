@@ -1,7 +1,6 @@
 """The comparison's tables and picture, made from results.jsonl and base_K.json."""
 
 import collections
-import io
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from configs.table import EXPERIMENTS, FULL
 from eval.statistics import holm, wilson
 from olmoe_jax.errors import UserError
 from olmoe_jax.files import read_json
+from olmoe_jax.plots import svg
 
 Results = Mapping[Cell, Result]
 Bases = Mapping[int, dict[str, Any]]  # by K
@@ -358,7 +358,6 @@ def picture(results: Results, bases: Bases) -> bytes:
     one seed, on the validation rows of the targets that choose the rate: there by the target's
     loss, which tells methods apart that give no right answer.
     """
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.6, 4.2), layout="constrained")
@@ -401,8 +400,4 @@ def picture(results: Results, bases: Bases) -> bytes:
             color=colour,
         )
     figure.legend(*left.get_legend_handles_labels(), loc="outside right", frameon=False)
-    buffer = io.BytesIO()
-    # Text stays text, and the same results give the same bytes.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "olmoe_jax"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
+    return svg(figure)

@@ -2,11 +2,11 @@
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from eval.report.inputs import Inputs
-from eval.report.results import Result
+from eval.report.results import Metric, Result
 from eval.statistics import Difference, holm, paired_difference
 from olmoe_jax.errors import UserError
 
@@ -52,6 +52,30 @@ def main_metric(task: str, results: Mapping[str, Result]) -> str:
     )
 
 
+def unit(inputs: Inputs, task: str, metric: str) -> float:
+    """Returns how much a row's score of 1 is in the metric's unit: 100 of a share, in percent.
+
+    lm_eval does not say which of its metrics are shares. A metric is one if all results look so: a
+    poor model may have less than one of a hundred points on every row.
+    """
+    shares = (result.metrics[metric].is_share for result in inputs.results[task].values())
+    return 100.0 if all(shares) else 1.0
+
+
+def column(inputs: Inputs, task: str, metric: str) -> dict[str, Metric]:
+    """Returns {method: the task's metric}, all in one unit.
+
+    The interval of what only looked like a share is left out.
+    """
+    found = {name: result.metrics[metric] for name, result in inputs.results[task].items()}
+    if unit(inputs, task, metric) == 100:
+        return found
+    return {
+        name: replace(cell, value=cell.value / 100, low=None, high=None) if cell.is_share else cell
+        for name, cell in found.items()
+    }
+
+
 def row_scores(result: Result, metric: str) -> dict[str, float]:
     """Returns {row id: the mean score of its samples}, without the rows that have no score.
 
@@ -79,7 +103,7 @@ def pairs(inputs: Inputs, task: str, metric: str) -> list[Pair]:
             continue
         rows = sorted(common)
         a, b = ([scores[name][row] for row in rows] for name in (first, second))
-        found.append((first, second, paired_difference(a, b)))
+        found.append((first, second, paired_difference(a, b, unit(inputs, task, metric))))
     adjusted = holm([difference.p for *_, difference in found])
     result = [Pair(*pair, p) for pair, p in zip(found, adjusted, strict=True)]
     return sorted(result, key=lambda pair: pair.difference.p)
@@ -132,8 +156,12 @@ def remarks(inputs: Inputs) -> Iterator[str]:
             )
         elif templates[0]:
             yield f"{task}: the prompts are user turns of the chat template {templates[0]}."
-        if limit := values[0].settings.get("limit"):
-            yield f"{task}: only the first {limit} rows were evaluated."
+        limits = [result.settings.get("limit") for result in values]
+        if len(set(limits)) > 1:
+            groups = _grouped(names, [f"the first {n}" if n else "all" for n in limits])
+            yield f"{task}: not all rows were evaluated with every method ({groups})."
+        elif limits[0]:
+            yield f"{task}: only the first {limits[0]} rows were evaluated."
         for setting in dict.fromkeys(name for value in values for name in value.settings):
             found = [result.settings.get(setting) for result in values]
             if setting not in (*_IGNORED_SETTINGS, *_SEPARATE) and len(set(map(str, found))) > 1:

@@ -13,12 +13,14 @@ from eval.report.comparison import (
     OURS,
     TEMPLATE_MARK,
     Pair,
+    column,
     main_metric,
     pairs,
     protocol,
     remarks,
     row_scores,
     template,
+    unit,
 )
 from eval.report.document import (
     Block,
@@ -31,7 +33,7 @@ from eval.report.document import (
     Strong,
     Table,
 )
-from eval.report.figures import Named, loss_curves, match_curves, router_curves
+from eval.report.figures import Named, colors_of, loss_curves, match_curves, router_curves
 from eval.report.harness import PREFIX
 from eval.report.inputs import Inputs
 from eval.report.results import Evaluation, Metric
@@ -46,7 +48,7 @@ _PROMPT_END = 600
 
 def report(inputs: Inputs, samples: int) -> list[Block]:
     """Returns the whole report, with the methods' outputs for `samples` rows of each task."""
-    metrics = {task: main_metric(task, column) for task, column in inputs.results.items()}
+    metrics = {task: main_metric(task, results) for task, results in inputs.results.items()}
     return [
         Heading(1, "Evaluation report"),
         *_scores(inputs, metrics),
@@ -74,7 +76,7 @@ def _scores(inputs: Inputs, metrics: dict[str, str]) -> Iterator[Block]:
             "better."
         )
     yield Paragraph(text)
-    columns = {task: _column(inputs, task, metric) for task, metric in metrics.items()}
+    columns = {task: column(inputs, task, metric) for task, metric in metrics.items()}
     marks = {task: _marks(inputs, task) for task in metrics}
     head = ["method"]
     for task, metric in metrics.items():
@@ -85,13 +87,8 @@ def _scores(inputs: Inputs, metrics: dict[str, str]) -> Iterator[Block]:
         yield Items(notes)
 
 
-def _column(inputs: Inputs, task: str, metric: str) -> dict[str, Metric]:
-    """Returns {method: the task's metric}."""
-    return {name: result.metrics[metric] for name, result in inputs.results[task].items()}
-
-
-def _higher_is_better(column: Mapping[str, Metric]) -> bool:
-    return all(cell.higher_is_better for cell in column.values())
+def _higher_is_better(cells: Mapping[str, Metric]) -> bool:
+    return all(cell.higher_is_better for cell in cells.values())
 
 
 def _marks(inputs: Inputs, task: str) -> dict[str, str]:
@@ -116,17 +113,17 @@ def _marks(inputs: Inputs, task: str) -> dict[str, str]:
 def _score_cells(
     columns: Mapping[str, Mapping[str, Metric]], marks: Mapping[str, Mapping[str, str]], name: str
 ) -> Iterator[str]:
-    for task, column in columns.items():
-        if name not in column:
+    for task, cells in columns.items():
+        if name not in cells:
             yield "–"
             continue
-        cell, mark = column[name], marks[task]
-        rivals = [other.value for n, other in column.items() if mark[n] == mark[name]]
+        cell, mark = cells[name], marks[task]
+        rivals = [other.value for n, other in cells.items() if mark[n] == mark[name]]
         shown = f"{cell.value:.2f}"
         text = shown + mark[name]
         if cell.low is not None:
             text += f" ({cell.low:.1f} to {cell.high:.1f})"
-        best = max if _higher_is_better(column) else min
+        best = max if _higher_is_better(cells) else min
         best_value = best(rivals)
         # Values that read the same are equal.
         is_best = len(rivals) > 1 and shown == f"{best_value:.2f}"
@@ -246,10 +243,11 @@ def _training(inputs: Inputs) -> Iterator[Block]:
         by_data.setdefault(run.data, []).append((name, run))
     if by_data:
         yield Heading(2, "Training")
+    colors = colors_of(name for name, _ in inputs.runs)
     for data, runs in by_data.items():
         yield Heading(3, data)
-        drawn = {"loss": loss_curves(runs), "right_answers": match_curves(runs)}
-        drawn |= router_curves(runs)
+        drawn = {"loss": loss_curves(runs, colors), "right_answers": match_curves(runs, colors)}
+        drawn |= router_curves(runs, colors)
         pictures = [
             Picture(_file_name(what, data, "svg"), content, f"{what.replace('_', ' ')}, {data}")
             for what, content in drawn.items()
@@ -296,6 +294,7 @@ def _outputs(inputs: Inputs, metrics: dict[str, str], samples: int) -> Iterator[
         names = [name for name in inputs.methods if name in results]
         marks = _marks(inputs, task)
         scores = {name: row_scores(results[name], metric) for name in names}
+        in_percent = unit(inputs, task, metric) == 100
         # The methods' common rows; if there are none, the rows of the first.
         common = set.intersection(*(set(results[name].rows) for name in names))
         ids = [id_ for id_ in results[names[0]].rows if id_ in common or not common]
@@ -308,7 +307,9 @@ def _outputs(inputs: Inputs, metrics: dict[str, str], samples: int) -> Iterator[
                 if id_ in results[name].rows:
                     score = scores[name].get(id_)
                     label = name + marks[name]
-                    label += "" if score is None else f" ({metric} {100 * score:.0f}%)"
+                    if score is not None:
+                        shown = f"{100 * score:.0f}%" if in_percent else f"{score:.2f}"
+                        label += f" ({metric} {shown})"
                     yield Output(label, results[name].rows[id_][0].output.strip())
 
 

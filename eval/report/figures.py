@@ -1,7 +1,6 @@
 """The plots of a report: losses, right answers, router entropy and load, as SVG with text."""
 
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ import numpy as np
 from configs.table import EXPERIMENTS
 from eval.report.inputs import TrainingRun
 from olmoe_jax.files import check_regular
-from olmoe_jax.plots import curve, label
+from olmoe_jax.plots import curve, label, svg
 
 _POINTS = 150
 """Points of a curve at most; each is the mean over a stretch of steps."""
@@ -18,25 +17,32 @@ Curve = tuple[Sequence[float], Sequence[float]]
 """Steps and values."""
 Named = Sequence[tuple[str, TrainingRun]]
 """Names of methods and their runs."""
+Colors = Mapping[str, str]
+"""{method: matplotlib's name of its color}."""
 
 
-def loss_curves(runs: Named) -> bytes | None:
+def colors_of(names: Iterable[str]) -> Colors:
+    """Returns a color for each method, those of the configs' table first."""
+    return {name: f"C{place}" for place, name in enumerate(dict.fromkeys([*EXPERIMENTS, *names]))}
+
+
+def loss_curves(runs: Named, colors: Colors) -> bytes | None:
     """Draws training loss (lines) and evaluation loss (points) of runs on one data set."""
     training = {name: curve(run.metrics, "loss") for name, run in runs}
     evaluation = {name: curve(run.metrics, "eval_loss") for name, run in runs}
-    return _draw("loss (nats per token)", training, evaluation)
+    return _draw("loss (nats per token)", colors, training, evaluation)
 
 
-def match_curves(runs: Named) -> bytes | None:
+def match_curves(runs: Named, colors: Colors) -> bytes | None:
     """Draws the share of right answers while training; None if no run decoded any."""
     found = {}
     for name, run in runs:
         steps, shares = curve(run.metrics, "exact_match")
         found[name] = steps, [100 * share for share in shares]
-    return _draw("right answers (%)", {}, found)
+    return _draw("right answers (%)", colors, {}, found)
 
 
-def router_curves(runs: Named) -> dict[str, bytes]:
+def router_curves(runs: Named, colors: Colors) -> dict[str, bytes]:
     """Returns {what: picture} of the routers over the steps, from the runs' TensorBoard files."""
     entropy, load = {}, {}
     for name, run in runs:
@@ -48,8 +54,8 @@ def router_curves(runs: Named) -> dict[str, bytes]:
             values = np.max([curve[1][: len(steps)] for curve in heaviest], axis=0)
             load[name] = (steps, values)
     drawn = {
-        "router_entropy": _draw("router's entropy (nats, mean of layers)", entropy, {}),
-        "router_load": _draw("heaviest load of an expert (1: even)", load, {}),
+        "router_entropy": _draw("router's entropy (nats, mean of layers)", colors, entropy, {}),
+        "router_load": _draw("heaviest load of an expert (1: even)", colors, load, {}),
     }
     return {what: picture for what, picture in drawn.items() if picture}
 
@@ -71,48 +77,34 @@ def _scalars(path: Path) -> dict[str, Curve]:
     }
 
 
-def _draw(title: str, lines: Mapping[str, Curve], points: Mapping[str, Curve]) -> bytes | None:
-    """Returns one panel with a color for each name; None if there is nothing to draw."""
-    from matplotlib import rc_context
+def _draw(
+    title: str, colors: Colors, lines: Mapping[str, Curve], points: Mapping[str, Curve]
+) -> bytes | None:
+    """Returns one panel with a line, points or both for each name; None if all are empty."""
     from matplotlib.figure import Figure
 
-    names = [n for n in dict.fromkeys([*lines, *points]) if any(map(len, _of(n, lines, points)))]
-    if not names:
+    lines, points = (
+        {name: curve for name, curve in curves.items() if len(curve[0])}
+        for curves in (lines, points)
+    )
+    if not (lines or points):
         return None
     # Small: a telephone scales the text down only a little.
     figure = Figure(figsize=(5.2, 3.6), layout="constrained")
     axes = figure.subplots()
-    for name in names:
-        color = _color(name, names)
-        line, dots = _of(name, lines, points)
+    for name in dict.fromkeys([*lines, *points]):
         # matplotlib leaves out names that begin with an underscore.
-        shown = f"\N{ZERO WIDTH SPACE}{label(name)}"
-        if len(line):
-            axes.plot(*_thinned(line), color=color, linewidth=1.3, label=shown)
-            shown = None
-        if len(dots):
-            axes.plot(*dots, "o--", color=color, linewidth=0.8, markersize=3.5, label=shown)
+        style = {"color": colors[name], "label": f"\N{ZERO WIDTH SPACE}{label(name)}"}
+        if name in lines:
+            axes.plot(*_thinned(lines[name]), linewidth=1.3, **style)
+            style["label"] = None
+        if name in points:
+            axes.plot(*points[name], "o--", linewidth=0.8, markersize=3.5, **style)
     axes.set(xlabel="step", ylabel=title)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize="small", frameon=False)
-    buffer = io.BytesIO()
-    # Text stays text, and the same data gives the same bytes.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "olmoe_jax"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
-
-
-def _of(name: str, lines: Mapping[str, Curve], points: Mapping[str, Curve]) -> list[Curve]:
-    """Returns the name's line and points, each empty if there is none."""
-    curves = (lines.get(name, ((), ())), points.get(name, ((), ())))
-    return [curve if len(curve[0]) else () for curve in curves]
-
-
-def _color(name: str, names: Sequence[str]) -> str:
-    """Returns a method's color, the same in every plot."""
-    known = name in EXPERIMENTS
-    return f"C{EXPERIMENTS.index(name) if known else len(EXPERIMENTS) + names.index(name)}"
+    return svg(figure)
 
 
 def _thinned(curve: Curve) -> tuple[np.ndarray, np.ndarray]:

@@ -165,7 +165,7 @@ def _metric(value: float, scores: Sequence[float], error: Any, higher_is_better:
     if _is_number(error) and error > 0:
         low, high = value - 1.96 * error, value + 1.96 * error
     if not is_share:
-        return Metric(value, low, high, higher_is_better)
+        return Metric(value, low, high, higher_is_better, is_share=False)
     if low is not None:
         low, high = 100 * max(0.0, low), 100 * min(1.0, high)
     return Metric(100 * value, low, high, higher_is_better)

@@ -1,9 +1,10 @@
 """The inputs of a report: the evaluations and training runs in the given directories.
 
-A row of the report is a method. An evaluation belongs to the training run that holds its directory,
-or to the run whose directory, or export in it, the evaluation names as its adapter or else as its
-model. The row is then that run's method. The base model of a run is "base"; any other model has the
-name of the evaluation's directory. NAME=DIR names a row.
+A row of the report is a method. An evaluation names its adapter, or else its model. If that is a
+training run's directory, or an export in one, the row is the run's method. If that path does not
+exist (any more), the run is the one that holds the evaluation's directory, unless this run started
+from that model. The base model of a run is "base". Any other model has the name of the evaluation's
+directory. NAME=DIR names a row.
 """
 
 import os
@@ -198,11 +199,11 @@ def _evaluations(path: Path) -> list[Evaluation]:
 def _run_of(evaluation: Evaluation) -> Path | None:
     """Returns the training run that made the model, or the adapter, if the run is there."""
     named = Path(evaluation.model.adapter or evaluation.model.model)
-    # Where the model is not (any more), the evaluation may have been moved together with its run.
-    for place in (named, named.parent) if named.exists() else evaluation.path.parents[:2]:
-        if is_run(place):
-            return place
-    return None
+    if named.exists():
+        return next(filter(is_run, (named, named.parent)), None)
+    # The evaluation may have been moved together with its run. A base may be a hub id.
+    around = filter(is_run, evaluation.path.parents[:2])
+    return next((run for run in around if open_run(run).base != str(named)), None)
 
 
 def _row_name(

@@ -28,15 +28,17 @@ _Share = Annotated[float, pydantic.Field(ge=-0.00001, le=1.00001)]
 
 @dataclass(frozen=True)
 class Metric:
-    """A task's score with its 95% interval: eval.run's in percent, lm_eval's in its own unit.
+    """A task's score with its 95% interval, whose bounds are None where nothing varies.
 
-    The bounds are None where nothing varies.
+    A share is in percent, and its rows' scores are 0 to 1. What is no share, as some of lm_eval's
+    metrics, has the unit of its rows' scores.
     """
 
     value: _Percent
     low: _Percent | None
     high: _Percent | None
     higher_is_better: bool = True
+    is_share: bool = True
 
 
 @dataclass(frozen=True)

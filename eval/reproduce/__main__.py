@@ -5,6 +5,7 @@ again, and one that was interrupted continues: start the same command again.
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from eval.run import parser as eval_parser
 from eval.tasks import PROTOCOLS
 from olmoe_jax.config import ModelOptions
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
-from olmoe_jax.files import PATH_OR_ID, user_path
+from olmoe_jax.files import PATH_OR_ID, absolute, user_path
 
 ASKED = "reproduce.json"
 _OWN_FLAGS = ("model", "tasks", "output", "data", "protocol")
@@ -55,9 +56,11 @@ def main(arguments: Sequence[str]) -> None:
         check_data(args.data, table.datasets)
     if not (args.small or args.model):
         _check_accelerator()
+    data = args.data or table.data
     asked = {
-        "model": table.model,
-        "data": str(args.data or table.data) if args.data or args.small else None,
+        # --small is yet to make its model.
+        "model": os.path.abspath(table.model) if args.small else absolute(table.model),
+        "data": os.path.abspath(data) if data else None,
         "config": dict(table.config),
         "evaluation": list(table.evaluation),
     }

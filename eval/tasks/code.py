@@ -109,6 +109,11 @@ class Mbpp(CodeTask):
             raise UserError(
                 "mbpp: the problems 2, 3 and 4 are missing; the prompt shows their solutions"
             )
+        if by_id.keys().isdisjoint(range(11, 511)):
+            raise UserError(
+                "mbpp: none of the problems 11 to 510 is there, and only they are evaluated; add "
+                "them, or take all of the published mbpp.jsonl"
+            )
         solved = "".join(
             f"{self.question(by_id[id_])}{self.solution(by_id[id_])}\n[DONE]\n\n"
             for id_ in (2, 3, 4)

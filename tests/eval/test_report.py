@@ -16,7 +16,7 @@ from tiny_report import write_evaluation, write_json, write_result, write_run
 
 from eval.published import DATA, is_published_data, published
 from eval.report.__main__ import main
-from eval.report.comparison import pairs
+from eval.report.comparison import pairs, remarks
 from eval.report.document import Heading, Output, Strong, Table, to_html, to_markdown
 from eval.report.harness import _metric
 from eval.report.inputs import data_name, read_inputs
@@ -143,7 +143,7 @@ def test_results_of_lm_eval(tmp_path):
     assert task.metrics["acc"] == Metric(50.0, *wilson(1, 2), higher_is_better=True)
     # Standard errors stay within the shares, and none is no interval.
     assert _metric(0.1, [0.2, 0.0], 0.2, True) == Metric(10, 0, pytest.approx(49.2))
-    assert _metric(7, [], 2.0, False) == Metric(7, 7 - 3.92, 7 + 3.92, False)
+    assert _metric(7, [], 2.0, False) == Metric(7, 7 - 3.92, 7 + 3.92, False, is_share=False)
     assert _metric(0.5, [0.5, 0.5], 0.0, True) == Metric(50, None, None)
     assert task.settings["limit"] == 2
     assert task.rows["0"] == [Row("0?", "no", "yes", {"acc": 1.0})]
@@ -159,6 +159,33 @@ def test_equal_values_share_the_bold(tmp_path):
     assert "lm\\_eval:t (m ↓)" in markdown
     assert markdown.count("**9.50**") == 2
     assert "**12.00**" not in markdown
+
+
+def test_scores_that_are_no_shares(tmp_path):
+    """Differences and rows have the metric's unit. Few points of a hundred are no share."""
+    scores = {"a": [20.0, 30.0, 25.0], "b": [30.0, 31.0, 25.0], "c": [0.5, 0.25, 0.0]}
+    paths = [str(write_harness(tmp_path / n, {}, t=values)) for n, values in scores.items()]
+    markdown, text = report(tmp_path / "two", *paths[:2])
+    assert [row[1] for row in Page(text).tables[1]] == ["difference", "+3.67"]
+    assert "a (acc 20.00)" in markdown
+    _, text = report(tmp_path / "three", *paths)
+    shown, tests, *_ = Page(text).tables
+    assert [row[1] for row in shown[1:]] == ["25.00 (24.8 to 25.2)", "28.67 (28.5 to 28.9)", "0.25"]
+    assert {row[0]: row[1] for row in tests}["c − a"] == "-24.75"
+
+
+def test_limits_of_some_methods(tmp_path):
+    """Whichever is named first."""
+    for name, limit in (("a", 2), ("b", None), ("c", 2)):
+        path = write_evaluation(tmp_path / name, gsm=[1.0, 0.0])
+        result = json.loads((path / "gsm/result.json").read_text())
+        result["settings"]["limit"] = limit
+        write_json(path / "gsm/result.json", result)
+    for names, groups in (("ab", "a: the first 2; b: all"), ("ba", "b: all; a: the first 2")):
+        notes = list(remarks(read_inputs([str(tmp_path / name) for name in names])))
+        assert notes == [f"gsm: not all rows were evaluated with every method ({groups})."]
+    notes = list(remarks(read_inputs([str(tmp_path / name) for name in "ac"])))
+    assert notes == ["gsm: only the first 2 rows were evaluated."]
 
 
 def test_other_data_is_not_compared_with_the_published_scores(tmp_path, runs):
@@ -280,6 +307,36 @@ def test_an_adapter_names_its_run(tmp_path, runs):
     (lora / "adapter").mkdir()
     inputs = read_inputs([*runs, *map(str, paths)])
     assert inputs.methods == ["base", "frozen", "densemixer", "conventional_lora", "z"]
+
+
+def test_where_the_model_lies_counts_before_where_the_evaluation_lies(tmp_path):
+    """A run's directory tells the method of an evaluation whose model was moved, but no base's."""
+    run, other = write_run(tmp_path / "r", "frozen"), write_run(tmp_path / "o", "densemixer")
+    write_evaluation(run / "moved", "/former/r/hf", gsm=[1.0])
+    write_evaluation(run / "theirs", str(other), law=[1.0])
+    write_evaluation(run / "before", "allenai/OLMoE-1B-7B-0125", gsm=[0.0])
+    found = {evaluation.path.name: name for name, evaluation in read_inputs([str(run)]).evaluations}
+    assert found == {"moved": "frozen", "theirs": "densemixer", "before": "base"}
+
+
+def test_a_method_has_one_color_in_every_plot(tmp_path):
+    """Also a method that the table does not have, beside others that have no curve."""
+    runs = [write_run(tmp_path / name, "frozen") for name in "abc"]
+    (runs[0] / "metrics.jsonl").write_text("")
+    (runs[1] / "metrics.jsonl").write_text('{"step": 1, "loss": 1}\n{"step": 2, "loss": 2}\n')
+    arguments = [f"{run.name}={run}" for run in runs]
+    report(tmp_path / "report", *arguments)
+    colors = [
+        {
+            name: color
+            for color, name in re.findall(
+                r"stroke: (#\w+)[^#]*?<text[^>]*>\u200b(\w)</text>", picture.read_text(), re.DOTALL
+            )
+        }
+        for picture in (tmp_path / "report").glob("*.svg")
+    ]
+    assert {len(found) for found in colors} == {1, 2}
+    assert len({found["c"] for found in colors}) == 1
 
 
 def test_other_rows_are_not_compared(tmp_path):

@@ -12,6 +12,7 @@ import pytest
 from helpers import ROOT, assert_user_error, message_of, run_command_line, run_module
 
 from configs.table import DATASETS, EXPERIMENTS
+from eval.reproduce import small
 from eval.reproduce.__main__ import main
 from eval.reproduce.cells import Command, Reproduction
 from eval.reproduce.runner import Runner
@@ -97,6 +98,39 @@ def test_errors_come_before_anything_runs(tmp_path, monkeypatch):
     assert "was begun with model=m/y, now it is m/x" in message_of(
         main, [*output, "--datasets", "gsm"]
     )
+
+
+@pytest.mark.parametrize("former", ["relative", "absolute"])
+def test_the_same_paths_spelled_otherwise(tmp_path, monkeypatch, former):
+    """A path in what was asked, in a field or a flag too, is the file and not its spelling."""
+    monkeypatch.setattr(Runner, "run", lambda self, step: pytest.fail(step.name))
+    monkeypatch.setattr(small, "write_inputs", lambda *_: pytest.fail("begins"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tokenizer").mkdir()
+    fields = "--config.data.tokenizer_path={0}tokenizer --eval.tokenizer={0}tokenizer"
+    spellings = [
+        f"--small --output {{0}}out {fields}".format(place).split()
+        for place in ("", f"{tmp_path}/")
+    ]
+    if former == "absolute":
+        spellings.reverse()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        for arguments in spellings:
+            with pytest.raises(pytest.fail.Exception, match="begins"):
+                main(arguments)
+        assert "was begun with evaluation=" in message_of(main, arguments[:-1])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    stored = json.loads((tmp_path / "out/reproduce.json").read_text())
+    assert stored["model"] == f"{tmp_path}/out/small/model"
+    # What earlier versions wrote.
+    stored |= {"model": "out/small/model", "data": "out/small/data"}
+    (tmp_path / "out/small/model").mkdir(parents=True)
+    (tmp_path / "out/small/data").mkdir()
+    (tmp_path / "out/reproduce.json").write_text(json.dumps(stored))
+    with pytest.raises(pytest.fail.Exception, match="begins"):
+        main(arguments)
 
 
 def test_sigterm_and_failures_end_all(tmp_path):

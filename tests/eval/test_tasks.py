@@ -281,6 +281,8 @@ def test_mbpp_prompt_and_program():
     program = MBPP.program(Prediction(example, output, MBPP.answer(output)))
     exec("\n".join(program), {})
     assert "2, 3 and 4 are missing" in message_of(MBPP.examples, [("", mbpp_row(11))])
+    shown = [("", mbpp_row(id_)) for id_ in (2, 3, 4, 511)]
+    assert "none of the problems 11 to 510" in message_of(MBPP.examples, shown)
 
 
 def test_cut_at_the_first_stop_string():
