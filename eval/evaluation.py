@@ -30,20 +30,18 @@ ROWS, RESULT = "rows.jsonl", "result.json"
 
 @dataclass(frozen=True)
 class Decoding:
-    """How all tasks are decoded; None takes each task's own. A task without `sampled` has one
-    sample a row. `chat_template` is a hash of what makes user turns of the prompts, None: nothing.
-    """
+    """How all tasks are decoded. None takes each task's own value."""
 
     batch_size: int = 16
     max_new_tokens: int | None = None
-    samples: int = 1
+    samples: int = 1  # of a row of the tasks with `sampled`; the others have one
     temperature: float | None = None
     seed: int = 0
     allow_extrapolation: bool = False
     top_p: float | None = None
     top_k: int | None = None
-    dtype: str | None = None
-    chat_template: str | None = None
+    decode_dtype: str | None = None
+    chat_template: str | None = None  # its hash; None: prompts are no user turns
 
 
 def settings_of(
@@ -51,7 +49,8 @@ def settings_of(
 ) -> dict[str, Any]:
     """Returns what a task's predictions depend on besides the model.
 
-    With another protocol the caller sets "data" to that of our own examples of the rows.
+    "data" is the hash of these examples. `eval.run` puts that of our own examples in its place, so
+    that the same rows have the same hash with every protocol.
     """
     return {
         "task": task.name,
@@ -65,7 +64,7 @@ def settings_of(
             name: getattr(task if getattr(decoding, name) is None else decoding, name)
             for name in ("temperature", "top_p", "top_k")
         },
-        "decode_dtype": decoding.dtype or task.dtype,
+        "decode_dtype": decoding.decode_dtype or task.dtype,
         "seed": decoding.seed,
         "batch_size": decoding.batch_size,
         # Results of before have neither.
@@ -75,7 +74,7 @@ def settings_of(
 
 
 def digest(examples: Sequence[Example]) -> str:
-    """Returns a hash of examples: the same rows have the same."""
+    """Returns a hash of examples, the same for the same rows."""
     content = json.dumps([[e.id, e.prompt, e.reference] for e in examples])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -91,12 +90,12 @@ def evaluate(
     """Decodes what is not on disk yet, scores all predictions and writes the results.
 
     Args:
-      task: what is evaluated.
-      examples: the task's examples.
-      settings: from `settings_of`, also kept in the task's directory.
+      task: the task.
+      examples: all examples of the task that count.
+      settings: from `settings_of`.
       output: the evaluation's directory.
       backend: loads the model; called only when something is left to decode.
-      tools: for the scorers.
+      tools: tools of the scorers.
 
     Returns:
       The content of result.json.
@@ -171,8 +170,8 @@ def _decode_batch(
         prompts = [_fitting(task, examples[index], model, limit) for index, _ in batch]
     # Batches must not draw the same numbers.
     seed = settings["seed"] * 1_000_003 + number
-    drawing = (settings["temperature"], seed, task.stop, settings["top_p"], settings["top_k"])
-    texts = model.generate(prompts, Sampling(limit, *drawing))
+    draws = {name: settings[name] for name in ("temperature", "top_p", "top_k")}
+    texts = model.generate(prompts, Sampling(limit, seed=seed, stop=task.stop, **draws))
     return [
         Output(
             examples[index].id,
@@ -187,7 +186,7 @@ def _decode_batch(
 def _fitting(task: Task, example: Example, model: Backend, max_new_tokens: int) -> str:
     """Returns the prompt, shortened until it fits the model's context with its continuation."""
     prompt, room = example.prompt, model.context - max_new_tokens
-    while (length := model.count(prompt)) > room:
+    while (length := len(model.encode(prompt))) > room:
         shorter = task.shorten(prompt)
         if shorter is None:
             raise UserError(

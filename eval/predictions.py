@@ -43,10 +43,6 @@ class PredictionFile:
     then decoded together again, so that a killed evaluation ends with the same file as one that
     was not killed.
 
-    Attributes:
-      rows: the rows on disk.
-      batches: the number of complete batches.
-
     Args:
       path: the file, made if it is missing.
       sizes: rows in each batch.
@@ -57,8 +53,8 @@ class PredictionFile:
 
     def __init__(self, path: Path, sizes: Sequence[int]):
         self._path, self._sizes = path, sizes
-        self.rows: list[Output] = []
-        self.batches = 0
+        self.rows: list[Output] = []  # on disk
+        self.batches = 0  # complete ones
 
     def __enter__(self) -> "PredictionFile":
         if os.path.lexists(self._path):

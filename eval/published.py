@@ -6,37 +6,32 @@ scored by the judge of its authors: the scores of another judge are not comparab
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from configs.table import FULL, LORA
 
-TASKS = ("gsm", "mbpp", "humaneval", "intent", "law", "summary", "translation")
-METRICS = {
-    "gsm": "exact_match",
-    "mbpp": "pass@1",
-    "humaneval": "pass@1",
-    "intent": "exact_match",
-    "law": "judge",
-    "summary": "judge",
-    "translation": "judge",
-}
-"""{task: the metric of eval.run that equals the published one}."""
 
-DATA = {
-    "gsm": (1319, "b0e7a137785c48fb", "RoxanneWsyw/gsm:test.jsonl"),
-    "mbpp": (500, "260f0fbbce921f8f", "google-research-datasets/mbpp"),
-    "humaneval": (164, "6321965c49af7c68", "openai/openai_humaneval"),
-    "intent": (500, "570f71f5e30db637", "RoxanneWsyw/ESFT-intent:test.jsonl"),
-    "law": (100, "633605a267213e7e", "RoxanneWsyw/ESFT-law:test.jsonl"),
-    "summary": (100, "82e815bacd6d1bf1", "RoxanneWsyw/ESFT-summary:test.jsonl"),
-    "translation": (100, "7161bb561aa0369a", "RoxanneWsyw/ESFT-translation:test.jsonl"),
-}
-"""{task: rows of the published evaluation, `data` of the settings, source on the hub}.
+class Published(NamedTuple):
+    """The published evaluation of a task, in the terms of eval.run's results."""
 
-The hashes of the last four are those of deepseek-ai/ESFT's files, from which the hub's were made.
-"""
+    metric: str
+    rows: int
+    data: str  # the hash of all rows
+    source: str  # on the hub
 
+
+# The hashes of ESFT's tasks are those of deepseek-ai/ESFT's files, from which the hub's were made.
 # fmt: off
+EVALUATIONS = {task: Published(*row) for task, *row in (
+    ("gsm",         "exact_match", 1319, "b0e7a137785c48fb", "RoxanneWsyw/gsm:test.jsonl"),
+    ("mbpp",        "pass@1", 500, "260f0fbbce921f8f", "google-research-datasets/mbpp"),
+    ("humaneval",   "pass@1", 164, "6321965c49af7c68", "openai/openai_humaneval"),
+    ("intent",      "exact_match", 500, "570f71f5e30db637", "RoxanneWsyw/ESFT-intent:test.jsonl"),
+    ("law",         "judge", 100, "633605a267213e7e", "RoxanneWsyw/ESFT-law:test.jsonl"),
+    ("summary",     "judge", 100, "82e815bacd6d1bf1", "RoxanneWsyw/ESFT-summary:test.jsonl"),
+    ("translation", "judge", 100, "7161bb561aa0369a", "RoxanneWsyw/ESFT-translation:test.jsonl"),
+)}
+# The columns are the tasks above.
 _ROWS = (
     (15.85, 19.80, 10.97,  0.20,  5.70,  7.40, 11.09),  # base
     (44.88, 17.80,  7.23, 72.80, 22.50, 36.05, 28.29),  # frozen
@@ -52,13 +47,13 @@ _SCORES = dict(zip(("base", *FULL, *LORA), _ROWS, strict=True))
 
 def published(method: str, task: str, metric: str) -> float | None:
     """Returns the published score of a method on a task; None if none is in this metric."""
-    if method not in _SCORES or METRICS.get(task) != metric:
+    if method not in _SCORES or task not in EVALUATIONS or EVALUATIONS[task].metric != metric:
         return None
-    return _SCORES[method][TASKS.index(task)]
+    return _SCORES[method][list(EVALUATIONS).index(task)]
 
 
 def is_published_data(task: str, settings: Mapping[str, Any]) -> bool:
     """Returns whether a result of eval.run is on all rows of the published evaluation."""
-    rows, digest, source = DATA[task]
-    whole = (settings.get("source"), settings.get("examples")) == (source, rows)
-    return whole or settings.get("data") == digest
+    of = EVALUATIONS[task]
+    whole = (settings.get("source"), settings.get("examples")) == (of.source, of.rows)
+    return whole or settings.get("data") == of.data

@@ -57,41 +57,56 @@ def main(arguments: Sequence[str]) -> None:
     tools = Tools(run_programs=_sandbox(args, tasks))
     examples = {task.name: read_examples(task, args.data)[: args.limit] for task in tasks}
     check_backend(args.backend, args.model, args.adapter, args.base)
-    decoding = dataclasses.replace(decoding, chat_template=_chat_template(args))
     judged = [task.name for task in tasks if isinstance(task, JudgedTask)]
     server, questions = _judge(args, judged)
-    note = _prompts(args).note  # a wrong model shows before anything is written
+    prompts = _prompts(args)
+    decoding = dataclasses.replace(decoding, chat_template=prompts.template)
     if server and not all((args.output / name / RESULT).exists() for name in judged):
         server.check(questions.body(server.model, "Write yes."))
-    # The same content under another path is the same model.
-    # Where nothing was decoded, e.g. for want of memory, other values may be tried.
+    # The same model and the same rows may lie elsewhere the next time. Other values are refused,
+    # unless nothing was decoded with the former ones, e.g. for want of memory.
     any_begun = any(begun(file) for file in args.output.glob(f"*/{PREDICTIONS}"))
     open_output(args.output, MODEL, _model(args), ["model", "adapter"], any_begun)
     settings = {
         task.name: settings_of(task, examples[task.name], decoding, args.limit)
         | {
             "source": source_of(task, args.data)[0],
-            "data": _digest(TASKS[task.name], args),
+            # In every protocol that of our own examples.
+            "data": digest(read_examples(TASKS[task.name], args.data)[: args.limit]),
         }
         for task in tasks
     }
     for name, asked in settings.items():
-        # The same rows may come from elsewhere.
         path = args.output / name
         open_output(path, SETTINGS, asked, ["source"], begun(path / PREDICTIONS))
     if server:
         from eval.judge.judge import Judge
 
         cache = args.output / "judge.jsonl"
-        judge = Judge(server, cache, args.judge_workers, questions=questions)
+        judge = Judge(server, questions, cache, args.judge_workers)
         tools = Tools(tools.run_programs, judge)
-    if note:
-        print(note)
-    models = _Models(args)
+    if prompts.note:
+        print(prompts.note)
+    loaded: dict[str, Backend] = {}
+
+    def model(dtype: str) -> Backend:
+        if dtype not in loaded:
+            loaded.clear()  # one model is in memory at a time
+            loaded[dtype] = open_backend(
+                args.backend,
+                args.model,
+                dtype,
+                args.adapter,
+                args.base,
+                args.tokenizer,
+                args.chat_template,
+            )
+        return loaded[dtype]
+
     scores: dict[str, dict[str, float]] = {}
     for task in tasks:
         asked = settings[task.name]
-        backend = functools.partial(models.open, asked["decode_dtype"])
+        backend = functools.partial(model, asked["decode_dtype"])
         result = evaluate(task, examples[task.name], asked, args.output, backend, tools)
         _print_result(task.name, result)
         how = [f"protocol {task.protocol}"] * (task.protocol != "ours")
@@ -195,55 +210,14 @@ def _model(args: argparse.Namespace) -> dict[str, str | None]:
     }
 
 
-def _digest(task: Task, args: argparse.Namespace) -> str:
-    """Returns the hash of our own examples of the rows, which are the same in every protocol."""
-    return digest(read_examples(task, args.data)[: args.limit])
-
-
-def _chat_template(args: argparse.Namespace) -> str | None:
-    """Returns the hash of the chat template, of which the results are; None: none."""
-    if args.chat_template == "none":
-        return None
-    prompts = _prompts(args)
-    prompts.text("Hello!")  # a wrong template shows before anything is written
-    return prompts.template
-
-
 def _prompts(args: argparse.Namespace) -> Prompts:
+    """Opens the tokenizer; a wrong model or template shows before anything is written."""
     from olmoe_jax.checkpoints.opening import open_source
 
     files = open_source(args.model, base=args.base).files
-    return Prompts(files, args.adapter, args.tokenizer, args.chat_template)
-
-
-class _Models:
-    """The model, loaded when a task needs it. One is in memory at a time.
-
-    Args:
-      args: of the command line.
-    """
-
-    def __init__(self, args: argparse.Namespace):
-        self._args = args
-        self._dtype: str | None = None
-        self._backend: Backend | None = None
-
-    def open(self, dtype: str) -> Backend:
-        """Returns the model that computes in `dtype`."""
-        if dtype != self._dtype:
-            self._backend = None
-            args = self._args
-            self._backend = open_backend(
-                args.backend,
-                args.model,
-                dtype,
-                args.adapter,
-                args.base,
-                args.tokenizer,
-                args.chat_template,
-            )
-            self._dtype = dtype
-        return self._backend
+    prompts = Prompts(files, args.adapter, args.tokenizer, args.chat_template)
+    prompts.text("Hello!")
+    return prompts
 
 
 def _decoding(args: argparse.Namespace, tasks: Sequence[Task]) -> Decoding:
@@ -259,17 +233,8 @@ def _decoding(args: argparse.Namespace, tasks: Sequence[Task]) -> Decoding:
     check_draws(args, own if args.temperature is None else args.temperature)
     if args.allow_extrapolation and args.backend == "vllm":
         raise UserError("--allow_extrapolation: --backend vllm cannot; leave one of them out")
-    return Decoding(
-        args.batch_size,
-        args.max_new_tokens,
-        args.samples,
-        args.temperature,
-        args.seed,
-        args.allow_extrapolation,
-        args.top_p,
-        args.top_k,
-        args.decode_dtype,
-    )
+    asked = vars(args) | {"chat_template": None}  # known when the tokenizer is open
+    return Decoding(**{field.name: asked[field.name] for field in dataclasses.fields(Decoding)})
 
 
 def _sandbox(args: argparse.Namespace, tasks: Sequence[Task]) -> RunPrograms | None:
@@ -305,7 +270,7 @@ def _judge(args: argparse.Namespace, tasks: Sequence[str]) -> "tuple[Server | No
             "--protocol reference: the judge's words are not part of this project; add "
             "--judge_prompts DIR (docs/evaluation.md says where they are), or name no judge"
         )
-    from eval.judge.reference import ReferenceQuestions
+    from eval.judge.prompts import ReferenceQuestions
 
     return server, ReferenceQuestions(args.judge_prompts, tasks)
 
@@ -315,7 +280,7 @@ def _judge_server(args: argparse.Namespace) -> "Server | None":
     model = args.judge_model or os.environ.get("JUDGE_MODEL")
     url = args.judge_url or os.environ.get("JUDGE_BASE_URL")
     if args.protocol == "reference" and url and not model:
-        from eval.judge.reference import MODEL as REFERENCE_JUDGE
+        from eval.judge.prompts import REFERENCE_JUDGE
 
         model = REFERENCE_JUDGE
     if not model:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-RESAMPLES, PERMUTATIONS = 1000, 10_000
+_RESAMPLES, _PERMUTATIONS = 1000, 10_000
 _SEED = 0
 
 
@@ -21,20 +21,19 @@ class Metric:
     rows: int
 
 
-def bootstrap(
-    rows: np.ndarray, score: Callable[[np.ndarray], float], resamples: int = RESAMPLES
-) -> Metric:
+def bootstrap(rows: np.ndarray, score: Callable[[np.ndarray], float]) -> Metric:
     """Returns a score and its 95% percentile interval, or none where all samples score the same.
 
+    The seed is fixed: the same rows give the same interval.
+
     Args:
-      rows: statistics [rows, ...] that add up: what each row contributes.
+      rows: what each row contributes, statistics [rows, ...] that add up.
       score: returns the score in percent from the sum over a sample of the rows.
-      resamples: how many samples; the seed is fixed, so that the same rows give the same interval.
     """
     random = np.random.default_rng(_SEED)
     count = len(rows)
-    drawn = [score(rows[random.integers(0, count, count)].sum(axis=0)) for _ in range(resamples)]
-    # A sample in which nothing varies says nothing about other rows: it is not exact.
+    drawn = [score(rows[random.integers(0, count, count)].sum(axis=0)) for _ in range(_RESAMPLES)]
+    # Where nothing varies, the samples say nothing about other rows: no interval is known.
     varies = max(drawn) - min(drawn) > 1e-9
     low, high = map(float, np.percentile(drawn, [2.5, 97.5])) if varies else (None, None)
     return Metric(float(score(rows.sum(axis=0))), low, high, count)
@@ -106,18 +105,18 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * tail / 2**discordant)
 
 
-def permutation_test(differences: np.ndarray, permutations: int = PERMUTATIONS) -> float:
+def permutation_test(differences: np.ndarray) -> float:
     """Returns the two-sided p of a mean difference by random signs (Fisher 1935).
 
-    p is the share of `permutations` random signs whose mean is as far from 0. The seed is fixed;
-    p is (hits + 1) / (permutations + 1), so that it is never 0.
+    p is the share of 10,000 draws of signs whose mean is as far from 0. The observed signs count as
+    one more draw, so that p is never 0. The seed is fixed.
     """
     random = np.random.default_rng(_SEED)
-    signs = random.integers(0, 2, (permutations, len(differences)), np.int8) * 2 - 1
+    signs = random.integers(0, 2, (_PERMUTATIONS, len(differences)), np.int8) * 2 - 1
     observed = abs(differences.sum())
     # Sums of the same numbers in another order must count as equal.
     hits = np.count_nonzero(np.abs(signs @ differences) >= observed - 1e-9)
-    return (hits + 1) / (permutations + 1)
+    return (hits + 1) / (_PERMUTATIONS + 1)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

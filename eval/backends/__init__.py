@@ -21,36 +21,23 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a batch of prompts is continued.
+    """How a batch of prompts is continued; a text is cut before the first string of `stop`."""
 
-    Attributes:
-      max_new_tokens: a text that has not ended by then is cut.
-      temperature: 0 takes the most probable token.
-      seed: of the draws above 0.
-      stop: strings that end a text, which is cut before the first of them.
-      top_p: draws from the fewest tokens with this probability together; 1: from all.
-      top_k: draws from so many most probable tokens; 0: from all.
-    """
-
-    max_new_tokens: int
-    temperature: float
-    seed: int
+    max_new_tokens: int  # a text that has not ended by then is cut
+    temperature: float  # 0 takes the most probable token
+    seed: int  # of the draws above 0
     stop: Sequence[str]
-    top_p: float = 1.0
-    top_k: int = 0
+    top_p: float = 1.0  # draws from the fewest tokens with this probability together; 1: from all
+    top_k: int = 0  # draws from so many most probable tokens; 0: from all
 
 
 class Backend(Protocol):
-    """A loaded model.
+    """A loaded model."""
 
-    Attributes:
-      context: tokens that a prompt and its continuation may have together: the model's positions.
-    """
+    context: int  # tokens that prompt and continuation may have together: the model's positions
 
-    context: int
-
-    def count(self, prompt: str) -> int:
-        """Returns the number of the prompt's tokens."""
+    def encode(self, prompt: str) -> list[int]:
+        """Returns the prompt's tokens."""
 
     def generate(self, prompts: Sequence[str], sampling: Sampling) -> list[str]:
         """Returns the continuations."""
@@ -188,7 +175,3 @@ class Prompts:
         """Returns the text of the tokens up to the first that ends one."""
         ended = (place for place, token in enumerate(tokens) if token in self.ends)
         return self.tokenizer.decode(list(tokens)[: next(ended, len(tokens))])
-
-    def count(self, prompt: str) -> int:
-        """Returns the number of the prompt's tokens."""
-        return len(self.encode(prompt))

@@ -1,5 +1,6 @@
 """The backend jax: this project's decoder."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -41,12 +42,7 @@ class JaxBackend(Prompts):
                 self._model,
                 self.tokenizer,
                 [self.text(prompt) for prompt in prompts],
-                max_new_tokens=sampling.max_new_tokens,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                stop=sampling.stop,
-                seed=sampling.seed,
+                **dataclasses.asdict(sampling),
                 batch_size=len(prompts),
                 ends=self.ends,
                 # The callers keep to `context`, each in its way.

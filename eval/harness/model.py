@@ -14,9 +14,6 @@ from eval.backends.jax import JaxBackend
 from olmoe_jax.errors import UserError
 from olmoe_jax.generation.likelihood import TokenPair
 
-_NEUTRAL = {"num_beams": 1}
-"""Options of a generation that change nothing at these values."""
-
 
 class OlmoeLM(TemplateLM):
     """Answers lm_eval's three kinds of requests with a model.
@@ -184,7 +181,7 @@ def sampling_of(options: Mapping[str, Any], seed: int = 0) -> Sampling:
     stop = tuple(text for text in rest.pop("until") if text)
     del rest["do_sample"]
     for name, value in rest.items():
-        if _NEUTRAL.get(name) != value:
+        if (name, value) != ("num_beams", 1):
             raise UserError(
                 f"a task decodes with {name}={value}, which is not supported; leave the task out"
             )

@@ -138,14 +138,13 @@ class Server:
             reason = f"{error}; check the environment's proxies and SSL_CERT_FILE"
             raise UserError(f"--judge_url: {reason}") from None
 
-    def check(self, body: Mapping[str, Any] | None = None) -> None:
-        """Makes sure that the server is there and answers `body`, or a request of two words.
+    def check(self, body: Mapping[str, Any]) -> None:
+        """Makes sure that the server is there and answers a request.
 
         Raises:
           UserError: the server does not.
         """
-        messages = [{"role": "user", "content": "Write yes."}]
-        run(self._check(body or {"model": self.model, "messages": messages, "temperature": 0}))
+        run(self._check(body))
 
     async def _check(self, body: Mapping[str, Any]) -> None:
         async with self.client() as client:
@@ -157,10 +156,10 @@ class Server:
                 raise self._unusable(f"answers no request: {error}") from None
 
     async def find(self, client: httpx2.AsyncClient) -> None:
-        """Makes sure that the server is there: whatever it responds, it does so within `reach`.
+        """Makes sure that the server responds within `reach` seconds, whatever it responds.
 
         Raises:
-          UserError: it does not.
+          UserError: the server does not.
         """
         try:
             async with self._response(client, self.reach, "GET", "models"):

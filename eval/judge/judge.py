@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,7 @@ import pydantic
 from tqdm import tqdm
 
 from eval.judge.client import Answer, RequestError, Server, run
-from eval.judge.prompts import OWN_QUESTIONS, Questions
-from eval.judge.reference import ReferenceQuestions
+from eval.judge.prompts import Questions
 from eval.tasks.task import Prediction
 from olmoe_jax import files
 from olmoe_jax.errors import UserError
@@ -76,26 +75,13 @@ class AnswerCache:
 
 
 class Judge:
-    """Scores of a task's predictions, from the judge's server and the file of earlier answers.
+    """Scores of a task's predictions, from the judge's server and the file `cache` of its answers.
 
-    Args:
-      server: the judge's server.
-      cache: the file of answers.
-      workers: requests at a time.
-      say: prints a line for the user.
-      questions: what the judge is asked, and how its answers are read.
+    At most `workers` requests are under way at a time.
     """
 
-    def __init__(
-        self,
-        server: Server,
-        cache: Path,
-        workers: int = 8,
-        say: Callable[[str], None] = print,
-        questions: Questions | ReferenceQuestions = OWN_QUESTIONS,
-    ):
-        self._server, self._workers, self._say = server, workers, say
-        self._questions = questions
+    def __init__(self, server: Server, questions: Questions, cache: Path, workers: int = 8):
+        self._server, self._questions, self._workers = server, questions, workers
         self._cache = AnswerCache(cache)
 
     def __call__(
@@ -114,7 +100,7 @@ class Judge:
             for key, body in zip(keys, bodies, strict=True)
             if self._cache.get(key) is None
         }
-        self._say(self._estimate(task, missing, len(set(keys))))
+        print(self._estimate(task, missing, len(set(keys))))
         failures = run(self._ask_all(task, missing)) if missing else {}
         entries = [self._cache.get(key) for key in keys]
         scores = [questions.score(task, entry.answer) if entry else None for entry in entries]
@@ -123,22 +109,21 @@ class Judge:
             for score, entry in zip(scores, entries, strict=True)
         )
         unanswered = sum(entry is None for entry in entries)
-        is_reference = isinstance(questions, ReferenceQuestions)
-        counted = "count 0" if is_reference else "have no score"
+        without = questions.without_total
+        counted = "have no score" if without is None else f"count {without:g}"
         for name, count in (("unparsable", unparsable), ("unanswered", unanswered)):
             if count:
-                self._say(f"judge: {task}: {count} of {len(keys)} rows {counted}: {name}")
-        if is_reference:
-            scores = [score or 0.0 for score in scores]
+                print(f"judge: {task}: {count} of {len(keys)} rows {counted}: {name}")
+        scores = [without if score is None else score for score in scores]
         # In the order of the requests: which of them failed first is chance.
         reasons = Counter(failures[key] for key in missing if key in failures)
         for reason, count in reasons.most_common(_REASONS):
-            self._say(f"judge: {task}: {count} requests failed: {reason}")
+            print(f"judge: {task}: {count} requests failed: {reason}")
         if len(reasons) > _REASONS:
             others = sum(count for _, count in reasons.most_common()[_REASONS:])
-            self._say(f"judge: {task}: {others} requests failed for other reasons")
+            print(f"judge: {task}: {others} requests failed for other reasons")
         if unanswered:
-            self._say("judge: the same command sends the failed requests again")
+            print("judge: the same command sends the failed requests again")
         return scores, {
             "judge_model": self._server.model,
             "judge_unparsable": unparsable,

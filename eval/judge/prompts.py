@@ -1,13 +1,18 @@
-"""The judge's questions, in the task's language, and the reading of its answers."""
+"""The judge's questions, ours and the published evaluation's, and the reading of its answers."""
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from eval.tasks.esft import query_of
 from eval.tasks.task import Prediction
+from olmoe_jax.errors import UserError
+from olmoe_jax.files import read_text
 
 FULL_MARKS = 10
+REFERENCE_JUDGE = "gpt-4o-mini-2024-07-18"
 
 _CHINESE = """\
 请你担任评分员，对照参考答案，为一份{kind}打分。
@@ -93,11 +98,24 @@ _TOTAL = re.compile(
 )
 
 
+# The published evaluation's.
+_CHINESE_VERDICT = re.compile(r"总分是：(\d++(?:\.\d++)?+)分")
+_VERDICTS = {
+    "law": _CHINESE_VERDICT,
+    "summary": _CHINESE_VERDICT,
+    "translation": re.compile(r"score: *+(\d++(?:\.\d++)?+) *+point"),
+}
+_PLACEHOLDER = re.compile(r"\{(prediction|ground_truth|reference)\}")
+_MAX_TOKENS = 80
+
+
 class Questions:
-    """This project's questions to a judge, in one message, at temperature 0."""
+    """This project's questions to a judge: one message in the task's language, temperature 0."""
 
     facts: Mapping[str, str] = {}
     """Facts about the questions, which results keep."""
+    without_total: float | None = None
+    """The score of a row without a total or without an answer; None: the row has no score."""
 
     def body(self, model: str, question: str) -> dict[str, Any]:
         """Returns a request to the judge `model`."""
@@ -106,31 +124,70 @@ class Questions:
 
     def question(self, task: str, prediction: Prediction) -> str:
         """Returns the question about one prediction."""
-        return judge_prompt(task, prediction)
+        template, kind, criteria = _TASKS[task]
+        return template.format(
+            kind=kind,
+            query=query_of(prediction.example.prompt),
+            reference=prediction.example.reference,
+            answer=prediction.answer,
+            criteria="\n".join(f"{number}. {text}" for number, text in enumerate(criteria, 1)),
+        )
 
     def score(self, task: str, answer: str) -> float | None:
-        """Returns the score in a judge's answer, 0 to 1, or None."""
-        return total_of(answer)
+        """Returns the total in a judge's answer, 0 to 1; None if none is in the fixed format."""
+        totals: Sequence[str] = _TOTAL.findall(answer)
+        if not totals or float(totals[-1]) > FULL_MARKS:
+            return None
+        return float(totals[-1]) / FULL_MARKS
 
 
 OWN_QUESTIONS = Questions()
 
 
-def judge_prompt(task: str, prediction: Prediction) -> str:
-    """Returns the question about one prediction."""
-    template, kind, criteria = _TASKS[task]
-    return template.format(
-        kind=kind,
-        query=query_of(prediction.example.prompt),
-        reference=prediction.example.reference,
-        answer=prediction.answer,
-        criteria="\n".join(f"{number}. {text}" for number, text in enumerate(criteria, 1)),
-    )
+class ReferenceQuestions(Questions):
+    """The published evaluation's: two messages, system and user, at the default temperature.
 
+    The user gives the wording, which is not part of this project (docs/evaluation.md).
 
-def total_of(answer: str) -> float | None:
-    """Returns the judge's total, 0 to 1; None if the answer has none in the fixed format."""
-    totals: Sequence[str] = _TOTAL.findall(answer)
-    if not totals or float(totals[-1]) > FULL_MARKS:
-        return None
-    return float(totals[-1]) / FULL_MARKS
+    Args:
+      directory: has system.txt and TASK.txt for each task. A task's file has the placeholders
+        {prediction} and {ground_truth} (or {reference}). The files are sent as they are, with
+        every space and newline.
+      tasks: the tasks that are judged.
+
+    Raises:
+      UserError: a file is missing, or has not both placeholders.
+    """
+
+    without_total = 0.0
+
+    def __init__(self, directory: Path, tasks: Sequence[str]):
+        self._system = read_text(directory / "system.txt")
+        self._templates = {task: read_text(directory / f"{task}.txt") for task in tasks}
+        for task, template in self._templates.items():
+            found = set(_PLACEHOLDER.findall(template))
+            if "prediction" not in found or len(found) < 2:
+                raise UserError(
+                    f"{directory / task}.txt: needs {{prediction}} and {{ground_truth}}, where the "
+                    "model's text and the right one are put; add what is missing"
+                )
+        content = repr((self._system, sorted(self._templates.items())))
+        self.facts = {"judge_prompts": hashlib.sha256(content.encode()).hexdigest()[:16]}
+
+    def body(self, model: str, question: str) -> dict[str, Any]:
+        messages = [
+            {"role": "system", "content": self._system},
+            {"role": "user", "content": question},
+        ]
+        return {"model": model, "messages": messages, "max_tokens": _MAX_TOKENS}
+
+    def question(self, task: str, prediction: Prediction) -> str:
+        texts = {"prediction": prediction.answer}
+        texts["ground_truth"] = texts["reference"] = prediction.example.reference
+        # In one pass: a placeholder in the model's text is text.
+        return _PLACEHOLDER.sub(lambda found: texts[found[1]], self._templates[task])
+
+    def score(self, task: str, answer: str) -> float | None:
+        """Returns the first total in a judge's answer, 0 to 1, or None; above 10 counts as 10."""
+        found = _VERDICTS[task].search(answer)
+        return min(float(found[1]), FULL_MARKS) / FULL_MARKS if found else None

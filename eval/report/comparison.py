@@ -12,15 +12,15 @@ from olmoe_jax.errors import UserError
 
 _ROW_SCORES = {"pass@1": "passed"}
 """{metric: the name of a row's score in rows.jsonl}, if the names differ."""
-_IGNORED_SETTINGS = ("task", "source", "examples", "limit", "batch_size", "seed")
-"""Settings that may differ between compared results."""
-_SEPARATE = ("data", "protocol", "chat_template")
-"""Settings with a remark of their own."""
-
+_UNREMARKED = (
+    *("task", "source", "examples", "batch_size", "seed"),
+    *("limit", "data", "protocol", "chat_template"),  # have remarks of their own
+)
+"""Settings of which no remark says that they differ."""
 
 OURS = "ours"
 MARK, TEMPLATE_MARK = "†", "‡"
-"""Stand behind a result of another protocol than ours, and behind one by a chat template."""
+"""The marks of a result by another protocol than ours, and of one by a chat template."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def remarks(inputs: Inputs) -> Iterator[str]:
             yield f"{task}: only the first {limits[0]} rows were evaluated."
         for setting in dict.fromkeys(name for value in values for name in value.settings):
             found = [result.settings.get(setting) for result in values]
-            if setting not in (*_IGNORED_SETTINGS, *_SEPARATE) and len(set(map(str, found))) > 1:
+            if setting not in _UNREMARKED and len(set(map(str, found))) > 1:
                 yield f"{task}: {setting} is not the same everywhere: {_grouped(names, found)}."
     for field in ("backend", "compute_dtype"):
         found = [getattr(evaluation.model, field) for _, evaluation in inputs.evaluations]

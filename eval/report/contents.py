@@ -6,8 +6,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from eval.published import DATA, is_published_data, published
-from eval.published import METRICS as PUBLISHED_METRICS
+from eval.published import EVALUATIONS, is_published_data, published
 from eval.report.comparison import (
     MARK,
     OURS,
@@ -92,10 +91,10 @@ def _higher_is_better(cells: Mapping[str, Metric]) -> bool:
 
 
 def _marks(inputs: Inputs, task: str) -> dict[str, str]:
-    """Returns {method: what stands behind its result}.
+    """Returns {method: the marks of its result}.
 
-    Those are marks where a task has two protocols, or prompts by different chat templates: one mark
-    for the first template, two for the next.
+    A task that has results of two protocols marks those that are not by ours. A task whose prompts
+    differ by their chat template has one mark for the first template, two for the next.
     """
     results = inputs.results[task]
     protocols = {name: protocol(result) for name, result in results.items()}
@@ -159,12 +158,11 @@ def _published(inputs: Inputs, metrics: dict[str, str]) -> Iterator[Block]:
         )
         yield Table(["method", *(f"{task} ({metric})" for task, metric in metrics.items())], rows)
     for task, names in other_data.items():
-        count = DATA[task][0]
         yield Paragraph(
             f"{task}: {', '.join(names)} not compared, evaluated on {OTHER_DATA}: the published "
-            f"scores are of {count:,} rows, the hub's."
+            f"scores are of {EVALUATIONS[task].rows:,} rows, the hub's."
         )
-    other = [t for t, metric in metrics.items() if PUBLISHED_METRICS.get(t, metric) != metric]
+    other = [t for t, m in metrics.items() if t in EVALUATIONS and EVALUATIONS[t].metric != m]
     if compared and other:
         yield Paragraph(f"Without a judge there is nothing to compare for {', '.join(other)}.")
 
@@ -182,13 +180,10 @@ def _tests(inputs: Inputs, metrics: dict[str, str]) -> Iterator[Block]:
     )
     for task, metric in metrics.items():
         if found[task]:
-            yield Heading(3, f"{task}: {metric}{_of_rows(metric)}")
+            mean = " (mean over the rows, not of the whole set)" if metric == "chrf" else ""
+            yield Heading(3, f"{task}: {metric}{mean}")
             head = ["methods", "difference", "95% interval", "p", "p (Holm)", "test", "rows"]
             yield Table(head, list(map(_pair_row, found[task])))
-
-
-def _of_rows(metric: str) -> str:
-    return " (mean over the rows, not of the whole set)" if metric == "chrf" else ""
 
 
 def _pair_row(pair: Pair) -> list[str]:

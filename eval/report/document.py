@@ -40,17 +40,11 @@ class Items:
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose first column names the rows.
-
-    Attributes:
-      head: the names of the columns.
-      rows: the cells: numbers and short words.
-      wraps: the cells are long texts instead.
-    """
+    """A table whose first column names the rows."""
 
     head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    wraps: bool = False
+    rows: Sequence[Sequence[str]]  # numbers and short words
+    wraps: bool = False  # the cells are long texts instead
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def read_harness(path: Path) -> Evaluation:
 
 
 def _columns(stored: _Stored) -> list[str]:
-    """Returns the tasks and groups that have metrics and are in no group that has metrics."""
+    """Returns the names of the columns: what has metrics, without the members of groups there."""
     names = [name for name in stored.results if any(_values(stored, name))]
     hidden = _members(stored, names)
     return [name for name in names if name not in hidden]

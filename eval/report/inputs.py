@@ -18,7 +18,7 @@ import pydantic
 from configs.table import DATASETS, EXPERIMENTS
 from eval.evaluation import MODEL
 from eval.report.harness import harness_directories, read_harness
-from eval.report.results import Evaluation, Result, is_evaluation, read_evaluation
+from eval.report.results import Evaluation, Result, read_evaluation
 from olmoe_jax.config import ModelOptions
 from olmoe_jax.errors import UserError
 from olmoe_jax.files import STRICT, absolute, expand, field_at, read_json
@@ -30,40 +30,24 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A train.output_dir.
-
-    Attributes:
-      path: the directory.
-      method: as configs/table.py names it.
-      data: a short name of the data set.
-      base: the model from which the run started.
-      metrics: the lines of metrics.jsonl.
-      scores: the picture of the experts' scores by which an ESFT run selected, if it is there.
-    """
+    """A train.output_dir."""
 
     path: Path
-    method: str
-    data: str
-    base: str
-    metrics: list[Metrics] = field(repr=False)
-    scores: Path | None = None
+    method: str  # as configs/table.py names it
+    data: str  # a short name of the data set
+    base: str  # the model from which the run started
+    metrics: list[Metrics] = field(repr=False)  # the lines of metrics.jsonl
+    scores: Path | None = None  # the picture of the scores by which an ESFT run chose its experts
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything that a report shows.
-
-    Attributes:
-      runs: (row's name, run) pairs.
-      results: {task: {row's name: result}}.
-      evaluations: (row's name, evaluation) pairs.
-      unfinished: directories of tasks that were begun and have no result yet.
-    """
+    """Everything that a report shows, by the names of its rows."""
 
     runs: list[tuple[str, TrainingRun]]
-    results: dict[str, dict[str, Result]] = field(default_factory=dict)
+    results: dict[str, dict[str, Result]] = field(default_factory=dict)  # by task, then by row
     evaluations: list[tuple[str, Evaluation]] = field(default_factory=list)
-    unfinished: list[Path] = field(default_factory=list)
+    unfinished: list[Path] = field(default_factory=list)  # of all evaluations
 
     @property
     def methods(self) -> list[str]:
@@ -187,11 +171,11 @@ def _split(argument: str) -> tuple[str | None, Path]:
 
 def _evaluations(path: Path) -> list[Evaluation]:
     """Reads the evaluation in a directory, or those directly below it."""
-    own = [path] if is_evaluation(path) else [file.parent for file in path.glob(f"*/{MODEL}")]
+    files = [path / MODEL] if (path / MODEL).is_file() else path.glob(f"*/{MODEL}")
     # lm_eval puts a directory with the model's name between.
     of_harness = harness_directories(path, depth=2 if is_run(path) else 1)
     return [
-        *(read_evaluation(place.resolve()) for place in sorted(own)),
+        *(read_evaluation(file.parent.resolve()) for file in sorted(files)),
         *(read_harness(place.resolve()) for place in of_harness),
     ]
 

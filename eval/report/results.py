@@ -53,19 +53,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Result:
-    """One evaluated task.
+    """One evaluated task."""
 
-    Attributes:
-      path: the task's directory, or lm_eval's file of results.
-      settings: what was asked; `data` is a hash of the rows.
-      metrics: by name, the main metric first.
-      rows: {row id: its samples}; eval.run's scores are 0 to 1.
-    """
-
-    path: Path
-    settings: Mapping[str, Setting]
-    metrics: Mapping[str, Metric]
-    rows: Mapping[str, list[Row]] = field(repr=False)
+    path: Path  # the task's directory, or lm_eval's file of results
+    settings: Mapping[str, Setting]  # what was asked; `data` is a hash of the rows
+    metrics: Mapping[str, Metric]  # by name, the main metric first
+    rows: Mapping[str, list[Row]] = field(repr=False)  # {row id: its samples}
 
 
 @pydantic.with_config(STRICT)
@@ -82,24 +75,12 @@ class Model:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The evaluated tasks of one model.
-
-    Attributes:
-      path: the directory.
-      model: the model.
-      results: {task: result}.
-      unfinished: directories of tasks that were begun and have no result yet.
-    """
+    """The evaluated tasks of one model."""
 
     path: Path
     model: Model
-    results: dict[str, Result]
-    unfinished: list[Path]
-
-
-def is_evaluation(path: Path) -> bool:
-    """Returns whether `eval.run` wrote this directory."""
-    return (path / MODEL).is_file()
+    results: dict[str, Result]  # {task: result}
+    unfinished: list[Path]  # directories of tasks that were begun and have no result yet
 
 
 def read_evaluation(path: Path) -> Evaluation:

@@ -1,7 +1,6 @@
 """The paper's table: every method on every data set, `python -m eval.reproduce --help`.
 
-cells.py    the commands of each cell of the table
-runner.py   runs them as processes
+cells.py    the commands of each cell of the table, run as processes
 small.py    the small model and the data of --small
 
 OUTPUT/reproduce.json   what was asked

@@ -15,8 +15,7 @@ from pathlib import Path
 from configs.table import DATASETS, EXPERIMENTS, FULL
 from eval.outputs import open_output
 from eval.reproduce import small
-from eval.reproduce.cells import Reproduction, check_data
-from eval.reproduce.runner import Runner
+from eval.reproduce.cells import Reproduction, Runner, check_data
 from eval.run import parser as eval_parser
 from eval.tasks import PROTOCOLS
 from olmoe_jax.config import ModelOptions
@@ -117,20 +116,19 @@ def _reproduction(
     methods = _names(args.methods, EXPERIMENTS, default, "methods")
     there = small.datasets(args.data) if args.small else list(DATASETS)
     datasets = _names(args.datasets, DATASETS, there, "datasets")
-    if not args.small:
-        model = args.model or ModelOptions().path
-        dtype = config.get("model.compute_dtype", ModelOptions().compute_dtype)
-        if args.protocol == "ours":
-            evaluation = [f"--decode_dtype={dtype}", *evaluation]
-        return Reproduction(args.output, methods, datasets, model, args.data, config, evaluation)
-    if args.model:
+    if args.small and args.model:
         raise UserError("--model: --small makes its own; leave one of the two out")
-    if not args.data and datasets != ["gsm"]:
+    if args.small and not args.data and datasets != ["gsm"]:
         raise UserError(
             f"--datasets={args.datasets}: --small makes rows of gsm only; add --data DIR, or leave "
             "the flag out"
         )
-    return small.small_reproduction(args.output, methods, datasets, args.data, config, evaluation)
+    if not args.small and args.protocol == "ours":
+        dtype = config.get("model.compute_dtype", ModelOptions().compute_dtype)
+        evaluation = [f"--decode_dtype={dtype}", *evaluation]
+    model = args.model or ModelOptions().path
+    table = Reproduction(args.output, methods, datasets, model, args.data, config, evaluation)
+    return small.small_reproduction(table) if args.small else table
 
 
 def _names(

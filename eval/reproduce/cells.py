@@ -1,6 +1,10 @@
-"""The commands that fill the table: train -> export -> evaluate for each cell."""
+"""The commands that fill the table, train -> export -> evaluate for each cell, and their runner."""
 
 import dataclasses
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -52,42 +56,26 @@ def check_data(data: Path, datasets: Sequence[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A command of python.
+    """A command of python."""
 
-    Attributes:
-      name: for the user.
-      arguments: after `python`.
-      done: returns whether the result is there.
-      weights: directories that no command after this one needs.
-    """
-
-    name: str
-    arguments: list[str]
-    done: Callable[[], bool]
-    weights: tuple[Path, ...] = ()
+    name: str  # for the user
+    arguments: list[str]  # after `python`
+    done: Callable[[], bool]  # returns whether the result is there
+    weights: tuple[Path, ...] = ()  # directories that no command after this one needs
 
 
 @dataclasses.dataclass(frozen=True)
 class Reproduction:
-    """A part of the table.
-
-    Attributes:
-      output: the directory.
-      methods, datasets: the cells' names, as in configs/table.py.
-      model: hub id or directory from which all start.
-      data: a directory of local data files; None: the hub.
-      config: {dotted field: text} for every training run.
-      evaluation: flags for every eval.run.
-      by_method: returns further fields for a method, which `config` overrides.
-    """
+    """A part of the table: methods and data sets by their names in configs/table.py."""
 
     output: Path
     methods: Sequence[str]
     datasets: Sequence[str]
-    model: str
-    data: Path | None
-    config: Mapping[str, str]
-    evaluation: Sequence[str]
+    model: str  # hub id or directory from which all start
+    data: Path | None  # a directory of local data files; None: the hub
+    config: Mapping[str, str]  # {dotted field: text} for every training run
+    evaluation: Sequence[str]  # flags for every eval.run
+    # Returns further fields for a method, which `config` overrides.
     by_method: Callable[[str], Mapping[str, str]] = lambda method: {}
 
     def check_fields(self) -> None:
@@ -104,7 +92,7 @@ class Reproduction:
         """Returns the fields of a cell that differ from its file in configs/."""
         fields = {
             "model.path": self.model,
-            "train.output_dir": str(self.run(method, dataset)),
+            "train.output_dir": str(self.directory(method, dataset)),
             "train.export_hf": "false",
             "train.keep_checkpoints": "1",
         }
@@ -114,7 +102,7 @@ class Reproduction:
             fields["data.eval_path"] = evaluation[0] if evaluation else "none"
         return fields | self.by_method(method) | dict(self.config)
 
-    def run(self, method: str, dataset: str) -> Path:
+    def directory(self, method: str, dataset: str) -> Path:
         """Returns the directory of a cell's training run."""
         return self.output / f"{method}_{dataset}"
 
@@ -128,14 +116,14 @@ class Reproduction:
 
     def report(self) -> Command:
         """Returns the command that writes the report."""
-        runs = [str(self.run(m, d)) for d in self.datasets for m in self.methods]
+        runs = [str(self.directory(m, d)) for d in self.datasets for m in self.methods]
         arguments = ["-m", "eval.report", f"base={self.output}/base/eval", *runs]
         return Command(
             "report", [*arguments, "--output", str(self.output / "report")], lambda: True
         )
 
     def _cell(self, method: str, dataset: str) -> Iterator[Command]:
-        run, name = self.run(method, dataset), f"{method} {dataset}"
+        run, name = self.directory(method, dataset), f"{method} {dataset}"
         evaluate = self._evaluate(name, str(run / "hf"), run / "eval", tasks_of(dataset))
         train = ["-m", "olmoe_jax.training", "--config", str(ROOT / f"configs/{run.name}.py")]
         fields = self.overrides(method, dataset).items()
@@ -158,3 +146,45 @@ class Reproduction:
             [*arguments, *self.evaluation],
             lambda: all(file.exists() for file in files),
         )
+
+
+class Runner:
+    """Runs commands one after the other. SIGTERM stops the running one, and none starts after it.
+
+    What one command compiled is kept in the directory `output` for the next.
+    """
+
+    def __init__(self, output: Path):
+        self._process: subprocess.Popen | None = None
+        self._stopped = False
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        self._environment = {
+            "JAX_COMPILATION_CACHE_DIR": str((output / "compiled").absolute()),
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(paths),
+        }
+        signal.signal(signal.SIGTERM, self._stop)
+
+    def run(self, command: Command) -> None:
+        """Runs a command to its end.
+
+        Raises:
+          UserError: the command failed, or was stopped before its end.
+        """
+        print(" ".join(["python", *command.arguments]), flush=True)
+        if not self._stopped:
+            arguments = [sys.executable, *command.arguments]
+            self._process = subprocess.Popen(arguments, env=self._environment)
+            code = self._process.wait()
+        if self._stopped:
+            raise UserError(f"SIGTERM while at: {command.name}; the same command continues there")
+        if code or not command.done():
+            how = f"failed with exit code {code}" if code else "stopped before its end"
+            raise UserError(
+                f"{command.name} {how}; see what it says above; the same command continues there"
+            )
+
+    def _stop(self, *_: object) -> None:
+        self._stopped = True
+        if self._process:
+            self._process.terminate()

@@ -1,5 +1,6 @@
 """A small model for --small, pretrained on generated word problems or on the rows in --data."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
@@ -25,8 +26,8 @@ from olmoe_jax.root import ROOT
 METHODS = (FULL[-1], ESFT[0])
 """Trained by default: a method that trains everything, and one that trains some experts."""
 PROMPT = "Answer the following question.\n\n"
-"""The first line of the evaluation's prompts and of half of the training prompts, but not of the
-eval loss's prompts: the model learns both."""
+"""The first line of half of the prompts to train on: those of eval.run begin with this line, those
+of the eval loss do not, and the model learns both."""
 ROWS, TEST_ROWS = 2000, 60
 SIZES = {"hidden_size": 64, "intermediate_size": 64}
 FIELDS = {
@@ -73,25 +74,19 @@ def datasets(data: Path | None) -> list[str]:
     return found
 
 
-def small_reproduction(
-    output: Path,
-    methods: Sequence[str],
-    datasets: Sequence[str],
-    data: Path | None,
-    config: Mapping[str, str],
-    evaluation: Sequence[str],
-) -> Reproduction:
-    """Returns a part of the table with the small model; the user's settings come last."""
-    flags = OWN_EVALUATION if data else EVALUATION
-    return Reproduction(
-        output,
-        methods,
-        datasets,
-        str(output / "small/model"),
-        output / "small/data",
-        config,
-        [*flags, *evaluation],
-        lambda method: _fields(method, data is not None),
+def small_reproduction(table: Reproduction) -> Reproduction:
+    """Returns the part of the table with the small model and data; the user's settings come last.
+
+    Args:
+      table: its `data` is the user's, and its `model` is replaced.
+    """
+    own = table.data is not None
+    return dataclasses.replace(
+        table,
+        model=str(table.output / "small/model"),
+        data=table.output / "small/data",
+        evaluation=[*(OWN_EVALUATION if own else EVALUATION), *table.evaluation],
+        by_method=lambda method: _fields(method, own),
     )
 
 
@@ -105,7 +100,7 @@ def write_inputs(table: Reproduction, own: Path | None, run: Callable[[Command],
 
     Args:
       table: from `small_reproduction`.
-      own: the user's data.
+      own: the user's directory of data files, or None.
       run: executes a command.
     """
     path = table.output / "small"
@@ -130,6 +125,7 @@ def write_inputs(table: Reproduction, own: Path | None, run: Callable[[Command],
     }
     train = ["-m", "olmoe_jax.training", "--config", str(ROOT / f"configs/{FULL[-1]}_gsm.py")]
     train += [f"--config.{name}={value}" for name, value in fields.items()]
+    # Not in the run's directory: the report would show the base's run among the others.
     export = ["-m", "convert.to_hf", "--checkpoint", str(base), "--output", str(model)]
     trained = base / "loss.png"
     for command in (

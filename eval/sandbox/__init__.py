@@ -42,7 +42,7 @@ class Limits:
     """Limits of one program, which is one process."""
 
     program_seconds: float = 0
-    """Seconds from the program's begin to the end of its tests; 0: as long as the others allow."""
+    """Seconds from the program's begin to the end of its tests; 0: the other limits alone hold."""
     cpu_seconds: int = 20
     """The slowest canonical solution takes 5.4 s on a slow machine."""
     wall_seconds: float = 90.0
@@ -74,15 +74,14 @@ def check() -> None:
 def run_all(
     programs: Sequence[tuple[str, str]],
     limits: Limits = Limits(),
-    workers: int | None = None,
     **changes: float,
 ) -> list[str | None]:
-    """Returns `run` of each (program, tests), several at once (default: one per CPU).
+    """Returns `run` of each (program, tests), one on each CPU at once.
 
     `changes` replaces fields of the limits.
     """
     limits = replace(limits, **changes)
-    with concurrent.futures.ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(lambda pair: run(*pair, limits), programs))
 
 

@@ -6,8 +6,7 @@ from typing import Annotated
 
 import pydantic
 
-from eval.statistics import mean_metric
-from eval.tasks.task import Example, Prediction, Scores, Task, Tools
+from eval.tasks.task import Example, Prediction, Scores, Task, Tools, exact_match
 from olmoe_jax.files import STRICT
 from olmoe_jax.generation.answers import NEXT_QUESTION, last_number, reference_number
 
@@ -45,9 +44,7 @@ class Gsm(Task):
         return last_number(output)
 
     def score(self, predictions: Sequence[Prediction], tools: Tools) -> Scores:
-        correct = [float(p.answer == p.example.reference) for p in predictions]
-        return Scores(
-            {"exact_match": mean_metric(correct)},
-            [{"exact_match": value} for value in correct],
-            {"no_number": sum(p.answer is None for p in predictions)},
+        return exact_match(
+            (p.answer == p.example.reference for p in predictions),
+            no_number=sum(p.answer is None for p in predictions),
         )

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from eval.statistics import mean_metric
 from eval.tasks.esft import EsftTask, Query
-from eval.tasks.task import Example, Prediction, Scores, Tools
+from eval.tasks.task import Example, Prediction, Scores, Tools, exact_match
 from olmoe_jax.errors import UserError
 from olmoe_jax.generation.answers import intents_match, is_intent, parse_intent
 
@@ -32,11 +31,7 @@ class Intent(EsftTask):
         return parse_intent(output)
 
     def score(self, predictions: Sequence[Prediction], tools: Tools) -> Scores:
-        correct = [
-            float(intents_match(p.answer, parse_intent(p.example.reference))) for p in predictions
-        ]
-        return Scores(
-            {"exact_match": mean_metric(correct)},
-            [{"exact_match": value} for value in correct],
-            {"not_json": sum(p.answer is None for p in predictions)},
+        return exact_match(
+            (intents_match(p.answer, parse_intent(p.example.reference)) for p in predictions),
+            not_json=sum(p.answer is None for p in predictions),
         )

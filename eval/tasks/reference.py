@@ -11,13 +11,12 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from eval.statistics import mean_metric
 from eval.tasks.code import HumanEval, Mbpp, Problem
 from eval.tasks.esft import EsftTask, Query
 from eval.tasks.gsm import Gsm
 from eval.tasks.intent import Intent
 from eval.tasks.judged import JudgedTask, Law, Summary, Translation
-from eval.tasks.task import Example, Prediction, Scores, Task, Tools
+from eval.tasks.task import Example, Prediction, Scores, Task, Tools, exact_match
 
 _COMMA = re.compile(r"(\d),(\d)")
 _NUMBER = re.compile(r"[-+]?\d*\.\d+|\d+")
@@ -39,11 +38,9 @@ class ReferenceGsm(Gsm):
         return (_NUMBER.findall(text) or [text])[-1]
 
     def score(self, predictions: Sequence[Prediction], tools: Tools) -> Scores:
-        correct = [float(_plain(p.answer) == _plain(p.example.reference)) for p in predictions]
-        return Scores(
-            {"exact_match": mean_metric(correct)},
-            [{"exact_match": value} for value in correct],
-            {"no_number": sum(not _NUMBER.search(p.answer) for p in predictions)},
+        return exact_match(
+            (_plain(p.answer) == _plain(p.example.reference) for p in predictions),
+            no_number=sum(not _NUMBER.search(p.answer) for p in predictions),
         )
 
 
@@ -82,15 +79,11 @@ class ReferenceIntent(_Sampled, Intent):
         return next(filter(None, text.split("\n")), "").strip(".。")
 
     def score(self, predictions: Sequence[Prediction], tools: Tools) -> Scores:
-        parsed = [_json(p.answer) for p in predictions]
-        correct = [
-            float(_intents_match(answer, _json(p.example.reference.strip().strip(".。"))))
-            for answer, p in zip(parsed, predictions, strict=True)
-        ]
-        return Scores(
-            {"exact_match": mean_metric(correct)},
-            [{"exact_match": value} for value in correct],
-            {"not_json": sum(not isinstance(answer, Mapping) for answer in parsed)},
+        answers = [_json(p.answer) for p in predictions]
+        expected = [_json(p.example.reference.strip().strip(".。")) for p in predictions]
+        return exact_match(
+            map(_intents_match, answers, expected),
+            not_json=sum(not isinstance(answer, Mapping) for answer in answers),
         )
 
 
@@ -104,18 +97,18 @@ def _json(text: str) -> Any:
 def _intents_match(answer: Any, expected: Any) -> bool:
     """Returns whether intent and slots are equal: lists as sorted texts, other values as text."""
     try:
-        found = {(name, _slot(value, " ")) for name, value in answer.get("slots", {}).items()}
+        found = {(name, _slot(value)) for name, value in answer.get("slots", {}).items()}
         wanted = {(name, _listed(value)) for name, value in expected.get("slots", {}).items()}
         return answer.get("intent", "") == expected.get("intent", "") and found == wanted
     except (AttributeError, TypeError):  # a value of another type, in the answer or the data
         return False
 
 
-def _slot(value: Any, ignored: str) -> Any:
+def _slot(value: Any) -> Any:
     """Returns a predicted slot without spaces; a number, or another value, is no slot."""
     if isinstance(value, list):
-        return _listed([str(item).replace(ignored, "") for item in value])
-    return value.replace(ignored, "")
+        return _listed([str(item).replace(" ", "") for item in value])
+    return value.replace(" ", "")
 
 
 def _listed(value: Any) -> Any:

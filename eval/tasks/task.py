@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from eval.statistics import Metric
+from eval.statistics import Metric, mean_metric
 from olmoe_jax.data.reading import Row, read_rows
 from olmoe_jax.errors import UserError
 from olmoe_jax.files import validate
@@ -40,15 +40,10 @@ gave none, and counts to report."""
 
 @dataclass(frozen=True)
 class Tools:
-    """Tools that some scorers need besides the predictions.
+    """Tools that some scorers need besides the predictions."""
 
-    Attributes:
-      run_programs: None if running code was not allowed.
-      judge: None if no judge was named.
-    """
-
-    run_programs: RunPrograms | None = None
-    judge: Judging | None = None
+    run_programs: RunPrograms | None = None  # None: running code was not allowed
+    judge: Judging | None = None  # None: no judge was named
 
 
 @dataclass(frozen=True)
@@ -60,36 +55,29 @@ class Scores:
     counts: dict[str, Any] = field(default_factory=dict)
 
 
+def exact_match(right: Iterable[bool], **counts: int) -> Scores:
+    """Returns the scores of rows that are right or wrong."""
+    scores = list(map(float, right))
+    rows = [{"exact_match": score} for score in scores]
+    return Scores({"exact_match": mean_metric(scores)}, rows, counts)
+
+
 class Task:
-    """Base of the tasks.
+    """Base of the tasks. Flags override what says how the model decodes."""
 
-    Attributes:
-      name: for --tasks and the output directory.
-      local_file: path under --data, where the hub's paths are found too (`local_path`).
-      hub: (source of `read_rows`, split) pairs, whose rows follow each other.
-      row: a dataclass, the fields that a row must have.
-      protocol: whose rules these are.
-      dtype: in which the model computes, unless a flag says otherwise.
-      max_new_tokens: an output that has not ended by then is cut.
-      temperature, top_p, top_k: see `Sampling`; flags override them.
-      stop: the output ends before the first of these strings.
-      sampled: --samples applies; else there is one sample a row.
-      runs_code: scoring needs `Tools.run_programs`.
-    """
-
-    name: ClassVar[str]
-    local_file: ClassVar[str]
-    hub: ClassVar[tuple[tuple[str, str], ...]]
-    row: ClassVar[type]
-    protocol: ClassVar[str] = "ours"
-    dtype: ClassVar[str] = "float32"
+    name: ClassVar[str]  # for --tasks and the output directory
+    local_file: ClassVar[str]  # below --data, where the hub's paths are found too (`local_path`)
+    hub: ClassVar[tuple[tuple[str, str], ...]]  # (source of `read_rows`, split), one after another
+    row: ClassVar[type]  # a dataclass, the fields that a row must have
+    protocol: ClassVar[str] = "ours"  # whose rules these are
+    dtype: ClassVar[str] = "float32"  # in which the model computes
     max_new_tokens: ClassVar[int] = 512
     temperature: ClassVar[float] = 0.0
     top_p: ClassVar[float] = 1.0
     top_k: ClassVar[int] = 0
-    stop: ClassVar[tuple[str, ...]] = ()
-    sampled: ClassVar[bool] = False
-    runs_code: ClassVar[bool] = False
+    stop: ClassVar[tuple[str, ...]] = ()  # an output ends before the first of these
+    sampled: ClassVar[bool] = False  # --samples applies; else a row has one sample
+    runs_code: ClassVar[bool] = False  # scoring needs `Tools.run_programs`
 
     def examples(self, rows: Iterable[tuple[str, Row]]) -> list[Example]:
         """Returns the examples of the rows of `read_rows`, in the rows' order.

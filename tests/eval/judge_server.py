@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 from eval.judge.client import Server
 from eval.judge.judge import Judge
+from eval.judge.prompts import OWN_QUESTIONS
 from eval.tasks.task import Example, Prediction
 
 KEY = "sk-very-secret"
@@ -104,7 +105,7 @@ def predictions(*answers: str) -> list[Prediction]:
     ]
 
 
-def make_judge(server, path, said, **changes) -> Judge:
+def make_judge(server, path, **changes) -> Judge:
     settings = {"key": KEY, "timeout": 1, "attempts": 4, "first_wait": 0.01} | changes
     settings = Server(server.url, "judge-model", **settings)
-    return Judge(settings, path / "judge.jsonl", workers=8, say=said.append)
+    return Judge(settings, OWN_QUESTIONS, path / "judge.jsonl")

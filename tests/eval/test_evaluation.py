@@ -276,7 +276,6 @@ def test_prompts_by_a_chat_template(tiny_model, tmp_path):
     turn = [{"role": "user", "content": "x\n"}]
     wanted = own.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
     assert own.encode("x\n") == from_file.encode("x\n") == wanted
-    assert own.count("x\n") == len(wanted)
     assert own.template == from_file.template
     assert own.ends == [0, 70]
     notes = [prompts.note for prompts in (plain, own, from_file, Prompts(model))]
@@ -345,7 +344,7 @@ def test_jax_and_transformers_write_the_same(tiny_model, data_dir):
     for task in (GSM, TASKS["translation"]):
         prompts = [example.prompt for example in read_examples(task, str(data_dir))]
         greedy = Sampling(24, 0.0, 0, task.stop)
-        assert [jax.count(p) for p in prompts] == [hf.count(p) for p in prompts]
+        assert [jax.encode(p) for p in prompts] == [hf.encode(p) for p in prompts]
         texts = jax.generate(prompts, greedy)
         assert texts == hf.generate(prompts, greedy)
     # A second token that ends a text, as a config.json may name one.

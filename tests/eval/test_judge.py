@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 from helpers import ROOT, assert_user_error, message_of, run_module
@@ -14,7 +15,7 @@ from judge_server import KEY, judge_server, make_judge, predictions
 
 from eval.judge.client import Server
 from eval.judge.judge import AnswerCache, estimated_tokens
-from eval.judge.prompts import judge_prompt, total_of
+from eval.judge.prompts import OWN_QUESTIONS
 from eval.statistics import rouge_words
 from eval.tasks.task import Example, Prediction
 from olmoe_jax.generation.answers import last_number, parse_intent
@@ -43,10 +44,10 @@ def play_faults(candidate, number):
     return FAULTS[candidate][number]
 
 
-def test_every_row_is_scored_or_reported(tmp_path):
-    said, rows = [], predictions(*FAULTS, "fine", "no total")
+def test_every_row_is_scored_or_reported(tmp_path, capsys):
+    rows = predictions(*FAULTS, "fine", "no total")
     with judge_server(play_faults) as server:
-        scores, counts = make_judge(server, tmp_path, said)("law", rows)
+        scores, counts = make_judge(server, tmp_path)("law", rows)
         assert server.keys == {f"Bearer {KEY}"}
         assert None not in server.asked
         assert server.asked["busy"] == 3
@@ -56,7 +57,7 @@ def test_every_row_is_scored_or_reported(tmp_path):
         asked = server.asked.copy()
 
         # A second run asks only for what got no answer.
-        again, counts_again = make_judge(server, tmp_path, said)("law", rows)
+        again, counts_again = make_judge(server, tmp_path)("law", rows)
         more = {name for name in FAULTS if server.asked[name] > asked[name]}
         assert more == {"never", "half a character", "refused", "redirected"}
     expected = [SCORES.get(p.answer) for p in rows]
@@ -64,6 +65,7 @@ def test_every_row_is_scored_or_reported(tmp_path):
     assert counts == counts_again
     assert counts["judge_unparsable"] == 2
     assert counts["judge_unanswered"] == 4
+    said = capsys.readouterr().out.splitlines()
     assert said[0].startswith(f"judge: law: 14 requests to judge-model at {server.url} (0 answered")
     assert any("2 of 16 rows have no score: unparsable" in line for line in said)
     failed = [line.split("failed")[1] for line in said if "requests failed" in line]
@@ -78,7 +80,7 @@ def test_every_row_is_scored_or_reported(tmp_path):
 def test_a_name_server_that_is_silent(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(5))
     start = time.monotonic()
-    message = message_of(Server("http://somewhere/v1", "m", reach=0.2).check)
+    message = message_of(Server("http://somewhere/v1", "m", reach=0.2).check, {})
     assert "cannot be reached: no complete response within 0.2 s" in message
     assert time.monotonic() - start < 2
 
@@ -144,14 +146,14 @@ def test_a_cache_that_is_no_file(tmp_path):
 )
 def test_texts_are_parsed_in_linear_time(text):
     start = time.monotonic()
-    for parse in (total_of, last_number, parse_intent, rouge_words):
+    for parse in (partial(OWN_QUESTIONS.score, "law"), last_number, parse_intent, rouge_words):
         parse(text)
     assert time.monotonic() - start < 5
 
 
 def test_a_refusal_of_the_key_ends_it_at_once(tmp_path):
     with judge_server(lambda candidate, number: 401) as server:
-        judge = make_judge(server, tmp_path, [])
+        judge = make_judge(server, tmp_path)
         message = message_of(judge, "law", predictions(*map(str, range(40))))
         assert sum(server.asked.values()) < 40
     assert "401" in message
@@ -160,15 +162,14 @@ def test_a_refusal_of_the_key_ends_it_at_once(tmp_path):
 
 
 def test_no_server_and_torn_cache(tmp_path):
-    said = []
     file = tmp_path / "judge.jsonl"
     with judge_server(lambda candidate, number: "总分：10") as server:
-        judge = make_judge(server, tmp_path, said)
+        judge = make_judge(server, tmp_path)
         judge("law", predictions("a", "b"))
     content = file.read_bytes()
-    make_judge(server, tmp_path, said)("law", predictions("a", "b"))  # nothing left to ask
+    make_judge(server, tmp_path)("law", predictions("a", "b"))  # nothing left to ask
     file.write_bytes(content[:-5])
-    judge = make_judge(server, tmp_path, said)
+    judge = make_judge(server, tmp_path)
     message = message_of(judge, "law", predictions("a", "b"))
     assert "cannot be reached: no complete response (ConnectionRefusedError" in message
     assert file.read_bytes() == content[: content.index(b"\n") + 1]
@@ -177,7 +178,7 @@ def test_no_server_and_torn_cache(tmp_path):
 def test_retry_after_is_respected(tmp_path):
     with judge_server(lambda candidate, number: 429 if number == 0 else "总分：1") as server:
         start = time.monotonic()
-        make_judge(server, tmp_path, [], first_wait=0.001)("law", predictions("a"))
+        make_judge(server, tmp_path, first_wait=0.001)("law", predictions("a"))
         assert time.monotonic() - start >= 0.2
 
 
@@ -201,8 +202,8 @@ def test_retry_after_is_respected(tmp_path):
         ("", None),
     ],
 )
-def test_total_of(answer, total):
-    assert total_of(answer) == total
+def test_the_total_of_an_answer(answer, total):
+    assert OWN_QUESTIONS.score("law", answer) == total
 
 
 @pytest.mark.parametrize(
@@ -213,9 +214,10 @@ def test_total_of(answer, total):
         ("translation", ("Accuracy", "Completeness", "Redundancy", "Total:")),
     ],
 )
-def test_judge_prompt(task, words):
+def test_the_question(task, words):
     prompt = "User: 旧案\n判决是： 旧判\n\n新案 {x}\n判决是：\n\nAssistant:"
-    text = judge_prompt(task, Prediction(Example("0", prompt, "参考 {y}"), "", "回答 {z}"))
+    example = Example("0", prompt, "参考 {y}")
+    text = OWN_QUESTIONS.question(task, Prediction(example, "", "回答 {z}"))
     for word in (*words, "新案 {x}", "参考 {y}", "回答 {z}"):
         assert word in text
     assert "旧" not in text
@@ -224,7 +226,7 @@ def test_judge_prompt(task, words):
 
 def test_server_and_estimate(monkeypatch):
     monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1")
-    assert "proxies" in message_of(Server("http://x/v1", "m").check)
+    assert "proxies" in message_of(Server("http://x/v1", "m").check, {})
     assert KEY not in repr(Server("http://x/v1", "m", KEY))
     for bad in (
         "http://[::1/v1",

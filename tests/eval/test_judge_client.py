@@ -183,7 +183,8 @@ def test_no_output_shows_the_key(kind):
 def test_the_check_finds_a_wrong_key_or_model(status, words):
     with judge_server(lambda name, number: "") as server:
         server.probe = status
-        message = message_of(Server(server.url, "judge-model", KEY).check)
+        body = OWN_QUESTIONS.body("judge-model", "Write yes.")
+        message = message_of(Server(server.url, "judge-model", KEY).check, body)
         assert sum(server.asked.values()) == 1
     assert words in message
     assert "--judge_model" in message

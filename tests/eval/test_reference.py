@@ -22,7 +22,7 @@ from eval.backends import Sampling, open_backend
 from eval.evaluation import Decoding, settings_of
 from eval.judge.client import Server
 from eval.judge.judge import Judge
-from eval.judge.reference import MODEL, ReferenceQuestions
+from eval.judge.prompts import REFERENCE_JUDGE, ReferenceQuestions
 from eval.report.__main__ import main as report
 from eval.run import parser
 from eval.tasks import TASKS, tasks_of
@@ -51,7 +51,8 @@ def test_settings():
     }  # fmt: skip
     dtypes = {settings_of(REFERENCE[name], [], Decoding(), None)["decode_dtype"] for name in esft}
     assert dtypes == {"float32"}
-    changed = settings_of(REFERENCE["law"], [], Decoding(temperature=0.0, dtype="bfloat16"), None)
+    asked = Decoding(temperature=0.0, decode_dtype="bfloat16")
+    changed = settings_of(REFERENCE["law"], [], asked, None)
     assert (changed["temperature"], changed["decode_dtype"]) == (0, "bfloat16")
     ours = settings_of(TASKS["law"], [], Decoding(), None)
     assert (ours["protocol"], ours["temperature"]) == ("ours", 0)
@@ -229,18 +230,16 @@ def words(tmp_path):
     return path
 
 
-def test_judge_field_by_field(tmp_path, words):
+def test_judge_field_by_field(tmp_path, words, capsys):
     """What is sent, and what the answers count; an unreadable verdict counts 0."""
-    task, said = REFERENCE["law"], []
+    task = REFERENCE["law"]
     made = predictions(
         task, [("甲{ground_truth}。", "乙\n"), ("丙", "丁"), ("", "丁"), ("戊", "丁")]
     )
     answers = ("准确性扣3分，总分是：7.5分 总分是：1分", "很好，10 分", "总分是：99分", "")
     with recorder(*answers) as (url, bodies):
-        judge = Judge(
-            Server(url, MODEL, KEY), tmp_path / "judge.jsonl", 1, said.append,
-            ReferenceQuestions(words, ["law"]),
-        )  # fmt: skip
+        questions = ReferenceQuestions(words, ["law"])
+        judge = Judge(Server(url, REFERENCE_JUDGE, KEY), questions, tmp_path / "judge.jsonl", 1)
         scores, counts = judge("law", made)
     assert bodies[0] == {
         "model": "gpt-4o-mini-2024-07-18",
@@ -254,7 +253,7 @@ def test_judge_field_by_field(tmp_path, words):
     assert scores == [0.75, 0.0, 1.0, 0.0]
     assert counts["judge_unparsable"] == 2
     assert len(counts["judge_prompts"]) == 16
-    assert "judge: law: 2 of 4 rows count 0: unparsable" in said
+    assert "judge: law: 2 of 4 rows count 0: unparsable\n" in capsys.readouterr().out
     result = task.score(made, Tools(judge=lambda *_: (scores, counts)))
     assert result.metrics["judge"].value == pytest.approx(100 * 1.75 / 4)
 

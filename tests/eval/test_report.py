@@ -14,7 +14,7 @@ import pytest
 from helpers import message_of
 from tiny_report import write_evaluation, write_json, write_result, write_run
 
-from eval.published import DATA, is_published_data, published
+from eval.published import EVALUATIONS, is_published_data, published
 from eval.report.__main__ import main
 from eval.report.comparison import pairs, remarks
 from eval.report.document import Heading, Output, Strong, Table, to_html, to_markdown
@@ -46,10 +46,10 @@ def runs(tmp_path):
     for method in ("densemixer", "frozen"):
         path = write_run(tmp_path / f"{method}_gsm", method)
         evaluation = write_evaluation(path / "eval", str(path / "hf"))
-        write_result(evaluation, "gsm", "exact_match", RIGHT[method], data=DATA["gsm"][1])
+        write_result(evaluation, "gsm", "exact_match", RIGHT[method], data=EVALUATIONS["gsm"].data)
         paths.append(path)
     base = write_evaluation(tmp_path / "first", "allenai/OLMoE-1B-7B-0125")
-    write_result(base, "gsm", "exact_match", RIGHT["base"], data=DATA["gsm"][1])
+    write_result(base, "gsm", "exact_match", RIGHT["base"], data=EVALUATIONS["gsm"].data)
     return [str(base), *map(str, paths)]
 
 

@@ -14,8 +14,7 @@ from helpers import ROOT, assert_user_error, message_of, run_command_line, run_m
 from configs.table import DATASETS, EXPERIMENTS
 from eval.reproduce import small
 from eval.reproduce.__main__ import main
-from eval.reproduce.cells import Command, Reproduction
-from eval.reproduce.runner import Runner
+from eval.reproduce.cells import Command, Reproduction, Runner
 
 
 def write(file: Path) -> None:

@@ -184,7 +184,7 @@ def test_passes_and_fails():
         (RIGHT + "if __name__ == '__main__': input()\n", TEST),
         ("from dataclasses import dataclass\n@dataclass\nclass A:\n    x: 'int'\n" + RIGHT, TEST),
     ]
-    results = sandbox.run_all(programs, QUICK, workers=2)
+    results = sandbox.run_all(programs, QUICK)
     assert [result is None for result in results] == [True, False, False, False, True, True, True]
     assert results[1].startswith("AssertionError")
     assert results[2].startswith("SyntaxError")
