@@ -279,6 +279,8 @@ def _first(error: pydantic.ValidationError) -> str:
     field = ".".join(str(part) for part in fault["loc"])
     kind, message, value = fault["type"], fault["msg"], fault["input"]
     if kind == "json_invalid":
+        if len(value.splitlines()) < 2:  # perhaps of a file, whose line the caller names
+            message = message.replace(" at line 1 column", " at column")
         return f"not JSON ({message.removeprefix('Invalid JSON: ')})"
     if kind == "missing":
         return f"field {field} is missing"

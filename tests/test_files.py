@@ -43,8 +43,9 @@ def test_a_declared_file(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "not JSON (EOF while parsing a value at line 1 column 0)"),
-        ("[" * 100_000, "not JSON (recursion limit exceeded at line 1 column 202)"),
+        ("", "not JSON (EOF while parsing a value at column 0)"),
+        ("[" * 100_000, "not JSON (recursion limit exceeded at column 202)"),
+        ('{\n"a" 1}', "not JSON (expected `:` at line 2 column 5)"),
         ('{"size": 1, "rest": ' + '{"a":' * 100_000, "not JSON (recursion limit exceeded"),
         (f'{{"size": 1, "rest": 1{"0" * 5000}}}', "not JSON (number out of range"),
         (b'{"size": 1, "rest": "\xff"}', "not JSON (invalid unicode code point"),

@@ -167,10 +167,15 @@ def _local_rows(path: str) -> Iterator[tuple[str, Row]]:
         yield from _list_rows(path)
     else:
         for number, line in read_lines(path, opened=_opened):
-            yield f"line {number}", _row_of_line(line, f"{path}: line {number}")
+            yield f"line {number}", row_of_line(line, f"{path}: line {number}")
 
 
-def _row_of_line(line: bytes, place: str) -> Row:
+def row_of_line(line: bytes, place: str) -> Row:
+    """Returns the row of a line of JSON; `place` names the line in messages.
+
+    Raises:
+      UserError: the line is no JSON object; the message says what to write instead.
+    """
     try:
         return decode(Row, line, place)
     except UserError as error:

@@ -19,9 +19,9 @@ from olmoe_jax.data.chat_template import Message, as_message, chat_template
 from olmoe_jax.data.fields import checked_text
 from olmoe_jax.data.formats import RowRules, Tools, conversation
 from olmoe_jax.data.printed import check_printed
-from olmoe_jax.data.reading import read_rows
+from olmoe_jax.data.reading import read_rows, row_of_line
 from olmoe_jax.errors import UserError, data_output, one_line
-from olmoe_jax.files import decode, utf8
+from olmoe_jax.files import utf8
 from olmoe_jax.generation.stop_strings import settled
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def _rows(file: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
             raise UserError("standard input is empty; write a row of messages on each line")
         for number, line in lines:
             place = f"standard input: line {number}"
-            yield place, decode(dict[str, Any], line, place)
+            yield place, row_of_line(line.encode(), place)
     elif file is not None:
         yield from read_rows(file)
 

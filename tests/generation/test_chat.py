@@ -196,6 +196,13 @@ def test_rows_that_are_not_there(tokenizer, monkeypatch):
     assert message == "standard input is empty; write a row of messages on each line"
 
 
+def test_a_line_of_the_standard_input_that_is_no_row(tokenizer, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"Hi?\n")))
+    message = message_of(chat.read_conversations, [], "-", None, format_of("none", tokenizer))
+    assert message.startswith("standard input: line 1: not JSON (expected value at column 1); ")
+    assert "write one JSON object a line" in message
+
+
 def test_a_line_of_the_standard_input_that_is_not_utf8(tokenizer, monkeypatch):
     """The message counts the lines of the input, in a file of rows and in a session."""
     format = format_of("none", tokenizer)
