@@ -89,10 +89,11 @@ def _parser() -> ArgumentParser:
         "--rows", type=whole_number(1), default=5, metavar="N", help="of each source; default: 5"
     )
     add_row_arguments(preview)
-    preview.add_argument(
+    instead = preview.add_mutually_exclusive_group()
+    instead.add_argument(
         "--html", type=user_path, metavar="FILE", help="write a page of coloured rows instead"
     )
-    preview.add_argument(
+    instead.add_argument(
         "--json",
         action="store_true",
         help="one JSON line a row: kept, input_ids, trains (what the loss covers), labels (the "

@@ -72,7 +72,14 @@ def test_page(arguments, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "change", [["--max_seq_length=0"], ["--rows=x"], ["--js"], ["--data=none.jsonl"]]
+    "change",
+    [
+        ["--max_seq_length=0"],
+        ["--rows=x"],
+        ["--js"],
+        ["--data=none.jsonl"],
+        ["--json", "--html=page.html"],
+    ],
 )
 def test_bad_usage(arguments, change):
     with pytest.raises(UserError):
