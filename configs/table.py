@@ -1,4 +1,4 @@
-"""The experiments: every method on every data set, with the hyperparameters of the reference.
+"""The experiments: the paper's methods on its data sets, with the hyperparameters of the reference.
 
 The defaults of `olmoe_jax.config` give the rest, which depends on neither: 4 epochs, 256 examples
 per step, 4096 tokens, the schedule.
@@ -43,7 +43,9 @@ DATASETS = {
 def experiment(method: str, dataset: str) -> Config:
     """Returns the config of a method on a data set: one cell of the table."""
     if method not in EXPERIMENTS:
-        raise UserError(f"unknown method {method}: write one of {', '.join(EXPERIMENTS)}")
+        raise UserError(
+            f"{method} is none of the paper's methods: build on one of {', '.join(EXPERIMENTS)}"
+        )
     if dataset not in DATASETS:
         raise UserError(f"unknown data set {dataset}: write one of {', '.join(DATASETS)}")
     row = DATASETS[dataset]
