@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # Part of a data set's identity: increase it whenever the same row would give other tokens or
 # another mask. A run then refuses to continue on the changed examples and says why.
-RULES_VERSION = 3
+RULES_VERSION = 4
 
 Fields = Mapping[str, Any]  # a row of a data file, by the names of its columns
 Tools = list[dict[str, Any]] | None  # the JSON schemas of the tools
@@ -213,9 +213,9 @@ def encode_batch(
 ) -> Iterator[EncodedRow]:
     """Yields the tokens of each row.
 
-    A token trains if one of its characters does: also where the tokenizer merges the end of a
-    prompt with the start of an answer. A text longer than `max_seq_length` tokens loses its end. No
-    token is put before a text.
+    A token trains if one of its characters does, a space too: also where the tokenizer merges the
+    end of a prompt with the start of an answer. A text longer than `max_seq_length` tokens loses
+    its end. No token is put before a text.
     """
     # Twice as many as an example keeps: the last tokens of a cut text may be others than the whole
     # text has there.
@@ -224,10 +224,12 @@ def encode_batch(
     for row, (ids, offsets) in zip(rows, encodings, strict=True):
         tokens = np.asarray(ids[:max_seq_length], np.int32)
         starts, ends = np.asarray(offsets[:max_seq_length], np.int64).reshape(-1, 2).T
-        # Tokenizers leave the spaces at the start of a token out of its offsets.
+        # What a tokenizer drops between two tokens counts as the start of the second.
         starts = np.minimum(starts, np.append(0, ends)[:-1])
-        # The last entry is that of no span: a token before the first span finds it by index -1.
-        span_starts, span_ends = np.array([*row.spans, (0, 0)]).T
+        # A template may mark an empty answer; the token around it is the prompt's. The last entry
+        # is that of no span: a token before the first span finds it by index -1.
+        answers = [(start, end) for start, end in row.spans if start < end]
+        span_starts, span_ends = np.array([*answers, (0, 0)]).T
         span = np.searchsorted(span_starts[:-1], ends) - 1
         in_loss = starts < span_ends[span]
         trains = np.flatnonzero(in_loss)
@@ -249,20 +251,27 @@ def _encode(
     """Returns the token ids of each text, and the characters of each token as (start, end).
 
     Of a long text, these are the first `enough` tokens or more. The tokenizer takes 300 bytes for
-    each byte of a text.
+    each byte of a text. It is without its post-processor meanwhile.
     """
+    backend = tokenizer.backend_tokenizer
 
     def encode(texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        encoded = tokenizer(
-            texts,
-            add_special_tokens=False,
-            padding=False,
-            truncation=False,
-            verbose=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            return_offsets_mapping=True,
-        )
+        # A post-processor puts special tokens around a text, which no text here gets, and may leave
+        # the spaces at both ends of a token out of its characters.
+        processor, backend.post_processor = backend.post_processor, None
+        try:
+            encoded = tokenizer(
+                texts,
+                add_special_tokens=False,
+                padding=False,
+                truncation=False,
+                verbose=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                return_offsets_mapping=True,
+            )
+        finally:
+            backend.post_processor = processor
         return [*zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)]
 
     size = max(_WHOLE_TEXT, min(8 * enough, LONG_TEXT))

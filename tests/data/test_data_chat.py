@@ -141,6 +141,25 @@ def test_masks_by_generation_marks(chat_tokenizer):
         assert example.in_loss.tolist() == [bool(m) for m in expected["assistant_masks"]]
 
 
+@pytest.mark.parametrize("answer", ["Yo", "  Yo"])
+@pytest.mark.parametrize("name", ["chatml", "chatml_marked"])
+def test_a_token_of_generation_prompt_and_answer_trains(name, answer, tokenizer_dir):
+    from tokenizers import processors
+
+    from olmoe_jax.data import load_tokenizer
+
+    tokenizer = load_tokenizer(str(tokenizer_dir))
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    tokenizer.add_tokens(["t\n" + answer[:1]])
+    row, rules = chat(USER, ("assistant", answer, {})), rules_of(name, tokenizer)
+    ((start, _),) = format_row(row, tokenizer.eos_token, rules).spans
+    example = encode(row, rules, tokenizer)
+    (straddling,) = np.flatnonzero(example.straddling)
+    assert tokenizer.decode(example.tokens[straddling]) == "t\n" + answer[:1]
+    assert example.in_loss[straddling]
+    assert example.prompt_length == straddling == start - 2
+
+
 def chat(*turns, **fields):
     """A row whose turns are (role, content, other fields)."""
     messages = [{"role": role, "content": content, **more} for role, content, more in turns]

@@ -3,8 +3,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import processors
 
 from olmoe_jax.data import load_tokenizer
+from olmoe_jax.data.chat import FormattedRow
 from olmoe_jax.data.formats import encode_batch, format_row
 from olmoe_jax.errors import UserError
 
@@ -28,14 +30,61 @@ STRADDLING = json.loads(Path(__file__).with_name("straddling_tokens.json").read_
 """Rows whose border between prompt and answer lies inside a token, and the text that trains."""
 
 
+@pytest.mark.parametrize("trims", [False, True])
 @pytest.mark.parametrize("case", STRADDLING, ids=lambda case: case["case"])
-def test_a_token_that_straddles_prompt_and_answer(case, tokenizer_dir):
+def test_a_token_that_straddles_prompt_and_answer(case, trims, tokenizer_dir):
     tokenizer = load_tokenizer(str(tokenizer_dir))
     tokenizer.add_tokens(case["merged"])
+    if trims:  # the spaces at both ends of a token are then not in its offsets
+        tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    before = tokenizer.backend_tokenizer.to_str()
     text, trained = trained_text(case["row"], tokenizer)
     assert text == format_row(case["row"], EOS).text
     assert trained == case["trained"]
     assert encode(case["row"], tokenizer).prompt_length == case["prompt_tokens"]
+    assert tokenizer.backend_tokenizer.to_str() == before
+
+
+def test_an_empty_answer_that_a_template_marks(tokenizer_dir):
+    tokenizer = load_tokenizer(str(tokenizer_dir))
+    tokenizer.add_tokens(["i? "])
+    row = FormattedRow("Hi? Yo", ((3, 3), (4, 6)), templated=True)
+    (example,) = encode_batch([row], tokenizer, 16)
+    assert tokenizer.decode(example.tokens[example.in_loss]) == "Yo"
+
+
+TURNS = [("user", "Hi?"), ("assistant", "Yo"), ("user", "Ok!"), ("assistant", " Sure")]
+MESSAGES = [{"role": role, "content": content} for role, content in TURNS]
+
+
+@pytest.mark.parametrize("trims", [False, True])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Hi?", "completion": "Yo"},
+        {"prompt": "Hi? ", "completion": "Yo"},
+        {"prompt": "Hi?", "answer": "Yo"},
+        {"prompt": "Hi?", "answers": ["Yo"]},
+        {"question": "Hi?", "answer": "Yo"},
+        {"question": "Hi?", "answers": [" Yo"]},
+        {"question": "Hi?", "choices": ["Yo", "No"], "answer": 1},
+        {"instruction": "Hi?", "output": "Yo"},
+        {"instruction": "Hi?", "input": "x", "output": "Yo", "history": [["Ok!", "Sure"]]},
+        {"messages": MESSAGES},
+        {"conversations": MESSAGES},
+        {"prompt": MESSAGES[:3], "completion": MESSAGES[3:]},
+    ],
+)
+def test_a_token_that_straddles_trains_in_every_format(row, trims, tokenizer_dir):
+    tokenizer = load_tokenizer(str(tokenizer_dir))
+    if trims:
+        tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    formatted = format_row(row, EOS)
+    # One character of the prompt and one of the answer.
+    tokenizer.add_tokens([formatted.text[start - 1 : start + 1] for start, _ in formatted.spans])
+    expected = "".join(formatted.text[start - 1 : end] for start, end in formatted.spans)
+    assert trained_text(row, tokenizer) == (formatted.text, expected)
+    assert encode(row, tokenizer).straddling.sum() == len(formatted.spans)
 
 
 @pytest.mark.parametrize(

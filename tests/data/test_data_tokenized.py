@@ -294,6 +294,7 @@ def test_a_long_text_is_tokenised_as_far_as_it_trains(tokenizer, tmp_path, monke
         return tokenizer(texts, **settings)
 
     counted.added_tokens_decoder = tokenizer.added_tokens_decoder
+    counted.backend_tokenizer = tokenizer.backend_tokenizer
     for max_seq_length in (5, 20, 90):
         whole = [*encode_batch(texts, tokenizer, max_seq_length)]
         monkeypatch.setattr(formats, "_WHOLE_TEXT", 32)
