@@ -259,6 +259,8 @@ def _judge(args: argparse.Namespace, tasks: Sequence[str]) -> "tuple[Server | No
     server = _judge_server(args)
     if args.protocol == "ours" and args.judge_prompts:
         raise UserError("--judge_prompts: add --protocol reference, or leave the flag out")
+    if args.judge_prompts and not server:
+        raise UserError("--judge_prompts: name a judge too (--judge_url), or leave the flag out")
     if not server or not tasks:
         return None, None
     if args.protocol == "ours":

@@ -178,4 +178,5 @@ def _grouped(names: Sequence[str], values: Sequence[Any]) -> str:
     groups: dict[Any, list[str]] = {}
     for name, value in zip(names, values, strict=True):
         groups.setdefault(value, []).append(name)
-    return "; ".join(f"{', '.join(group)}: {value}" for value, group in groups.items())
+    texts = (f"{', '.join(dict.fromkeys(group))}: {value}" for value, group in groups.items())
+    return "; ".join(texts)

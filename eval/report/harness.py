@@ -88,7 +88,7 @@ def read_harness(path: Path) -> Evaluation:
 
 
 def _columns(stored: _Stored) -> list[str]:
-    """Returns the names of the columns: what has metrics, without the members of groups there."""
+    """Returns the tasks and groups with metrics, without those that are in another of them."""
     names = [name for name in stored.results if any(_values(stored, name))]
     hidden = _members(stored, names)
     return [name for name in names if name not in hidden]

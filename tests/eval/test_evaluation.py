@@ -228,6 +228,10 @@ COMMON = ["--model", "nowhere", "--output", "out", "--tasks"]
             "argument --limit: 0: expected a whole number, 1 or more",
         ),
         ([*COMMON, "gsm", "--batch_size", "0"], "--batch_size: 0: expected"),
+        (
+            [*COMMON, "law", "--protocol", "reference", "--judge_prompts", "words"],
+            "--judge_prompts: name a judge too",
+        ),
         ([*COMMON, "gsm", "--temperature", "-1"], "--temperature=-1.0"),
         ([*COMMON, "gsm", "--samples", "3"], "add e.g. --temperature 0.8"),
         ([*COMMON, "gsm,law", "--top_p", "0.9"], "--top_p=0.9: greedy decoding draws no token"),

@@ -188,6 +188,15 @@ def test_limits_of_some_methods(tmp_path):
     assert notes == ["gsm: only the first 2 rows were evaluated."]
 
 
+def test_a_remark_names_a_method_once(tmp_path):
+    for name, task, dtype in (("a", "gsm", "float32"), ("b", "law", "float32"), ("c", "gsm", "x")):
+        path = write_evaluation(tmp_path / name, **{task: [1.0]})
+        write_json(path / "model.json", {"model": "m", "compute_dtype": dtype})
+    arguments = [f"x={tmp_path}/a", f"x={tmp_path}/b", f"y={tmp_path}/c"]
+    (note,) = remarks(read_inputs(arguments))
+    assert note == "Not all were decoded with the same compute_dtype: x: float32; y: x."
+
+
 def test_other_data_is_not_compared_with_the_published_scores(tmp_path, runs):
     """A toy's score beside the paper's means nothing."""
     toy = write_evaluation(tmp_path / "toy")
