@@ -16,6 +16,9 @@ from olmoe_jax.files import read_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_NO_LIMIT = 1 << 62
+_ONE_AT_A_TIME = threading.RLock()
+
 
 def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
     """Returns the tokenizer in a local directory or of a hub id; code on the hub is never run.
@@ -63,9 +66,6 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-_NO_LIMIT = 1 << 62
-
-
 def check_vocabulary(
     largest: int,
     size: int,
@@ -86,9 +86,6 @@ def check_vocabulary(
             f"the tokenizer{of} gives token {largest}, but the model's vocabulary has {size}; "
             f"{instead}"
         )
-
-
-_ONE_AT_A_TIME = threading.RLock()
 
 
 @contextlib.contextmanager
