@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from olmoe_jax.checkpoints.directory import new_file
-from olmoe_jax.data.arguments import add_row_arguments, rules_of, sources_of
+from olmoe_jax.data.arguments import add_row_arguments, naming_flags, rules_of, sources_of
 from olmoe_jax.data.counts import Counts, source_table
 from olmoe_jax.data.formats import EncodedRow, encode_batch
 from olmoe_jax.data.page import page
@@ -32,6 +32,7 @@ _EXAMPLE = """example:
 """
 
 
+@naming_flags()
 def main(argv: Sequence[str]) -> None:
     """Prints the rows that the arguments ask for.
 

@@ -1,6 +1,9 @@
 """Flags of the commands that read rows."""
 
 import argparse
+import contextlib
+import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from olmoe_jax.data.chat import BOOKKEEPING
@@ -12,6 +15,20 @@ from olmoe_jax.sources import expand as expand_sources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_FIELDS = "hub_config|split|train_on|ignore_fields|max_seq_length"
+"""The fields of `DataOptions` that messages about rows name, and that these commands have."""
+
+
+@contextlib.contextmanager
+def naming_flags() -> Iterator[None]:
+    """Names the flag, --split, where a message of the block names a run's field, data.split."""
+    try:
+        yield
+    except UserError as error:
+        named = re.sub(rf"(?<![\w/.])data\.(?=({_FIELDS})\b(?![/.]))", "--", str(error))
+        raise UserError(named) from None
 
 
 def add_row_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers import message_of
 
 from olmoe_jax.data.__main__ import main
 from olmoe_jax.errors import UserError
@@ -84,6 +85,23 @@ def test_page(arguments, tmp_path, capsys):
 def test_bad_usage(arguments, change):
     with pytest.raises(UserError):
         main([*arguments, *change])
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": "a", "completion": "b", "mood": "c"}, ", or set --ignore_fields=dataset,"),
+        ({"messages": [{"role": "user", "content": "a", "weight": 1}]}, "or set --train_on=all"),
+    ],
+)
+def test_advice_names_the_flags_of_the_command(arguments, tmp_path, row, words):
+    """The field that helps a run, data.ignore_fields, is a flag here; a path stays as it is."""
+    file = tmp_path / "data.split" / "rows.jsonl"
+    file.parent.mkdir()
+    file.write_text(json.dumps(row))
+    message = message_of(main, [*arguments, f"--data={file}"])
+    assert message.startswith(f"{file}: line 1: ")
+    assert words in message
 
 
 def test_bad_usage_exits_2_with_one_line():
