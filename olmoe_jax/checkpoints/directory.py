@@ -78,7 +78,7 @@ def new_directory(output: str | Path) -> Iterator[Path]:
         output = output.resolve()  # the link stays, and what it leads to is made
     if os.path.lexists(output) and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: exists already; write another --output or remove it")
-    if output.is_dir() and (os.path.ismount(output) or output.samefile(os.curdir)):
+    if output.is_dir() and is_fixed(output):
         raise UserError(
             f"{output}: a mount point, or the current directory, cannot be replaced by the "
             "finished directory; write a new one in it"
@@ -135,6 +135,12 @@ def check_writable(output: Path) -> None:
         tempfile.TemporaryDirectory(prefix=".olmoe_jax-", dir=existing) as probe,
     ):
         (Path(probe) / output.relative_to(existing)).mkdir(parents=True, exist_ok=True)
+
+
+def is_fixed(path: Path) -> bool:
+    """Returns whether a directory must keep its name: a mount point, this process's or above it."""
+    here = Path.cwd()
+    return os.path.ismount(path) or path.resolve() in (here, *here.parents)
 
 
 def _partial(path: Path) -> Path:

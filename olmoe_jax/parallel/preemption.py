@@ -1,6 +1,7 @@
 """SIGTERM stops a run after a step that all its processes agree on."""
 
 import signal
+import threading
 from types import FrameType
 
 import jax
@@ -13,7 +14,7 @@ from olmoe_jax.parallel.sharding import BATCH
 
 
 class Preemption:
-    """A context that catches SIGTERM.
+    """A context that catches SIGTERM, in the main thread.
 
     A single process stops after the step in which the signal came. Several processes ask each other
     in every step with one small all-reduce behind the update. Nobody waits for this all-reduce: the
@@ -32,12 +33,17 @@ class Preemption:
         self._any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, P()))
 
     def __enter__(self) -> "Preemption":
-        self._previous = signal.signal(signal.SIGTERM, self._request)
+        # Python sets handlers in the main thread alone. In another thread, SIGTERM is the business
+        # of the program that runs there.
+        self._catches = threading.current_thread() is threading.main_thread()
+        if self._catches:
+            self._previous = signal.signal(signal.SIGTERM, self._request)
         return self
 
     def __exit__(self, *_: object) -> None:
-        # None: a handler that was not set from Python and cannot be put back.
-        signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)
+        if self._catches:
+            # None: a handler that was not set from Python and cannot be put back.
+            signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self._requested = True

@@ -1,11 +1,7 @@
 """The command `python -m olmoe_jax.plan`."""
 
-import contextlib
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from olmoe_jax.config.load import parse_config
 from olmoe_jax.errors import ArgumentParser, run_command, whole_number
@@ -23,15 +19,6 @@ example:
 """
 
 
-_NO_ERROR = "exceeds the base limit"
-"""XLA's words where a program's arguments and outputs take over 80 % of a GPU's memory.
-
-It adds "This indicates an error in the calculation!". There is none: XLA's scheduler has nothing
-left to spend of its 80 %, and orders the program for the least memory. Whether the program fits
-the whole memory is what the plan says.
-"""
-
-
 def main(arguments: Sequence[str]) -> None:
     """Prints the plan that the arguments ask for. Raises `UserError` for mistakes in them."""
     options, config_flags = _parser().parse_known_args(arguments)
@@ -42,35 +29,14 @@ def main(arguments: Sequence[str]) -> None:
     from olmoe_jax.plan.planning import plan
     from olmoe_jax.plan.report import facts, to_text
 
-    with without_lines(_NO_ERROR):
-        planned = plan(
-            config,
-            options.topology,
-            rows_per_step=options.rows_per_step,
-            tuned_experts=options.tuned_experts,
-        )
+    planned = plan(
+        config,
+        options.topology,
+        rows_per_step=options.rows_per_step,
+        tuned_experts=options.tuned_experts,
+    )
     result = facts(planned)
     print(json.dumps(result) if options.json else to_text(result))
-
-
-@contextlib.contextmanager
-def without_lines(text: str) -> Iterator[None]:
-    """Keeps lines with `text` out of stderr, whoever in this process writes them.
-
-    The filter is a process of its own: it shows what a compiler says while it ends this process.
-    """
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    command = ["grep", "-v", "--line-buffered", "--fixed-strings", text]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stderr) as others:
-        assert others.stdin
-        os.dup2(others.stdin.fileno(), 2)
-        try:
-            yield
-        finally:
-            sys.stderr.flush()
-            os.dup2(stderr, 2)
-            os.close(stderr)
 
 
 def _parser() -> ArgumentParser:

@@ -154,7 +154,10 @@ def prepare_environment(topology: Topology) -> None:
     """Sets the variables that jax reads when it starts."""
     # A plan never touches this machine's accelerators: a run may be using them.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA warns that there is no device
+    # XLA warns that there is no device. Where a program's arguments and outputs take over 80% of a
+    # GPU's memory it also logs an error, "exceeds the base limit", which is none: it then orders
+    # the program for the least memory. Real errors reach Python as exceptions.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if topology.kind.platform == "cpu":
         flag = f"--xla_force_host_platform_device_count={topology.count}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()

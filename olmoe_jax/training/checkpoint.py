@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as preserva
 
 from olmoe_jax.checkpoints import checksums, opening
 from olmoe_jax.checkpoints.opening import BASE, CHECKPOINTS
-from olmoe_jax.errors import UserError
+from olmoe_jax.errors import UserError, one_line, text_of
 from olmoe_jax.model.parameters import Parameters
 from olmoe_jax.parallel import distributed
 from olmoe_jax.training.best import score_of
@@ -31,6 +33,16 @@ FILE_BYTES = 256 * 2**20
 NO_LIMIT = 100 * 365 * 86400
 """Seconds that a save may take. Orbax measures its 20 minutes by the wall clock, which may jump.
 jax's heartbeat notices a process that is gone. tests/faults (`clock_jumps`) fails without this."""
+
+
+_REMEDIES = {
+    errno.ENOSPC: "free space and ",
+    errno.EDQUOT: "free space and ",
+    errno.EACCES: "give this user write permission and ",
+    errno.EPERM: "give this user write permission and ",
+    errno.EROFS: "make the file system writable and ",
+}
+"""What helps against the operating system's refusals."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,13 +217,18 @@ class Checkpointer:
     def _failed(self, error: Exception) -> UserError:
         if self._hashing:
             self._hashing.end()
-        reason = " ".join(str(error).split())
-        reason = "no space left on the disk" if "No space left" in reason else reason[:300]
+        # tensorstore's errors have no errno, but the operating system's words.
+        reason = one_line(text_of(error))
+        found = (code for code in _REMEDIES if os.strerror(code) in reason)
+        code = next(found, None)
+        reason, remedy = (os.strerror(code), _REMEDIES[code]) if code else (reason[:300], "")
         complete = self._manager.all_steps(read=True)
-        kept = f"the checkpoint of step {complete[-1]} is intact" if complete else "there is none"
+        kept = "no checkpoint is complete"
+        if complete:
+            kept = f"the checkpoint of step {complete[-1]} is intact"
         return UserError(
-            f"{self._output}: a checkpoint could not be saved ({reason}); {kept}; free space and "
-            "run the same command again"
+            f"{self._output}: a checkpoint could not be saved ({reason}); {kept}; {remedy}run the "
+            "same command again"
         )
 
 

@@ -115,10 +115,13 @@ def held_out_sample(config: Config, model: BaseModel, datasets: Datasets) -> Hel
     if options.every is None or evaluation is None:
         return None
     tokenizer = data.load_tokenizer(str(model.tokenizer_files))
-    positions = model.config.max_position_embeddings
-    room = positions - options.max_new_tokens
-    if config.model.allow_extrapolation:
-        room = config.data.max_seq_length
+    positions, length = model.config.max_position_embeddings, config.data.max_seq_length
+    room = length if config.model.allow_extrapolation else positions - options.max_new_tokens
+    if room < 1:
+        raise UserError(
+            f"generate.max_new_tokens={options.max_new_tokens}: the model has {positions} "
+            f"positions, prompt included; write fewer, or generate.every=none"
+        )
     found: list[tuple[np.ndarray, np.ndarray]] = []
     for index in np.random.RandomState(config.train.seed).permutation(len(evaluation)):
         parts = evaluation.example(index).prompt_and_answer(datasets.ends)
@@ -127,11 +130,14 @@ def held_out_sample(config: Config, model: BaseModel, datasets: Datasets) -> Hel
         if len(found) == options.examples:
             break
     if not found:
+        why = f"{positions} positions of the model less {options.max_new_tokens} new tokens"
+        change = "smaller generate.max_new_tokens"
+        if room >= length:
+            why, change = f"data.max_seq_length={length}", "larger data.max_seq_length"
         raise UserError(
-            f"generate.every={options.every}: no evaluation example has a prompt of 1 to {room} "
-            f"tokens and a whole answer ({positions} positions of the model "
-            f"less generate.max_new_tokens={options.max_new_tokens}); write a smaller "
-            "generate.max_new_tokens, or none"
+            f"generate.every={options.every}: no evaluation example has a prompt of 1 to "
+            f"{min(room, length)} tokens and a whole answer ({why}); write a {change}, or "
+            "generate.every=none"
         )
     # Prompts of like length share a batch, so that few shapes are compiled.
     found.sort(key=lambda parts: -len(parts[0]))

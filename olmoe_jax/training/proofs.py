@@ -46,16 +46,16 @@ def prove_kernels(config: ModelConfig, settings: ModelSettings, rows: int, lengt
     heads = (config.num_heads, config.num_kv_heads, config.head_dim)
     matmul, attend = str(settings.grouped_matmul), str(settings.attention)
     prove = functools.partial(prove_attention, attend, (1, length, *heads), dtype)
-    found = {
-        f"model.grouped_matmul={matmul}": _grouped_matmul_error(
-            matmul, _sizes(config, settings, rows * length), dtype
-        ),
-        f"model.attention={attend}": _error(prove, dtype),
-    }
-    for (backend, (_, wrong)), other in zip(found.items(), ("blocked", "chunked"), strict=True):
+    sizes = _sizes(config, settings, rows * length)
+    matmul_error, matmul_wrong = _grouped_matmul_error(matmul, sizes, dtype)
+    attention_error, attention_wrong = _error(prove, dtype)
+    for field, backend, plain, wrong in (
+        ("model.grouped_matmul", matmul, "blocked", matmul_wrong),
+        ("model.attention", attend, "chunked", attention_wrong),
+    ):
         if wrong:
-            raise UserError(f"{backend}: {wrong}; write {backend.partition('=')[0]}={other}")
-    matmul_error, attention_error = (error for error, _ in found.values())
+            instead = f"write {field}={plain}" if backend != plain else "run olmoe_jax.doctor"
+            raise UserError(f"{field}={backend}: {wrong}; {instead}")
     return (
         f"kernels proven against plain XLA: largest error grouped_matmul {matmul_error:.1e}, "
         f"attention {attention_error:.1e} (of {tolerance(dtype):.0e})"

@@ -84,14 +84,18 @@ def check(config: Config) -> None:
     """
     output = Path(config.train.output_dir)
     directory.check_writable(output)
-    if not output.exists() or all(entry.name in UNFINISHED_START for entry in output.iterdir()):
+    if not _holds_files(output):
         return
-    stored = output / CONFIG
-    if not stored.exists():
+    if not (output / CONFIG).exists():
         raise UserError(
             f"train.output_dir={output}: holds files but no run; write an empty or new directory"
         )
     if config.train.resume == "restart":
+        if directory.is_fixed(output):
+            raise UserError(
+                f"train.resume=restart: {output} is a mount point, or the current directory or "
+                "above it, and cannot be set aside; write another train.output_dir"
+            )
         return
     if opening.steps(output):
         opening.check_files(output)
@@ -103,6 +107,11 @@ def check(config: Config) -> None:
             f"train.output_dir={output} holds another run: {difference}; write another "
             "train.output_dir, or train.resume=restart to set the old run aside and start afresh"
         )
+
+
+def _holds_files(output: Path) -> bool:
+    """Returns whether a directory holds more than a start that was cut off leaves."""
+    return output.exists() and any(e.name not in UNFINISHED_START for e in output.iterdir())
 
 
 def continued(config: Config) -> dict[str, dict[str, Any]] | None:
@@ -150,7 +159,7 @@ def _create(
     adapt: Callable[[Path], None],
 ) -> TextIO:
     lock = _locked(output)
-    if config.train.resume == "restart" and any(entry.name != LOCK for entry in output.iterdir()):
+    if config.train.resume == "restart" and _holds_files(output):
         _set_aside(output)
         lock = _locked(output)
     # Until there is a checkpoint (be it a damaged one), nothing depends on the files of an earlier
@@ -249,6 +258,8 @@ def _read_config(output: Path) -> dict[str, dict[str, Any]]:
 
 
 def _set_aside(output: Path) -> None:
+    if output.name == "..":
+        output = output.resolve()
     number = 1
     while (old := output.with_name(f"{output.name}.old-{number}")).exists():
         number += 1

@@ -51,6 +51,17 @@ def test_a_wrong_kernel_is_caught(monkeypatch, wrong, expected):
     assert said.endswith("write model.grouped_matmul=blocked")
 
 
+@pytest.mark.parametrize("broken", ["grouped_matmul", "attention"])
+def test_the_plain_kernels_have_none_to_fall_back_on(monkeypatch, broken):
+    for name in ("grouped_matmul", "attention"):
+        error = 1.0 if name == broken else 0.0
+        monkeypatch.setattr(proofs, f"prove_{name}", lambda *_, error=error: error)
+    said = message_of(prove_kernels, CONFIG, SETTINGS, 2, 32)
+    backend = getattr(SETTINGS, broken)
+    assert said.startswith(f"model.{broken}={backend}: wrong on this device")
+    assert said.endswith("; run olmoe_jax.doctor")
+
+
 def test_auto_takes_the_fastest_that_is_right(monkeypatch, capsys):
     """A wrong backend and one that does not run are left out, each with a line."""
 

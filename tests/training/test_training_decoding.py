@@ -118,10 +118,36 @@ def test_answers_in_tensorboard_are_no_markup():
     assert text.endswith("**wrong**\n\n    ```\n    <b>\n    \n    **x**\n")
 
 
-def test_no_example_fits(files, tmp_path):
-    changes = DECODING | {"generate__max_new_tokens": 512}
-    message = message_of(olmoe_jax.train, files.config(tmp_path / "run", **changes))
-    assert "no evaluation example has a prompt of 1 to 0 tokens" in message
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"generate__max_new_tokens": 512},
+            "generate.max_new_tokens=512: the model has 512 positions, prompt included; write "
+            "fewer, or generate.every=none",
+        ),
+        (
+            {"generate__max_new_tokens": 511},
+            "generate.every=1: no evaluation example has a prompt of 1 to 1 tokens and a whole "
+            "answer (512 positions of the model less 511 new tokens); write a smaller "
+            "generate.max_new_tokens, or generate.every=none",
+        ),
+        *(
+            (
+                {"model__allow_extrapolation": extrapolation},
+                "generate.every=1: no evaluation example has a prompt of 1 to 64 tokens and a "
+                "whole answer (data.max_seq_length=64); write a larger data.max_seq_length, or "
+                "generate.every=none",
+            )
+            for extrapolation in (True, False)
+        ),
+    ],
+)
+def test_no_example_fits(files, tmp_path, changes, expected):
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"prompt": "1+1=", "completion": 100 * "2"}))
+    changes = DECODING | {"data__eval_path": str(long)} | changes
+    assert message_of(olmoe_jax.train, files.config(tmp_path / "run", **changes)) == expected
     assert not (tmp_path / "run").exists()
 
 
