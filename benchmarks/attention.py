@@ -7,10 +7,10 @@ devices, which need not be there, and prints what a device allocates besides inp
 """
 
 import argparse
+import functools
 import json
 import math
 import re
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from benchmarks.machine import machine
+from benchmarks.timing import in_turns
 from olmoe_jax.errors import ArgumentParser, UserError, run_command, whole_number
 from olmoe_jax.ops.attention import BACKENDS, attention, check_backend
 from olmoe_jax.parallel.sharding import BATCH, make_mesh, on_own_rows
@@ -117,14 +118,11 @@ def timed(args: argparse.Namespace) -> dict[str, float]:
     ends = np.sort(random.integers(1, length, (rows, args.segments - 1)))
     arrays[3] = jnp.asarray([np.searchsorted(row, np.arange(length), "right") for row in ends])
     functions = {name: jax.jit(forward_and_backward(name)) for name in (ALL_KEYS, "chunked")}
-    spent = {name: [] for name in functions}
-    for run in range(args.runs + 1):
-        for name, function in functions.items():
-            start = np.array([time.perf_counter(), time.process_time()])
-            jax.block_until_ready(function(*arrays))
-            if run:  # The first run compiles.
-                spent[name].append([time.perf_counter(), time.process_time()] - start)
-    wall, cpu = np.median(np.divide(spent[ALL_KEYS], spent["chunked"]), axis=0)
+    spent = in_turns(
+        {name: functools.partial(function, *arrays) for name, function in functions.items()},
+        args.runs,
+    )
+    wall, cpu = np.median(spent[ALL_KEYS] / spent["chunked"], axis=0)
     result = {f"{name}, ms": round(1e3 * np.median(spent[name], axis=0)[0], 2) for name in spent}
     return result | {"ratio": round(wall, 2), "ratio of CPU times": round(cpu, 2)}
 

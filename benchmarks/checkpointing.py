@@ -10,7 +10,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,7 +21,8 @@ import numpy as np
 from benchmarks.machine import machine
 from benchmarks.memory import GIB
 from benchmarks.shapes import shape_of
-from benchmarks.step import build, make_parser, random_batch, timed
+from benchmarks.step import build, make_parser, random_batch
+from benchmarks.timing import timed
 from olmoe_jax.checkpoints import checksums
 from olmoe_jax.errors import UserError, run_command, whole_number
 from olmoe_jax.parallel import sharding
@@ -43,8 +44,8 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     args = parser.parse_args(arguments)
-    if args.what != "update" or min(args.saves, args.steps) < 1:
-        raise UserError("--what must be update, --saves and --steps positive")
+    if args.what != "update":
+        raise UserError(f"--what={args.what}: write update, which has a state to save")
     with tempfile.TemporaryDirectory(dir=args.output) as directory:
         result = measure(args, Path(directory))
     print(json.dumps(result) if args.json else report(result))
@@ -58,7 +59,7 @@ def measure(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
         run.step()  # compiles
         alone = [timed(run.step)[0] for _ in range(args.steps)]
         background = [run.save_behind_steps() for _ in range(args.saves)]
-        waited = [(_seconds(run.save_and_wait), run.save_unlisted()) for _ in range(args.saves)]
+        waited = [(timed(run.save_and_wait)[0], run.save_unlisted()) for _ in range(args.saves)]
     state = sum(array.nbytes for array in jax.tree.leaves(run.state))
     run.checkpoints.close()
     median = statistics.median
@@ -119,7 +120,7 @@ class _Run:
     def save_unlisted(self) -> float:
         """Returns the seconds of a save that is waited for and writes no checksums."""
         with mock.patch.multiple(checksums, write=mock.DEFAULT, HashAhead=mock.DEFAULT):
-            return _seconds(self.save_and_wait)
+            return timed(self.save_and_wait)[0]
 
     def save_behind_steps(self) -> tuple[float, list[float], float]:
         """Saves in the background and steps until the save is complete.
@@ -128,17 +129,11 @@ class _Run:
           The seconds of the call of `save`, of each step, and until the save was complete.
         """
         started = time.perf_counter()
-        blocked = _seconds(self.save)
+        blocked = timed(self.save)[0]
         steps = [timed(self.step)[0]]
         while self.checkpoints.is_saving():
             steps.append(timed(self.step)[0])
         return blocked, steps, time.perf_counter() - started
-
-
-def _seconds(function: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def report(result: dict[str, Any]) -> str:

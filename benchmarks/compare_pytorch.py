@@ -14,21 +14,22 @@ time. The first run makes the virtual environments of the PyTorch sides.
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine
+from benchmarks.timing import in_rounds, use_cores
 from olmoe_jax.errors import ArgumentParser, UserError, run_command, whole_number
 from olmoe_jax.parallel.cpu import TUNABLES
+from olmoe_jax.root import ROOT
 
-ROOT = Path(__file__).parents[1]
 VENVS = {
     "reference": ("torch==2.13.0", "numpy", "transformers==4.51.3", "densemixer==1.0.1"),
     "transformers5": ("torch==2.13.0", "numpy", "transformers==5.23.0", "peft==0.21.2"),
@@ -56,11 +57,6 @@ CONVENTIONAL = (
         "transformers5",
         ("--method=conventional", "--experts_implementation=grouped_mm"),
     ),
-)
-EAGER = Side(
-    "transformers 5.23.0, eager",
-    "transformers5",
-    ("--method=conventional", "--experts_implementation=eager"),
 )
 LORA = ("--method=conventional", "--lora_rank=16")
 ADAPTERS = (
@@ -92,9 +88,6 @@ def main(arguments: Sequence[str]) -> None:
     parser = ArgumentParser(prog="python -m benchmarks.compare_pytorch", description=__doc__)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--shape", default="mid", help="shape of benchmarks.step")
-    parser.add_argument(
-        "--eager", action="store_true", help="also transformers 5's eager experts, which are slow"
-    )
     parser.add_argument("--rounds", type=whole_number(1), default=3)
     parser.add_argument(
         "--steps", type=whole_number(1), default=3, help="steps of a side in a round"
@@ -103,10 +96,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--venvs", type=Path, default=ROOT / "build" / "pytorch")
     parser.add_argument("--json", action="store_true", help="print all results as JSON")
     args = parser.parse_args(arguments)
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < args.threads:
-        raise UserError(f"--threads={args.threads}: there are {len(cores)} cores")
-    os.sched_setaffinity(0, cores[: args.threads])
+    use_cores(args.threads)
     venvs = args.venvs.absolute()
     for name in sorted({side.venv for case in args.cases for side in CASES[case][1]} - {OURS}):
         make_venv(venvs / name, VENVS[name])
@@ -129,23 +119,13 @@ def make_venv(path: Path, requirements: Sequence[str]) -> None:
 def compare(case: str, args: argparse.Namespace, venvs: Path) -> list[dict[str, Any]]:
     """Runs all rounds of a case. Returns each side's best time, peak memory and ratio."""
     shape, sides = CASES[case]
-    sides += (EAGER,) * (args.eager and sides is CONVENTIONAL)
-    runs: dict[str, list[dict[str, Any]]] = {side.name: [] for side in sides}
-    for turn in range(args.rounds):
-        for side in sides:
-            busy = busy_cores()
-            print(
-                f"{case}, round {turn + 1} of {args.rounds}: {side.name}"
-                + f"; {busy:.1f} cores are BUSY with something else" * (busy > 0.2),
-                file=sys.stderr,
-            )
-            runs[side.name].append(run_side(side, shape, args, venvs))
-    results = []
-    for side in sides:
-        of_side = runs[side.name]
+    print(f"{case}:", file=sys.stderr)
+    programs = {side.name: functools.partial(run_side, side, shape, args, venvs) for side in sides}
+    results: list[dict[str, Any]] = []
+    for name, of_side in in_rounds(programs, args.rounds).items():
         results.append(
             {
-                "side": side.name,
+                "side": name,
                 "seconds": min(min(run["step_seconds"]) for run in of_side),
                 "cpu_seconds": min(min(run["step_cpu_seconds"]) for run in of_side),
                 "peak_resident_gib": max(run["peak_resident_gib"] for run in of_side),
@@ -163,20 +143,6 @@ def compare(case: str, args: argparse.Namespace, venvs: Path) -> list[dict[str, 
     return results
 
 
-def busy_cores(seconds: float = 0.5) -> float:
-    """Returns the number of cores that other programs use while this one sleeps."""
-
-    def work() -> tuple[int, int]:
-        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
-        ticks = list(map(int, fields))
-        return sum(ticks[:8]), ticks[3] + ticks[4]  # all; idle or waiting for the disk
-
-    total, idle = work()
-    time.sleep(seconds)
-    total, idle = work()[0] - total, work()[1] - idle
-    return (1 - idle / max(1, total)) * (os.cpu_count() or 1)
-
-
 def run_side(
     side: Side, shape: Sequence[str], args: argparse.Namespace, venvs: Path
 ) -> dict[str, Any]:
@@ -187,12 +153,17 @@ def run_side(
     else:
         python = venvs / side.venv / "bin" / "python"
         command = [python, "-m", "benchmarks.pytorch_step", f"--threads={args.threads}", *flags]
-    result = json.loads(run_checked(command).splitlines()[-1])
+    result = result_of(command)
     if (spread := result.get("router_spread")) is not None:
         patched = side is REFERENCE
         if patched != (spread > 1e-3):
             raise UserError(f"{side.name}: the densemixer patch is {'not ' * patched}in effect")
     return result
+
+
+def result_of(command: Sequence[str | Path]) -> dict[str, Any]:
+    """Runs a command. Returns the JSON object that it prints last."""
+    return json.loads(run_checked(command).splitlines()[-1])
 
 
 def run_checked(command: Sequence[str | Path]) -> str:

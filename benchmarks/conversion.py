@@ -20,20 +20,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
-import numpy as np
-
 from benchmarks.machine import machine
 from benchmarks.memory import GIB, peak_resident_gib
+from benchmarks.random_model import hf_config, write_random_model
 from benchmarks.shapes import Shape, add_shape_flags, shape_of
-from olmoe_jax.checkpoints import directory, names
-from olmoe_jax.checkpoints.huggingface import HFCheckpoint, write_checkpoint
+from olmoe_jax.checkpoints import names
+from olmoe_jax.checkpoints.huggingface import HFCheckpoint
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
 from olmoe_jax.files import read_json
-from olmoe_jax.model.config import model_config_from_hf
-
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-SHARD_BYTES = 5 * 10**9
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -55,9 +49,16 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def measure(output: Path, shape: Shape) -> dict[str, Any]:
-    """Runs the commands one after the other. Returns their figures and if the weights are equal."""
+    """Runs the commands one after the other. Returns their figures and if the weights are equal.
+
+    Raises:
+      UserError: `output` holds a checkpoint of another shape.
+    """
     model, copy, ours, back = (output / name for name in ("hf", "copy", "converted", "back"))
-    generate(model, shape)
+    if not model.exists():
+        write_random_model(model, shape, "bfloat16")
+    elif read_json(dict[str, Any], model / "config.json") != hf_config(shape, "bfloat16"):
+        raise UserError(f"{model}: is a checkpoint of another shape; write another --output")
     result = {"gib": sum(file.stat().st_size for file in model.iterdir()) / GIB}
     result["idle"] = run("-c", "import convert.from_hf, convert.to_hf")
     for path in (copy, ours, back):
@@ -71,31 +72,6 @@ def measure(output: Path, shape: Shape) -> dict[str, Any]:
     result["bit_exact"] = same_weights(model, back)
     shutil.rmtree(back)
     return result
-
-
-def generate(path: Path, shape: Shape) -> None:
-    """Writes a checkpoint of this shape with random weights, drawn layer by layer.
-
-    Raises:
-      UserError: `path` holds a checkpoint of another shape.
-    """
-    values = shape.hf_config() | {"architectures": ["OlmoeForCausalLM"], "torch_dtype": "bfloat16"}
-    if path.exists():
-        if read_json(dict[str, Any], path / "config.json") != values:
-            raise UserError(f"{path}: is a checkpoint of another shape; write another --output")
-        return
-    config, random = model_config_from_hf(values), np.random.default_rng(0)
-
-    def draw(weight: names.Weight, layer: int | None) -> np.ndarray:
-        layer_shape = names.layer_shape(weight, config)
-        if weight.name.endswith("norm"):
-            return np.ones(layer_shape, BFLOAT16)
-        value = random.standard_normal(math.prod(layer_shape), dtype=np.float32)
-        return (value * np.float32(0.02)).astype(BFLOAT16).reshape(layer_shape)
-
-    with directory.new_directory(path) as partial:
-        directory.write_json(partial / "config.json", values)
-        write_checkpoint(partial, config, draw, lambda _: BFLOAT16, SHARD_BYTES)
 
 
 def run(*arguments: str) -> dict[str, float]:

@@ -3,7 +3,7 @@
 The script prints the seconds (median of interleaved runs) and the temporary memory of both ways.
 """
 
-import time
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.machine import machine
+from benchmarks.timing import in_turns
 from olmoe_jax.errors import ArgumentParser, run_command, whole_number
 from olmoe_jax.ops.cross_entropy import weighted_cross_entropy
 
@@ -37,25 +38,20 @@ def main(arguments: Sequence[str]) -> None:
     hidden = jax.random.normal(keys[0], (*shape, args.width), args.dtype)
     head = jax.random.normal(keys[1], (args.vocab, args.width)) / args.width**0.5
     targets = jax.random.randint(keys[2], shape, 0, args.vocab)
-    arguments = hidden, head, targets, jnp.full(shape, 1 / targets.size)
+    operands = hidden, head, targets, jnp.full(shape, 1 / targets.size)
 
     functions = {"chunked": weighted_cross_entropy, "plain": plain}
     compiled = {
-        name: jax.jit(jax.value_and_grad(function, (0, 1))).lower(*arguments).compile()
+        name: jax.jit(jax.value_and_grad(function, (0, 1))).lower(*operands).compile()
         for name, function in functions.items()
     }
-    seconds: dict[str, list[float]] = {name: [] for name in compiled}
-    for run in range(args.runs + 1):
-        for name, function in compiled.items():
-            start = time.perf_counter()
-            jax.block_until_ready(function(*arguments))
-            if run:  # The first run warms up.
-                seconds[name].append(time.perf_counter() - start)
+    spent = in_turns({n: functools.partial(f, *operands) for n, f in compiled.items()}, args.runs)
+    seconds = {name: runs[:, 0] for name, runs in spent.items()}
     print(machine())
     for name, function in compiled.items():
         temporary = function.memory_analysis().temp_size_in_bytes / 2**20
         print(f"{name:8} {np.median(seconds[name]):8.3f} s {temporary:8.1f} MiB")
-    ratio = np.median(np.divide(seconds["chunked"], seconds["plain"]))
+    ratio = np.median(seconds["chunked"] / seconds["plain"])
     print(f"time, chunked / plain: {ratio:.2f}")
 
 

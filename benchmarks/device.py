@@ -17,9 +17,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from benchmarks.device_parts import ROOT, STEPS, Row, parse_row
+from benchmarks.device_parts import STEPS, Row, parse_row
 from benchmarks.shapes import SHAPES
 from olmoe_jax.errors import ArgumentParser, UserError, run_command, shorten
+from olmoe_jax.root import ROOT
 
 RESULTS, PAGE = "results.jsonl", "page.md"
 SHORTEST = 10
@@ -39,19 +40,12 @@ TRIAL = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A process that prints rows.
+    """A process that prints rows."""
 
-    Attributes:
-      name: one or two words.
-      section: the heading of the page under which its rows stand.
-      command: what runs, without the flag `--directory`, which names the output.
-      limit: seconds after which the process is stopped.
-    """
-
-    name: str
-    section: str
-    command: tuple[str, ...]
-    limit: int
+    name: str  # one or two words
+    section: str  # the heading of the page under which its rows stand
+    command: tuple[str, ...]  # without the flag `--directory`, which names the output
+    limit: int  # seconds after which the process is stopped
 
 
 def parts(shape: str) -> list[Part]:

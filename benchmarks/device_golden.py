@@ -23,15 +23,14 @@ def write_inputs(directory: Path) -> None:
     """Writes a model, a batch with padding, an adapter and an expert config."""
     import numpy as np
 
-    from benchmarks.generation import write_random_model
+    from benchmarks.random_model import write_random_model
     from olmoe_jax.checkpoints import peft, safetensors_file
     from olmoe_jax.checkpoints.expert_config import ExpertConfig
     from olmoe_jax.model.config import LoraSettings, ModelSettings, model_config_from_hf
     from olmoe_jax.model.decoder import parameter_specs
     from olmoe_jax.model.parameters import ROUTER
 
-    for name in ("model", "adapter"):
-        (directory / name).mkdir()
+    (directory / "adapter").mkdir()
     # Large weights, so that the router prefers some experts clearly.
     write_random_model(directory / "model", SHAPE, deviation=0.1)
     random, lora = np.random.default_rng(1), LoraSettings(16, 32.0)

@@ -31,9 +31,9 @@ from olmoe_jax.errors import (
     shorten,
     whole_number,
 )
+from olmoe_jax.root import ROOT
 
 STARTED = time.time()
-ROOT = Path(__file__).parents[1]
 PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint"),
     *("numpy", "pydantic", "typing_extensions", "xxhash", "tqdm"),
@@ -278,7 +278,8 @@ def decoding(args: argparse.Namespace) -> Iterator[Row]:
     """Greedy decoding of random prompts of 64 tokens, their prefill included."""
     import dataclasses
 
-    from benchmarks.generation import decode, random_model
+    from benchmarks.generation import decode
+    from benchmarks.random_model import random_model
     from olmoe_jax.parallel import sharding
 
     shape, new = SHAPES[args.shape], 128 if args.shape == "full" else 32

@@ -6,12 +6,13 @@ of interleaved runs) and GB/s per core.
 """
 
 import argparse
-import time
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from benchmarks.machine import machine
+from benchmarks.timing import in_turns
 from olmoe_jax.errors import ArgumentParser, run_command, whole_number
 from olmoe_jax.parallel.cpu import restart_with_huge_pages, use_all_cores
 
@@ -32,11 +33,11 @@ def main(arguments: Sequence[str]) -> None:
     print(machine())
     for name, runs in seconds.items():
         print(f"{name:8} {1e6 * np.median(runs):8.1f} us {size / np.median(runs) / 1e9:6.1f} GB/s")
-    ratio = np.median(np.divide(seconds["XLA's"], seconds["by rows"]))
+    ratio = np.median(seconds["XLA's"] / seconds["by rows"])
     print(f"time, XLA's / by rows: {ratio:.2f}")
 
 
-def measure(args: argparse.Namespace) -> dict[str, list[float]]:
+def measure(args: argparse.Namespace) -> dict[str, np.ndarray]:
     """Returns the seconds per matrix [D, F] of every run, by the way to multiply."""
     import jax
     from jax.sharding import PartitionSpec as P
@@ -70,14 +71,10 @@ def measure(args: argparse.Namespace) -> dict[str, list[float]]:
     matrices = random.standard_normal((cores * count, args.hidden, args.intermediate), np.float32)
     x, matrices = jax.device_put((x, matrices), sharding)
     programs = {"by rows": all_of(matmul_by_rows), "XLA's": all_of(xla)}
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
-    for run in range(args.runs + 1):
-        for name, program in programs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(program(x, matrices))
-            if run:  # The first run compiles.
-                seconds[name].append((time.perf_counter() - start) / count)
-    return seconds
+    spent = in_turns(
+        {name: functools.partial(run, x, matrices) for name, run in programs.items()}, args.runs
+    )
+    return {name: runs[:, 0] / count for name, runs in spent.items()}
 
 
 if __name__ == "__main__":

@@ -16,8 +16,7 @@ from pathlib import Path
 
 from benchmarks.machine import machine
 from olmoe_jax.errors import ArgumentParser, UserError, run_command, whole_number
-
-ROOT = Path(__file__).parents[1]
+from olmoe_jax.root import ROOT
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -8,8 +8,8 @@ write --threads 1 and compare the CPU time. The first run makes PyTorch's virtua
 
 import argparse
 import dataclasses
+import functools
 import json
-import os
 import sys
 import tempfile
 import time
@@ -20,11 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.compare_pytorch import ROOT, VENVS, busy_cores, make_venv, run_checked
+from benchmarks.compare_pytorch import VENVS, make_venv, result_of
 from benchmarks.machine import machine
+from benchmarks.random_model import write_random_model
 from benchmarks.shapes import Shape, add_shape_flags, shape_of
-from olmoe_jax.errors import ArgumentParser, UserError, run_command, whole_number
+from benchmarks.timing import in_rounds, use_cores
+from olmoe_jax.errors import ArgumentParser, run_command, whole_number
 from olmoe_jax.parallel.cpu import use_all_cores
+from olmoe_jax.root import ROOT
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -36,10 +39,7 @@ PYTORCH = "transformers5"
 
 def main(arguments: Sequence[str]) -> None:
     args = parser().parse_args(arguments)
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < args.threads:
-        raise UserError(f"--threads={args.threads}: there are {len(cores)} cores")
-    os.sched_setaffinity(0, cores[: args.threads])
+    use_cores(args.threads)
     if args.model:
         print(json.dumps(measure(args)))
         return
@@ -56,15 +56,10 @@ def main(arguments: Sequence[str]) -> None:
             "ours": [sys.executable, "-m", "benchmarks.generation", *same],
             "transformers 5.23.0": [python, "-m", "benchmarks.pytorch_generation", *same],
         }
-        runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
-        for turn in range(args.rounds):
-            for side, command in sides.items():
-                print(
-                    f"round {turn + 1} of {args.rounds}: {side}; busy with something else: "
-                    f"{busy_cores():.1f} cores",
-                    file=sys.stderr,
-                )
-                runs[side].append(json.loads(run_checked(command).splitlines()[-1]))
+        runs = in_rounds(
+            {side: functools.partial(result_of, command) for side, command in sides.items()},
+            args.rounds,
+        )
     print(machine(), report(runs), sep="\n\n")
 
 
@@ -88,34 +83,20 @@ def shape_flags(shape: Shape) -> list[str]:
     return [f"--{name}={value}" for name, value in sizes if isinstance(value, int)]
 
 
-def write_random_model(path: Path, shape: Shape, deviation: float = 0.02) -> None:
-    """Writes a Hugging Face directory with weights from N(0, deviation) and norms of ones."""
-    from olmoe_jax.checkpoints import directory, names, safetensors_file
-    from olmoe_jax.model.config import model_config_from_hf
-    from olmoe_jax.model.decoder import parameter_specs
+class Ids:
+    """A tokenizer that writes texts as token ids, separated by spaces.
 
-    hf_config = shape.hf_config() | {
-        "architectures": ["OlmoeForCausalLM"],
-        "torch_dtype": "float32",
-    }
-    directory.write_json(path / "config.json", hf_config)
-    config, random = model_config_from_hf(hf_config), np.random.default_rng(0)
-    weights = {
-        name: np.ones(spec.shape, np.float32)
-        if name.endswith("norm")
-        else deviation * random.standard_normal(spec.shape, np.float32)
-        for name, spec in parameter_specs(config).items()
-    }
-    tensors = {n: np.ascontiguousarray(v) for n, v in names.all_to_hf(weights, config)}
-    safetensors_file.save(path / "model.safetensors", tensors)
+    Args:
+      tokenizer: reads texts; None: they are written as ids too, and no token ends one.
+    """
 
+    def __init__(self, tokenizer: Any = None):
+        self._tokenizer = tokenizer
+        self.eos_token_id = tokenizer.eos_token_id if tokenizer else -1
 
-class Numbers:
-    """A tokenizer whose texts are token ids separated by spaces. No token ends a text."""
-
-    eos_token_id = -1
-
-    def __call__(self, text: str, **_: Any) -> SimpleNamespace:
+    def __call__(self, text: str, **options: Any) -> Any:
+        if self._tokenizer:
+            return self._tokenizer(text, **options)
         return SimpleNamespace(input_ids=[int(number) for number in text.split()])
 
     def decode(self, tokens: Iterable[int]) -> str:
@@ -142,7 +123,7 @@ def decode(
 
     import olmoe_jax
 
-    numbers = Numbers()
+    numbers = Ids()
     prompts = np.random.default_rng(0).integers(0, shape.vocab, (shape.rows, shape.length))
     texts = [numbers.decode(row) for row in prompts]
     runs = []
@@ -158,25 +139,6 @@ def decode(
         "cpu_seconds": [cpu for _, cpu in runs[1:]],
         "tokens": [numbers(text).input_ids for text in new],
     }
-
-
-def random_model(shape: Shape, mesh: "Mesh") -> "Olmoe":
-    """Returns a model with random weights in the shape's compute dtype, made on the devices."""
-    import jax.numpy as jnp
-
-    from olmoe_jax.checkpoints.loading import random_parameters
-    from olmoe_jax.model.config import ModelSettings, model_config_from_hf
-    from olmoe_jax.model.decoder import graph_of, parameter_specs
-    from olmoe_jax.model.parameters import ROUTER, merge
-
-    config = model_config_from_hf(shape.hf_config())
-    settings = ModelSettings(compute_dtype=jnp.dtype(shape.compute_dtype))
-    wanted = parameter_specs(config).__contains__
-    parameters = {
-        name: value if name == ROUTER else value.astype(settings.compute_dtype)
-        for name, value in random_parameters(config, settings, 0, mesh, wanted).items()
-    }
-    return merge(graph_of(config, settings), parameters)
 
 
 def report(runs: dict[str, list[dict[str, Any]]]) -> str:

@@ -23,7 +23,7 @@ import numpy as np
 from olmoe_jax import data
 from olmoe_jax.config import Config, OptimizerOptions, apply_overrides
 from olmoe_jax.config.load import load_config
-from olmoe_jax.errors import SEED, ArgumentParser, UserError, run_command, whole_number
+from olmoe_jax.errors import SEED, ArgumentParser, run_command, whole_number
 from olmoe_jax.model.parameters import Parameters
 from olmoe_jax.parallel import sharding
 from olmoe_jax.quickstart import CONFIG
@@ -65,8 +65,6 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print all curves as one line")
     args = parser.parse_args(arguments)
-    if min(args.steps, args.batch_size) < 1:
-        raise UserError("--steps and --batch_size must be positive")
     # Runs differ only in the update: a cache compiles what they share once.
     with tempfile.TemporaryDirectory() as compiled:
         jax.config.update("jax_compilation_cache_dir", compiled)

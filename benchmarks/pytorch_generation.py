@@ -17,9 +17,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_shape_flags(parser)
     parser.add_argument("--model", required=True, help="a Hugging Face directory")
-    parser.add_argument(
-        "--experts_implementation", help="eager, grouped_mm, …; default: transformers' own"
-    )
     parser.add_argument("--new_tokens", type=int, required=True)
     parser.add_argument("--repeats", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
@@ -33,10 +30,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(args.threads)
-    settings = {"attn_implementation": "sdpa"}
-    if args.experts_implementation:
-        settings["experts_implementation"] = args.experts_implementation
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, **settings)
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model, dtype=torch.float32, attn_implementation="sdpa"
+    )
     shape = shape_of(args)
     prompts = np.random.default_rng(0).integers(0, shape.vocab, (shape.rows, shape.length))
     prompts = torch.from_numpy(prompts)

@@ -6,7 +6,6 @@ JSON, the last one.
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
 import time
@@ -38,7 +37,6 @@ def main() -> None:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Makes the model, runs a step to warm up, then times steps."""
     import torch
-    import transformers
 
     if args.method == "densemixer":
         import densemixer  # noqa: F401
@@ -64,20 +62,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     # densemixer does not patch transformers 5, and a frozen router has no gradient.
     unknown = args.experts_implementation or args.tuned_experts
     return {
-        "versions": {
-            name: importlib.metadata.version(name)
-            for name, used in (
-                ("torch", True),
-                (transformers.__name__, True),
-                ("densemixer", args.method == "densemixer"),
-                ("peft", args.lora_rank),
-            )
-            if used
-        },
         "loss": results[-1][2],
         "step_seconds": [wall for wall, _, _ in results],
         "step_cpu_seconds": [cpu for _, cpu, _ in results],
-        "tokens_per_step": shape.tokens,
         "peak_resident_gib": max(made, warm, peak),
         "peak_over_model_gib": peak - with_model,
         "router_spread": None if unknown else router_spread(model),

@@ -7,6 +7,7 @@ The script prints the cosines for m experts and for lower precision.
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -78,18 +79,19 @@ def _gradients(trainer: Trainer, *arguments: Any) -> Any:
     return jax.grad(trainer.loss, has_aux=True)(*arguments)
 
 
-def packed_batch(file: str, tokenizer_files: str, rows: int) -> DeviceBatch:
-    """Returns the first `rows` packed rows of a file's examples, of 256 tokens each."""
-    tokenizer = data.load_tokenizer(tokenizer_files)
-    dataset = data.tokenize_dataset(file, tokenizer, 256)
-    batches = data.evaluation_batches(
-        dataset,
-        max_seq_length=256,
-        pack=True,
+def batches(
+    file: Path, tokenizer_files: Path, *, length: int, rows: int, pack: bool
+) -> list[DeviceBatch]:
+    """Returns a file's examples in batches of `rows` rows of `length` tokens, in their order."""
+    tokenizer = data.load_tokenizer(str(tokenizer_files))
+    found = data.evaluation_batches(
+        data.tokenize_dataset(str(file), tokenizer, length),
+        max_seq_length=length,
+        pack=pack,
         rows_per_batch=rows,
         pad_id=tokenizer.pad_token_id,
     )
-    return DeviceBatch(*next(batches))
+    return [DeviceBatch(*(getattr(b, name) for name in DeviceBatch._fields)) for b in found]
 
 
 def _trainer(model: Olmoe, **settings: Any) -> Trainer:
@@ -104,7 +106,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--rows", type=whole_number(1), default=8, help="rows of 256 tokens")
     args = parser.parse_args(arguments)
     model = olmoe_jax.from_pretrained(args.model)
-    batch = packed_batch(args.data, args.model, args.rows)
+    batch = batches(args.data, args.model, length=256, rows=args.rows, pack=True)[0]
     for name, cosine in (router_cosines(model, batch) | precision_cosines(model, batch)).items():
         print(f"{name:14s} {cosine:.6f}")
 

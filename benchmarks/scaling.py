@@ -16,7 +16,8 @@ import jax
 
 from benchmarks.machine import machine
 from benchmarks.shapes import shape_of
-from benchmarks.step import make_parser, make_step, timed
+from benchmarks.step import make_parser, make_step
+from benchmarks.timing import timed
 from olmoe_jax.errors import ArgumentParser, run_command, whole_number
 from olmoe_jax.files import user_path
 from olmoe_jax.parallel import sharding

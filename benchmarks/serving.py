@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.generation import Ids
 from benchmarks.serving_models import NEW_TOKENS, PROMPTS, Case, make_cases, read_prompts
 from olmoe_jax.checkpoints import directory
 from olmoe_jax.checkpoints.peft import router_file
@@ -27,19 +28,12 @@ OURS = "ours"
 
 @dataclass(frozen=True)
 class Server:
-    """A program that decodes.
+    """A program that decodes."""
 
-    Attributes:
-      flag: the flag that names its Python.
-      script: the script here that asks it.
-      help: what its environment has.
-      takes_router: whether the script can give it a router that trained beside an adapter.
-    """
-
-    flag: str
-    script: str
-    help: str
-    takes_router: bool = False
+    flag: str  # names its Python
+    script: str  # here, asks it
+    help: str  # what its environment has
+    takes_router: bool = False  # the script can give it a router that trained beside an adapter
 
 
 SERVERS = (
@@ -120,7 +114,7 @@ def decode(case: Case) -> dict[str, Any]:
         prompts = [format.prompt(messages) for messages in prompts]
     texts = olmoe_jax.generate(
         olmoe_jax.from_pretrained(case.model, adapter=case.adapter),
-        _Ids(tokenizer),
+        Ids(tokenizer),
         prompts,
         max_new_tokens=NEW_TOKENS,
         ends=format.ends,
@@ -130,20 +124,6 @@ def decode(case: Case) -> dict[str, Any]:
         for prompt, text in zip(prompts, texts, strict=True)
     ]
     return {"ends": format.ends, "answers": answers}
-
-
-class _Ids:
-    """A tokenizer whose texts are ids, so that `generate` returns tokens."""
-
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
-        self.eos_token_id = tokenizer.eos_token_id
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._tokenizer(*args, **kwargs)
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        return " ".join(map(str, tokens))
 
 
 def job(case: Case, ours: dict[str, Any]) -> dict[str, Any]:

@@ -40,32 +40,23 @@ SYSTEM = "Write the sum first."
 
 @dataclass(frozen=True)
 class Case:
-    """An export or adapter that a server loads.
+    """An export or adapter that a server loads."""
 
-    Attributes:
-      method: the method and whether adapters trained, for people.
-      kind: "export", "adapter" or "merged adapter".
-      chat: whether prompts are conversations.
-      prompts: a file of JSON lines, the prompts.
-      model: the directory of the model, an adapter's base.
-      adapter: the directory of the adapter.
-      name: what the flag --only looks at.
-      tokenizer: the directory with the tokenizer and the chat template.
-    """
-
-    method: str
-    kind: str
-    chat: bool
-    prompts: Path
-    model: Path
-    adapter: Path | None = None
+    method: str  # and whether adapters trained, for people
+    kind: str  # "export", "adapter" or "merged adapter"
+    chat: bool  # whether prompts are conversations
+    prompts: Path  # a file of JSON lines
+    model: Path  # the directory of the model, an adapter's base
+    adapter: Path | None = None  # the directory of the adapter
 
     @property
     def name(self) -> str:
+        """The name that the flag --only looks at."""
         return f"{self.method}, {self.kind}, {'chats' if self.chat else 'texts'}"
 
     @property
     def tokenizer(self) -> Path:
+        """The directory with the tokenizer and the chat template."""
         return self.adapter or self.model
 
 

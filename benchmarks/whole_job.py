@@ -22,13 +22,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.compare_pytorch import VENVS, busy_cores, make_venv
+from benchmarks.compare_pytorch import VENVS, make_venv
 from benchmarks.machine import machine
 from benchmarks.shapes import add_shape_flags, shape_of
+from benchmarks.timing import in_rounds
 from olmoe_jax.errors import ArgumentParser, UserError, run_command, whole_number
 from olmoe_jax.files import user_path
+from olmoe_jax.root import ROOT
 
-ROOT = Path(__file__).parents[1]
 RATE = 1e-4
 VENV = "transformers5"
 
@@ -45,24 +46,26 @@ def main(arguments: Sequence[str]) -> None:
     args = parser.parse_args(arguments)
     venv = args.venvs.absolute() / VENV
     make_venv(venv, VENVS[VENV])
-    sides = {"ours, cold": ours, "ours, warm": ours, "Trainer": functools.partial(theirs, venv)}
-    seconds: dict[str, list[float]] = {side: [] for side in sides}
-    losses = {}
     with tempfile.TemporaryDirectory() as temporary:
         inputs = Path(temporary)
         write_inputs(inputs, args)
-        for _ in range(args.rounds):
+        warm = functools.partial(run, ours(inputs, args), inputs)
+
+        def cold() -> tuple[float, float]:
             shutil.rmtree(inputs / "compiled", ignore_errors=True)
-            for side, command in sides.items():
-                print(f"{side}, with {busy_cores():.1f} busy cores", file=sys.stderr)
-                taken, losses[side] = run(command(inputs, args), inputs)
-                seconds[side].append(taken)
-    warm = statistics.median(seconds["ours, warm"])
+            return warm()
+
+        trainer = functools.partial(run, theirs(venv, inputs, args), inputs)
+        sides = {"ours, cold": cold, "ours, warm": warm, "Trainer": trainer}
+        runs = in_rounds(sides, args.rounds)
+    seconds = {side: [taken for taken, _ in of_side] for side, of_side in runs.items()}
+    median_of_warm = statistics.median(seconds["ours, warm"])
     print(f"{machine()}\n")
     print("| side | seconds | times ours, warm | loss at the end |\n| --- | --- | --- | --- |")
     for side, times in seconds.items():
         each = ", ".join(f"{value:.1f}" for value in times)
-        print(f"| {side} | {each} | {statistics.median(times) / warm:.2f} | {losses[side]:.3f} |")
+        ratio, loss = statistics.median(times) / median_of_warm, runs[side][-1][1]
+        print(f"| {side} | {each} | {ratio:.2f} | {loss:.3f} |")
 
 
 def write_inputs(path: Path, args: argparse.Namespace) -> None:

@@ -29,52 +29,37 @@ Bits = Annotated[str, pydantic.Field(pattern="^[01]*$")]
 
 
 class Cell(NamedTuple):
-    """A run of fine-tuning. `rate` is None for the rate that validation chose."""
+    """A run of fine-tuning."""
 
     experts_per_token: int
     method: str
     target: str
     seed: int
-    rate: float | None = None
+    rate: float | None = None  # None: the rate that validation chose
 
 
 @pydantic.with_config(STRICT)
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """The result of a run: a row of results.jsonl.
-
-    Attributes:
-      experts_per_token, method, target, seed: the cell.
-      rate: the learning rate.
-      chooses_rate: whether the run only chose the rate: then the target's rows are those of the
-        validation, and the fields from changed_routing on are None.
-      right: the target's answers.
-      loss: the target's mean loss per token of an answer, in nats.
-      cpu_seconds: the run's, measurements included.
-      known: task of pretraining -> its answers.
-      changed_routing: share of the tokens' experts, on the target, that are new.
-      router_cosine: of the conventional router gradient with the dense one, at the end; None: the
-        router does not train.
-      trained: how many parameters train.
-      step_seconds: the 10th percentile of a step's wall time.
-      peak_memory: bytes of the process at the run's end, its earlier runs included.
-    """
+    """The result of a run: a row of results.jsonl."""
 
     experts_per_token: int
     method: str
     target: str
     seed: int
     rate: float
-    chooses_rate: bool
-    right: Bits
-    loss: float
-    cpu_seconds: float
-    known: dict[str, Bits]
-    changed_routing: float | None = None
+    chooses_rate: bool  # True: a run on the validation rows, whose fields with a default are None
+    right: Bits  # the target's answers
+    loss: float  # the target's, the mean per token of an answer, in nats
+    cpu_seconds: float  # measurements included
+    known: dict[str, Bits]  # task of pretraining -> its answers
+    changed_routing: float | None = None  # share of the tokens' experts, on the target, that is new
+    # Cosine of the conventional router gradient with the dense one, at the end; None: the router
+    # does not train.
     router_cosine: float | None = None
-    trained: int | None = None
-    step_seconds: float | None = None
-    peak_memory: int | None = None
+    trained: int | None = None  # parameters that train
+    step_seconds: float | None = None  # the 10th percentile of a step's wall time
+    peak_memory: int | None = None  # bytes of the process, its earlier runs included
 
     @property
     def cell(self) -> Cell:
@@ -84,30 +69,20 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """The extent of a study.
+    """The extent of a study."""
 
-    Attributes:
-      pretrain_steps, pretrain_rows: of the base with K = 4: its steps, and the rows of each task.
-      other_steps: of the bases with other K, which start from that base.
-      targets, methods, seeds: what is fine-tuned, by what, how often.
-      epochs: of fine-tuning.
-      rates: the learning rates from which validation chooses.
-      some_targets: those on which rates are chosen, and that `variants` and the other bases see.
-      other_experts_per_token: K of the bases beside K = 4.
-      variants: what else is fine-tuned with K = 4.
-    """
-
-    pretrain_steps: int = 2000
-    other_steps: int = 400
-    pretrain_rows: int = 16_000
-    epochs: int = 6
+    pretrain_steps: int = 2000  # of the base with K = 4
+    other_steps: int = 400  # of the bases with other K, which start from that base
+    pretrain_rows: int = 16_000  # of each task, for the base with K = 4
+    epochs: int = 6  # of fine-tuning
     targets: Sequence[str] = tuple(TARGETS)
     methods: Sequence[str] = EXPERIMENTS
-    rates: Sequence[float] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+    rates: Sequence[float] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # from which validation chooses
     seeds: int = 5
+    # The targets on which rates are chosen, and that `variants` and the other bases see.
     some_targets: Sequence[str] = ("descend", "back")
-    other_experts_per_token: Sequence[int] = OTHER_EXPERTS_PER_TOKEN
-    variants: Sequence[str] = (*LIMITED, *ABLATION)
+    other_experts_per_token: Sequence[int] = OTHER_EXPERTS_PER_TOKEN  # K of the other bases
+    variants: Sequence[str] = (*LIMITED, *ABLATION)  # what else is fine-tuned with K = 4
 
     def stages(self) -> list[list[list[Cell]]]:
         """Returns all runs, in groups that share a process; a stage needs the stages before."""

@@ -25,14 +25,14 @@ class Interval(NamedTuple):
 def interval(tables: Sequence[np.ndarray], tasks: int = 0) -> Interval:
     """Returns the mean over the tables, with a hierarchical bootstrap's percentile interval.
 
-    A resample draws one seed less than there are, with replacement, within each table: as many as
-    there are would make the interval too short. Then it draws rows with replacement, the same rows
-    for all its seeds. The targets, of which each table is one, are not drawn.
+    Within each table, a resample draws seeds with replacement, one fewer than there are: as many
+    would make the interval too short. Then it draws rows with replacement, the same rows for all
+    its seeds. It draws no targets: each table is one.
 
     Args:
       tables: [seeds, rows] each.
-      tasks: 0: each table has rows of its own. Else all tables have the same rows, drawn once for
-        all, and within each of so many tasks of as many rows.
+      tasks: 0: each table has its own rows, drawn for itself. Otherwise all tables share their
+        rows, drawn once, within each of `tasks` equal parts: a part holds the rows of one task.
     """
     value = float(np.mean([table.mean() for table in tables]))
     if min(len(table) for table in tables) < 2:
@@ -58,8 +58,8 @@ def _weights(random: np.random.Generator, count: int, draws: int) -> np.ndarray:
 def paired_p(differences: Sequence[np.ndarray]) -> float:
     """Returns the two-sided p of no difference between two methods, by random signs.
 
-    Without a difference, the two runs of a target and seed could change places. The test takes the
-    rows as they are, each run's mean as one number.
+    If the methods did not differ, the two runs of a target and seed could change places. The test
+    draws no rows: each run is one number, its mean.
 
     Args:
       differences: [seeds, rows] for each target.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from olmoe_jax import data
+from benchmarks import router_cosine
 from olmoe_jax.model.decoder import Olmoe
 from olmoe_jax.model.parameters import Parameters, merge, split
 from olmoe_jax.parallel.batch import DeviceBatch
@@ -40,16 +40,7 @@ class Measures(NamedTuple):
 
 def batches(file: Path, tokenizer_files: Path) -> list[DeviceBatch]:
     """Returns a file's rows in batches, one example a row, in the order of the file."""
-    tokenizer = data.load_tokenizer(str(tokenizer_files))
-    dataset = data.tokenize_dataset(str(file), tokenizer, _LENGTH)
-    found = data.evaluation_batches(
-        dataset,
-        max_seq_length=_LENGTH,
-        pack=False,
-        rows_per_batch=_ROWS,
-        pad_id=tokenizer.pad_token_id,
-    )
-    return [DeviceBatch(*batch) for batch in found]
+    return router_cosine.batches(file, tokenizer_files, length=_LENGTH, rows=_ROWS, pack=False)
 
 
 def measure(model: Olmoe, rows: list[DeviceBatch]) -> Measures:

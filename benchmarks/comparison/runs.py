@@ -1,6 +1,7 @@
 """The comparison's work: pretrains a base, fine-tunes the base in a cell, and measures both."""
 
 import dataclasses
+import json
 import resource
 import shutil
 import time
@@ -98,7 +99,8 @@ def pretrain(output: Path, experts_per_token: int, study: Study) -> None:
         },
         "router_cosines": {name: router_cosines(model, rows[0]) for name, rows in targets.items()},
     }
-    directory.write_json(base_file(output, experts_per_token), facts)
+    with directory.new_file(base_file(output, experts_per_token)) as partial:
+        partial.write_text(json.dumps(facts) + "\n")  # one line: some 1,000 numbers
 
 
 def trained(config: Config) -> Path:

@@ -191,17 +191,10 @@ TARGETS = {
 """The tasks of fine-tuning."""
 
 
-def rows(task: Task, count: int, seed: int, without: Collection[str] = ()) -> list[dict[str, str]]:
-    """Returns `count` rows with distinct questions, each a prompt and a completion.
-
-    Args:
-      task: what is asked.
-      count: how many rows.
-      seed: of the draws.
-      without: questions to leave out.
-    """
+def rows(task: Task, count: int, seed: int) -> list[dict[str, str]]:
+    """Returns `count` rows with distinct questions, each a prompt and a completion."""
     found: dict[str, dict[str, str]] = {}
-    draws = _draws(task, seed, without)
+    draws = _draws(task, seed)
     while len(found) < count:
         found.update([next(draws)])
     return list(found.values())
@@ -210,14 +203,14 @@ def rows(task: Task, count: int, seed: int, without: Collection[str] = ()) -> li
 def stream(
     task: Task, count: int, seed: int, without: Collection[str] = ()
 ) -> list[dict[str, str]]:
-    """Returns `count` rows like `rows`, but a question may come again."""
-    return [row for _, row in itertools.islice(_draws(task, seed, without), count)]
+    """Returns `count` rows like `rows`, but questions may come again, but those of `without`."""
+    draws = ((question, row) for question, row in _draws(task, seed) if question not in without)
+    return [row for _, row in itertools.islice(draws, count)]
 
 
-def _draws(task: Task, seed: int, without: Collection[str]) -> Iterator[tuple[str, dict[str, str]]]:
+def _draws(task: Task, seed: int) -> Iterator[tuple[str, dict[str, str]]]:
     """Yields questions and their rows for ever."""
     r = random.Random(f"{task.about} {seed}")
     while True:
         question, answer = task.draw(r)
-        if question not in without:
-            yield question, {"prompt": question, "completion": answer}
+        yield question, {"prompt": question, "completion": answer}

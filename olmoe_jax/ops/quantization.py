@@ -38,18 +38,13 @@ _LARGEST = {"int8": 127, "nf4": 1}
 )
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """Quantized matrices: arrays of numpy or jax, or their shapes.
+    """Quantized matrices: arrays of numpy or jax, or their shapes."""
 
-    Attributes:
-      codes: int8 [..., 64 n, F]; for "nf4" uint8 [..., 32 n, F], two codes to a byte, the first in
-        the low bits.
-      scales: bfloat16 [..., n, F].
-      width: D.
-    """
-
-    codes: Any
-    scales: Any
-    width: int
+    codes: (
+        Any  # int8 [..., 64 n, F]; "nf4": uint8 [..., 32 n, F], a byte's first code in 4 low bits
+    )
+    scales: Any  # bfloat16 [..., n, F]
+    width: int  # D
 
     @property
     def shape(self) -> tuple[int, ...]:

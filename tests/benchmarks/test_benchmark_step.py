@@ -17,6 +17,7 @@ from benchmarks import (
     scaling,
     shapes,
     step,
+    timing,
     tokenization,
 )
 from benchmarks.comparison import __main__ as comparison
@@ -86,8 +87,8 @@ def test_comparison_takes_the_best_of_all_rounds(monkeypatch):
         return {"step_seconds": times, "step_cpu_seconds": times, "loss": 7.6, **memory}
 
     monkeypatch.setattr(compare_pytorch, "run_side", run_side)
-    monkeypatch.setattr(compare_pytorch, "busy_cores", lambda: 0.0)
-    args = type("", (), {"rounds": 2, "eager": False})
+    monkeypatch.setattr(timing, "busy_cores", lambda: 0.0)
+    args = type("", (), {"rounds": 2})
     result = compare_pytorch.compare("densemixer", args, None)
     assert [side["seconds"] for side in result] == [2.0, 1.0, 4.0]
     assert [side["ratio"] for side in result] == [1.0, 0.5, 2.0]
