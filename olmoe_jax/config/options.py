@@ -163,8 +163,9 @@ class MethodOptions:
     )
     router_gradient_dtype: Literal["bfloat16", "float8_e4m3fn"] | None = option(
         None,
-        "type of the factors of DenseMixer's extra matmuls (their sums are float32); float8_e4m3fn "
-        "is fast on H100s and later; default: the compute dtype",
+        "type of the factors of DenseMixer's extra matmuls (their sums are float32; with "
+        "router_gradient_experts the results are rounded to this type); float8_e4m3fn is fast on "
+        "H100s and later; default: the compute dtype",
     )
     lora_rank: int | None = option(
         None,

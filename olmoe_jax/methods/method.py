@@ -66,7 +66,7 @@ class Method:
     """
 
     dense_router_gradient = False
-    """True if every expert's probability gets a gradient, not those of the top-k experts alone."""
+    """True if experts beyond the top k give the router a gradient: all, or the m most probable."""
     export_name: str = "hf"
     """The folder of a run's directory that `export` writes."""
 

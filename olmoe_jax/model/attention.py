@@ -14,8 +14,7 @@ from olmoe_jax.model.config import ModelConfig, ModelSettings
 from olmoe_jax.model.lora import Adapters, adapted, dropout
 from olmoe_jax.model.parameters import norm_scale, weight
 from olmoe_jax.ops import decoding
-from olmoe_jax.ops.attention import attention
-from olmoe_jax.ops.attention.cached import cached_attention
+from olmoe_jax.ops.attention import attention, cached_attention
 from olmoe_jax.ops.linear import linear
 from olmoe_jax.ops.remat import keep
 from olmoe_jax.parallel.sharding import gathered, on_own_rows

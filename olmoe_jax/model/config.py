@@ -40,21 +40,13 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoraSettings:
-    """The LoRA adapters: which matrices have one, and their size.
+    """The LoRA adapters: which matrices have one, and their size."""
 
-    Attributes:
-      rank: R, columns of A and rows of B.
-      alpha: the adapter's product is multiplied by alpha / R (alpha / sqrt(R) with `rslora`).
-      dropout: share of the adapters' inputs that training sets to zero.
-      targets: some of TARGETS.
-      rslora: rank-stabilised scaling (https://arxiv.org/abs/2312.03732).
-    """
-
-    rank: int
-    alpha: float
-    dropout: float = 0.0
-    targets: tuple[str, ...] = TARGETS
-    rslora: bool = False
+    rank: int  # R, columns of A and rows of B
+    alpha: float  # the adapter's product is multiplied by alpha / R (alpha / sqrt(R) with `rslora`)
+    dropout: float = 0.0  # share of the adapters' inputs that training sets to zero
+    targets: tuple[str, ...] = TARGETS  # some of TARGETS
+    rslora: bool = False  # rank-stabilised scaling (https://arxiv.org/abs/2312.03732)
 
     @classmethod
     def of_method(cls, method: Mapping[str, Any]) -> "LoraSettings | None":
@@ -77,33 +69,23 @@ class LoraSettings:
 
 @dataclasses.dataclass(frozen=True)
 class ModelSettings:
-    """How the model computes: gradients, dtypes and speed, and the parameters that a method adds.
+    """How the model computes, and the parameters that a method adds."""
 
-    Attributes:
-      compute_dtype: dtype of activations and matmuls; router, norms and softmaxes are float32.
-      router_trains: False stops the gradient at the router's weight. x still gets its gradient
-        through the router.
-      dense_router_gradient: whether every expert's probability gets a gradient (DenseMixer, see
-        `olmoe_jax.ops.router_gradient`), or those of a token's K experts alone.
-      router_gradient_experts: with a dense router gradient, only the m most probable experts get
-        theirs; None: every expert gets it.
-      router_gradient_dtype: dtype of DenseMixer's extra matmuls; None: compute_dtype.
-      remat: what the backward recomputes of a layer (see `olmoe_jax.ops.remat`).
-      lora: adapters beside the weights; None: no adapters.
-      tuned_experts: the tuned experts of each layer, whose weights are parameters of their own
-        (`tuned.*`) and replace the base's; None: no such parameters.
-      grouped_matmul: backend name of `olmoe_jax.ops.grouped_matmul`; None: the platform's.
-      attention: backend name of `olmoe_jax.ops.attention`; None: the platform's.
-    """
-
-    compute_dtype: Any = jnp.float32
+    compute_dtype: Any = jnp.float32  # of activations and matmuls; router, norms, softmax: float32
+    # False stops the gradient at the router's weight. x still gets its gradient through the router.
     router_trains: bool = True
+    # Whether probabilities of experts that were not chosen get a gradient too (DenseMixer, see
+    # `olmoe_jax.ops.router_gradient`), and of which: the m most probable experts; None: of all.
     dense_router_gradient: bool = False
     router_gradient_experts: int | None = None
-    router_gradient_dtype: str | None = None
+    router_gradient_dtype: str | None = None  # of DenseMixer's extra matmuls; None: compute_dtype
+    # What the backward recomputes of a layer (see `olmoe_jax.ops.remat`).
     remat: Literal["full", "selective", "none"] = "none"
-    lora: LoraSettings | None = None
+    lora: LoraSettings | None = None  # adapters beside the weights; None: no adapters
+    # The tuned experts of each layer: parameters of their own (`tuned.*`) that get the gradients,
+    # while the base's arrays hold their values for the forward; None: no such parameters.
     tuned_experts: tuple[tuple[int, ...], ...] | None = None
+    # Backends of `olmoe_jax.ops.grouped_matmul` and `ops.attention`; None: the platform's.
     grouped_matmul: str | None = None
     attention: str | None = None
 
@@ -174,24 +156,17 @@ def model_config_from_hf(config: Mapping[str, Any], source: str = "config.json")
     for field, is_set in unsupported.items():
         if is_set:
             raise UserError(f"{source}: {field} is not a feature of the OLMoE models; remove it")
+    names = {field.name for field in dataclasses.fields(ModelConfig)}
     result = ModelConfig(
-        vocab_size=read.vocab_size,
-        hidden_size=read.hidden_size,
-        intermediate_size=read.intermediate_size,
-        num_layers=read.num_hidden_layers,
-        num_heads=read.num_attention_heads,
-        num_kv_heads=read.num_key_value_heads or read.num_attention_heads,
-        head_dim=read.head_dim or read.hidden_size // read.num_attention_heads,
-        num_experts=read.num_experts,
-        num_experts_per_token=read.num_experts_per_tok,
-        rope_theta=rope.rope_theta or read.rope_theta or 10000.0,
-        rms_norm_eps=read.rms_norm_eps,
-        norm_topk_prob=read.norm_topk_prob,
-        clip_qkv=read.clip_qkv,
-        tie_word_embeddings=read.tie_word_embeddings,
-        pad_token_id=read.pad_token_id,
-        initializer_range=read.initializer_range,
-        max_position_embeddings=read.max_position_embeddings,
+        **{name: value for name, value in vars(read).items() if name in names}
+        | {
+            "num_layers": read.num_hidden_layers,
+            "num_heads": read.num_attention_heads,
+            "num_kv_heads": read.num_key_value_heads or read.num_attention_heads,
+            "head_dim": read.head_dim or read.hidden_size // read.num_attention_heads,
+            "num_experts_per_token": read.num_experts_per_tok,
+            "rope_theta": rope.rope_theta or read.rope_theta or 10000.0,
+        }
     )
     _check_sizes(result, source)
     return result

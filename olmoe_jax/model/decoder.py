@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from olmoe_jax.model import stack
+from olmoe_jax.model import overlap
 from olmoe_jax.model.attention import (
     Attention,
     CachePlace,
@@ -71,8 +71,8 @@ class DecoderLayer(nnx.Module):
         cache: LayerCache | None = None,
         tuned: LayerTunedExperts | None = None,
         with_router_logits: bool = False,
-        all_layers: AllLayers | None = None,
-        stacks: AllLayers | None = None,
+        decode_experts: AllLayers | None = None,
+        stacked_experts: AllLayers | None = None,
     ) -> tuple[jax.Array, tuple[RouterStatistics, LayerCache]]:
         """Runs the layer, in training, prefill and decoding.
 
@@ -82,8 +82,8 @@ class DecoderLayer(nnx.Module):
           cache: the keys and values of earlier positions (then S == 1); None: x holds whole rows.
           tuned: this layer's tuned experts.
           with_router_logits: whether the statistics hold the router's logits.
-          all_layers: a decode step's experts, read in place.
-          stacks: the experts of all layers, for loops over experts to read in place.
+          decode_experts: see `MoE.__call__`.
+          stacked_experts: see `MoE.__call__`.
 
         Returns:
           [B, S, D]; the router's statistics; the cache with x's keys and values.
@@ -99,8 +99,8 @@ class DecoderLayer(nnx.Module):
                 context.dropout_keys,
                 tuned,
                 with_router_logits,
-                all_layers,
-                stacks,
+                decode_experts,
+                stacked_experts,
             )
         return shard_batch(x + y), (statistics, cache)
 
@@ -164,14 +164,14 @@ class Olmoe(nnx.Module):
           with_router_logits: whether the statistics hold the router's logits.
           dropout_key: a scalar random key that switches the adapters' dropout on; None: off.
           sums: the refs to which a step adds the gradients of what trains, by name. With them a
-            model whose weights are sharded runs as in `olmoe_jax.model.stack`.
+            model whose weights are sharded runs as in `olmoe_jax.model.overlap`.
         """
         if segments is None:
             segments = jnp.ones_like(tokens)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        if sums is not None and stack.serves(active_mesh(), self.settings.remat):
-            x, statistics = stack.run_module(
+        if sums is not None and overlap.serves(active_mesh(), self.settings.remat):
+            x, statistics = overlap.run_module(
                 self.layers,
                 self._tuned_by_layer(),
                 {n: spec.axes for n, spec in parameter_specs(self.config, self.settings).items()},
@@ -264,15 +264,15 @@ class Olmoe(nnx.Module):
         for number, old in enumerate(cache.layers):
             if layers.experts is not None:
                 weights = layers.weights[number]
-                all_layers = AllLayers(layers.experts, number)
+                experts = AllLayers(layers.experts, number)
             else:
                 # The barrier hides the index from XLA until the loop over tokens runs. Otherwise
                 # XLA takes all layers' experts out of their arrays before, and holds them twice.
                 index, _ = jax.lax.optimization_barrier((jnp.int32(number), length))
                 weights = _layer_of(layers.weights, index)
-                weights, all_layers = dequantized(weights, self.settings.compute_dtype), None
+                weights, experts = dequantized(weights, self.settings.compute_dtype), None
             layer = nnx.merge(layers.graph, weights)
-            x, (_, written) = layer(x, context, old, all_layers=all_layers)
+            x, (_, written) = layer(x, context, old, decode_experts=experts)
             new.append(written)
         x, head = self.normed(x)[:, 0], gathered(self.head().astype(x.dtype))
         return decoding.head_matmul(x, head), KVCache(tuple(new), visible, length + 1)
@@ -310,11 +310,9 @@ class Olmoe(nnx.Module):
         with_cache: bool = False,
         sums: Mapping[str, Any] | None = None,
     ) -> tuple[jax.Array, RouterStatistics, Any]:
-        """Scans the layers.
+        """Scans the layers; returns normed hidden states, statistics [L, …] and keys and values.
 
-        Returns:
-          Normed hidden states [B, S, D]; router statistics [L, …]; with_cache: a `LayerCache` of
-          stacked keys and values [L, …], else None.
+        The last is a stacked `LayerCache` [L, …], or None without `with_cache`.
         """
         context = self._context(segments, positions, dropout_key)
         graph, stacked = nnx.split(self.layers)
@@ -328,16 +326,17 @@ class Olmoe(nnx.Module):
 
         def layer(x: jax.Array, inputs: tuple) -> tuple[jax.Array, tuple]:
             index, weights, tuned = inputs
-            stacks = AllLayers(experts, index) if experts else None
             # Inside the scan, so that only one layer's weights are ever dequantized at a time, in
             # the backward too.
             weights = dequantized(weights, self.settings.compute_dtype)
+            whole = AllLayers(experts, index) if experts else None
             x, (statistics, cache) = nnx.merge(graph, weights)(
-                x, context.of_layer(index), None, tuned, with_router_logits, stacks=stacks
+                x, context.of_layer(index), None, tuned, with_router_logits, stacked_experts=whole
             )
             return x, (statistics, cache if with_cache else None)
 
-        # In this order: jax mixes up gradients where one for a Ref follows one that is an array.
+        # The tuned experts, whose gradients are arrays, come after the stacked weights, whose
+        # gradients go to Refs: in the other order jax 0.10 mixes the two kinds up.
         inputs = (jnp.arange(self.config.num_layers), stacked, self._tuned_by_layer())
         x, (statistics, cache) = jax.lax.scan(
             rematerialised(layer, self.settings.remat), self.embedded(tokens), inputs
@@ -357,22 +356,22 @@ class Olmoe(nnx.Module):
     def _stacked_experts(self, stacked: nnx.State, sums: Mapping[str, Any]) -> ExpertWeights | None:
         """Returns the experts of all layers, with their sums, where loops over experts read them.
 
-        Such a loop would have XLA copy a layer's experts out of the stacks. A mesh gathers a
-        layer's weights, and quantized ones become numbers a layer at a time.
+        XLA would copy a layer's experts out of the stacks before such a loop.
         """
         settings, experts = self.settings, self.layers.moe.experts
         in_stack = reads_in_stack(settings.grouped_matmul)
+        # A mesh gathers a layer's weights, and quantized ones become numbers a layer at a time.
         if active_mesh() or is_quantized(stacked):
             return None
         if not (in_stack or settings.dense_router_gradient):
             return None
 
-        def all_layers(name: str) -> Linear:
+        def of_all_layers(name: str) -> Linear:
             matrices = jax.lax.stop_gradient(getattr(experts, name)[...])
             own_sums = sums.get(f"layers.moe.experts.{name}") if in_stack else None
             return Linear(matrices, sums=own_sums)
 
-        return ExpertWeights(*map(all_layers, ExpertWeights._fields))
+        return ExpertWeights(*map(of_all_layers, ExpertWeights._fields))
 
     def _tuned_by_layer(self) -> LayerTunedExperts | None:
         """Returns the tuned experts of all layers, stacked."""

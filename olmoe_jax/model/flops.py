@@ -65,7 +65,7 @@ def step_flops_per_token(
     for name, spec in parameter_specs(config, settings).items():
         size = _multiplied(name, math.prod(spec.shape), config)
         trained += size * trains(name)
-        # Tuned experts replace experts of the base, which `weights` counts already.
+        # Tuned experts are experts of the base, which `weights` counts already.
         weights += 0.0 if name.startswith("tuned.") else size
         # The backward of an adapter A B needs B's input, and so A's product, but not B's.
         if name.endswith(("experts.down", "experts.lora.down_b")):

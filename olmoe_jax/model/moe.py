@@ -19,7 +19,7 @@ from olmoe_jax.model.lora import Adapters, adapted, dropout
 from olmoe_jax.model.parameters import weight
 from olmoe_jax.model.tuned import LayerTunedExperts
 from olmoe_jax.ops import decoding
-from olmoe_jax.ops.expert_parallel import Block, on_devices, own_experts
+from olmoe_jax.ops.expert_parallel import on_devices, own_experts
 from olmoe_jax.ops.grouped_matmul.stack import InStack
 from olmoe_jax.ops.linear import ExpertWeights, grouped_linear
 from olmoe_jax.ops.remat import keep
@@ -65,7 +65,7 @@ class Experts(nnx.Module):
         self,
         settings: ModelSettings,
         tuned: LayerTunedExperts | None = None,
-        stacks: AllLayers | None = None,
+        stacked: AllLayers | None = None,
     ) -> ExpertWeights:
         """Returns one layer's matrices in the compute dtype, sharded as the parameters are."""
         maps = []
@@ -73,10 +73,10 @@ class Experts(nnx.Module):
             map_ = adapted(getattr(self, name)[...], self.lora, name, settings)
             if tuned is not None:
                 map_ = dataclasses.replace(map_, tuned=getattr(tuned, name), indices=tuned.indices)
-            if stacks is not None:
-                all_layers = getattr(stacks.experts, name)
-                stack = InStack(all_layers.weight, jnp.asarray(stacks.layer))
-                map_ = dataclasses.replace(map_, stack=stack, sums=all_layers.sums)
+            if stacked is not None:
+                whole = getattr(stacked.experts, name)
+                stack = InStack(whole.weight, jnp.asarray(stacked.layer))
+                map_ = dataclasses.replace(map_, stack=stack, sums=whole.sums)
             maps.append(map_)
         return ExpertWeights(*maps)
 
@@ -123,8 +123,8 @@ class MoE(nnx.Module):
         dropout_keys: jax.Array | None = None,
         tuned: LayerTunedExperts | None = None,
         with_logits: bool = False,
-        all_layers: AllLayers | None = None,
-        stacks: AllLayers | None = None,
+        decode_experts: AllLayers | None = None,
+        stacked_experts: AllLayers | None = None,
     ) -> tuple[jax.Array, RouterStatistics]:
         """Runs one layer's block.
 
@@ -132,32 +132,34 @@ class MoE(nnx.Module):
           x: [B, S, D].
           is_token: [B, S] bool; False: padding, routed nowhere.
           dropout_keys: [B] random keys of the adapters' dropout; None: no dropout.
-          tuned: arrays that take the gradient of some of this module's experts, and equal them.
+          tuned: tuned experts, which equal experts of this module and get their gradients.
           with_logits: whether the statistics hold the router's logits.
-          all_layers: a decode step's experts, instead of this module's.
-          stacks: where loops over experts read this module's, and add their gradients.
+          decode_experts: the experts that a decode step reads, instead of this module's.
+          stacked_experts: this module's experts among those of all layers, where loops over
+            experts read them and add their gradients.
 
         Returns:
           [B, S, D] and the router's statistics.
         """
         router = self.router[...].astype(jnp.float32)
-        if all_layers:
-            experts = all_layers.experts
+        if decode_experts:
+            experts = decode_experts.experts
         else:
-            experts = self.experts.weights(self.settings, tuned, stacks)
-        block: Block = functools.partial(
+            experts = self.experts.weights(self.settings, tuned, stacked_experts)
+        block = functools.partial(
             moe_block,
             self.config,
             self.settings,
             with_logits=with_logits,
-            layer=all_layers.layer if all_layers else None,
+            layer=decode_experts.layer if decode_experts else None,
         )
-        if (mesh := sharding.active_mesh()) is not None:
-            specs = self.experts.specs(self.settings, mesh, tuned)
-            if all_layers:
-                specs = jax.tree.map(lambda spec: P(None, *spec), specs)
-            block = on_devices(block, specs, self._token_axes(mesh, x.shape[1]), with_logits)
-        return block(x, is_token, dropout_keys, router, experts)
+        if (mesh := sharding.active_mesh()) is None:
+            return block(x, is_token, dropout_keys, router, experts)
+        specs = self.experts.specs(self.settings, mesh, tuned)
+        if decode_experts:
+            specs = jax.tree.map(lambda spec: P(None, *spec), specs)
+        run = on_devices(block, specs, self._token_axes(mesh, x.shape[1]))
+        return run(x, is_token, dropout_keys, router, experts)
 
     def _token_axes(self, mesh: jax.sharding.AbstractMesh, positions: int) -> tuple[str, ...]:
         """Returns the mesh axes along which tokens travel to the experts, not weights to tokens."""
@@ -200,18 +202,18 @@ def moe_block(
       [B, S, D] and the router's statistics of these tokens.
     """
     num_own, num_chosen = experts.gate.weight.shape[-3], config.num_experts_per_token
-    tokens, is_real = x.reshape(-1, x.shape[-1]), is_token.reshape(-1)  # [T, D], [T]
+    tokens, is_token = x.reshape(-1, x.shape[-1]), is_token.reshape(-1)  # [T, D], [T]
 
     with jax.named_scope("route"):
         if not settings.router_trains:
             # On the weight, not on the logits: x still gets its gradient through the router. A
             # run's step does not differentiate this weight at all; other callers may.
             router = jax.lax.stop_gradient(router)
-        routing = route(tokens, router, is_real, num_chosen, config.norm_topk_prob)
+        routing = route(tokens, router, is_token, num_chosen, config.norm_topk_prob)
         own = own_experts(routing.chosen, first_expert, num_own)  # [T, K]
     if layer is not None:
         y = decoding.experts(tokens, routing.weights, own, experts, layer, config.num_experts)
-        return y.reshape(x.shape), router_statistics(routing, is_real)
+        return y.reshape(x.shape), router_statistics(routing, is_token)
 
     with jax.named_scope("dispatch"):
         order, inverse, group_sizes = map(keep, sort_by_expert(own, num_own))
@@ -230,7 +232,7 @@ def moe_block(
         hidden = _weighted_swiglu(gate, up, row_weights)  # [T*K, F]
         dropped_hidden = hidden
         if dropout_keys is not None:
-            # Drawn in the order of the tokens, which does not depend on the routing.
+            # Drawn in the tokens' order, which no routing changes: `inverse` undoes the sorting.
             by_token = permute(hidden, inverse, order).reshape(len(x), -1, hidden.shape[1])
             by_token = dropout(by_token, dropout_keys, settings.lora, "down")
             dropped_hidden = permute(by_token.reshape(hidden.shape), order, inverse)
@@ -242,7 +244,7 @@ def moe_block(
             y = y + dense_router_term(
                 tokens,
                 routing,
-                is_real,
+                is_token,
                 experts,
                 first_expert,
                 normalize=config.norm_topk_prob,
@@ -251,7 +253,7 @@ def moe_block(
                 backend=backend,
             )
 
-    statistics = router_statistics(routing, is_real)
+    statistics = router_statistics(routing, is_token)
     if with_logits:
         statistics = statistics._replace(logits=routing.logits.reshape(*x.shape[:-1], -1))
     return y.reshape(x.shape), statistics

@@ -19,9 +19,6 @@ Parameters = dict[str, jax.Array]
 ROUTER = "layers.moe.router"
 """The router: small and easily upset, hence float32 whatever the compute dtype."""
 
-LAYERS = "layers."
-"""Prefix of the parameters that are stacked over the layers."""
-
 
 @dataclasses.dataclass(frozen=True)
 class ParameterSpec:
@@ -74,9 +71,9 @@ def specs(model_function: Callable[[], nnx.Module]) -> dict[str, ParameterSpec]:
 def count_parameters(parameters: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> dict[str, int]:
     """Returns how many numbers of each parameter the model computes with.
 
-    Tuned experts (`tuned.*`) replace experts of the base, whose arrays hold them a second time. The
-    base's experts count without them, so that a model of tuned experts has as many parameters as
-    its base.
+    Tuned experts (`tuned.*`) are experts of the base, whose arrays hold their values a second time.
+    The base's experts count without them, so that a model of tuned experts has as many parameters
+    as its base.
 
     Args:
       parameters: all parameters of a model, trained and frozen; arrays or their shapes.

@@ -88,12 +88,11 @@ def _loss_and_gradients(
         return run(hidden, head, targets, weights, axes=(), vocabulary=())
     vocabulary = sharding.vocabulary_axes(head.shape, mesh)
     batch = sharding.BATCH
-    in_batch = batch if differentiate else None
     return jax.shard_map(
         functools.partial(run, axes=sharding.AXES, vocabulary=vocabulary),
         mesh=mesh,
         in_specs=(batch, P(vocabulary), batch, batch),
-        out_specs=(P(), (in_batch, P(vocabulary) if train_head else None, in_batch)),
+        out_specs=(P(), (batch, P(vocabulary), batch)),  # of gradients that are None: no matter
         check_vma=False,
     )(hidden, head, targets, weights)
 
@@ -109,12 +108,7 @@ def _on_device(
     differentiate: bool,
     train_head: bool,
 ) -> tuple[jax.Array, Gradients]:
-    """Computes `_loss_and_gradients` on one device's positions and rows of the head.
-
-    Args:
-      axes: the axes of the mesh.
-      vocabulary: the axes that split the vocabulary.
-    """
+    """Computes `_loss_and_gradients` on one device; `vocabulary` are the `axes` that split V."""
     # Chunks of equal size: the last one is filled up with positions of weight 0.
     positions = targets.size
     count = -(-positions // CHUNK)
@@ -161,12 +155,9 @@ def _chunk(
     head: jax.Array,
     axes: tuple[str, ...],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns a chunk's losses, its logits' gradient and its hidden states.
+    """Returns a chunk's losses, its logits' gradient [N, W] and its hidden states [N, D].
 
-    Returns:
-      losses: [N / devices] float32, of the device's own positions.
-      gradient: [N, W] of the logits of this device's rows of the head, in the compute dtype.
-      hidden: [N, D], gathered.
+    The losses are those of the device's own positions; the others are gathered.
     """
     size = len(targets)
     first: jax.Array | int = 0  # the token of this device's first row of the head

@@ -30,16 +30,17 @@ Block = Callable[..., tuple[jax.Array, RouterStatistics]]
 
 
 def on_devices(
-    block: Block, specs: ExpertWeights, group: tuple[str, ...], with_logits: bool
-) -> Block:
+    block: Block, specs: ExpertWeights, group: tuple[str, ...]
+) -> Callable[..., tuple[jax.Array, RouterStatistics]]:
     """Returns `block` for the whole mesh: the batch is split, router and experts are shared.
+
+    The result takes the block's arguments, without `first_expert`.
 
     Args:
       block: computes x's part of the batch with consecutive experts, the first of which has the
         number `first_expert`; it gives zeros for tokens of other experts.
       specs: how the experts' arrays are sharded.
       group: the mesh axes along which tokens travel; (): the experts' weights are gathered.
-      with_logits: whether the statistics hold logits.
     """
     mesh = sharding.active_mesh()
     batch: Any = sharding.BATCH
@@ -82,14 +83,13 @@ def on_devices(
         router: jax.Array,
         experts: ExpertWeights,
     ) -> tuple[jax.Array, RouterStatistics]:
+        # The spec of keys or logits that are None has nothing to apply to.
         sums: Any = P()
-        out = RouterStatistics(sums, sums, sums, batch if with_logits else None)
-        keys = None if dropout_keys is None else batch
         return jax.shard_map(
             on_device,
             mesh=mesh,
-            in_specs=(batch, batch, keys, P(), specs),
-            out_specs=(batch, out),
+            in_specs=(batch, batch, batch, P(), specs),
+            out_specs=(batch, RouterStatistics(sums, sums, sums, batch)),
             check_vma=False,
         )(x, is_token, dropout_keys, *jax.tree.map(sharding.by_value, (router, experts)))
 
@@ -118,15 +118,15 @@ def _gather_tokens(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return jax.lax.all_gather(x, axes, tiled=True)
 
 
-def _gather_weight(weight: jax.Array, spec: P, apart: tuple[str, ...]) -> jax.Array:
-    """Joins a weight's shards but for those along the axes `apart`, which share the experts.
+def _gather_weight(weight: jax.Array, spec: P, group: tuple[str, ...]) -> jax.Array:
+    """Joins the shards of a weight [..., E, D, F], and leaves its experts split over `group`.
 
-    The transpose sums and scatters the gradient. A weight is [..., E, D, F].
+    The transpose sums and scatters the gradient.
     """
     for dimension, entry in enumerate(spec):
         is_expert = dimension == weight.ndim - 3
         axes = sharding.mesh_axes(entry)
-        axes = tuple(axis for axis in axes if not (is_expert and axis in apart))
+        axes = tuple(axis for axis in axes if not (is_expert and axis in group))
         if axes:
             weight = jax.lax.all_gather(weight, axes, axis=dimension, tiled=True)
     return weight

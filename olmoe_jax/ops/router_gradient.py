@@ -1,4 +1,4 @@
-"""DenseMixer's router gradient: every expert's probability learns, at no cost in the forward.
+"""DenseMixer's router gradient: probabilities of experts that were not chosen learn too.
 
 Shapes: T tokens, D model width, F expert width, E experts, K experts per token, m experts with a
 router gradient. The straight-through estimator of DenseMixer
@@ -7,8 +7,9 @@ weight w_e, of a chosen expert or not, the gradient dL/dw_e = <g, E_e(x)> with g
 MoE block's output. The weight w_e is the probability p_e; with `norm_topk_prob` it is p_e / c, c
 being the sum of the chosen probabilities, and a constant in the weights of the other experts. A
 zero-valued term (the form of Levanter's `dense_router_delta`) carries this gradient; the experts
-that the forward did not run are run only in the backward. Without a limit m, a loop scores all E
-experts; the scores of the chosen ones are discarded, because the block's own backward has them.
+that the forward did not run are run only in the backward. With m, the forward chooses the
+experts (a second top_k). Without, a loop scores all E experts; the scores of the chosen ones are
+discarded, because the block's own backward has them.
 """
 
 import functools
@@ -100,8 +101,9 @@ def router_gradient(
         masks entries whose gradient must not count.
       experts: in x's dtype; with adapters, the adapted experts count, without dropout.
       candidates: [T, m - K] int32, the experts to compute, E means "none"; None: all experts.
-      dtype: of the factors of the backward's matmuls, which add up in float32; None: x's;
-        "float8_e4m3fn", for all experts only: scaled to its range, rows and matrix columns alone.
+      dtype: of the factors of the backward's matmuls, which add up in float32 (with candidates,
+        each product is then rounded to this dtype); None: x's; "float8_e4m3fn", for all experts
+        only: scaled to its range, rows and matrix columns alone.
       backend: of the grouped matmul (used with candidates).
     """
     return jnp.zeros_like(x)

@@ -32,7 +32,7 @@ def compiler_options(platform: str, layers_ahead: bool) -> dict[str, bool | int]
 
     Args:
       platform: "cpu", "gpu" or "tpu".
-      layers_ahead: whether the layers run as in `olmoe_jax.model.stack`, where all gradients of a
+      layers_ahead: whether the layers run as in `olmoe_jax.model.overlap`, where all gradients of a
         layer are there before the first is scattered.
     """
     if platform != "gpu":

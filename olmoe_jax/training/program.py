@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from olmoe_jax import data
 from olmoe_jax.config import Config
-from olmoe_jax.model import stack
+from olmoe_jax.model import overlap
 from olmoe_jax.model.config import ModelConfig, ModelSettings
 from olmoe_jax.model.decoder import parameter_specs
 from olmoe_jax.model.parameters import Parameters
@@ -147,7 +147,7 @@ def step_functions(
     gradients: Any = {name: by_name[name] for name in trained}
     accumulated_shardings = Accumulated(gradients, replicated, replicated)
     places = state_shardings(trainer, trained, by_name, mesh)
-    platform, ahead = mesh.devices.flat[0].platform, stack.serves(mesh, settings.remat)
+    platform, ahead = mesh.devices.flat[0].platform, overlap.serves(mesh, settings.remat)
     jit: Any = functools.partial(jax.jit, compiler_options=compiler_options(platform, ahead))
     # Not the arrays: what a function closes over stays alive.
     shapes: Any = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in trained.items()}

@@ -79,7 +79,7 @@ def assert_same_losses(output: Path, expected: Path) -> None:
 
 @pytest.mark.parametrize(("method", "options", "mesh"), RUNS)
 def test_losses_are_those_of_one_device(train, tmp_path, method, options, mesh):
-    """Each method and each mesh once; what a frozen router adds is in test_mesh_stack.py."""
+    """Each method and each mesh once; what a frozen router adds is in test_mesh_overlap.py."""
     alone = train(tmp_path / "alone", None, method__name=method, **options)
     assert losses(alone)[STEPS] < losses(alone)[1]
     run = train(tmp_path / "run", mesh, method__name=method, **options)

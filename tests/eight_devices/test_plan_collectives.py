@@ -92,7 +92,7 @@ def formula(mesh: str, densemixer: bool) -> Counter:
 
     Where tokens travel, the layers run in a plain scan, and what the partitioner gathers
     (attention, router) has its gradients summed on every device. Elsewhere the loop of
-    model/stack.py gathers a layer more than there are, and scatters one more.
+    model/overlap.py gathers a layer more than there are, and scatters one more.
     """
     data, fsdp, expert = MESHES[mesh]
     tokens_travel = expert > 1

@@ -18,11 +18,11 @@ from olmoe_jax.errors import UserError
 from olmoe_jax.ops.attention import (
     BACKENDS,
     attention,
+    cached_attention,
     check_backend,
     default_backend,
 )
 from olmoe_jax.ops.attention import xla as chunked_attention
-from olmoe_jax.ops.attention.cached import cached_attention
 from olmoe_jax.ops.attention.kernels import pallas_triton, splash
 from olmoe_jax.ops.attention.xla import chunked
 

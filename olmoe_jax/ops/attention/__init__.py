@@ -4,6 +4,8 @@ Shapes: B rows, S positions, H heads, G key/value heads (G divides H; each serve
 heads), d head size.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -77,3 +79,34 @@ def attention(
     if backend not in BACKENDS:
         raise ValueError(f"attention backend {backend!r} is none of {', '.join(BACKENDS)}")
     return BACKENDS[backend](q, k, v, segments)
+
+
+def cached_attention(
+    q: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array
+) -> jax.Array:
+    """Returns softmax(q k^T / sqrt(d)) v over the visible keys of a cache, for decoding.
+
+    The whole cache is read in place: slicing the filled part out would copy it. Not meant to be
+    differentiated.
+
+    Args:
+      q: [B, 1, H, d], one query a row.
+      keys, values: [B, G, C, d] for C columns of the cache.
+      visible: [B, C] bool.
+
+    Returns:
+      [B, 1, H, d] in q's dtype. Scores and softmax are float32. A query that sees no key gives 0.
+    """
+    batch, groups, _, width = keys.shape
+    queries = q.reshape(batch, groups, -1, width)
+    scores = jnp.einsum("bghd,bgtd->bght", queries, keys, preferred_element_type=jnp.float32)
+    visible = visible[:, None, None]
+    scores = jnp.where(visible, scores / math.sqrt(width), jnp.finfo(jnp.float32).min)
+    weights = jnp.where(visible, jax.nn.softmax(scores), 0)
+    out = jnp.einsum(
+        "bght,bgtd->bghd",
+        weights.astype(values.dtype),
+        values,
+        preferred_element_type=jnp.float32,
+    )
+    return out.reshape(q.shape).astype(q.dtype)

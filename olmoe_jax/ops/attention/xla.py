@@ -48,16 +48,7 @@ def chunked(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> ja
 
 @jax.custom_vjp
 def _attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
-    """Returns the attention of all blocks.
-
-    Args:
-      q: [n, N, Q, d].
-      k, v: [n, N, b, d].
-      segments: [n, B, b].
-
-    Returns:
-      [n, N, d, Q] in q's dtype.
-    """
+    """Attends with q [n, N, Q, d], k, v [n, N, b, d], segments [n, B, b]; returns [n, N, d, Q]."""
     return _forward(q, k, v, segments)[0]
 
 
@@ -133,14 +124,7 @@ def _scores(
     key_segments: jax.Array,
     diagonal: bool,
 ) -> jax.Array:
-    """Returns k q^T / sqrt(d) [N, b, Q] float32, masked.
-
-    Args:
-      q: [N, Q, d].
-      k: [N, b, d].
-      query_segments, key_segments: [B, b].
-      diagonal: the keys are those of the queries' own block, so that later ones are masked.
-    """
+    """Returns k q^T / sqrt(d) [N, b, Q] float32, masked; `diagonal`: of the queries' own block."""
     scores = _matmul(k, q, transpose_right=True) / math.sqrt(q.shape[-1])
     visible = key_segments[:, :, None] == query_segments[:, None, :]
     block = visible.shape[-1]
@@ -154,12 +138,6 @@ def _first_blocks(segments: jax.Array) -> jax.Array:
     """Returns, for each block of queries, the first block of keys that can share a segment.
 
     Two blocks share no segment if the ranges of their segment numbers do not meet.
-
-    Args:
-      segments: [n, B, b].
-
-    Returns:
-      [n] int.
     """
     low, high = segments.min(axis=-1), segments.max(axis=-1)  # [n, B]
     meet = (low[:, None] <= high[None]) & (low[None] <= high[:, None])

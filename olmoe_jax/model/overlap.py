@@ -39,7 +39,7 @@ Layer = Callable[[jax.Array, Any, jax.Array, dict[str, Any]], tuple[jax.Array, A
 
 
 def serves(mesh: Mesh | AbstractMesh | None, remat: str) -> bool:
-    """Returns whether `run_layers` serves a mesh: weights travel, and tokens do not.
+    """Returns whether `run_module` serves a mesh: weights travel, and tokens do not.
 
     Several processes of CPUs keep the plain scan. A CPU computes nothing while it exchanges, and
     gloo once mixed up two transfers of this loop, which may run in either order.
@@ -59,7 +59,7 @@ def run_module(
     context: Context,
     sums: Mapping[str, Any],
 ) -> tuple[jax.Array, RouterStatistics]:
-    """Runs a model's stacked layers by `run_layers`.
+    """Runs a model's stacked layers; the backward adds the gradients of the weights to `sums`.
 
     Args:
       layers: the `DecoderLayer`, with the parameters of all layers.
@@ -68,10 +68,11 @@ def run_module(
       settings: how the model computes.
       x: [B, S, D], the first layer's input.
       context: the inputs that all layers share.
-      sums: the refs to which the gradients of what trains are added, by name.
+      sums: the refs to which the gradients of what trains are added, by name. The tuned experts,
+        whose parameters are not stacked over the layers, get their gradient from differentiation.
 
     Returns:
-      [B, S, D]; the router's statistics [L, …], without logits.
+      [B, S, D]; the router's statistics [L, …], summed over the devices, without logits.
     """
     graph, stacked = nnx.split(layers)
     weights = {
@@ -110,10 +111,10 @@ def run_module(
         return x, statistics
 
     specs = {n: jax.tree.map(functools.partial(spec, n), w) for n, w in weights.items()}
-    return run_layers(layer, x, context, weights, specs, cast, trained, refs)
+    return _run_layers(layer, x, context, weights, specs, cast, trained, refs)
 
 
-def run_layers(
+def _run_layers(
     layer: Layer,
     x: jax.Array,
     shared: Any,
@@ -123,21 +124,11 @@ def run_layers(
     trained: Iterable[str],
     sums: Mapping[str, Any],
 ) -> tuple[jax.Array, Any]:
-    """Runs all layers; the backward adds the gradients of the weights to `sums`.
+    """Computes `run_module` for any `layer`, which runs on a device's rows of x and `shared`.
 
-    Args:
-      layer: runs one layer on a device's rows.
-      x: [B, …], the first layer's input.
-      shared: the inputs [B, …] that all layers share; they get no gradient.
-      weights: by name, arrays [L, …] or trees of them.
-      specs: by name, how the mesh shards the weights.
-      cast: converts a shard, before it travels, to the dtype in which the layer computes.
-      trained: the names of the weights that get a gradient.
-      sums: refs like the weights, to which their gradients are added; a trained weight without a
-        ref gets its gradient from differentiation.
-
-    Returns:
-      The last layer's output; the statistics [L, …], summed over the devices.
+    `weights`, `specs` and `sums` are dicts by name: arrays [L, …] or trees of them, how the mesh
+    shards these, and refs. `cast` converts a shard, before it travels, to the dtype in which the
+    layer computes. Of `trained`, what has no ref gets its gradient from differentiation.
     """
     mesh: Any = sharding.active_mesh()
     batch = sharding.BATCH

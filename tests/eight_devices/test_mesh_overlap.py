@@ -1,4 +1,4 @@
-"""The layers one turn ahead (`model/stack.py`): the numbers of the plain loop, on every mesh."""
+"""The layers one turn ahead (`model/overlap.py`): the numbers of the plain loop, on every mesh."""
 
 import jax
 import numpy as np
@@ -7,7 +7,7 @@ from helpers import relative_error
 from tiny import make_batch, random_adapters, random_weights, tiny_config
 
 from olmoe_jax.checkpoints.loading import quantized_like, stack_tuned
-from olmoe_jax.model import stack
+from olmoe_jax.model import overlap
 from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.model.decoder import parameter_specs
 from olmoe_jax.model.lora import LoraSettings, is_target
@@ -87,7 +87,7 @@ def accumulated(method: str, mesh) -> dict[str, np.ndarray]:
 def test_the_numbers_of_the_plain_loop(method, mesh, monkeypatch):
     mesh = sharding.make_mesh(*MESHES[mesh])
     asked = []
-    monkeypatch.setattr(stack, "serves", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(overlap, "serves", lambda *arguments: asked.append(arguments))
     expected = accumulated(method, mesh)
     assert asked
     monkeypatch.undo()
@@ -110,4 +110,4 @@ def test_the_numbers_of_the_plain_loop(method, mesh, monkeypatch):
     ],
 )
 def test_where_it_is_used(mesh, remat, expected):
-    assert stack.serves(sharding.make_mesh(*mesh), remat) == expected
+    assert overlap.serves(sharding.make_mesh(*mesh), remat) == expected
