@@ -25,6 +25,7 @@ from benchmarks.step import build, make_parser, random_batch
 from benchmarks.timing import timed
 from olmoe_jax.checkpoints import checksums
 from olmoe_jax.errors import UserError, run_command, whole_number
+from olmoe_jax.files import user_path
 from olmoe_jax.parallel import sharding
 from olmoe_jax.parallel.cpu import restart_with_huge_pages
 from olmoe_jax.training.checkpoint import Checkpointer
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str]) -> None:
         "--steps", type=whole_number(1), default=10, help="timed steps without a save"
     )
     parser.add_argument(
-        "--output", type=Path, help="directory to write in; default: a temporary one"
+        "--output", type=user_path, help="directory to write in; default: a temporary one"
     )
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     args = parser.parse_args(arguments)

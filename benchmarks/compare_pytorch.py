@@ -27,6 +27,7 @@ from typing import Any
 from benchmarks.machine import machine
 from benchmarks.timing import in_rounds, use_cores
 from olmoe_jax.errors import ArgumentParser, UserError, run_command, whole_number
+from olmoe_jax.files import user_path
 from olmoe_jax.parallel.cpu import TUNABLES
 from olmoe_jax.root import ROOT
 
@@ -93,7 +94,7 @@ def main(arguments: Sequence[str]) -> None:
         "--steps", type=whole_number(1), default=3, help="steps of a side in a round"
     )
     parser.add_argument("--threads", type=whole_number(1), default=2, help="CPU cores to use")
-    parser.add_argument("--venvs", type=Path, default=ROOT / "build" / "pytorch")
+    parser.add_argument("--venvs", type=user_path, default=ROOT / "build" / "pytorch")
     parser.add_argument("--json", action="store_true", help="print all results as JSON")
     args = parser.parse_args(arguments)
     use_cores(args.threads)

@@ -27,7 +27,7 @@ from benchmarks.shapes import Shape, add_shape_flags, shape_of
 from olmoe_jax.checkpoints import names
 from olmoe_jax.checkpoints.huggingface import HFCheckpoint
 from olmoe_jax.errors import ArgumentParser, UserError, run_command
-from olmoe_jax.files import read_json
+from olmoe_jax.files import read_json, user_path
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = ArgumentParser(prog="python -m benchmarks.conversion", description=__doc__)
     add_shape_flags(parser)
     parser.set_defaults(shape="full")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=user_path, required=True)
     parser.add_argument("--forward", action="store_true", help="also load it and compute logits")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     args = parser.parse_args(arguments)

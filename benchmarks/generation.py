@@ -26,6 +26,7 @@ from benchmarks.random_model import write_random_model
 from benchmarks.shapes import Shape, add_shape_flags, shape_of
 from benchmarks.timing import in_rounds, use_cores
 from olmoe_jax.errors import ArgumentParser, run_command, whole_number
+from olmoe_jax.files import user_path
 from olmoe_jax.parallel.cpu import use_all_cores
 from olmoe_jax.root import ROOT
 
@@ -72,7 +73,7 @@ def parser() -> ArgumentParser:
     result.add_argument("--rounds", type=whole_number(1), default=3)
     result.add_argument("--repeats", type=whole_number(1), default=2, help="timed runs per process")
     result.add_argument("--threads", type=whole_number(1), default=2, help="CPU cores to use")
-    result.add_argument("--venvs", type=Path, default=ROOT / "build" / "pytorch")
+    result.add_argument("--venvs", type=user_path, default=ROOT / "build" / "pytorch")
     result.add_argument("--model", help="measure only ours, on this Hugging Face directory")
     return result
 

@@ -181,15 +181,9 @@ class Olmoe(nnx.Module):
                 sums,
             )
             return self.normed(x), statistics
-        x, statistics, _ = self._run_layers(
-            tokens,
-            segments,
-            positions,
-            dropout_key,
-            with_router_logits=with_router_logits,
-            sums=sums,
-        )
-        return x, statistics
+        return self._run_layers(
+            tokens, segments, positions, dropout_key, with_router_logits, sums=sums
+        )[:2]
 
     def prefill(
         self, tokens: jax.Array, segments: jax.Array, positions: jax.Array, room: int
@@ -305,8 +299,8 @@ class Olmoe(nnx.Module):
         segments: jax.Array,
         positions: jax.Array,
         dropout_key: jax.Array | None = None,
-        *,
         with_router_logits: bool = False,
+        *,
         with_cache: bool = False,
         sums: Mapping[str, Any] | None = None,
     ) -> tuple[jax.Array, RouterStatistics, Any]:
