@@ -311,11 +311,13 @@ class Olmoe(nnx.Module):
         context = self._context(segments, positions, dropout_key)
         graph, stacked = nnx.split(self.layers)
         experts = self._stacked_experts(stacked, sums or {})
+        x = self.embedded(tokens)
         if experts:
             # A matrix whose gradient goes to the sums gets none here, not even zeros.
             held: Any = stacked["moe"]["experts"]
             for name, map_ in experts._asdict().items():
                 if map_.sums is not None:
+                    x = _dependent(x, held[name][...])
                     held[name] = held[name].replace(jax.lax.stop_gradient(map_.weight))
 
         def layer(x: jax.Array, inputs: tuple) -> tuple[jax.Array, tuple]:
@@ -332,9 +334,7 @@ class Olmoe(nnx.Module):
         # The tuned experts, whose gradients are arrays, come after the stacked weights, whose
         # gradients go to Refs: in the other order jax 0.10 mixes the two kinds up.
         inputs = (jnp.arange(self.config.num_layers), stacked, self._tuned_by_layer())
-        x, (statistics, cache) = jax.lax.scan(
-            rematerialised(layer, self.settings.remat), self.embedded(tokens), inputs
-        )
+        x, (statistics, cache) = jax.lax.scan(rematerialised(layer, self.settings.remat), x, inputs)
         return self.normed(x), statistics, cache
 
     def _context(
@@ -372,6 +372,18 @@ class Olmoe(nnx.Module):
         if not self.tuned:
             return None
         return self.tuned.by_layer(self.config.num_experts, self.settings.compute_dtype)
+
+
+@jax.custom_vjp
+def _dependent(x: jax.Array, matrices: jax.Array) -> jax.Array:
+    """Returns x, which depends on the matrices in jax's eyes; their gradient is zero.
+
+    Without it no backward would run, and add to the matrices' sums, where nothing else trains.
+    """
+    return x
+
+
+_dependent.defvjp(lambda x, matrices: (x, None), lambda _, g: (g, None))
 
 
 def _layer_of(stacked: Any, layer: jax.Array | int) -> Any:

@@ -132,16 +132,44 @@ def test_gradients_are_the_full_models(experts, settings, changes):
     assert len(ours.gradients["tuned.gate"]) == sum(map(len, experts))
 
 
-def weight_gradients(weights, names, **settings) -> int:
-    """Loops of the compiled program that fill a float32 [E, D, F] (or [E, F, D]), expert by expert.
+@pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (".experts.",),
+        pytest.param((".experts.", "lm_head"), marks=pytest.mark.exhaustive),
+        pytest.param((".experts.down",), marks=pytest.mark.exhaustive),
+        pytest.param((".router",), marks=pytest.mark.exhaustive),
+        pytest.param((".attention.",), marks=pytest.mark.exhaustive),
+        pytest.param(("lm_head",), marks=pytest.mark.exhaustive),
+        pytest.param(("norm",), marks=pytest.mark.exhaustive),
+    ],
+)
+def test_some_weights_alone(parts, remat):
+    """They get the gradients that they get where everything trains."""
 
-    In a bfloat16 model only weight gradients are made like that; compilation must have removed
-    those that nobody uses, which the backward of the grouped matmul writes down.
+    def compute(names):
+        trainer, trained, frozen, rest = gradients_of(names, WEIGHTS, remat=remat)
+        return jax.device_get(jax.jit(trainer.accumulate)(trained, frozen, *rest)).gradients
+
+    ours, full = compute(lambda n: any(part in n for part in parts)), compute(lambda n: True)
+    assert 0 < len(ours) < len(full)
+    for name, gradient in ours.items():
+        assert np.any(gradient)
+        assert_close(gradient, full[name], 2e-5)
+
+
+def weight_gradients(weights, names, **settings) -> int:
+    """Loops of the compiled program that write float32 matrices of experts one by one.
+
+    They fill [E, D, F] (or [E, F, D]), or add to the sums of all layers, [L, E, D, F]. In a
+    bfloat16 model only weight gradients are made like that; compilation must have removed those
+    that nobody uses, which the backward of the grouped matmul writes down.
     """
     settings |= {"compute_dtype": jnp.bfloat16, "remat": "full"}
     trainer, trained, frozen, rest = gradients_of(names, weights, **settings)
     text = jax.jit(trainer.accumulate).lower(trained, frozen, *rest).compile().as_text()
-    return len(re.findall(r" = f32\[8,(?:32,16|16,32)\]\S* dynamic-update-slice\(", text))
+    return len(re.findall(r" = f32\[(?:2,)?8,(?:32,16|16,32)\]\S* dynamic-update-slice\(", text))
 
 
 @pytest.mark.exhaustive
