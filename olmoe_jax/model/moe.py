@@ -20,7 +20,7 @@ from olmoe_jax.model.parameters import weight
 from olmoe_jax.model.tuned import LayerTunedExperts
 from olmoe_jax.ops import decoding
 from olmoe_jax.ops.expert_parallel import on_devices, own_experts
-from olmoe_jax.ops.grouped_matmul.stack import InStack
+from olmoe_jax.ops.grouped_matmul import InStack
 from olmoe_jax.ops.linear import ExpertWeights, grouped_linear
 from olmoe_jax.ops.remat import keep
 from olmoe_jax.ops.router_gradient import dense_router_term

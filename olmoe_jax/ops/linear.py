@@ -15,13 +15,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from olmoe_jax.ops.grouped_matmul import (
+    InStack,
     grouped_matmul,
-    grouped_matmul_in_stack,
     grouped_matmul_transposed,
-    grouped_matmul_tuned,
     reads_in_stack,
 )
-from olmoe_jax.ops.grouped_matmul.stack import InStack
 from olmoe_jax.ops.remat import keep
 
 
@@ -32,28 +30,20 @@ from olmoe_jax.ops.remat import keep
 )
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """The arrays of a linear map [D, F], or of one per expert [E, D, F], in the compute dtype.
+    """The arrays of a linear map [D, F], or of one per expert [E, D, F].
 
-    Attributes:
-      weight: [..., D, F].
-      a: [..., D, R], the adapter's first factor; None: no adapter.
-      b: [..., R, F], the adapter's second factor.
-      tuned: [u, D, F], equal to `weight[indices]`: gets the gradient, while `weight` is read.
-      indices: [u] int32, the experts of `tuned`; E stands for none.
-      stack: equal to `weight`: loops over experts read it, so that `weight` is never copied.
-      sums: a ref of all layers' gradients, to which the backward adds `weight`'s; None: `weight`
-        gets it.
-      scale: factor of the adapter's product.
+    `weight`, `tuned` and the adapter's factors have the compute dtype, a stack its own.
+    `stack`, `sums`, `tuned` and `indices` are those of `grouped_matmul`.
     """
 
-    weight: jax.Array
-    a: jax.Array | None = None
-    b: jax.Array | None = None
+    weight: jax.Array  # [..., D, F]
+    a: jax.Array | None = None  # [..., D, R], the adapter's first factor; None: no adapter
+    b: jax.Array | None = None  # [..., R, F], the adapter's second factor
     tuned: jax.Array | None = None
     indices: jax.Array | None = None
     stack: InStack | None = None
     sums: Any = None
-    scale: float = 1.0
+    scale: float = 1.0  # factor of the adapter's product
 
 
 class ExpertWeights(NamedTuple):
@@ -79,8 +69,7 @@ def cast(map_: Linear, dtype: DTypeLike) -> Linear:
 def expert_of(map_: Linear, number: jax.Array, dtype: DTypeLike) -> Linear:
     """Returns the map of one expert, in a dtype.
 
-    A loop over the experts of a slice, which `weight` is of the stack, would have XLA copy the
-    slice before it.
+    `weight` is a slice of the stack: XLA would copy it before a loop over its experts.
     """
 
     def taken(array: jax.Array | None) -> Any:
@@ -142,12 +131,16 @@ def grouped_linear(
     Returns:
       [N, F].
     """
-    if map_.tuned is not None and map_.indices is not None:
-        y = grouped_matmul_tuned(rows, map_.weight, map_.tuned, map_.indices, group_sizes, backend)
-    elif map_.stack is not None and reads_in_stack(backend):
-        y = grouped_matmul_in_stack(rows, map_.weight, map_.stack, map_.sums, group_sizes)
-    else:
-        y = grouped_matmul(rows, map_.weight, group_sizes, backend)
+    y = grouped_matmul(
+        rows,
+        map_.weight,
+        group_sizes,
+        backend,
+        stack=map_.stack,
+        sums=map_.sums,
+        tuned=map_.tuned,
+        indices=map_.indices,
+    )
     if map_.a is None or map_.b is None:
         return y
     low = keep(grouped_matmul(dropped, map_.a, group_sizes, backend))

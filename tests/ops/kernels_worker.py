@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from olmoe_jax.ops.grouped_matmul import grouped_matmul, grouped_matmul_tuned
+from olmoe_jax.ops.grouped_matmul import grouped_matmul
 from olmoe_jax.ops.linear import ExpertWeights, Linear
 from olmoe_jax.ops.router_gradient import candidate_scores
 from olmoe_jax.parallel.sharding import make_mesh
@@ -50,7 +50,7 @@ def programs(backend: str) -> dict[str, tuple[Callable, tuple[tuple[int, ...], .
             indices = jnp.arange(count)
 
             def product(x: jax.Array, tuned: jax.Array) -> jax.Array:
-                return grouped_matmul_tuned(x, w, tuned, indices, sizes, backend)
+                return grouped_matmul(x, w, sizes, backend, tuned=tuned, indices=indices)
 
             y, pull = jax.vjp(product, x, w[:count])
             return (y, *pull(g))

@@ -7,8 +7,7 @@ import pytest
 from helpers import RUN_ON_CPU, array_sizes, assert_close, relative_error
 from ops.grouped_oracle import loop_oracle, make_inputs, run
 
-from olmoe_jax.ops.grouped_matmul import grouped_matmul, grouped_matmul_in_stack
-from olmoe_jax.ops.grouped_matmul.stack import InStack
+from olmoe_jax.ops.grouped_matmul import InStack, grouped_matmul
 
 # Names say what is odd; (rows, D, F, group sizes).
 CASES = {
@@ -101,7 +100,7 @@ def test_matrices_in_a_stack(with_sums):
 
         def function(x, nothing):
             layer = InStack(stack, jnp.int32(1))
-            return grouped_matmul_in_stack(x, nothing, layer, sums, jnp.asarray(sizes))
+            return grouped_matmul(x, nothing, jnp.asarray(sizes), stack=layer, sums=sums)
 
         y, pullback = jax.vjp(function, x, nothing)
         return y, *pullback(g), None if sums is None else jax.freeze(sums)

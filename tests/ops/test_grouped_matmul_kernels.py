@@ -11,7 +11,7 @@ from helpers import assert_close, message_of
 from jax.experimental import pallas
 from ops.grouped_oracle import loop_oracle, make_inputs, run
 
-from olmoe_jax.ops.grouped_matmul import check_backend, grouped_matmul_tuned
+from olmoe_jax.ops.grouped_matmul import check_backend, grouped_matmul
 from olmoe_jax.ops.grouped_matmul import tokamax as tokamax_matmul
 from olmoe_jax.ops.grouped_matmul import triton as triton_matmul
 
@@ -85,7 +85,7 @@ def test_only_selected_groups(interpreted, backend):
     @jax.jit
     def gradients(x, selected):
         def product(x, selected):
-            return grouped_matmul_tuned(x, w, selected, jnp.array(indices), sizes, backend)
+            return grouped_matmul(x, w, sizes, backend, tuned=selected, indices=jnp.array(indices))
 
         return jax.vjp(product, x, selected)[1](g)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import array_sizes, count_matmuls, relative_error
 
-from olmoe_jax.ops.grouped_matmul.stack import InStack
+from olmoe_jax.ops.grouped_matmul import InStack
 from olmoe_jax.ops.linear import (
     ExpertWeights,
     Linear,

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from olmoe_jax.errors import UserError
 from olmoe_jax.ops.grouped_matmul import blocked, mosaic, ragged, tokamax, triton
-from olmoe_jax.ops.grouped_matmul.stack import InStack
+from olmoe_jax.ops.grouped_matmul.blocked import InStack
 
 BACKENDS: dict[str, ModuleType] = {
     "blocked": blocked,
@@ -70,7 +70,15 @@ def check_backend(backend: str | None, platform: str) -> str:
 
 
 def grouped_matmul(
-    x: jax.Array, w: jax.Array, group_sizes: jax.Array, backend: str | None = None
+    x: jax.Array,
+    w: jax.Array,
+    group_sizes: jax.Array,
+    backend: str | None = None,
+    *,
+    stack: InStack | None = None,
+    sums: Any = None,
+    tuned: jax.Array | None = None,
+    indices: jax.Array | None = None,
 ) -> jax.Array:
     """Returns y with y[i] = x[i] @ w[group of row i]. Differentiable in x and w.
 
@@ -82,6 +90,12 @@ def grouped_matmul(
       w: [E, D, F] in x's dtype.
       group_sizes: [E] int32, with a sum of at most N.
       backend: one of BACKENDS; None takes the default of this process's platform.
+      stack: the same matrices as w; a backend that `reads_in_stack` reads these instead.
+      sums: a ref like `stack.matrices`, to which the backward adds the gradient; w gets none. Needs
+        a backend that `reads_in_stack`.
+      tuned: [u, D, F] in w's dtype, equal to w[indices]: gets the gradient, and is not read. w
+        gets none, and the weight gradients of the other groups are not computed.
+      indices: [u] int32, the groups of `tuned`. E or more stands for none (padding).
 
     Returns:
       [N, F] in x's dtype; the products add up in float32.
@@ -89,7 +103,9 @@ def grouped_matmul(
     Raises:
       ValueError: there is no such backend.
     """
-    return _grouped_matmul(_known(backend), x, w, group_sizes)
+    backend = _known(backend)
+    stack = stack if reads_in_stack(backend) else None
+    return _product(backend, x, w, stack, sums, tuned, indices, group_sizes)
 
 
 def grouped_matmul_transposed(
@@ -122,120 +138,62 @@ def _known(backend: str | None) -> str:
     return backend
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped_matmul(backend: str, x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    return BACKENDS[backend].rows_by_weights(x, w, group_sizes, contract_last=False)
-
-
-def _forward(
-    backend: str, x: jax.Array, w: jax.Array, group_sizes: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    return _grouped_matmul(backend, x, w, group_sizes), (x, w, group_sizes)
-
-
-def _backward(
-    backend: str, residuals: tuple[jax.Array, jax.Array, jax.Array], g: jax.Array
-) -> tuple[jax.Array, jax.Array, None]:
-    x, w, group_sizes = residuals
-    dx = BACKENDS[backend].rows_by_weights(g, w, group_sizes, contract_last=True)
-    ends = jnp.cumsum(group_sizes)
-    return dx, BACKENDS[backend].rows_by_rows(x, g, group_sizes, ends, w.dtype), None
-
-
-_grouped_matmul.defvjp(_forward, _backward)
-
-
 def reads_in_stack(backend: str | None) -> bool:
     """Returns whether a backend reads a layer's matrices in the stack of all layers."""
     return _known(backend) == "blocked"
 
 
-@jax.custom_vjp
-def grouped_matmul_in_stack(
-    x: jax.Array, w: jax.Array, stack: InStack, sums: Any, group_sizes: jax.Array
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(
+    backend: str,
+    x: jax.Array,
+    w: jax.Array,
+    stack: InStack | None,
+    sums: Any,
+    tuned: jax.Array | None,
+    indices: jax.Array | None,
+    group_sizes: jax.Array,
 ) -> jax.Array:
-    """Computes `grouped_matmul` with the backend `blocked`, which reads the matrices in place.
-
-    Args:
-      x, group_sizes: those of `grouped_matmul`.
-      w: [E, D, F] in x's dtype, equal to the stack's matrices: is not read, and gets the gradient
-        unless `sums` does.
-      stack: a layer's matrices.
-      sums: a ref like `stack.matrices`, to which the backward adds the gradient; or None.
-    """
-    return blocked.rows_by_weights(x, stack, group_sizes, contract_last=False)
+    matrices = w if stack is None else stack
+    return BACKENDS[backend].rows_by_weights(x, matrices, group_sizes, contract_last=False)
 
 
-def _in_stack_forward(
-    x: jax.Array, w: jax.Array, stack: InStack, sums: Any, group_sizes: jax.Array
+def _forward(
+    backend: str,
+    x: jax.Array,
+    w: jax.Array,
+    stack: InStack | None,
+    sums: Any,
+    tuned: jax.Array | None,
+    indices: jax.Array | None,
+    group_sizes: jax.Array,
 ) -> tuple[jax.Array, tuple]:
-    y = grouped_matmul_in_stack(x, w, stack, sums, group_sizes)
-    return y, (x, stack, sums, group_sizes)
+    y = _product(backend, x, w, stack, sums, tuned, indices, group_sizes)
+    # Not w beside a stack: XLA would copy the layer's matrices to keep them.
+    return y, (x, w if stack is None else stack, sums, indices, group_sizes)
 
 
-def _in_stack_backward(residuals: tuple, g: jax.Array) -> tuple:
-    x, stack, sums, group_sizes = residuals
-    dx, dw = blocked.rows_by_weights(g, stack, group_sizes, contract_last=True), None
-    if sums is None:
-        dw = blocked.rows_by_rows(x, g, group_sizes, jnp.cumsum(group_sizes), x.dtype)
+def _backward(backend: str, residuals: tuple, g: jax.Array) -> tuple:
+    x, matrices, sums, indices, group_sizes = residuals
+    products = BACKENDS[backend]
+    dx = products.rows_by_weights(g, matrices, group_sizes, contract_last=True)
+    dw = d_tuned = None
+    ends = jnp.cumsum(group_sizes)
+    if indices is not None:
+        # A padding index points at an appended empty group.
+        indices = jnp.minimum(indices, len(group_sizes))
+        sizes, ends = (jnp.append(a, 0)[indices] for a in (group_sizes, ends))
+        if backend in _IN_ONE_PIECE:
+            x, g, ends = _in_one_piece(x, g, sizes, ends)
+        d_tuned = products.rows_by_rows(x, g, sizes, ends, x.dtype)
+    elif sums is not None:
+        products.add_rows_by_rows(x, g, group_sizes, InStack(sums, matrices.layer))
     else:
-        blocked.add_rows_by_rows(x, g, group_sizes, InStack(sums, stack.layer))
-    return dx, dw, None, None, None
+        dw = products.rows_by_rows(x, g, group_sizes, ends, x.dtype)
+    return dx, dw, None, None, d_tuned, None, None
 
 
-grouped_matmul_in_stack.defvjp(_in_stack_forward, _in_stack_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def grouped_matmul_tuned(
-    x: jax.Array,
-    w: jax.Array,
-    tuned: jax.Array,
-    indices: jax.Array,
-    group_sizes: jax.Array,
-    backend: str | None = None,
-) -> jax.Array:
-    """Computes `grouped_matmul`; some of the matrices get a gradient, in an array of their own.
-
-    The weight gradients of the other groups are not computed.
-
-    Args:
-      x, w, group_sizes, backend: those of `grouped_matmul`.
-      tuned: [u, D, F] in w's dtype, equal to w[indices]: gets the gradient, and is not read.
-      indices: [u] int32, the groups of these matrices. E or more stands for none (padding).
-    """
-    return grouped_matmul(x, w, group_sizes, backend)
-
-
-def _tuned_forward(
-    x: jax.Array,
-    w: jax.Array,
-    tuned: jax.Array,
-    indices: jax.Array,
-    group_sizes: jax.Array,
-    backend: str | None,
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    y = grouped_matmul_tuned(x, w, tuned, indices, group_sizes, backend)
-    return y, (x, w, indices, group_sizes)
-
-
-def _tuned_backward(
-    backend: str | None, residuals: tuple[jax.Array, ...], g: jax.Array
-) -> tuple[jax.Array, None, jax.Array, None, None]:
-    x, w, indices, group_sizes = residuals
-    backend = backend or check_backend(None, jax.default_backend())
-    dx = BACKENDS[backend].rows_by_weights(g, w, group_sizes, contract_last=True)
-    # A padding index points at an appended empty group.
-    indices = jnp.minimum(indices, group_sizes.shape[0])
-    sizes = jnp.append(group_sizes, 0)[indices]
-    ends = jnp.append(jnp.cumsum(group_sizes), 0)[indices]
-    if backend in _IN_ONE_PIECE:
-        x, g, ends = _in_one_piece(x, g, sizes, ends)
-    d_tuned = BACKENDS[backend].rows_by_rows(x, g, sizes, ends, w.dtype)
-    return dx, None, d_tuned, None, None
-
-
-grouped_matmul_tuned.defvjp(_tuned_forward, _tuned_backward)
+_product.defvjp(_forward, _backward)
 
 
 def _in_one_piece(
@@ -245,6 +203,6 @@ def _in_one_piece(
     new_ends = jnp.cumsum(sizes)
     row = jnp.arange(x.shape[0])
     group = jnp.searchsorted(new_ends, row, side="right", method="compare_all")
-    # Rows past the last group repeat some row; no backend reads them.
+    # Rows past the last group repeat some row; in a tile that reaches there, zeros multiply them.
     source = jnp.clip(row + (ends - new_ends)[jnp.minimum(group, len(sizes) - 1)], 0, len(x) - 1)
     return x[source], g[source], new_ends

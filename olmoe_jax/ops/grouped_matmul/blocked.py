@@ -6,15 +6,34 @@ This backend runs anywhere and is the default on CPUs. Shapes: N rows, D in, F o
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from olmoe_jax.ops.grouped_matmul.stack import InStack
-
 _SMALL_MATRIX = 1 << 14
 """Elements of a matrix below which computing unused rows costs less than compiling more loops."""
+
+
+class InStack(NamedTuple):
+    """The matrices [E, D, F] of one layer in the stack of all layers.
+
+    XLA's loops over groups take whole arrays: a loop over a layer's matrices, sliced from a stack,
+    would begin with a copy of the slice.
+    """
+
+    matrices: Any  # [L, E, D, F]: an array, or a ref
+    layer: jax.Array  # [] int32
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the layer's matrices: E, D, F."""
+        return self.matrices.shape[1:]
+
+    def matrix(self, group: jax.Array) -> jax.Array:
+        """Returns one matrix [D, F], as it is stored. The group must exist: the index is cut."""
+        return self.matrices.at[self.layer, group].get(mode="clip")
 
 
 def rows_by_weights(
