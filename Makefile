@@ -46,9 +46,10 @@ test-golden: $(DEV)
 	$(PYTEST) -m golden tests/convert
 
 # Compilers of devices that are not there, in an environment of their own: jax would look for the devices.
+# What shares a compiled program is one group.
 test-compilers: $(DEV)
 	$(PIP) -r requirements-compilers.txt
-	JAX_PLATFORMS=cpu $(PYTEST) -m compilers
+	JAX_PLATFORMS=cpu $(PYTEST) --dist loadgroup -m compilers
 
 # Servers' greedy tokens against ours, of the servers that SERVERS names (docs/serving.md):
 # make test-serving SERVERS="--transformers5 PYTHON --vllm PYTHON"

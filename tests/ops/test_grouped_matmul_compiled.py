@@ -34,7 +34,7 @@ def compiled(backend):
     path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", path)
-        code, out, error = run_command_line("tests/ops/kernels_worker.py", backend, timeout=900)
+        code, out, error = run_command_line("tests/ops/kernels_worker.py", backend, timeout=1800)
     if "is not installed" in error:
         pytest.skip(error.strip().splitlines()[-1])
     assert code == 0, error
@@ -43,7 +43,13 @@ def compiled(backend):
 
 @pytest.mark.compilers
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["mosaic", "pallas_triton"])
+@pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param(name, marks=pytest.mark.xdist_group(name))
+        for name in ("mosaic", "pallas_triton")
+    ],
+)
 @pytest.mark.parametrize("case", [*MATRICES, *TUNED, *CANDIDATES])
 def test_kernels_compile(case, backend):
     """Forward, dX and dW of each size of OLMoE-1B-7B; a jax for each Python (Makefile)."""

@@ -6,7 +6,11 @@ import json
 import pytest
 from helpers import ROOT, run_command_line
 
-pytestmark = [pytest.mark.compilers, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.compilers,
+    pytest.mark.slow,
+    pytest.mark.xdist_group("weight copies"),
+]
 
 
 @functools.cache
