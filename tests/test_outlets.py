@@ -11,10 +11,10 @@ from helpers import ROOT
 from tiny_report import write_evaluation, write_result, write_run
 
 from eval.report.__main__ import main as write_report
+from olmoe_jax.checkpoints.metrics import Metrics
 from olmoe_jax.errors import printable
 from olmoe_jax.plots import plot_losses
 from olmoe_jax.training.event_file import EventFile
-from olmoe_jax.training.run_directory import Metrics
 
 NASTY = "a\x1b]0;b\x07c\x9b2J\u202ed\u2067\x00\ud800|\r\ne</pre>`$x$[l](javascript:f)"
 PROGRAM = f"""

@@ -36,11 +36,11 @@ from benchmarks.router_cosine import router_cosine, router_cosines
 from configs.table import LORA, experiment
 from eval.outputs import open_output
 from olmoe_jax.checkpoints import directory
+from olmoe_jax.checkpoints.metrics import read_metrics
 from olmoe_jax.checkpoints.opening import RunCheckpoint
 from olmoe_jax.config import Config, DataOptions, ModelOptions, TrainOptions
 from olmoe_jax.errors import UserError
 from olmoe_jax.model.parameters import ROUTER
-from olmoe_jax.training.run_directory import read_metrics
 
 BATCH_SIZE = 16  # examples per step
 ROWS = {"descend": 1, "order": 4, "back": 3, "cipher": 1}

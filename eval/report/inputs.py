@@ -19,11 +19,12 @@ from configs.table import DATASETS, EXPERIMENTS
 from eval.evaluation import MODEL
 from eval.report.harness import harness_directories, read_harness
 from eval.report.results import Evaluation, Result, read_evaluation
+from olmoe_jax.checkpoints.metrics import Metrics, read_metrics
 from olmoe_jax.config import ModelOptions
 from olmoe_jax.errors import UserError
 from olmoe_jax.files import STRICT, absolute, expand, field_at, read_json
 from olmoe_jax.sources import parse
-from olmoe_jax.training.run_directory import CONFIG, Metrics, read_metrics
+from olmoe_jax.training.run_directory import CONFIG
 
 BASE = "base"
 

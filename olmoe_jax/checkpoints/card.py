@@ -6,14 +6,18 @@ huggingface_hub writes and parses the metadata.
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from olmoe_jax import hub, sources
-from olmoe_jax.checkpoints import directory
-from olmoe_jax.checkpoints.opening import METRICS, RunCheckpoint
+from olmoe_jax.checkpoints import directory, overrides, peft
+from olmoe_jax.checkpoints.metrics import read_metrics
+from olmoe_jax.checkpoints.opening import RunCheckpoint
 from olmoe_jax.checkpoints.source import Source
 from olmoe_jax.errors import UserError
-from olmoe_jax.files import read_json, read_json_lines, read_text
+from olmoe_jax.files import read_json, read_text
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
 
 _TAG = "olmoe_jax"
 _SHOWN = {
@@ -22,6 +26,11 @@ _SHOWN = {
     "model": ("compute_dtype", "base_quantization"),
 }
 """The fields of these sections that a card shows; of method and optimizer it shows all."""
+_SCORES = {
+    "loss": "training loss at the end",
+    "eval_loss": "evaluation loss at the end",
+    "exact_match": "exact match at the end",
+}
 _USE, _TRAINING = "## Use\n", "\n## Training\n"
 _USE_MODEL = """\
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -60,22 +69,21 @@ def write_card(output: Path, source: Source, adapter: Path | None = None) -> Non
 
     directory.copy_files(source.files, output, directory.LICENSE_FILES)
     if not isinstance(source, RunCheckpoint):
-        own = adapter if adapter and _is_ours(adapter) else source.files
-        directory.copy_files(own, output, (directory.CARD,))
-        if own == adapter:
-            _describe_merged(output)
+        own = _own_card(adapter) if adapter else None
+        directory.copy_files(adapter if own else source.files, output, (directory.CARD,))
+        if own:
+            _describe_merged(own, output)
         return
     old, config = _metadata(source.files), source.run_config
     has_base = config["model"].get("init") != "random"
-    base_id = source.base if has_base and hub.is_hub_id(source.base) else old.get("base_model")
-    is_adapter = (output / "adapter_config.json").exists()
-    names = [s.path.partition(":")[0] for s in sources.parse(config["data"]["train_path"])]
-    hub_ids = list(dict.fromkeys(filter(hub.is_hub_id, names)))
+    base = source.base if has_base and hub.is_hub_id(source.base) else old.get("base_model")
+    base_id = base if isinstance(base, str) and hub.is_hub_id(base) else None
+    is_adapter = (output / peft.CONFIG_FILE).exists()
     method, rank = config["method"]["name"], config["method"].get("lora_rank")
     metadata = ModelCardData(
-        base_model=base_id,
+        base_model=base,
         license=old.get("license"),
-        datasets=hub_ids or None,
+        datasets=_hub_ids(config["data"]["train_path"]) or None,
         language=old.get("language"),
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
@@ -88,10 +96,18 @@ def write_card(output: Path, source: Source, adapter: Path | None = None) -> Non
         _USE,
         _use(output, base_id or "BASE", rank),
         _TRAINING,
-        *_table(_facts(source)),
+        "| | |",
+        "| --- | --- |",
+        *(
+            f"| {name} | {str(value).replace('|', chr(92) + '|')} |"
+            for name, value in _facts(source)
+            if value is not None
+        ),
     ]
     content = f"---\n{metadata.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n"
-    (output / directory.CARD).write_text(content, encoding="utf-8")
+    # A directory's name may hold bytes that are not UTF-8.
+    card = output / directory.CARD
+    card.write_text(content, encoding="utf-8", errors="backslashreplace")
 
 
 def add_results(path: Path, results: Mapping[str, Mapping[str, float]]) -> bool:
@@ -104,11 +120,10 @@ def add_results(path: Path, results: Mapping[str, Mapping[str, float]]) -> bool:
     Returns:
       Whether the directory has such a card.
     """
-    from huggingface_hub import EvalResult, ModelCard
+    from huggingface_hub import EvalResult
 
-    if not _is_ours(path):
+    if not (card := _own_card(path)):
         return False
-    card = ModelCard(read_text(path / directory.CARD))
     kept = [old for old in card.data.eval_results or [] if old.dataset_name not in results]
     new = [
         EvalResult("text-generation", task, task, metric, round(value, 2))
@@ -122,57 +137,84 @@ def add_results(path: Path, results: Mapping[str, Mapping[str, float]]) -> bool:
     return True
 
 
-def _is_ours(path: Path) -> bool:
-    return _TAG in (_metadata(path).get("tags") or [])
-
-
-def _describe_merged(output: Path) -> None:
-    """Turns the card of an adapter into that of the merged model."""
+def _read_card(path: Path) -> "ModelCard | None":
+    """Returns a directory's card; None if it has none that can be read."""
     from huggingface_hub import ModelCard
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-    card = ModelCard(read_text(output / directory.CARD))
+    try:
+        text = read_text(path / directory.CARD)
+        # The library would print a warning where there is no metadata.
+        if not REGEX_YAML_BLOCK.search(text):
+            return None
+        card = ModelCard(text, ignore_metadata_errors=True)
+        str(card)  # it can be written again
+        return card
+    # Someone else's text, for which YAML and the library raise errors of many unrelated types.
+    except Exception:
+        return None
+
+
+def _own_card(path: Path) -> "ModelCard | None":
+    """Returns the card of an export of this project; None if the directory has no such card."""
+    return _read_card(path) if _TAG in [*_metadata(path).get("tags", [])] else None
+
+
+def _metadata(path: Path) -> dict[str, str | list[str]]:
+    """Returns the fields of a card's metadata that are a text or a list of texts."""
+    card = _read_card(path)
+    return {
+        field: value
+        for field, value in (vars(card.data) if card else {}).items()
+        if isinstance(value, str)
+        or (isinstance(value, list) and all(isinstance(part, str) for part in value))
+    }
+
+
+def _describe_merged(card: "ModelCard", output: Path) -> None:
+    """Writes the card of an adapter as that of the merged model."""
     card.data.library_name = "transformers"
     before, _, rest = card.text.partition(_USE)
     card.text = f"{before}{_USE}\n{_USE_MODEL}\n{_TRAINING}{rest.partition(_TRAINING)[2]}"
     card.save(output / directory.CARD)
 
 
-def _metadata(path: Path) -> dict[str, Any]:
-    """Returns the metadata of a directory's card; {} if it has none that can be read."""
-    import yaml
-    from huggingface_hub import ModelCard
-    from huggingface_hub.repocard import REGEX_YAML_BLOCK
-
+def _hub_ids(train_path: str) -> list[str]:
+    """Returns the ids of a run's data sets on the hub."""
     try:
-        text = read_text(path / directory.CARD)
-        if not REGEX_YAML_BLOCK.search(text):
-            return {}  # the library would print a warning
-        card = ModelCard(text, ignore_metadata_errors=True)
-    # Someone else's text, or none: the card does without.
-    except (OSError, UserError, ValueError, yaml.YAMLError):
-        return {}
-    return card.data.to_dict()
+        found = [s.path.partition(":")[0] for s in sources.parse(train_path) if not s.is_local]
+    except UserError:  # the path of a file that lies here no more
+        return []
+    return list(dict.fromkeys(filter(hub.is_hub_id, found)))
+
+
+def _short(train_path: str) -> str:
+    """Returns a run's sources without directories."""
+    try:
+        return sources.short(train_path)
+    except UserError:  # as above
+        return Path(train_path).name
 
 
 def _use(output: Path, base: str, rank: int | None) -> str:
-    if (output / "expert_config.json").exists():
+    if (output / overrides.CONFIG_FILE).exists():
         return _USE_EXPERTS.format(base=base)
-    if not (output / "adapter_config.json").exists():
+    if not (output / peft.CONFIG_FILE).exists():
         return _USE_MODEL
-    text = _USE_ADAPTER + (_USE_ROUTER if (output / "router.safetensors").exists() else "")
+    text = _USE_ADAPTER + (_USE_ROUTER if (output / peft.ROUTER_FILE).exists() else "")
     return text.format(base=base, rank=rank)
 
 
 def _facts(run: RunCheckpoint) -> Iterator[tuple[str, object]]:
     """Yields what a reader of the card may want to know about the run: (name, value)."""
-    config, metrics = run.run_config, run.path / METRICS
+    config = run.run_config
     shown = {name: tuple(config[name]) for name in ("method", "optimizer")} | _SHOWN
     for section, names in shown.items():
         for name in names:
             value = config[section].get(name)
             # A directory of this machine means nothing elsewhere.
             if name == "train_path":
-                value = sources.short(value)
+                value = _short(value)
             elif isinstance(value, str) and value.startswith("/"):
                 value = Path(value).name
             yield f"{section}.{name}", value
@@ -180,24 +222,11 @@ def _facts(run: RunCheckpoint) -> Iterator[tuple[str, object]]:
     if identity.exists():
         data = read_json(dict[str, Any], identity).get("training data") or {}
         yield "fingerprint of the data", data.get("content")
-    found: dict[str, float] = {}
-    lines = read_json_lines(dict[str, Any], metrics, torn=True) if metrics.exists() else []
-    for line in lines:
-        if line["step"] <= run.step:
-            found |= {name: line[name] for name in _SCORES if line.get(name) is not None}
-    yield from ((_SCORES[name], found[name]) for name in _SCORES if name in found)
-
-
-_SCORES = {
-    "loss": "training loss at the end",
-    "eval_loss": "evaluation loss at the end",
-    "exact_match": "exact match at the end",
-}
-
-
-def _table(facts: Iterator[tuple[str, object]]) -> Iterator[str]:
-    yield "| | |"
-    yield "| --- | --- |"
-    for name, value in facts:
-        if value is not None:
-            yield f"| {name} | {str(value).replace('|', chr(92) + '|')} |"
+    try:
+        lines = [vars(line) for line in read_metrics(run.path) if line.step <= run.step]
+    except UserError as error:
+        print(f"note: the model card has no losses: {error}")
+        return
+    for name, words in _SCORES.items():
+        if values := [line[name] for line in lines if line[name] is not None]:
+            yield words, values[-1]

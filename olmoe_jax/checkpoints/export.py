@@ -47,7 +47,8 @@ def export_hf(
     Raises:
       UserError: a weight or a loss is not finite, or a weight is too large for `dtype`.
     """
-    _check_losses(source, allow_nonfinite)
+    if not allow_nonfinite:
+        source.check_losses()
     for warning in serving_warnings(source.config):
         print(f"warning: {warning}")
 
@@ -91,7 +92,8 @@ def export_adapter(run: RunCheckpoint, output: Path, allow_nonfinite: bool = Fal
     """
     if not run.lora and not run.experts:
         raise UserError(f"{run.path}: this run trained all weights; leave --adapter out")
-    _check_losses(run, allow_nonfinite)
+    if not allow_nonfinite:
+        run.check_losses()
     trained = run.trained()
     with directory.new_directory(output) as partial, np.errstate(all="ignore"):
         if run.lora:
@@ -119,9 +121,3 @@ def _take_format(adapter: Path, output: Path) -> None:
         directory.copy_files(adapter, output, directory.TOKENIZER_FILES)
     if ends := read_turn_ends(adapter):
         write_turn_ends(output, ends)
-
-
-def _check_losses(source: Source, allow_nonfinite: bool) -> None:
-    """Checks that the losses of a run are finite; other sources have none."""
-    if not allow_nonfinite and isinstance(source, RunCheckpoint):
-        source.check_losses()

@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 from olmoe_jax.checkpoints import directory
-from olmoe_jax.checkpoints.opening import CHECKPOINTS, latest_step
+from olmoe_jax.checkpoints.opening import CHECKPOINTS, is_run, latest_step
 from olmoe_jax.checkpoints.orbax import PARAMETERS
 from olmoe_jax.checkpoints.peft import CONFIG_FILE, WEIGHTS_FILE, adapter_directory, router_file
 from olmoe_jax.checkpoints.source import MODEL_DIRECTORY
@@ -24,7 +24,7 @@ def model_fingerprint(path_or_hub_id: str) -> str:
     """
     root = directory.resolve(path_or_hub_id)
     patterns = _OUR_FILES if (root / PARAMETERS).is_dir() else _HF_FILES
-    if (root / CHECKPOINTS).is_dir():
+    if is_run(root):
         root, patterns = root / CHECKPOINTS / str(latest_step(root)), ("**/*",)
     return _fingerprint(root, {file for pattern in patterns for file in root.glob(pattern)})
 

@@ -25,7 +25,7 @@ from olmoe_jax.checkpoints.safetensors_file import (
     read_header,
     refuse_pickles,
 )
-from olmoe_jax.checkpoints.source import read_model_config
+from olmoe_jax.checkpoints.source import Source, read_model_config
 from olmoe_jax.errors import UserError
 from olmoe_jax.files import STRICT, FileName, read_json
 from olmoe_jax.model.config import ModelConfig
@@ -41,8 +41,8 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
 
-class HFCheckpoint:
-    """The `Source` of a Hugging Face checkpoint, its experts per tensor or fused.
+class HFCheckpoint(Source):
+    """The weights of a Hugging Face checkpoint, its experts per tensor or fused.
 
     Opening reads the headers of all files and checks them. Of an export of this project it also
     checks the checksums, which reads the weights once.
@@ -86,9 +86,6 @@ class HFCheckpoint:
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(read, range(len(wanted))))
         return value
-
-    def export_dtype(self) -> str | None:
-        return None
 
     def _matrix(self, weight: Weight, layer: int | None, expert: int) -> StoredTensor:
         """Returns the place of one matrix: a tensor of its own, or a part of a fused tensor."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from olmoe_jax.checkpoints.names import Weight
 from olmoe_jax.checkpoints.peft import ROUTER_WEIGHT, adapted, parameter_names, read_adapter
-from olmoe_jax.checkpoints.source import Source
+from olmoe_jax.checkpoints.source import ChangedSource, Source
 from olmoe_jax.errors import UserError
 from olmoe_jax.model.config import LoraSettings
 from olmoe_jax.model.parameters import ROUTER
@@ -45,8 +45,8 @@ def with_router(
     return dataclasses.replace(settings, targets=targets), rest | {ROUTER: np.stack(router)}
 
 
-class MergedSource:
-    """The `Source` of a base with an adapter merged into it: W + scale * A B in float32.
+class MergedSource(ChangedSource):
+    """The weights of a base with an adapter merged into it: W + scale * A B in float32.
 
     Args:
       base: the weights that the adapter was trained on.
@@ -57,19 +57,14 @@ class MergedSource:
     """
 
     def __init__(self, base: Source, adapter: Path, dtype: np.dtype | None = None):
-        self.config, self.files, self._base, self._dtype = base.config, base.files, base, dtype
+        super().__init__(base)
         self._settings, self._adapter = read_adapter(adapter, base.config)
-
-    def dtype(self, weight: Weight) -> np.dtype:
-        return self._base.dtype(weight)
-
-    def export_dtype(self) -> str | None:
-        return self._base.export_dtype()
+        self._dtype = dtype
 
     def read(self, weight: Weight, layer: int | None, experts: slice = slice(None)) -> np.ndarray:
         if weight.name in self._adapter:  # the router, trained at full rank
             return self._adapter[weight.name][layer]
-        value = self._base.read(weight, layer, experts)
+        value = self.base.read(weight, layer, experts)
         if weight not in adapted(self._settings):
             return value
         a, b = (self._adapter[name][layer] for name in parameter_names(weight))

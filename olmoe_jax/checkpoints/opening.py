@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 CHECKPOINTS = "checkpoints"
 """In a run's directory: the folder with an Orbax checkpoint for each saved step."""
-METRICS = "metrics.jsonl"
-"""In a run's directory: a JSON line for each step and each evaluation."""
 EXPERTS = "experts.json"
 """In the directory of a run that tunes experts: the expert config with these experts."""
 BASE = "base weights"
@@ -59,7 +57,7 @@ def open_source(path_or_hub_id: str, step: int | None = None, base: str | None =
         `base` is not the run's; or `base` or `step` is given and the checkpoint is no run's.
     """
     path = directory.resolve(path_or_hub_id)
-    if (path / CHECKPOINTS).is_dir() and not (path / PARAMETERS).is_dir():
+    if is_run(path):
         return RunCheckpoint(path, step, base)
     for flag, value in (("base", base), ("step", step)):
         if value is not None:
@@ -71,6 +69,15 @@ def open_source(path_or_hub_id: str, step: int | None = None, base: str | None =
     else:
         _warn(f"{path}: {_NO_CHECKSUMS}; convert it again to have them")
     return ConvertedCheckpoint(path)
+
+
+def is_run(path: Path) -> bool:
+    """Returns whether a directory is a training run's, perhaps a damaged one."""
+    if not (path / CHECKPOINTS).is_dir() or (path / PARAMETERS).is_dir():
+        return False
+    # Beside a model in Hugging Face's format, a folder of this name can be anything.
+    is_model = any(any(path.glob(pattern)) for pattern in ("*.safetensors", "*.bin"))
+    return (path / MODEL_DIRECTORY).is_dir() or (bool(steps(path)) and not is_model)
 
 
 def weights_identity(source: Source) -> dict[str, str]:
@@ -125,8 +132,8 @@ def check_adapter(source: Source, model: str, adapter: str | Path) -> None:
         _warn(f"{adapter}: its base is {base}, not {model}; the outputs are wrong if these differ")
 
 
-class RunCheckpoint:
-    """The `Source` of a training run's checkpoint: adapters merged, tuned experts in place.
+class RunCheckpoint(Source):
+    """The weights of a training run's checkpoint: adapters merged, tuned experts in place.
 
     Attributes:
       path: the run's directory.
@@ -234,17 +241,13 @@ class RunCheckpoint:
         }
 
     def check_losses(self) -> None:
-        """Checks the losses that the run had when it saved this checkpoint.
-
-        Raises:
-          UserError: one is not finite.
-        """
+        # A checkpoint keeps the losses that the run had when it saved.
         file = self.checkpoint / "report" / "metadata"
         report = read_json(dict[str, Any], file) if file.exists() else {}
         if bad := report.get("nonfinite"):
             raise UserError(
                 f"{self.path}: {bad[0]} is not finite at step {self.step}; export another step "
-                "with convert.to_hf --step, or write its flag --allow_nonfinite"
+                "with convert.to_hf --step, or this one with --allow_nonfinite"
             )
 
     def export_dtype(self) -> str | None:

@@ -64,8 +64,8 @@ class OrbaxArrays:
             ) from None
 
 
-class ConvertedCheckpoint:
-    """The `Source` of a checkpoint that `convert.from_hf` wrote."""
+class ConvertedCheckpoint(Source):
+    """The weights of a checkpoint that `convert.from_hf` wrote."""
 
     def __init__(self, path: Path):
         self.files = path / MODEL_DIRECTORY
@@ -79,9 +79,6 @@ class ConvertedCheckpoint:
     def read(self, weight: Weight, layer: int | None, experts: slice = slice(None)) -> np.ndarray:
         array = self._array(weight, layer)
         return (array[experts] if weight.per_expert else array).read().result()
-
-    def export_dtype(self) -> str | None:
-        return None
 
     def _array(self, weight: Weight, layer: int | None) -> "TensorStore":
         return self._items[layer].open(weight.name, names.layer_shape(weight, self.config))

@@ -12,7 +12,7 @@ import numpy as np
 from olmoe_jax.checkpoints import checksums, directory, names, safetensors_file
 from olmoe_jax.checkpoints.expert_config import ExpertConfig
 from olmoe_jax.checkpoints.names import Weight
-from olmoe_jax.checkpoints.source import Source
+from olmoe_jax.checkpoints.source import ChangedSource, Source
 from olmoe_jax.errors import UserError
 
 WEIGHTS_FILE = "trained.safetensors"
@@ -27,15 +27,15 @@ def write_overrides(
     directory.write_json(output / CONFIG_FILE, experts.to_json())
 
 
-class OverriddenSource:
-    """The `Source` of a base in which a directory's trained tensors replace the base's.
+class OverriddenSource(ChangedSource):
+    """The weights of a base in which a directory's trained tensors replace the base's.
 
     Raises:
       UserError: a tensor is not one of this model's, or has another shape.
     """
 
     def __init__(self, base: Source, path: Path):
-        self.config, self.files, self._base = base.config, base.files, base
+        super().__init__(base)
         checksums.check_weights(path)
         file = path / WEIGHTS_FILE
         self._tensors = safetensors_file.read_header(file)
@@ -52,19 +52,13 @@ class OverriddenSource:
                     "of another model?"
                 )
 
-    def dtype(self, weight: Weight) -> np.dtype:
-        return self._base.dtype(weight)
-
-    def export_dtype(self) -> str | None:
-        return self._base.export_dtype()
-
     def read(self, weight: Weight, layer: int | None, experts: slice = slice(None)) -> np.ndarray:
         if not weight.per_expert:
             tensor = self._tensors.get(weight.tensor_name(layer))
             if tensor is None:
-                return self._base.read(weight, layer)
+                return self.base.read(weight, layer)
             return tensor.read().T if weight.transpose else tensor.read()
-        value = self._base.read(weight, layer, experts)
+        value = self.base.read(weight, layer, experts)
         trained = {
             position: self._tensors[name].read().T
             for position, expert in enumerate(range(*experts.indices(self.config.num_experts)))

@@ -238,12 +238,10 @@ def _read_factors(file: Path, adapter: AdapterConfig, config: ModelConfig) -> _F
     """
     matrices, factors = _matrices(config), {}
     for module, (a, b) in _read_pairs(file).items():
-        # The matrices that the two tensors adapt, with {} for the expert where they are fused.
-        adapted_modules, experts = [module], 1
-        if module.endswith((".mlp.experts", ".mlp.experts.base_layer")):
-            adapted_modules = peft_fused.modules(module, a, b, config)
-            experts = config.num_experts
-        matrix = matrices.get(adapted_modules[0].format(0))
+        is_fused = module.endswith((".mlp.experts", ".mlp.experts.base_layer"))
+        # The matrices that the two tensors adapt, by expert.
+        modules = peft_fused.modules(module, a, b, config) if is_fused else [[module]]
+        matrix = matrices.get(modules[0][0])
         if matrix is None:
             raise UserError(
                 f"{file}: adapts {module}, but adapters are read of the projections and the router "
@@ -252,17 +250,15 @@ def _read_factors(file: Path, adapter: AdapterConfig, config: ModelConfig) -> _F
             )
         rank, scale = adapter.size(matrix.module, matrix.parameter)
         width, out = names.layer_shape(matrix.weight, config)[-2:]
-        expected = (rank * experts, width), (out * len(adapted_modules), rank * experts)
+        ranks = rank * len(modules)
+        expected = (ranks, width), (out * len(modules[0]), ranks)
         if (a.shape, b.shape) != expected:
             raise UserError(
                 f"{file}: {module}: lora_A has shape {list(a.shape)} and lora_B {list(b.shape)}, "
                 f"but this model and rank {rank} need {list(expected[0])} and {list(expected[1])}"
             )
-        if experts == 1:
-            factors[matrix] = a, b, scale
-            continue
-        for expert, name, *pair in peft_fused.split(a, b, adapted_modules, experts):
-            factors[matrices[name.format(expert)]] = *pair, scale
+        for name, *pair in peft_fused.split(a, b, modules) if is_fused else [(module, a, b)]:
+            factors[matrices[name]] = *pair, scale
     if not factors:
         raise UserError(f"{file}: holds no tensor; train the adapter again, or copy it again")
     for module, matrix in matrices.items():

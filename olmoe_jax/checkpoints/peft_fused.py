@@ -27,29 +27,25 @@ class LoadedTensor(NamedTuple):
         return self.value
 
 
-def modules(experts: str, a: StoredTensor, b: StoredTensor, config: ModelConfig) -> list[str]:
-    """Returns the modules that A and B of a layer's experts adapt, with {} for the expert.
+def modules(experts: str, a: StoredTensor, b: StoredTensor, config: ModelConfig) -> list[list[str]]:
+    """Returns the modules that A and B of a layer's experts adapt: one or two of each expert.
 
     PEFT's name of the experts, which ends in `.base_layer` or not, depends on what else is adapted.
     The shapes of A and B tell gate and up from down in any model.
     """
     d, f = config.hidden_size, config.intermediate_size
     down = (a.shape[1:], b.shape[:1]) == ((f,), (d,))
-    experts = experts.removesuffix(".base_layer")
-    return [f"{experts}.{{}}.{name}_proj" for name in (["down"] if down else ["gate", "up"])]
+    experts, parts = experts.removesuffix(".base_layer"), ["down"] if down else ["gate", "up"]
+    return [[f"{experts}.{i}.{part}_proj" for part in parts] for i in range(config.num_experts)]
 
 
 def split(
-    a: StoredTensor, b: StoredTensor, modules: list[str], experts: int
-) -> Iterator[tuple[int, str, LoadedTensor, LoadedTensor]]:
-    """Yields (expert, module, A [r, in], B [out, r]), views, of A [E*r, in] and B [outs, r*E]."""
+    a: StoredTensor, b: StoredTensor, modules: list[list[str]]
+) -> Iterator[tuple[str, LoadedTensor, LoadedTensor]]:
+    """Yields (module, A [r, in], B [out, r]), views, of A [E*r, in] and B [outs, r*E]."""
+    experts, parts = len(modules), len(modules[0])
     all_a = a.read().reshape(experts, -1, a.shape[1])
-    all_b = b.read().reshape(len(modules), b.shape[0] // len(modules), -1, experts)
-    for expert in range(experts):
-        for part, module in enumerate(modules):
-            yield (
-                expert,
-                module,
-                LoadedTensor(all_a[expert]),
-                LoadedTensor(all_b[part, ..., expert]),
-            )
+    all_b = b.read().reshape(parts, b.shape[0] // parts, -1, experts)
+    for expert, adapted in enumerate(modules):
+        for part, module in enumerate(adapted):
+            yield module, LoadedTensor(all_a[expert]), LoadedTensor(all_b[part, ..., expert])

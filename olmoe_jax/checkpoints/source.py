@@ -1,7 +1,7 @@
 """The interface through which weights are read, whatever kind of checkpoint holds them.
 
 `olmoe_jax.checkpoints.opening.open_source` opens a checkpoint of any kind as a `Source`. Sources
-also stack: a PEFT adapter (`peft.MergedSource`) or ESFT's trained tensors
+also stack: a PEFT adapter (`merging.MergedSource`) or ESFT's trained tensors
 (`overrides.OverriddenSource`) over a base.
 """
 
@@ -24,10 +24,8 @@ class Source(Protocol):
     """The weights of an OLMoE model on disk."""
 
     config: ModelConfig
-
-    @property
-    def files(self) -> Path:
-        """The directory with config.json, the generation config and the tokenizer."""
+    files: Path
+    """The directory with config.json, the generation config and the tokenizer."""
 
     def dtype(self, weight: Weight) -> np.dtype:
         """Returns the dtype in which a weight is stored."""
@@ -47,6 +45,30 @@ class Source(Protocol):
 
     def export_dtype(self) -> str | None:
         """Returns the dtype of an export for which the user names none; None: as stored."""
+        return None
+
+    def check_losses(self) -> None:
+        """Checks the losses of the run that trained the weights; other weights have none.
+
+        Raises:
+          UserError: one is not finite.
+        """
+
+
+class ChangedSource(Source):
+    """The weights of another source, its base, of which some are changed."""
+
+    def __init__(self, base: Source):
+        self.config, self.files, self.base = base.config, base.files, base
+
+    def dtype(self, weight: Weight) -> np.dtype:
+        return self.base.dtype(weight)
+
+    def export_dtype(self) -> str | None:
+        return self.base.export_dtype()
+
+    def check_losses(self) -> None:
+        self.base.check_losses()
 
 
 def read_model_config(files: Path) -> ModelConfig:

@@ -22,12 +22,17 @@ def read_turn_ends(files: Path) -> set[int]:
       UserError: a file is damaged, or names what is no id.
     """
     ids: set[int] = set()
-    for file in (files / name for name in MODEL_FILES):
-        if file.is_file():
-            value = read_json(dict[str, Any], file).get(_FIELD)
-            listed = value if isinstance(value, list) else [_NONE if value is None else value]
-            ids |= {*validate(list[_Id], listed, f"{file}: {_FIELD}")}
+    for name in MODEL_FILES:
+        if (files / name).is_file():
+            ids |= _read(files / name)
     return ids - {_NONE}
+
+
+def _read(file: Path) -> set[int]:
+    """Returns the ids that one file names; {_NONE}: it names none."""
+    value = read_json(dict[str, Any], file).get(_FIELD)
+    listed = value if isinstance(value, list) else [_NONE if value is None else value]
+    return {*validate(list[_Id], listed, f"{file}: {_FIELD}")}
 
 
 def keep_turn_ends(files: Path, ids: Collection[int]) -> None:
@@ -36,12 +41,12 @@ def keep_turn_ends(files: Path, ids: Collection[int]) -> None:
 
 
 def write_turn_ends(files: Path, ids: Collection[int]) -> None:
-    """Makes the files that exist name these ids; a file that does so already stays as it is."""
+    """Makes the files that exist name these ids; a file that does so already stays as it is.
+
+    Raises:
+      UserError: as for `read_turn_ends`.
+    """
     for file in (files / name for name in MODEL_FILES):
-        if not file.is_file():
-            continue
-        content = read_json(dict[str, Any], file)
-        now = content.get(_FIELD)
-        if set(now if isinstance(now, list) else [now]) != set(ids):
+        if file.is_file() and _read(file) != set(ids):
             value = sorted(ids) if len(ids) > 1 else next(iter(ids))
-            write_json(file, content | {_FIELD: value})
+            write_json(file, read_json(dict[str, Any], file) | {_FIELD: value})

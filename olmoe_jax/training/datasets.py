@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from olmoe_jax import data
-from olmoe_jax.checkpoints.turn_ends import write_turn_ends
+from olmoe_jax.checkpoints.turn_ends import read_turn_ends, write_turn_ends
 from olmoe_jax.config import Config, first_difference, to_dict
 from olmoe_jax.data.chat_template import write_template
 from olmoe_jax.errors import UserError
@@ -48,6 +48,7 @@ def load_datasets(config: Config, model: BaseModel) -> Datasets:
     Raises:
       UserError: a file is missing or wrong, or the tokenizer is another model's.
     """
+    read_turn_ends(model.files)  # refuses what `write_format` could not change in a copy
     options = config.data
     tokenizer = data.load_tokenizer(str(model.tokenizer_files))
     rules = data.row_rules(

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from olmoe_jax.checkpoints.metrics import read_metrics
 from olmoe_jax.checkpoints.opening import RunCheckpoint
 from olmoe_jax.config import Config
 from olmoe_jax.methods import Method
@@ -12,8 +13,7 @@ from olmoe_jax.training.best import best_step
 
 def finish(config: Config, method: Method, output: Path, step: int) -> None:
     """Draws the loss curve and writes the exports of a finished run, from its checkpoints."""
-    lines = run_directory.read_metrics(output)
-    plot_losses(lines, output.name, output / run_directory.LOSS_PLOT)
+    plot_losses(read_metrics(output), output.name, output / run_directory.LOSS_PLOT)
     options = config.train
     wanted = {"": step} if options.export_hf else {}
     if options.export_best:

@@ -15,27 +15,25 @@ OUTPUT_DIR/.lock            locked while a run writes there
 """
 
 import contextlib
-import dataclasses
 import errno
 import fcntl
-import math
 import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Any, TextIO
 
-import pydantic
 import xxhash
 
 from olmoe_jax.checkpoints import checksums, directory, opening
-from olmoe_jax.checkpoints.opening import CHECKPOINTS, EXPERTS, METRICS
+from olmoe_jax.checkpoints.metrics import METRICS
+from olmoe_jax.checkpoints.opening import CHECKPOINTS, EXPERTS
 from olmoe_jax.checkpoints.source import MODEL_DIRECTORY
 from olmoe_jax.config import FIELDS, Config, first_difference, to_dict
 from olmoe_jax.config.fields import show
 from olmoe_jax.errors import UserError, os_reason
-from olmoe_jax.files import STRICT, open_regular, read_json, read_json_lines
+from olmoe_jax.files import open_regular, read_json
 from olmoe_jax.parallel import distributed
 
 CONFIG = "config.json"
@@ -265,36 +263,6 @@ def _set_aside(output: Path) -> None:
         number += 1
     output.rename(old)
     print(f"train.resume=restart: the old run is now {old}")
-
-
-_Number = Annotated[
-    Annotated[float, pydantic.Field(ge=-1e39, le=1e39)] | None,
-    # NaN and infinities are no JSON, but Python writes them.
-    pydantic.BeforeValidator(lambda x: None if x != x or x in (math.inf, -math.inf) else x),
-]
-"""A number in the range of float32, None if it is not finite."""
-
-
-@pydantic.with_config(STRICT)
-@dataclasses.dataclass(frozen=True)
-class Metrics:
-    """What later readers need of a line of metrics.jsonl, which a step or an evaluation wrote."""
-
-    step: Annotated[int, pydantic.Field(ge=0, lt=2**31)]
-    loss: _Number = None
-    eval_loss: _Number = None
-    exact_match: _Number = None
-    seconds: _Number = None
-
-
-def read_metrics(output: Path) -> list[Metrics]:
-    """Returns the lines of metrics.jsonl, without a last line that a crash cut off.
-
-    Raises:
-      UserError: the file is damaged.
-    """
-    file = output / METRICS
-    return list(read_json_lines(Metrics, file, torn=True)) if os.path.lexists(file) else []
 
 
 def metrics_report(output: Path) -> dict[str, Any]:

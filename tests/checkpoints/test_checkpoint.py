@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from helpers import write_json
+from helpers import message_of, write_json
 from tiny import (
     hf_config,
     hf_tensors,
@@ -22,6 +22,7 @@ from tiny import (
 )
 
 from olmoe_jax.checkpoints import directory, names
+from olmoe_jax.checkpoints.fingerprint import model_fingerprint
 from olmoe_jax.checkpoints.huggingface import HFCheckpoint, serving_warnings
 from olmoe_jax.checkpoints.opening import RunCheckpoint, open_source
 from olmoe_jax.errors import UserError
@@ -349,3 +350,14 @@ def test_the_tuned_experts_of_a_run(tmp_path, prefix):
                 part = source.read(weight, layer, slice(2, 6))
                 np.testing.assert_array_equal(part, expected[2:6])
             np.testing.assert_array_equal(source.read(weight, layer), expected)
+
+
+@pytest.mark.parametrize("folder", ["checkpoints", "checkpoints/500"])
+def test_a_model_beside_a_folder_of_checkpoints(tmp_path, folder):
+    write_hf_checkpoint(tmp_path, CONFIG)
+    fingerprint = model_fingerprint(str(tmp_path))
+    (tmp_path / folder).mkdir(parents=True)
+    assert type(open_source(str(tmp_path))) is HFCheckpoint
+    assert model_fingerprint(str(tmp_path)) == fingerprint
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    assert "pytorch_model.bin: a pickle, which" in message_of(open_source, str(tmp_path))

@@ -32,8 +32,10 @@ def test_an_adapter_keeps_them_alone(tmp_path):
     assert read_turn_ends(tmp_path) == {3, 7}
 
 
-@pytest.mark.parametrize("value", ["2", True, 1.5, {}, [None], 2**31, [-2]])
+@pytest.mark.parametrize("value", ["2", True, 1.5, {}, {"a": 1}, [None], [[1]], 2**31, [-2]])
 def test_what_is_no_id_is_refused(tmp_path, value):
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": value}))
     with pytest.raises(UserError, match=r"config\.json: eos_token_id"):
         read_turn_ends(tmp_path)
+    with pytest.raises(UserError, match=r"config\.json: eos_token_id"):
+        write_turn_ends(tmp_path, [5])

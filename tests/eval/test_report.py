@@ -29,7 +29,7 @@ from eval.statistics import (
     permutation_test,
     wilson,
 )
-from olmoe_jax.training.run_directory import Metrics
+from olmoe_jax.checkpoints.metrics import Metrics
 
 RIGHT = {
     "base": [0, 0, 0, 1, 0, 0, 0, 0, 0, 0],

@@ -106,6 +106,16 @@ def test_rank_mismatch(tmp_path):
             "adapts lm_head, but adapters are read of the projections and the router (mlp.gate) of",
         ),
         (
+            lambda t: t.update(
+                {f"{PREFIX}model.{{x}}.lora_{part}.weight": t[part] for part in "AB"}
+            ),
+            "adapts {x}, but adapters are read of the projections and the router (mlp.gate) of",
+        ),
+        (
+            lambda t: t.update({f"{{}}.{{0.a}}.mlp.experts.lora_{p}.weight": t[p] for p in "AB"}),
+            "adapts {}.{0.a}.mlp.experts, but adapters are read of",
+        ),
+        (
             lambda t: (
                 t.update({f"{PREFIX}model.layers.0.mlp.gate.lora_A.weight": t["A"]})
                 or t.update({"layers.0.mlp.gate.lora_B.weight": np.zeros((8, 4))})
