@@ -23,6 +23,7 @@ from olmoe_jax.config import (
     TrainOptions,
 )
 from olmoe_jax.config.methods import METHODS
+from olmoe_jax.files import write_json_lines
 from olmoe_jax.parallel.compilation import keep_programs
 from olmoe_jax.quickstart import MODEL, examples, train_tokenizer
 
@@ -77,9 +78,8 @@ def _chat_example(output: Path) -> Case:
     if not (run / "hf").exists():
         chat_example.train(inputs, run)
         draw = random.Random(1)
-        _write_rows(
-            inputs, "prompts", [chat_example.conversation(draw)[:-1] for _ in range(PROMPTS)]
-        )
+        prompts = [chat_example.conversation(draw)[:-1] for _ in range(PROMPTS)]
+        write_json_lines(inputs / "prompts.jsonl", prompts)
     return Case("examples/chat.py", "export", True, inputs / "prompts.jsonl", run / "hf")
 
 
@@ -152,20 +152,15 @@ def _inputs(path: Path) -> Path:
         tokenizer.save(str(partial / "tokenizer.json"))
         directory.write_json(partial / "config.json", MODEL | fields)
         (partial / "chat.jinja").write_text(TEMPLATE)
-        write = functools.partial(_write_rows, partial)
-        write("rows", problems[PROMPTS:])
+        write_json_lines(partial / "rows.jsonl", problems[PROMPTS:])
         chats = [
             {"messages": [*chat, _turn("assistant", row["completion"])]}
             for chat, row in zip(_chats(problems), problems, strict=True)
         ]
-        write("chats", chats[PROMPTS:])
-        write("prompts", [row["prompt"] for row in problems[:PROMPTS]])
-        write("chat_prompts", _chats(problems[:PROMPTS]))
+        write_json_lines(partial / "chats.jsonl", chats[PROMPTS:])
+        write_json_lines(partial / "prompts.jsonl", [row["prompt"] for row in problems[:PROMPTS]])
+        write_json_lines(partial / "chat_prompts.jsonl", _chats(problems[:PROMPTS]))
     return path
-
-
-def _write_rows(path: Path, name: str, rows: list) -> None:
-    (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_prompts(case: Case) -> list[Any]:

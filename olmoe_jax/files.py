@@ -7,12 +7,13 @@ needs pydantic too, so that it costs no package.
 
 import contextlib
 import functools
+import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, BinaryIO, TypeVar
 
 import pydantic
 import pydantic_core
@@ -126,24 +127,19 @@ def read_bytes(file: Path, limit: int = SIZE_LIMIT) -> bytes:
     raise UserError(f"{file}: larger than {limit >> 20} MiB, which no such file is; check it")
 
 
-@contextlib.contextmanager
-def open_regular(file: str | Path) -> Iterator[Any]:
+def open_regular(file: str | Path) -> BinaryIO:
     """Opens a file to read bytes.
-
-    Yields:
-      The stream.
 
     Raises:
       OSError: the file is missing, or cannot be read.
       UserError: the path is a FIFO, a device or a directory.
     """
     check_regular(file)
-    with open(file, "rb") as stream:
-        yield stream
+    return open(file, "rb")
 
 
 def check_regular(file: str | Path) -> None:
-    """Raises what `open_regular` raises where there is no file."""
+    """Raises the `UserError` of `open_regular`, or the OSError of a missing file."""
     mode = os.stat(file).st_mode
     if not stat.S_ISREG(mode):
         kind = "a directory" if stat.S_ISDIR(mode) else "a FIFO or device"
@@ -195,6 +191,12 @@ def read_json_lines(kind: type[T], file: Path, torn: bool = False) -> Iterator[T
     """
     for number, line in read_lines(file, torn):
         yield decode(kind, line, f"{file}: line {number}")
+
+
+def write_json_lines(file: Path, rows: Iterable[Any]) -> None:
+    """Writes a JSON Lines file, and the folder that holds it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def read_lines(

@@ -80,9 +80,9 @@ def reason(error: Exception, repository: str, kind: str) -> str:
         failed = cause
     deepest: BaseException = failed or error
     while True:
-        for name, reason in _REASONS.items():
+        for name, words in _REASONS.items():
             if isinstance(deepest, getattr(huggingface_hub.errors, name)):
-                return reason
+                return words
         if deepest.__cause__ is None:
             break
         deepest = deepest.__cause__

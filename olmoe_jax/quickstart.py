@@ -5,7 +5,6 @@ learn: a name, a thing, two numbers, added or subtracted. No question of the tes
 training file.
 """
 
-import json
 import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from olmoe_jax.checkpoints import directory
 from olmoe_jax.config import validate
 from olmoe_jax.config.load import load_config
 from olmoe_jax.errors import ArgumentParser, run_command
+from olmoe_jax.files import write_json_lines
 from olmoe_jax.generation.answers import exact_match
 from olmoe_jax.parallel.compilation import keep_programs
 from olmoe_jax.root import ROOT
@@ -81,8 +81,7 @@ def write_inputs(path: Path, train: int = 6000, test: int = 256, seed: int = 0) 
     rows = examples(train + test, seed)
     with directory.new_directory(path) as partial:
         for name, part in (("train", rows[test:]), ("test", rows[:test])):
-            text = "".join(json.dumps(row) + "\n" for row in part)
-            (partial / f"{name}.jsonl").write_text(text)
+            write_json_lines(partial / f"{name}.jsonl", part)
         texts = [row["prompt"] + " " + row["completion"] for row in rows[test:]]
         vocabulary = train_tokenizer(texts, 512, partial)
         directory.write_json(partial / "config.json", MODEL | vocabulary)

@@ -5,9 +5,7 @@ base of K = 4 starts from random weights, the other bases from that base.
 """
 
 import dataclasses
-import json
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from olmoe_jax.config import (
     OptimizerOptions,
     TrainOptions,
 )
-from olmoe_jax.files import read_json
+from olmoe_jax.files import read_json, write_json_lines
 from olmoe_jax.quickstart import train_tokenizer
 
 MODEL = {
@@ -68,12 +66,12 @@ def write_inputs(path: Path, rows_per_task: int) -> Path:
         name: rows(task, sum(TARGET_ROWS.values()), seed=0) for name, task in TARGETS.items()
     }
     with directory.new_directory(path) as partial:
-        write_rows(partial / "known.jsonl", known)
-        write_rows(partial / "pretrain.jsonl", trained + text)
+        write_json_lines(partial / "known.jsonl", known)
+        write_json_lines(partial / "pretrain.jsonl", trained + text)
         for name, found in targets.items():
             start = 0
             for part, count in TARGET_ROWS.items():
-                write_rows(partial / name / f"{part}.jsonl", found[start : start + count])
+                write_json_lines(partial / name / f"{part}.jsonl", found[start : start + count])
                 start += count
         # The targets' words are known to the tokenizer, as any word is to a large one.
         some = [trained[i] for i in range(0, len(trained), 20)]
@@ -82,12 +80,6 @@ def write_inputs(path: Path, rows_per_task: int) -> Path:
         vocabulary = train_tokenizer(texts, VOCABULARY, partial)
         directory.write_json(partial / "config.json", MODEL | vocabulary)
     return path
-
-
-def write_rows(file: Path, rows: Iterable[dict[str, str]]) -> None:
-    """Writes a .jsonl file."""
-    file.parent.mkdir(exist_ok=True)
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def other_start(model: Path, path: Path, experts_per_token: int) -> Path:

@@ -1,7 +1,6 @@
 """A small model for --small, pretrained on generated word problems or on the rows in --data."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -21,6 +20,7 @@ from olmoe_jax.checkpoints import directory
 from olmoe_jax.data.formats import format_row
 from olmoe_jax.data.reading import read_rows
 from olmoe_jax.errors import UserError
+from olmoe_jax.files import write_json_lines
 from olmoe_jax.root import ROOT
 
 METHODS = (FULL[-1], ESFT[0])
@@ -143,11 +143,13 @@ def _write_sample(path: Path, data: Path, datasets: Sequence[str]) -> None:
     for dataset in datasets:
         train, *_ = local_files(data, dataset)
         some = [row for _, row in islice(read_rows(str(train)), OWN_ROWS)]
-        _write_rows(path / own_files(dataset)[0], some)
+        write_json_lines(path / own_files(dataset)[0], some)
         rows += some
         for task in map(TASKS.get, tasks_of(dataset)):
             tests = read_rows(str(local_path(data, task.local_file, task.hub[0][0])))
-            _write_rows(path / task.local_file, [row for _, row in islice(tests, OWN_TEST_ROWS)])
+            write_json_lines(
+                path / task.local_file, [row for _, row in islice(tests, OWN_TEST_ROWS)]
+            )
     _write_model(path, rows, vocabulary=4096, positions=OWN_POSITIONS)
 
 
@@ -167,8 +169,8 @@ def _write_problems(path: Path) -> None:
         }
         for row in rows[:TEST_ROWS]
     ]
-    _write_rows(path / "gsm/train.jsonl", train)
-    _write_rows(path / "gsm8k/test.jsonl", test)
+    write_json_lines(path / "gsm/train.jsonl", train)
+    write_json_lines(path / "gsm8k/test.jsonl", test)
     _write_model(path, train, vocabulary=512, positions=256)
 
 
@@ -178,14 +180,8 @@ def _write_model(
     """Writes model/ with tokenizer, config.json and the rows to train on, rows.jsonl."""
     from olmoe_jax.quickstart import MODEL, train_tokenizer
 
-    _write_rows(path / "model/rows.jsonl", rows)
+    write_json_lines(path / "model/rows.jsonl", rows)
     texts = [format_row(row, "").text for row in rows]
     fields = train_tokenizer(texts, vocabulary, path / "model")
     config = MODEL | SIZES | fields | {"max_position_embeddings": positions}
     directory.write_json(path / "model/config.json", config)
-
-
-def _write_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    file.write_text(text, encoding="utf-8")

@@ -90,11 +90,6 @@ def write_json(file: Path, value: Any) -> None:
     partial.replace(file)
 
 
-def write_weights(path: Path) -> None:
-    """Lists the weights of an export. Its other files are the user's to edit."""
-    write(path, "*.safetensors")
-
-
 def check_weights(path: Path) -> None:
     """Checks the weights of an export of this project; of other directories, nothing.
 
@@ -163,7 +158,7 @@ def _checksums(path: Path, names: Collection[str]) -> dict[str, str]:
         pieces = {
             name: [
                 pool.submit(_hash_piece, stamp, offset, path / name)
-                for offset in range(0, stamp.size or 1, _PIECE)
+                for offset in range(0, stamp[0] or 1, _PIECE)
             ]
             for name, stamp in files.items()
         }
@@ -173,23 +168,14 @@ def _checksums(path: Path, names: Collection[str]) -> dict[str, str]:
         }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Stamp:
-    """A file's state, which changes when it is written: a process hashes each state once."""
-
-    device: int
-    inode: int
-    size: int
-    modified: int
-    changed: int
+_Stamp = tuple[int, ...]
+"""A file's size and state, which changes when it is written: a process hashes each state once."""
 
 
 def _stamp(file: Path) -> _Stamp:
     with open_regular(file) as stream:
-        status = os.fstat(stream.fileno())
-    return _Stamp(
-        status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-    )
+        s = os.fstat(stream.fileno())
+    return s.st_size, s.st_dev, s.st_ino, s.st_mtime_ns, s.st_ctime_ns
 
 
 _hashed: dict[tuple[_Stamp, int], bytes] = {}

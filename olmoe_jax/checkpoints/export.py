@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from olmoe_jax.checkpoints import checksums, directory, names, safetensors_file
+from olmoe_jax.checkpoints import checksums, directory, names, overrides, safetensors_file
 from olmoe_jax.checkpoints.card import write_card
 from olmoe_jax.checkpoints.huggingface import (
     DTYPES,
@@ -15,7 +15,6 @@ from olmoe_jax.checkpoints.huggingface import (
 )
 from olmoe_jax.checkpoints.names import Weight
 from olmoe_jax.checkpoints.opening import RunCheckpoint
-from olmoe_jax.checkpoints.overrides import write_overrides
 from olmoe_jax.checkpoints.peft import write_adapter
 from olmoe_jax.checkpoints.source import Source
 from olmoe_jax.checkpoints.turn_ends import keep_turn_ends, read_turn_ends, write_turn_ends
@@ -65,7 +64,8 @@ def export_hf(
                 partial, source.config, source.read, stored, max_shard_bytes, allow_nonfinite
             )
             write_card(partial, source, adapter)
-            checksums.write_weights(partial)
+            # The other files are the user's to edit.
+            checksums.write(partial, "*.safetensors")
 
     own = source.export_dtype()
     if not dtype and own and own not in DTYPES:
@@ -103,14 +103,15 @@ def export_adapter(run: RunCheckpoint, output: Path, allow_nonfinite: bool = Fal
                 *names.tuned_to_hf(trained, run.experts.experts),
                 *names.all_to_hf(trained, run.config),
             ]
-            write_overrides(partial, tensors, run.experts)
+            safetensors_file.save(partial / overrides.WEIGHTS_FILE, dict(tensors))
+            directory.write_json(partial / overrides.CONFIG_FILE, run.experts.to_json())
         for file in [] if allow_nonfinite else sorted(partial.glob("*.safetensors")):
             for name, tensor in safetensors_file.read_header(file).items():
                 safetensors_file.check_finite(name, tensor.read())
         directory.copy_files(run.files, partial, directory.TOKENIZER_FILES)
         keep_turn_ends(partial, read_turn_ends(run.files))
         write_card(partial, run)
-        checksums.write_weights(partial)
+        checksums.write(partial, "*.safetensors")
 
 
 def _take_format(adapter: Path, output: Path) -> None:

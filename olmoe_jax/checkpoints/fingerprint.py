@@ -15,9 +15,10 @@ _OUR_FILES = (f"{PARAMETERS}/**/*", f"{MODEL_DIRECTORY}/*")
 
 
 def model_fingerprint(path_or_hub_id: str) -> str:
-    """Returns a hash of a checkpoint's file names, sizes and 16 pieces of 64 KiB of each file.
+    """Returns a hash of a checkpoint's file names and sizes, and of pieces of each file.
 
-    A training run's latest checkpoint counts, since that one is loaded.
+    The pieces are of 64 KiB: the whole file up to 1 MiB, else 16 or 17, evenly spread. A training
+    run's latest checkpoint counts, since that one is loaded.
 
     Raises:
       UserError: there is no such checkpoint.
@@ -44,15 +45,10 @@ def _fingerprint(root: Path, files: set[Path]) -> str:
     digest = hashlib.sha256()
     for file in sorted(files):
         if file.is_file():
-            digest.update(f"{file.relative_to(root)} {file.stat().st_size}\n".encode())
-            _add_pieces(digest, file)
+            size = file.stat().st_size
+            digest.update(f"{file.relative_to(root)} {size}\n".encode())
+            with file.open("rb") as opened:
+                for start in range(0, size, max(_PIECE, size // _PIECES)):
+                    opened.seek(start)
+                    digest.update(opened.read(_PIECE))
     return digest.hexdigest()[:16]
-
-
-def _add_pieces(digest: "hashlib._Hash", file: Path) -> None:
-    size = file.stat().st_size
-    step = max(_PIECE, size // _PIECES)
-    with open(file, "rb") as opened:
-        for start in range(0, size, step):
-            opened.seek(start)
-            digest.update(opened.read(_PIECE))

@@ -204,12 +204,6 @@ def _locate_tensors(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-_Piece = tuple[Weight, int | None]
-"""A weight and a layer: what is read and written at a time."""
-_Shard = dict[str, tuple[np.dtype, tuple[int, ...]]]
-"""The tensors of one file, {name: (dtype, shape)}, in the order of writing."""
-
-
 def write_checkpoint(
     output: Path,
     config: ModelConfig,
@@ -225,9 +219,9 @@ def write_checkpoint(
     Args:
       output: the directory.
       config: the model's architecture.
-      read: returns one layer's weight, as `Source.read` does, in any float dtype.
+      read: as `Source.read`, with weights in any float dtype.
       dtype: returns the dtype in which to store a weight.
-      max_shard_bytes: no file grows larger (but a tensor is never split). Several files get an
+      max_shard_bytes: no file grows larger, but that a tensor is never split. Several files get an
         index.
       allow_nonfinite: write weights that are not finite.
 
@@ -235,6 +229,8 @@ def write_checkpoint(
       TooLargeError: a weight is too large for its dtype.
       UserError: a weight is not finite.
     """
+    from huggingface_hub import split_state_dict_into_shards_factory
+
     # The tensors of a layer lie together, as in Hugging Face's own files: a reader of layers
     # then reads each file from front to back.
     pieces = [
@@ -243,11 +239,18 @@ def write_checkpoint(
         for layer in names.layer_indices(weight, config)
     ]
     pieces.sort(key=lambda piece: -1 if piece[1] is None else piece[1])
-    shards = _plan_shards(pieces, config, dtype, max_shard_bytes)
-    files = [_SINGLE]
-    if len(shards) > 1:
-        files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    current, writer = 0, FileWriter(output / files[0], shards[0])
+    tensors = {
+        name: (dtype(weight), names.hf_shape(weight, config))
+        for weight, layer in pieces
+        for name in names.tensor_names(weight, layer, config)
+    }
+    shards = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: math.prod(tensor[1]) * tensor[0].itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    writers: dict[str, FileWriter] = {}
 
     def stored(weight: Weight, named: tuple[str, np.ndarray]) -> tuple[str, np.ndarray]:
         name, value = named
@@ -258,21 +261,22 @@ def write_checkpoint(
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for weight, layer in pieces:
-            tensors = names.to_hf(weight, layer, read(weight, layer))
-            for name, tensor in pool.map(functools.partial(stored, weight), tensors):
-                if name not in shards[current]:
-                    writer.close()
-                    current += 1
-                    writer = FileWriter(output / files[current], shards[current])
-                writer.write(name, tensor)
-    writer.close()
-    if len(shards) > 1:
-        total = sum(_bytes(*tensor) for shard in shards for tensor in shard.values())
-        weight_map = {
-            name: file for file, shard in zip(files, shards, strict=True) for name in shard
-        }
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        directory.write_json(output / _INDEX, index)
+            values = names.to_hf(weight, layer, read(weight, layer))
+            for name, value in pool.map(functools.partial(stored, weight), values):
+                file = shards.tensor_to_filename[name]
+                inside = shards.filename_to_tensors[file]
+                if name == inside[0]:
+                    # The header comes before the tensors.
+                    header = {each: tensors[each] for each in inside}
+                    writers[file] = FileWriter(output / file, header)
+                writers[file].write(name, value)
+                if name == inside[-1]:
+                    writers.pop(file).close()
+    if shards.is_sharded:
+        weight_map = dict(sorted(shards.tensor_to_filename.items()))
+        directory.write_json(
+            output / _INDEX, {"metadata": shards.metadata, "weight_map": weight_map}
+        )
 
 
 class TooLargeError(ValueError):
@@ -287,30 +291,6 @@ def _cast(name: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
     if narrower and (np.isinf(cast) & np.isfinite(value)).any():
         raise TooLargeError(f"tensor {name} has numbers that are too large for {dtype}")
     return cast
-
-
-def _plan_shards(
-    pieces: list[_Piece],
-    config: ModelConfig,
-    dtype: Callable[[Weight], np.dtype],
-    max_shard_bytes: int,
-) -> list[_Shard]:
-    """Returns the tensors of each file. The header of a file is written before its tensors."""
-    shards: list[_Shard] = [{}]
-    size = 0
-    for weight, layer in pieces:
-        tensor = (dtype(weight), names.hf_shape(weight, config))
-        for name in names.tensor_names(weight, layer, config):
-            if shards[-1] and size + _bytes(*tensor) > max_shard_bytes:
-                shards.append({})
-                size = 0
-            shards[-1][name] = tensor
-            size += _bytes(*tensor)
-    return shards
-
-
-def _bytes(dtype: np.dtype, shape: tuple[int, ...]) -> int:
-    return math.prod(shape) * dtype.itemsize
 
 
 def write_config(output: Path, files: Path, dtype: str | None) -> None:

@@ -22,7 +22,7 @@ from olmoe_jax.model.config import ModelConfig, ModelSettings
 from olmoe_jax.model.decoder import Olmoe, graph_of, parameter_specs
 from olmoe_jax.model.lora import is_target
 from olmoe_jax.model.parameters import ROUTER, Parameters, ParameterSpec, merge, split
-from olmoe_jax.model.tuned import NAMES, places
+from olmoe_jax.model.tuned import HOLDERS, places
 from olmoe_jax.ops.quantization import Quantized, Scheme, quantize, quantized_shapes
 from olmoe_jax.parallel import sharding
 
@@ -177,7 +177,7 @@ def load_tuned(source: Source, tuned_experts: tuple[tuple[int, ...], ...]) -> di
 
     chosen = places(tuned_experts)
     return {
-        names.tuned_name(weight): np.stack([read(weight, *place) for place in chosen])
+        HOLDERS[weight.name]: np.stack([read(weight, *place) for place in chosen])
         for weight in names.TABLE
         if weight.per_expert
     }
@@ -191,9 +191,7 @@ def stack_tuned(parameters: Parameters, tuned_experts: tuple[tuple[int, ...], ..
     if not any(tuned_experts):
         return {}
     layers, experts = np.array(places(tuned_experts)).T
-    return {
-        f"tuned.{name}": parameters[f"layers.moe.experts.{name}"][layers, experts] for name in NAMES
-    }
+    return {stack: parameters[name][layers, experts] for name, stack in HOLDERS.items()}
 
 
 def random_parameters(

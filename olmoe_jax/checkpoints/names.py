@@ -13,7 +13,7 @@ import numpy as np
 
 from olmoe_jax.model.config import ModelConfig
 from olmoe_jax.model.decoder import parameter_specs
-from olmoe_jax.model.tuned import places
+from olmoe_jax.model.tuned import HOLDERS, places
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,15 +131,10 @@ def all_to_hf(
                 yield from to_hf(weight, layer, stacked if layer is None else stacked[layer])
 
 
-def tuned_name(weight: Weight) -> str:
-    """Returns the parameter that holds the tuned experts of an expert weight."""
-    return f"tuned.{weight.name.rsplit('.', 1)[-1]}"
-
-
 def tuned_to_hf(
     parameters: dict[str, np.ndarray], tuned_experts: tuple[tuple[int, ...], ...]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields Hugging Face's names and tensors (views) of the tuned experts (`tuned_name`).
+    """Yields Hugging Face's names and tensors (views) of the tuned experts.
 
     Args:
       parameters: `tuned.gate`, `tuned.up` [U, D, F] and `tuned.down` [U, F, D], U experts of all
@@ -147,7 +142,9 @@ def tuned_to_hf(
       tuned_experts: the ids of each layer's tuned experts.
     """
     for weight in TABLE:
-        if weight.per_expert and tuned_name(weight) in parameters:
-            stacked = parameters[tuned_name(weight)]
-            for (layer, expert), matrix in zip(places(tuned_experts), stacked, strict=True):
+        stack = HOLDERS.get(weight.name)
+        if stack in parameters:
+            for (layer, expert), matrix in zip(
+                places(tuned_experts), parameters[stack], strict=True
+            ):
                 yield weight.tensor_name(layer, expert), matrix.T

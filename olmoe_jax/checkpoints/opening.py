@@ -28,7 +28,7 @@ from olmoe_jax.files import absolute, read_json
 from olmoe_jax.hub import is_hub_id
 from olmoe_jax.model.config import LoraSettings, ModelSettings
 from olmoe_jax.model.decoder import parameter_specs
-from olmoe_jax.model.tuned import places
+from olmoe_jax.model.tuned import HOLDERS, places
 
 if TYPE_CHECKING:
     from tensorstore import TensorStore
@@ -224,7 +224,7 @@ class RunCheckpoint(Source):
         self, weight: Weight, layer: int | None, experts: slice
     ) -> dict[int, np.ndarray]:
         """Reads the tuned ones among a layer's wanted experts: {position in `experts`: matrix}."""
-        array = self._array(names.tuned_name(weight))
+        array = self._array(HOLDERS[weight.name])
         wanted = range(*experts.indices(self.config.num_experts))
         return {
             wanted.index(expert): array[place].read().result()
@@ -293,18 +293,19 @@ def latest_step(run: Path) -> int:
     raise UserError(f"{run}: holds no checkpoint to read; wait for the first or train longer")
 
 
-def step_damage(run: Path, step: int, share: slice = slice(None)) -> str | None:
-    """Returns what is wrong with a checkpoint (of its files, with a `share` of them), or None."""
-    path = run / CHECKPOINTS / str(step)
-    return None if is_without_checksums(run) else checksums.damage(path, share=share)
+def step_damage(run: Path, step: int, share: slice = slice(None), folder: str = "") -> str | None:
+    """Returns what is wrong with a checkpoint, or None.
 
-
-def metrics_damage(run: Path, step: int) -> str | None:
-    """Returns what is wrong with the metrics beside a checkpoint, or None."""
+    Args:
+      run: the run's directory.
+      step: the checkpoint's step.
+      share: which of the checkpoint's files to check.
+      folder: the folder in the checkpoint, with a slash at its end, whose files to check.
+    """
     if is_without_checksums(run):
         return None
     path = run / CHECKPOINTS / str(step)
-    return checksums.damage(path, lambda name: name.startswith("metrics/"))
+    return checksums.damage(path, lambda name: name.startswith(folder), share)
 
 
 def check_files(run: Path) -> None:

@@ -40,7 +40,19 @@ class OrbaxArrays:
             config.json implies.
         """
         if name not in self._open:
-            self._open[name] = self._open_zarr(name)
+            import tensorstore
+
+            base = f"file://{self._path.absolute()}/"
+            store = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+            try:
+                opened = tensorstore.open({"driver": "zarr", "kvstore": store}).result()
+            except Exception as error:
+                reason = " ".join(str(error).split())[:200]
+                raise UserError(
+                    f"{self._path}: cannot read {name} ({reason}); the checkpoint is damaged or "
+                    "another model's"
+                ) from None
+            self._open[name] = opened
         array = self._open[name]
         if tuple(array.shape) != shape:
             raise UserError(
@@ -48,20 +60,6 @@ class OrbaxArrays:
                 f"{list(shape)}; this is a checkpoint of a different model"
             )
         return array
-
-    def _open_zarr(self, name: str) -> "TensorStore":
-        import tensorstore
-
-        base = f"file://{self._path.absolute()}/"
-        store = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
-        try:
-            return tensorstore.open({"driver": "zarr", "kvstore": store}).result()
-        except Exception as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"{self._path}: cannot read {name} ({reason}); the checkpoint is damaged or "
-                "another model's"
-            ) from None
 
 
 class ConvertedCheckpoint(Source):

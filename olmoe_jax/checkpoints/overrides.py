@@ -4,27 +4,17 @@
 `expert_config.json` says which experts they are.
 """
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from olmoe_jax.checkpoints import checksums, directory, names, safetensors_file
-from olmoe_jax.checkpoints.expert_config import ExpertConfig
+from olmoe_jax.checkpoints import checksums, names, safetensors_file
 from olmoe_jax.checkpoints.names import Weight
 from olmoe_jax.checkpoints.source import ChangedSource, Source
 from olmoe_jax.errors import UserError
 
 WEIGHTS_FILE = "trained.safetensors"
 CONFIG_FILE = "expert_config.json"
-
-
-def write_overrides(
-    output: Path, tensors: Iterable[tuple[str, np.ndarray]], experts: ExpertConfig
-) -> None:
-    """Writes trained tensors (by Hugging Face's names) into an existing directory."""
-    safetensors_file.save(output / WEIGHTS_FILE, dict(tensors))
-    directory.write_json(output / CONFIG_FILE, experts.to_json())
 
 
 class OverriddenSource(ChangedSource):

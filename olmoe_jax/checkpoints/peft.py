@@ -40,7 +40,6 @@ EXPORTED = "adapter"
 """In a LoRA run's directory: the folder with the exported adapter."""
 
 _PREFIX = "base_model.model."
-_PARTS = {"a": "lora_A", "b": "lora_B"}
 _WRAPPERS = re.compile(
     r"(?<![^.])(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)[.]"
 )
@@ -71,15 +70,10 @@ def to_peft(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields PEFT's names and tensors (views) of the adapter parameters."""
     for weight in adapted(settings):
-        for part, name in zip(_PARTS, parameter_names(weight), strict=True):
-            for layer, value in enumerate(parameters[name]):
-                for expert, matrix in enumerate(value) if weight.per_expert else [(None, value)]:
-                    yield _tensor_name(weight, part, layer, expert), matrix.T
-
-
-def _tensor_name(weight: Weight, part: str, layer: int, expert: int | None) -> str:
-    module = weight.tensor_name(layer, expert).removesuffix(".weight")
-    return f"{_PREFIX}{module}.{_PARTS[part]}.weight"
+        for part, parameter in zip("AB", parameter_names(weight), strict=True):
+            for layer, value in enumerate(parameters[parameter]):
+                for name, matrix in names.to_hf(weight, layer, value):
+                    yield f"{_PREFIX}{name.removesuffix('weight')}lora_{part}.weight", matrix
 
 
 def write_adapter(
@@ -108,7 +102,7 @@ def write_adapter(
         "r": settings.rank,
         # Always the plain scale alpha / r: not every engine knows rslora, and PEFT 0.21 gets it
         # wrong by sqrt(2) for gate and up, whose rank it doubles when transformers 5 fuses them.
-        "lora_alpha": settings.scale * settings.rank if settings.rslora else settings.alpha,
+        "lora_alpha": settings.alpha,
         "use_rslora": False,
         "lora_dropout": 0.0,
         "target_modules": [f"{target}_proj" for target in settings.targets],
@@ -168,10 +162,11 @@ def read_adapter(
     factors = _read_factors(path / WEIGHTS_FILE, adapter, config)
     found = {matrix.weight.name.rsplit(".", 1)[-1] for matrix in factors}
     targets = tuple(target for target in (*TARGETS, "router") if target in found)
-    settings = LoraSettings(adapter.rank, adapter.alpha, 0.0, targets, adapter.rslora)
-    rank = max(a.shape[0] for a, _, _ in factors.values())
-    if rank != adapter.rank:
-        settings = LoraSettings(rank, settings.scale * rank, 0.0, targets)
+    rank, fields = max(a.shape[0] for a, _, _ in factors.values()), adapter.fields
+    alpha = fields.lora_alpha * (math.sqrt(fields.r) if fields.use_rslora else 1)
+    if rank != fields.r:
+        alpha *= rank / fields.r
+    settings = LoraSettings(rank, alpha, 0.0, targets)
     parameters = _stack(factors, settings, config)
     if router := router_file(path):
         if "router" in targets:

@@ -82,35 +82,20 @@ class AdapterConfig:
             raise UserError(
                 f"{file}: not a LoRA adapter (peft_type {kind}); write another directory"
             )
-        self._file, self._fields = file, validate(_Fields, content, file)
+        self._file, self.fields = file, validate(_Fields, content, file)
         declared = {field.name for field in dataclasses.fields(_Fields)}
         refused = {k: v for k, v in content.items() if v and k not in HISTORY | declared}
-        if self._fields.bias != "none":
-            refused["bias"] = self._fields.bias
-        if self._fields.init_lora_weights not in _INITIAL:
-            refused["init_lora_weights"] = self._fields.init_lora_weights
+        if self.fields.bias != "none":
+            refused["bias"] = self.fields.bias
+        if self.fields.init_lora_weights not in _INITIAL:
+            refused["init_lora_weights"] = self.fields.init_lora_weights
         for field, value in refused.items():
             raise UserError(f"{file}: {field} is {_show(value)}, which is not plain LoRA; {_MERGE}")
 
-    @property
-    def rank(self) -> int:
-        """The rank of a matrix that has none of its own."""
-        return self._fields.r
-
-    @property
-    def alpha(self) -> float:
-        """The alpha of a matrix that has none of its own."""
-        return self._fields.lora_alpha
-
-    @property
-    def rslora(self) -> bool:
-        """True where scales are alpha / sqrt(rank)."""
-        return self._fields.use_rslora
-
     def adapts(self, module: str, parameter: str) -> bool:
         """Returns whether PEFT puts an adapter beside a matrix."""
-        targets = self._fields.target_modules
-        if _ends(parameter, self._fields.target_parameters):
+        targets = self.fields.target_modules
+        if _ends(parameter, self.fields.target_parameters):
             return True
         if not targets or self._named(module, "exclude_modules"):
             return False
@@ -120,20 +105,20 @@ class AdapterConfig:
 
     def size(self, module: str, parameter: str) -> tuple[int, float]:
         """Returns rank and scale of a matrix's adapter."""
-        name = parameter if _ends(parameter, self._fields.target_parameters) else module
-        rank = self._of_pattern(name, "rank_pattern", self.rank)
-        alpha = self._of_pattern(name, "alpha_pattern", self.alpha)
-        return rank, alpha / (math.sqrt(rank) if self.rslora else rank)
+        name = parameter if _ends(parameter, self.fields.target_parameters) else module
+        rank = self._of_pattern(name, "rank_pattern", self.fields.r)
+        alpha = self._of_pattern(name, "alpha_pattern", self.fields.lora_alpha)
+        return rank, alpha / (math.sqrt(rank) if self.fields.use_rslora else rank)
 
     def _named(self, module: str, field: str) -> bool:
         """Returns whether a field names a module: by a pattern, or by the ends of names."""
-        names = getattr(self._fields, field)
+        names = getattr(self.fields, field)
         return (
             self._matches(names, module, field) if isinstance(names, str) else _ends(module, names)
         )
 
     def _in_layers(self, module: str) -> bool:
-        layers, patterns = self._fields.layers_to_transform, self._fields.layers_pattern
+        layers, patterns = self.fields.layers_to_transform, self.fields.layers_pattern
         if layers is None or layers == []:
             return True
         layer = int(module.split(".")[2])
@@ -146,7 +131,7 @@ class AdapterConfig:
 
     def _of_pattern(self, name: str, field: str, default: Any) -> Any:
         """Returns the value of the first pattern that a name ends with."""
-        for pattern, value in (getattr(self._fields, field) or {}).items():
+        for pattern, value in (getattr(self.fields, field) or {}).items():
             if self._matches(pattern, name, field, r"(.*\.)?"):
                 return value
         return default

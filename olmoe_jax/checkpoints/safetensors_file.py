@@ -54,15 +54,10 @@ class StoredTensor:
         """The position after the last byte."""
         return self.offset + math.prod(self.shape) * self.dtype.itemsize
 
-    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Reads the rows start…stop of the first dimension; a scalar whole."""
-        if not self.shape:
-            return np.fromfile(self.file, self.dtype, 1, offset=self.offset).reshape(())
-        stop = self.shape[0] if stop is None else stop
-        row = math.prod(self.shape[1:])
-        offset = self.offset + start * row * self.dtype.itemsize
-        data = np.fromfile(self.file, self.dtype, (stop - start) * row, offset=offset)
-        return data.reshape(stop - start, *self.shape[1:])
+    def read(self) -> np.ndarray:
+        """Reads the tensor."""
+        count = math.prod(self.shape)
+        return np.fromfile(self.file, self.dtype, count, offset=self.offset).reshape(self.shape)
 
 
 @pydantic.with_config(STRICT)

@@ -43,28 +43,28 @@ class LoraSettings:
     """The LoRA adapters: which matrices have one, and their size."""
 
     rank: int  # R, columns of A and rows of B
-    alpha: float  # the adapter's product is multiplied by alpha / R (alpha / sqrt(R) with `rslora`)
+    alpha: float  # the adapter's product is multiplied by alpha / R
     dropout: float = 0.0  # share of the adapters' inputs that training sets to zero
     targets: tuple[str, ...] = TARGETS  # some of TARGETS
-    rslora: bool = False  # rank-stabilised scaling (https://arxiv.org/abs/2312.03732)
 
     @classmethod
     def of_method(cls, method: Mapping[str, Any]) -> "LoraSettings | None":
         """Returns the adapters that a run's `method` section asks for; None: it asks for none."""
-        if method.get("lora_rank") is None:
+        if (rank := method.get("lora_rank")) is None:
             return None
+        # Runs of earlier versions can have the scale alpha / sqrt(R).
+        factor = math.sqrt(rank) if method.get("lora_rslora") else 1
         return cls(
-            method["lora_rank"],
-            method["lora_alpha"],
+            rank,
+            factor * method["lora_alpha"],
             method["lora_dropout"],
             tuple(target for target in TARGETS if target in method["lora_targets"].split(",")),
-            method.get("lora_rslora", False),  # only in runs of earlier versions
         )
 
     @property
     def scale(self) -> float:
         """The factor of the adapter's product."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        return self.alpha / self.rank
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,7 +60,7 @@ def best_step(run: Path) -> int:
         step: score_of(read_json(dict[str, float], file))
         for step in opening.steps(run)
         if (file := run / CHECKPOINTS / str(step) / "metrics" / "metrics").exists()
-        and opening.metrics_damage(run, step) is None
+        and opening.step_damage(run, step, folder="metrics/") is None
     }
     if not scores:
         raise UserError(

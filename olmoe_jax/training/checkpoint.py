@@ -253,7 +253,7 @@ def _set_damaged_aside(output: Path) -> None:
         if newest is None:
             reason = opening.step_damage(output, step, share)
         else:
-            reason = opening.metrics_damage(output, step)
+            reason = opening.step_damage(output, step, folder="metrics/")
         reason = next(filter(None, distributed.values("damage", reason or "")), None)
         if reason is None:
             newest = newest or step

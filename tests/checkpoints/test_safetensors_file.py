@@ -48,16 +48,6 @@ def test_we_read_what_we_write(tmp_path):
     assert_same_bits(load(tmp_path / "a.safetensors"), contiguous(tensors()))
 
 
-def test_rows_of_a_tensor(tmp_path):
-    save(tmp_path / "a.safetensors", tensors())
-    stored = read_header(tmp_path / "a.safetensors")
-    for name in ("matrix", "half"):
-        for start, stop in [(0, 2), (1, 2), (1, None), (0, 0)]:
-            part = tensors()[name][start:stop]
-            np.testing.assert_array_equal(stored[name].read(start, stop), part)
-    assert stored["loss"].read().shape == ()
-
-
 def test_the_header_is_aligned(tmp_path):
     for name in ("a", "ab", "abcdefg"):
         save(tmp_path / "a.safetensors", {name: np.ones(3, np.float32)})

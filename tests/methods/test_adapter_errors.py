@@ -219,7 +219,7 @@ def test_every_field_of_peft_is_known(tmp_path):
     content = json.loads(file.read_text())
     for changes in {}, dict.fromkeys(HISTORY, "anything"):
         write_json(file, content | changes)
-        assert AdapterConfig(file).rank == 8
+        assert AdapterConfig(file).fields.r == 8
     for field in REFUSED:
         write_json(file, content | {field: [1]})
         with pytest.raises(

@@ -211,8 +211,7 @@ def test_initialised_as_peft_does():
 
 def test_scale():
     assert LoraSettings(64, 16.0).scale == 0.25
-    assert LoraSettings(64, 16.0, rslora=True).scale == 2.0
-    lora = LoraSettings(4, 6.0, rslora=True)
+    lora = LoraSettings(4, 12.0)
     adapters = random_adapters(CONFIG, lora)
     logits = make_model(CONFIG, WEIGHTS | adapters, lora=lora)(TOKENS)
     assert_close(logits, make_model(CONFIG, merged_weights(WEIGHTS, adapters, 3.0))(TOKENS))
@@ -220,13 +219,15 @@ def test_scale():
 
 def test_settings_of_a_method():
     method = {
-        "lora_rank": 8,
+        "lora_rank": 64,
         "lora_alpha": 2.0,
         "lora_dropout": 0.3,
         "lora_targets": "up,q",
-        "lora_rslora": True,
     }
-    assert LoraSettings.of_method(method) == LoraSettings(8, 2.0, 0.3, ("q", "up"), True)
+    assert LoraSettings.of_method(method) == LoraSettings(64, 2.0, 0.3, ("q", "up"))
+    # Runs of earlier versions: 2 / sqrt(64) = 16 / 64.
+    older = LoraSettings.of_method(method | {"lora_rslora": True})
+    assert older == LoraSettings(64, 16.0, 0.3, ("q", "up"))
     assert LoraSettings.of_method(method | {"lora_rank": None}) is None
 
 

@@ -181,18 +181,12 @@ def test_adapter_config(run, base):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("targets", "rslora"),
-    [
-        (TARGETS, False),
-        (("gate", "up", "down"), True),
-        pytest.param(("q", "v"), False, marks=pytest.mark.exhaustive),
-        pytest.param(("gate", "up", "down"), False, marks=pytest.mark.exhaustive),
-        pytest.param(TARGETS, True, marks=pytest.mark.exhaustive),
-    ],
+    "targets",
+    [TARGETS, ("gate", "up", "down"), pytest.param(("q", "v"), marks=pytest.mark.exhaustive)],
 )
-def test_per_expert_adapter_in_both(base, tmp_path, targets, rslora):
+def test_per_expert_adapter_in_both(base, tmp_path, targets):
     """Adapters with random B agree with PEFT, whatever the targets."""
-    lora = LoraSettings(4, 6.0, targets=targets, rslora=rslora)
+    lora = LoraSettings(4, 6.0, targets=targets)
     adapters = random_adapters(CONFIG, lora)
     adapter = tmp_path / "adapter"
     adapter.mkdir()
