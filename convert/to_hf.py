@@ -4,10 +4,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from olmoe_jax.checkpoints.export import export_adapter, export_hf
+from olmoe_jax.checkpoints.export import MAX_SHARD_BYTES, export_adapter, export_hf
 from olmoe_jax.checkpoints.huggingface import DTYPES
 from olmoe_jax.checkpoints.opening import RunCheckpoint, open_source
-from olmoe_jax.errors import ArgumentParser, UserError, run_command, whole_number
+from olmoe_jax.errors import ArgumentParser, UserError, run_command, shorten, whole_number
 from olmoe_jax.files import BASE, NEW_DIRECTORY, expand
 from olmoe_jax.training.best import best_step
 
@@ -53,17 +53,17 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument(
         "--max_shard_size",
-        default="5GB",
+        type=parse_size,
+        default=MAX_SHARD_BYTES,
         metavar="SIZE",
-        help="largest file of weights, e.g. 500MB (default: 5GB)",
+        help=f"largest file of weights, e.g. 500MB (default: {MAX_SHARD_BYTES // 10**9}GB)",
     )
     add_allow_nonfinite(parser)
     args = parser.parse_args(arguments)
-    max_shard_bytes = parse_size(args.max_shard_size)
     step = best_step(Path(args.checkpoint)) if args.step == BEST else args.step
     source = open_source(args.checkpoint, step, args.base)
     if not args.adapter:
-        export_hf(source, args.output, args.dtype, max_shard_bytes, args.allow_nonfinite)
+        export_hf(source, args.output, args.dtype, args.max_shard_size, args.allow_nonfinite)
     elif isinstance(source, RunCheckpoint):
         export_adapter(source, args.output, args.allow_nonfinite)
     else:
@@ -88,7 +88,7 @@ def parse_size(text: str) -> int:
     """Returns the bytes of a size such as 5GB, 500MB or 1000000."""
     match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([KMG]?B?)", text.strip().upper())
     if not match or float(match[1]) <= 0:
-        raise UserError(f"--max_shard_size={text}: write a size such as 5GB or 500MB")
+        raise UserError(f"{shorten(text)}: write a size such as 5GB or 500MB")
     unit = match[2] if match[2] in _UNITS else match[2].rstrip("B") + "B"
     return int(float(match[1]) * _UNITS.get(unit, 1))
 

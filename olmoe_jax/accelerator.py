@@ -22,11 +22,7 @@ _TPUS = ("0x0027", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")
 
 
 def detect(system: Path = Path("/")) -> tuple[str, str]:
-    """Returns one of `ACCELERATORS`, and what speaks for it.
-
-    Args:
-      system: the root of the file system.
-    """
+    """Returns one of `ACCELERATORS` and the evidence for it; `system` is the file system's root."""
     if driver := _nvidia_driver(system):
         version, capability = driver
         gpu = f"an NVIDIA GPU with driver {version}"

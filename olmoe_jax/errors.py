@@ -150,7 +150,7 @@ def text_of(value: Any, to_text: Callable[[Any], str] = str) -> str:
 
 
 _BAR = re.compile(r"\r?(\x1b\[A)*")
-"""How a progress bar begins what it writes: at the line's begin, some lines further up."""
+"""How a progress bar begins what it writes: at the beginning of the line, some lines further up."""
 
 
 class _Printable:
@@ -245,7 +245,7 @@ def outcome(error: BaseException) -> tuple[int, str]:
 def _is_of_devices(error: BaseException) -> bool:
     """Returns whether jax could not start its devices.
 
-    It names a platform that does not start, and asserts that one of those in JAX_PLATFORMS is here.
+    jax names a platform that does not start, and asserts that one in JAX_PLATFORMS is here.
     """
     if isinstance(error, AssertionError):
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
@@ -254,9 +254,9 @@ def _is_of_devices(error: BaseException) -> bool:
 
 
 def _message(text: str) -> str:
-    """Returns one line of at most 1,200 characters: the thing at its begin, the advice at its end.
+    """Returns one line of at most 1,200 characters, without the middle of a longer text.
 
-    What a user wrote may be long.
+    The line begins with the thing that is wrong and ends with the advice.
     """
     line = one_line(text)
     return line if len(line) <= 1200 else f"{line[:800]} … {line[-397:]}"

@@ -183,7 +183,7 @@ def read_json_lines(kind: type[T], file: Path, torn: bool = False) -> Iterator[T
     Args:
       kind: the type of a line.
       file: the file.
-      torn: leave a last line out that has no end: a killed process was writing it.
+      torn: leave out a last line without a newline, which a killed process was writing.
 
     Raises:
       UserError: as for `decode`, with the number of the line; or a line is longer than
@@ -207,7 +207,7 @@ def read_lines(
     Args:
       file: the file.
       torn: as for `read_json_lines`.
-      opened: what opens the file; None: `open_regular`.
+      opened: opens the file; None: `open_regular`.
 
     Raises:
       UserError: the file cannot be read, or a line is longer than `LINE_LIMIT`.

@@ -11,7 +11,7 @@ from olmoe_jax.errors import printable
 
 
 def label(text: str) -> str:
-    """Returns text that matplotlib draws as it is: it reads $ as a formula's begin."""
+    """Returns text that matplotlib draws as it is: it takes a $ for the beginning of a formula."""
     return printable(text).replace("$", r"\$")
 
 

@@ -26,22 +26,15 @@ _SETTINGS = re.compile(r"(?:(?<!\s)\s+\w+=\S*)*$")
 @pydantic.with_config(pydantic.ConfigDict(allow_inf_nan=False))
 @dataclass(frozen=True)
 class Source:
-    """Rows that lie in one place.
+    """Rows that lie in one place."""
 
-    Attributes:
-      path: a file, a folder or a pattern; OWNER/NAME or OWNER/NAME:FILE on the hub.
-      weight: how many times an epoch takes each row. Of a fraction, an epoch takes so many rows
-        that after several epochs each was taken equally often, or once more.
-      config: the configuration of a data set on the hub; None: its only one or its default.
-      split: the split of a data set on the hub, or a slice of it as `train[:10%]`; None: the
-        reader's default.
-      name: the set of evaluation examples to which the rows belong; None: none of their own.
-    """
-
-    path: str
+    path: str  # a file, a folder or a pattern; OWNER/NAME or OWNER/NAME:FILE on the hub
+    # How many times an epoch takes each row. Of a fraction, an epoch takes so many rows that after
+    # several epochs each was taken equally often, or once more.
     weight: Annotated[float, pydantic.Field(gt=0, le=1000)] = 1.0
-    config: str | None = None
-    split: str | None = None
+    config: str | None = None  # of a data set on the hub; None: its only one or its default
+    split: str | None = None  # of a data set on the hub, or a slice of it as `train[:10%]`
+    # The set of evaluation examples to which the rows belong; None: none of their own.
     name: Annotated[str, pydantic.Field(pattern=r"^[\w.-]{1,64}$")] | None = None
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Checksums of what a directory holds: FILE lists its files, and damage to any of them shows.
+"""Checksums of a directory's files: checksums.json lists them, so that damage to a file shows.
 
 XXH3 finds damage by accident and is as fast as memory; it is no protection against forgery.
 """
@@ -37,11 +37,11 @@ class _Listed:
 
 
 def write(path: Path, pattern: str = "*", leave_out: Collection[str] = ()) -> None:
-    """Lists the files below a directory that is complete, but those that are named.
+    """Lists the files below a directory that is complete.
 
     Args:
       path: the directory.
-      pattern: of the names of the files to list.
+      pattern: only files whose name matches it are listed.
       leave_out: files not to list, by their path below the directory.
     """
     names = sorted(

@@ -17,16 +17,12 @@ from olmoe_jax.model.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class ExpertConfig:
-    """The modules that a method of expert tuning trains.
+    """The modules that a method of expert tuning trains."""
 
-    Attributes:
-      experts: experts[l] are the ids of the tuned experts of layer l (from 0), sorted whatever
-        order was given. This is the order of every checkpoint's stack.
-      non_expert_modules: whether all weights outside the experts train too.
-    """
-
+    # The ids of each layer's tuned experts, sorted whatever order was given: the order of every
+    # checkpoint's stack.
     experts: tuple[tuple[int, ...], ...]
-    non_expert_modules: bool = False
+    non_expert_modules: bool = False  # whether all weights outside the experts train too
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "experts", tuple(tuple(sorted(ids)) for ids in self.experts))

@@ -61,7 +61,7 @@ class HFCheckpoint(Source):
             self._tensors = _locate_tensors(path)
             self._check()
         except UserError as error:
-            # Of no error alone: some writers leave the field beside weights that are not quantized.
+            # The field itself is no error: some writers leave it beside weights in full precision.
             if read_json(dict[str, Any], path / "config.json").get("quantization_config"):
                 raise UserError(
                     f"{error}; config.json says that the weights are quantized: write the "
@@ -221,7 +221,7 @@ def write_checkpoint(
       config: the model's architecture.
       read: as `Source.read`, with weights in any float dtype.
       dtype: returns the dtype in which to store a weight.
-      max_shard_bytes: no file grows larger, but that a tensor is never split. Several files get an
+      max_shard_bytes: no file grows larger (but a tensor is never split). Several files get an
         index.
       allow_nonfinite: write weights that are not finite.
 

@@ -87,8 +87,8 @@ def load_parameters(
       source: the checkpoint.
       mesh: the devices.
       dtype: returns the dtype in which to keep a parameter, by name.
-      quantization: how to keep the matrices that can have an adapter (`is_target`), whatever
-        `dtype` says; None: not quantized.
+      quantization: how to keep the matrices that can have an adapter (`is_target`), in the place
+        of `dtype`; None: not quantized.
     """
     specs = parameter_specs(source.config)
     shardings = sharding.parameter_shardings(specs, mesh)
@@ -105,10 +105,7 @@ def load_parameters(
 
 
 def _load_quantized(source: Source, weight: Weight, scheme: Scheme, like: Quantized) -> Quantized:
-    """Loads a parameter and quantizes one layer at a time.
-
-    The host never holds more than one layer before quantization.
-    """
+    """Loads a parameter and quantizes it, one layer at a time: the host holds no more."""
 
     # Codes and scales come from the same layer, and several devices ask for the same one.
     @functools.cache
@@ -141,12 +138,9 @@ def quantized_like(spec: ParameterSpec, scheme: Scheme, mesh: Mesh) -> Quantized
 def _stack_layers(
     read: Callable[[int | None, slice], np.ndarray], weight: Weight, like: jax.ShapeDtypeStruct
 ) -> jax.Array:
-    """Stacks a weight's layers into one array, each device's shard by itself.
+    """Stacks a weight's layers into an array like `like`, each device's shard by itself.
 
-    Args:
-      read: returns a layer's weight, of an expert weight these experts; as `Source.read` does.
-      weight: which weight.
-      like: shape, dtype and sharding of the result.
+    `read` takes a layer and experts, as `Source.read` does.
     """
 
     def shard(index: tuple[slice, ...]) -> np.ndarray:

@@ -18,22 +18,13 @@ from olmoe_jax.model.tuned import HOLDERS, places
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """One kind of weight: all layers' q matrices, say.
+    """One kind of weight: all layers' q matrices, say."""
 
-    Attributes:
-      name: the parameter's name in this project.
-      hf_name: the tensors' name in Hugging Face's files. {layer} and {expert} stand in the name
-        of a weight that has one tensor for each.
-      transpose: whether Hugging Face stores the matrix as [out, in].
-      fused_name: the tensor in which transformers 5 can keep all experts of a layer.
-      fused_part: this weight's place (0 or 1) in the fused tensor, where that stacks two weights
-        in the output dimension; None where the tensor holds this weight alone.
-    """
-
-    name: str
-    hf_name: str
-    transpose: bool = False
-    fused_name: str | None = None
+    name: str  # of the parameter in this project
+    hf_name: str  # of the tensors, with {layer} and {expert} where there is one tensor for each
+    transpose: bool = False  # whether Hugging Face stores the matrix as [out, in]
+    fused_name: str | None = None  # of the tensor of all experts of a layer in transformers 5
+    # The place, 0 or 1, in a fused tensor that stacks two weights in the output dimension.
     fused_part: int | None = None
 
     @property

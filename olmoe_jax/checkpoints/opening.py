@@ -112,7 +112,7 @@ def check_adapter(source: Source, model: str, adapter: str | Path) -> None:
 
     Args:
       source: the checkpoint.
-      model: its directory or hub id.
+      model: the checkpoint's directory or hub id.
       adapter: as for `adapter_directory`.
 
     Raises:
@@ -133,16 +133,7 @@ def check_adapter(source: Source, model: str, adapter: str | Path) -> None:
 
 
 class RunCheckpoint(Source):
-    """The weights of a training run's checkpoint: adapters merged, tuned experts in place.
-
-    Attributes:
-      path: the run's directory.
-      step: the checkpoint's step.
-      checkpoint: its directory.
-      lora: the run's adapters, or None.
-      experts: the expert config of a run that tunes experts, or None.
-      base: hub id or directory of the model that the run started from.
-    """
+    """The weights of a training run's checkpoint: adapters merged, tuned experts in place."""
 
     def __init__(self, path: Path, step: int | None = None, base: str | None = None):
         self.path, self.files = path, path / MODEL_DIRECTORY
@@ -152,8 +143,10 @@ class RunCheckpoint(Source):
         if self.step not in steps(path):
             raise UserError(f"{path}: no checkpoint of step {self.step}; there are {steps(path)}")
         if step is not None and (reason := step_damage(path, step)):
-            raise UserError(f"{unreadable(path, step, reason)}; bring it back, or write another")
-        self.checkpoint = path / CHECKPOINTS / str(self.step)
+            raise UserError(
+                f"{unreadable(path, step, reason)}; restore it from a copy, or write another step"
+            )
+        self.checkpoint = path / CHECKPOINTS / str(self.step)  # the directory
         item = self.checkpoint / "state"
         self.lora = LoraSettings.of_method(self.run_config["method"])
         file = path / EXPERTS
@@ -164,6 +157,7 @@ class RunCheckpoint(Source):
         self._specs = parameter_specs(self.config, settings)
         self._arrays = OrbaxArrays(item)
         self._stored = _stored_parameters(item)
+        # The hub id or directory of the model from which the run started.
         self.base = self.run_config["model"]["path"] if base is None else absolute(base)
         if base is not None:
             _ = self.opened_base  # a wrong one is refused, whether or not a weight is read from it
@@ -318,7 +312,7 @@ def check_files(run: Path) -> None:
         _warn(f"{run}: {_NO_CHECKSUMS}")
         return
     for path in (run, run / MODEL_DIRECTORY):
-        checksums.check(path, "bring it back")
+        checksums.check(path, "restore the file from a copy")
 
 
 def is_without_checksums(run: Path) -> bool:
@@ -328,7 +322,7 @@ def is_without_checksums(run: Path) -> bool:
 
 
 def unreadable(run: Path, step: int, reason: str) -> str:
-    """Returns the begin of a message about a damaged checkpoint."""
+    """Returns the beginning of a message about a damaged checkpoint."""
     return f"{run}: the checkpoint of step {step} cannot be read ({reason})"
 
 

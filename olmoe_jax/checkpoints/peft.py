@@ -83,8 +83,8 @@ def write_adapter(
 
     Args:
       output: the directory.
-      parameters: the adapters' parameters, in any float dtype; stored as float32. And the router
-        [L, D, E] when it trained at full rank; stored in a file of its own.
+      parameters: the adapters' parameters in any float dtype, stored as float32; and the router
+        [L, D, E] if it trained at full rank, stored in a file of its own.
       settings: the adapters' size and scale.
       base: the hub id or path of the base model, for adapter_config.json.
     """
@@ -228,8 +228,8 @@ def _read_factors(file: Path, adapter: AdapterConfig, config: ModelConfig) -> _F
     """Returns the factors in an adapter's file.
 
     Raises:
-      UserError: a tensor is missing or unexpected, as the model and adapter_config.json say, or of
-        another shape.
+      UserError: a tensor is missing, unexpected or of another shape than the model and
+        adapter_config.json say.
     """
     matrices, factors = _matrices(config), {}
     for module, (a, b) in _read_pairs(file).items():

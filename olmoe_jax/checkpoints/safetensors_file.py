@@ -80,12 +80,8 @@ _CONVERT = (
 def refuse_pickles(path: Path, pattern: str, instead: str) -> None:
     """Raises a UserError if a directory holds weights as torch's pickles.
 
-    A pickle can run any program. The message has a command that converts them.
-
-    Args:
-      path: the directory.
-      pattern: of the names of the pickles.
-      instead: the safetensors file to make.
+    A pickle can run any program. The message has a command that makes the safetensors file
+    `instead` of the files whose names match `pattern`.
     """
     if pickles := sorted(path.glob(pattern)):
         files = " ".join(shlex.quote(str(file)) for file in (path / instead, *pickles))
@@ -140,11 +136,12 @@ def _locate(file: Path, start: int, name: str, entry: _Entry) -> StoredTensor:
 
 
 class FileWriter:
-    """A safetensors file that is being written. The tensors come in the announced order.
+    """A safetensors file that is being written.
 
     Args:
       file: the path.
-      tensors: {name: (dtype, shape)} of all tensors. The header, which comes first, needs them.
+      tensors: {name: (dtype, shape)} of all tensors in the order in which they will be written:
+        the header, which has them all, comes first.
     """
 
     def __init__(self, file: Path, tensors: dict[str, tuple[np.dtype, tuple[int, ...]]]):

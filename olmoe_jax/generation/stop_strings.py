@@ -11,7 +11,7 @@ def cut_at(text: str, stop: Iterable[str]) -> str:
 def settled(text: str, stop: Iterable[str]) -> str:
     """Returns the text without an end that more tokens may change.
 
-    That is a part of a character, or the begin of a stop string.
+    That is a part of a character, or the beginning of a stop string.
     """
     text = text.rstrip("\ufffd")
     begins = (s[:length] for s in stop for length in range(1, len(s)))

@@ -95,6 +95,7 @@ def test_help_has_an_example(command, capsys):
         (from_hf, ["--model=x", "--output=y", "--outptu=z"], "--outptu"),
         (to_hf, ["--checkpoint=x", "--output=y", "--dtype=int8"], "--dtype"),
         (to_hf, ["--checkpoint=x", "--output=y", "--step=last"], "--step"),
+        (to_hf, ["--checkpoint=x", "--output=y", "--max_shard_size=5TB"], "--max_shard_size: 5TB"),
         (parity, ["--model=x", "--batch=b", "--output=o", "--method=lora"], "--method"),
     ],
 )

@@ -223,7 +223,7 @@ def test_sizes():
     assert to_hf.parse_size("1.5K") == 1500
     assert to_hf.parse_size("1000") == to_hf.parse_size("1000B") == 1000
     for text in ("", "GB", "-1GB", "0", "5TB", "5 apples"):
-        with pytest.raises(UserError, match="--max_shard_size"):
+        with pytest.raises(UserError, match=": write a size such as 5GB"):
             to_hf.parse_size(text)
 
 
