@@ -36,12 +36,12 @@ def export_hf(
     Args:
       source: the weights.
       output: the directory to make.
-      dtype: one of DTYPES; None: the source's own (`Source.export_dtype`), or float32 and a line
-        that says why, if that cannot hold the weights.
+      dtype: one of DTYPES. None: the source's own (`Source.export_dtype`); where that cannot hold
+        the weights, float32, and a line says why.
       max_shard_bytes: no file of weights grows larger; several files get an index.
       allow_nonfinite: write weights that are not finite, and those of a run whose loss is not.
-      adapter: the directory of the adapter that `source` has merged, whose tokenizer, chat
-        template, ends of turns and model card count.
+      adapter: the directory of the adapter that `source` has merged. The export gets tokenizer,
+        chat template, ends of turns and model card from it, as far as it has them.
 
     Raises:
       UserError: a weight or a loss is not finite, or a weight is too large for `dtype`.
