@@ -19,36 +19,50 @@ CASES = {
 }
 
 
-def write_inputs(directory: Path) -> None:
-    """Writes a model, a batch with padding, an adapter and an expert config."""
+def write_inputs(output: Path) -> None:
+    """Writes a model, a batch with padding, an adapter and an expert config.
+
+    Needs no package but those of `device_parts.PACKAGES`.
+    """
     import numpy as np
 
-    from benchmarks.random_model import write_random_model
-    from olmoe_jax.checkpoints import peft, safetensors_file
+    from benchmarks.random_model import hf_config
+    from olmoe_jax.checkpoints import directory, names, peft, safetensors_file
     from olmoe_jax.checkpoints.expert_config import ExpertConfig
     from olmoe_jax.model.config import LoraSettings, ModelSettings, model_config_from_hf
     from olmoe_jax.model.decoder import parameter_specs
-    from olmoe_jax.model.parameters import ROUTER
+    from olmoe_jax.model.parameters import ROUTER, ParameterSpec
 
-    (directory / "adapter").mkdir()
-    # Large weights, so that the router prefers some experts clearly.
-    write_random_model(directory / "model", SHAPE, deviation=0.1)
-    random, lora = np.random.default_rng(1), LoraSettings(16, 32.0)
+    for name in ("model", "adapter"):
+        (output / name).mkdir()
+    values, lora, random = hf_config(SHAPE), LoraSettings(16, 32.0), np.random.default_rng(1)
+    config = model_config_from_hf(values)
+
+    def draw(spec: ParameterSpec) -> np.ndarray:
+        # Large weights, so that the router prefers some experts clearly.
+        return 0.1 * random.standard_normal(spec.shape, np.float32)
+
+    weights = {
+        name: np.ones(spec.shape, np.float32) if name.endswith("norm") else draw(spec)
+        for name, spec in parameter_specs(config).items()
+    }
+    adapter = {
+        name: draw(spec)
+        for name, spec in parameter_specs(config, ModelSettings(lora=lora)).items()
+        if ".lora." in name or name == ROUTER
+    }
+    directory.write_json(output / "model" / "config.json", values)
+    tensors = {n: np.ascontiguousarray(v) for n, v in names.all_to_hf(weights, config)}
+    safetensors_file.save(output / "model" / "model.safetensors", tensors)
     size = (SHAPE.rows, SHAPE.length)
     tokens = random.integers(0, SHAPE.vocab, size)
     mask = (np.arange(size[1]) < np.array([[size[1]], [size[1] * 3 // 4]])).astype(np.int64)
     labels = np.where(mask == 1, tokens, -100)
     batch = {"input_ids": tokens, "attention_mask": mask, "labels": labels}
-    safetensors_file.save(directory / "batch.safetensors", batch)
-    specs = parameter_specs(model_config_from_hf(SHAPE.hf_config()), ModelSettings(lora=lora))
-    adapter = {
-        name: 0.1 * random.standard_normal(spec.shape, np.float32)
-        for name, spec in specs.items()
-        if ".lora." in name or name == ROUTER
-    }
-    peft.write_adapter(directory / "adapter", adapter, lora, "model")
+    safetensors_file.save(output / "batch.safetensors", batch)
+    peft.write_adapter(output / "adapter", adapter, lora, "model")
     experts = ExpertConfig(tuple((0, 3, 7) for _ in range(SHAPE.layers)))
-    (directory / "experts.json").write_text(json.dumps(experts.to_json()))
+    (output / "experts.json").write_text(json.dumps(experts.to_json()))
 
 
 def numbers(directory: Path, where: str) -> Iterator[tuple[str, str, Path]]:

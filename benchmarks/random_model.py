@@ -16,10 +16,8 @@ if TYPE_CHECKING:
 _SHARD_BYTES = 5 * 10**9
 
 
-def write_random_model(
-    path: Path, shape: Shape, dtype: str = "float32", deviation: float = 0.02
-) -> None:
-    """Writes a Hugging Face directory with weights from N(0, deviation^2) and norms of ones.
+def write_random_model(path: Path, shape: Shape, dtype: str = "float32") -> None:
+    """Writes a Hugging Face directory with weights from N(0, 0.02^2) and norms of ones.
 
     One layer's weight is in memory at a time.
     """
@@ -36,14 +34,14 @@ def write_random_model(
         layer_shape = names.layer_shape(weight, config)
         if weight.name.endswith("norm"):
             return np.ones(layer_shape, np.float32)
-        return np.float32(deviation) * random.standard_normal(layer_shape, np.float32)
+        return np.float32(0.02) * random.standard_normal(layer_shape, np.float32)
 
     with directory.new_directory(path) as partial:
         directory.write_json(partial / "config.json", values)
         write_checkpoint(partial, config, draw, lambda _: jnp.dtype(dtype), _SHARD_BYTES)
 
 
-def hf_config(shape: Shape, dtype: str) -> dict[str, Any]:
+def hf_config(shape: Shape, dtype: str = "float32") -> dict[str, Any]:
     """Returns the config.json of `write_random_model`."""
     return shape.hf_config() | {"architectures": ["OlmoeForCausalLM"], "torch_dtype": dtype}
 

@@ -107,6 +107,18 @@ def blocked(tmp_path):
     }
 
 
+def test_the_golden_inputs_need_no_other_package(tmp_path):
+    script = "import pathlib, benchmarks.device_golden as g; g.write_inputs(pathlib.Path())"
+    subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=os.environ | blocked(tmp_path) | {"PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}"},
+        check=True,
+    )
+    assert {"batch.safetensors", "experts.json"} < {file.name for file in tmp_path.iterdir()}
+    assert (tmp_path / "model" / "model.safetensors").stat().st_size > 1000
+
+
 @pytest.mark.slow
 def test_killed_halfway(tmp_path):
     output = tmp_path / "out"
