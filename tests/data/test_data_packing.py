@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from olmoe_jax.data.packing import fill_rows, loss_weights_per_example, pack
+from olmoe_jax.data.packing import Batch, fill_rows, loss_weights_per_example, pack
+from olmoe_jax.parallel.batch import DeviceBatch
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -78,3 +79,8 @@ def test_filled_rows_keep_examples_apart(make_dataset):
     assert batch.loss_weights.dtype == np.float32
     for name in ("tokens", "targets", "segment_ids", "positions"):
         assert getattr(batch, name).dtype == np.int32
+
+
+def test_a_batch_on_the_devices_has_the_same_arrays():
+    """`place_batch` takes them in their order."""
+    assert DeviceBatch._fields == Batch._fields
