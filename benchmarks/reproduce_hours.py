@@ -24,7 +24,7 @@ from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.model.decoder import parameter_specs
 from olmoe_jax.model.flops import StepFlops, step_flops_per_token
 from olmoe_jax.plan.devices import KINDS
-from olmoe_jax.plan.known import OLMOE_1B_7B as MODEL
+from olmoe_jax.plan.planning import OLMOE_1B_7B as MODEL
 from olmoe_jax.plan.planning import TUNED_EXPERTS
 from olmoe_jax.training.base_model import compute_settings
 

@@ -31,21 +31,19 @@ _NO_KERNELS = re.compile(r'custom_call_target="(AllocateBuffer|Sharding)"')
 class Collective(NamedTuple):
     """All collectives of one kind and dtype in a program.
 
-    `bytes` is the size of the whole array on a device: the result of an all-gather, the operand of
-    the others. `wire_bytes` is what a device sends in the ring algorithm among n devices:
-    (n-1)/n of `bytes` for all-gather, reduce-scatter and all-to-all, twice that for all-reduce,
-    and `bytes` for a permute or a broadcast. `hidden_bytes` is the part of `bytes` whose transfer
-    has at least one matmul or kernel between its start and its end in the compiler's schedule;
-    `exposed_wire_bytes` is the part of `wire_bytes` that has none.
+    A transfer is hidden if the compiler's schedule has a matmul or a kernel between its start and
+    its end.
     """
 
     kind: str
     dtype: str
     count: int
-    bytes: int
+    bytes: int  # of the whole array on a device: an all-gather's result, the others' operand
+    # Sent by a device in the ring algorithm among n devices: (n-1)/n of `bytes` for all-gather,
+    # reduce-scatter and all-to-all, twice that for all-reduce, `bytes` for permute and broadcast.
     wire_bytes: float
-    hidden_bytes: int
-    exposed_wire_bytes: float
+    hidden_bytes: int  # the part of `bytes` whose transfer is hidden
+    exposed_wire_bytes: float  # the part of `wire_bytes` whose transfer is not
 
 
 class Communication(NamedTuple):
@@ -54,25 +52,9 @@ class Communication(NamedTuple):
     collectives: tuple[Collective, ...]
     exact: bool
 
-    @property
-    def bytes(self) -> int:
-        """The bytes of all collectives."""
-        return sum(collective.bytes for collective in self.collectives)
-
-    @property
-    def hidden_bytes(self) -> int:
-        """The bytes whose transfer has a matmul or a kernel beside it."""
-        return sum(collective.hidden_bytes for collective in self.collectives)
-
-    @property
-    def wire_bytes(self) -> float:
-        """The bytes that a device sends."""
-        return sum(collective.wire_bytes for collective in self.collectives)
-
-    @property
-    def exposed_wire_bytes(self) -> float:
-        """The bytes that a device sends while it computes nothing."""
-        return sum(collective.exposed_wire_bytes for collective in self.collectives)
+    def total(self, part: str) -> float:
+        """Returns the sum of a field, such as "wire_bytes", over all collectives."""
+        return sum(getattr(collective, part) for collective in self.collectives)
 
 
 def communication(hlo: str) -> Communication:
@@ -92,9 +74,9 @@ def communication(hlo: str) -> Communication:
 
     # Several instructions may call one computation: count what runs inside it once.
     @functools.cache
-    def inside(name: str, caller_hides: bool = False) -> Counter[_Transfer]:
+    def inside(name: str, caller_hides: bool = False) -> Counter[Collective]:
         nonlocal exact
-        found: Counter[_Transfer] = Counter()
+        found: Counter[Collective] = Counter()
         for instruction in computations[name].values():
             kind = _kind(instruction, name)
             hidden = caller_hides or any(map(computes, _beside(instruction, computations[name])))
@@ -102,37 +84,22 @@ def communication(hlo: str) -> Communication:
             chain = _CHAIN.search(instruction.attributes)
             if kind in KINDS and not (chain and chain[1] in chains):
                 hidden = hidden or bool(chain and has_kernel(name))
-                found.update(_transfers(kind, instruction, computations[name], devices, hidden))
+                found.update(_of_each_dtype(kind, instruction, computations[name], devices, hidden))
                 chains.update(chain.groups() if chain else ())
             for called, times in calls(instruction, computations):
                 below = inside(called, hidden and instruction.opcode == "async-start")
                 if below and times is None:
                     exact = False
-                for transfer, count in below.items():
-                    found[transfer] += count * (1 if times is None else times)
+                for collective, count in below.items():
+                    found[collective] += count * (1 if times is None else times)
         return found
 
     totals: dict[tuple[str, str], Collective] = {}
-    for (kind, dtype, size, wire, hidden), count in inside(entry).items():
-        old = totals.get((kind, dtype), Collective(kind, dtype, 0, 0, 0.0, 0, 0.0))
-        totals[kind, dtype] = old._replace(
-            count=old.count + count,
-            bytes=old.bytes + count * size,
-            wire_bytes=old.wire_bytes + count * wire,
-            hidden_bytes=old.hidden_bytes + count * size * hidden,
-            exposed_wire_bytes=old.exposed_wire_bytes + count * wire * (not hidden),
-        )
+    for (kind, dtype, *numbers), times in inside(entry).items():
+        _, _, *sums = totals.get((kind, dtype), (kind, dtype, 0, 0, 0.0, 0, 0.0))
+        added = (old + times * number for old, number in zip(sums, numbers, strict=True))
+        totals[kind, dtype] = Collective(kind, dtype, *added)
     return Communication(tuple(totals[key] for key in sorted(totals)), exact)
-
-
-class _Transfer(NamedTuple):
-    """One collective's arrays of one dtype."""
-
-    kind: str
-    dtype: str
-    bytes: int
-    wire_bytes: float
-    hidden: bool
 
 
 def _beside(instruction: Instruction, computation: Computation) -> Iterator[Instruction]:
@@ -162,10 +129,10 @@ def _kind(instruction: Instruction, computation: str) -> str:
 # --- Sizes ---
 
 
-def _transfers(
+def _of_each_dtype(
     kind: str, instruction: Instruction, computation: Computation, devices: int, hidden: bool
-) -> Iterator[_Transfer]:
-    """Yields a collective's transfer for each dtype among its operands."""
+) -> Iterator[Collective]:
+    """Yields one collective for each dtype among an instruction's operands."""
     permuted = kind in ("collective-permute", "collective-broadcast")
     members = devices if permuted else _group_size(instruction.attributes, devices)
     if members == 1:
@@ -184,7 +151,9 @@ def _transfers(
         whole = size * members if kind == "all-gather" else size
         sent = 1.0 if permuted else (members - 1) / members
         wire_bytes = whole * sent * (2 if kind == "all-reduce" else 1)
-        yield _Transfer(kind, dtype, whole, wire_bytes, hidden)
+        yield Collective(
+            kind, dtype, 1, whole, wire_bytes, whole * hidden, wire_bytes * (not hidden)
+        )
 
 
 def _group_size(attributes: str, devices: int) -> int:

@@ -63,11 +63,8 @@ def microbatch_traffic(
     The bound is that of one micro-batch. It leaves out scores, logits, gathered copies and
     whatever a kernel writes in between.
 
-    Args:
-      config: the architecture.
-      settings: how the model computes.
-      gradients: bytes of this device's shard of each trained parameter's gradient.
-      tokens: tokens of one micro-batch on this device.
+    `gradients` are the bytes of this device's shard of each trained parameter's gradient, and
+    `tokens` those of one micro-batch on this device.
     """
     size = settings.compute_dtype.itemsize
     passes = 2 + (settings.remat == "full")  # forward, backward, recomputation

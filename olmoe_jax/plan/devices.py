@@ -17,34 +17,21 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class DeviceKind:
-    """A kind of device. None stands for a figure that is not known or does not apply.
+    """A kind of device. None stands for a figure that is not known or does not apply."""
 
-    Attributes:
-      name: the vendor's name.
-      platform: jax's name, "gpu", "tpu" or "cpu"; selects the backends.
-      capacity: bytes that a program can get (on a TPU the compiler's limit); 0: this machine's
-        memory, divided by the number of devices.
-      reserve: bytes that no compiler counts: CUDA context, cuDNN and cuBLAS workspaces, NCCL.
-      flops: peak FLOP/s in bfloat16.
-      bandwidth: of the memory, bytes/s.
-      interconnect: bytes/s that a device can send while it receives as much.
-      per_host: number of devices that `interconnect` joins.
-      between_hosts: bytes/s that a device can send to another host.
-      install: command that installs the compiler.
-      shapes: TPU slice shapes by number of chips.
-    """
-
-    name: str
-    platform: str
+    name: str  # the vendor's
+    platform: str  # jax's name, "gpu", "tpu" or "cpu"; selects the backends
+    # Bytes that a program can get (on a TPU the compiler's limit); 0: this machine's memory,
+    # divided by the number of devices.
     capacity: int = 0
-    reserve: int = 0
-    flops: float | None = None
-    bandwidth: float | None = None
-    interconnect: float | None = None
-    per_host: int | None = None
-    between_hosts: float | None = None
-    install: str | None = None
-    shapes: dict[int, str] = dataclasses.field(default_factory=dict)
+    reserve: int = 0  # bytes that no compiler counts: CUDA context, cuDNN and cuBLAS, NCCL
+    flops: float | None = None  # peak FLOP/s in bfloat16
+    bandwidth: float | None = None  # of the memory, bytes/s
+    interconnect: float | None = None  # bytes/s that a device can send while it receives as much
+    per_host: int | None = None  # number of devices that `interconnect` joins
+    between_hosts: float | None = None  # bytes/s that a device can send to another host
+    install: str | None = None  # command that installs the compiler
+    shapes: dict[int, str] = dataclasses.field(default_factory=dict)  # TPU slices by their chips
 
 
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}

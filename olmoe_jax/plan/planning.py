@@ -15,9 +15,26 @@ from olmoe_jax.model.parameters import count_parameters
 from olmoe_jax.parallel import sharding
 from olmoe_jax.plan.costs import Roofline, microbatch_traffic, roofline
 from olmoe_jax.plan.devices import Topology, open_devices, parse_topology
-from olmoe_jax.plan.known import KNOWN, known_config
 from olmoe_jax.plan.programs import CompiledProgram, StepPrograms, device_bytes
 from olmoe_jax.training.base_model import check_positions, compute_settings, with_backends
+
+OLMOE_1B_7B = ModelConfig(
+    vocab_size=50304,
+    hidden_size=2048,
+    intermediate_size=1024,
+    num_layers=16,
+    num_heads=16,
+    num_kv_heads=16,
+    head_dim=128,
+    num_experts=64,
+    num_experts_per_token=8,
+    rope_theta=10000.0,
+    rms_norm_eps=1e-5,
+    pad_token_id=1,
+)
+"""The architecture of all releases of OLMoE-1B-7B, known without a network."""
+_PUBLISHED = "allenai/OLMoE-1B-7B-"
+"""The beginning of these releases' hub ids."""
 
 TUNED_EXPERTS = 4
 """Tuned experts per layer that a plan assumes for a run whose data decide which they are."""
@@ -27,33 +44,24 @@ TUNED_EXPERTS = 4
 class RunPlan:
     """The needs of a configuration on a topology. Bytes are those of one device.
 
-    Attributes:
-      settings: how the model computes, with the backends of the topology's platform.
-      experts_assumed: tuned experts per layer if the plan had to assume a number, else None.
-      trained, frozen: parameters that the model computes with (`count_parameters`).
-      programs: those of a step, and "evaluate" if the run evaluates. Their needs include arrays
-        that stay resident; what no compiler knows (CUDA context, workspaces, NCCL) is in the
-        topology's reserve.
-      divided: bytes of the arrays that shrink by half on twice as many devices.
-      flops: per token.
-      roofline: None for devices without figures.
-      seconds: time that planning took.
+    The needs of the programs include arrays that stay resident. What no compiler knows (CUDA
+    context, workspaces, NCCL) is in the topology's reserve.
     """
 
     config: Config
     topology: Topology
     mesh: dict[str, int]
-    settings: ModelSettings
-    experts_assumed: int | None
-    trained: int
+    settings: ModelSettings  # with the backends of the topology's platform
+    experts_assumed: int | None  # tuned experts per layer; None: nothing had to be assumed
+    trained: int  # parameters that the model computes with (`count_parameters`)
     frozen: int
     rows_per_step: int
     microbatches: int
-    programs: tuple[CompiledProgram, ...]
-    divided: int
-    flops: StepFlops
-    roofline: Roofline | None
-    seconds: float
+    programs: tuple[CompiledProgram, ...]  # those of a step; "evaluate" if the run evaluates
+    divided: int  # bytes of the arrays that shrink by half on twice as many devices
+    flops: StepFlops  # per token
+    roofline: Roofline | None  # None: the devices have no figures
+    seconds: float  # that planning took
 
     @property
     def largest(self) -> CompiledProgram:
@@ -91,14 +99,10 @@ def plan(
     """Plans a run; reads neither weights nor data, and needs no devices.
 
     The plan takes an adapter's sizes from the config and does not read method.adapter_path.
-
-    Args:
-      config: the run's configuration.
-      topology: KIND:COUNT or KIND:SHAPE, e.g. "h100:8", "v5e:2x4", "cpu:8".
-      rows_per_step: rows of data.max_seq_length tokens that the train.batch_size examples of a
-        step fill; None: one micro-batch, train.rows_per_device on every device.
-      tuned_experts: tuned experts per layer to assume of a run whose data decide which they are;
-        None: TUNED_EXPERTS.
+    `topology` is KIND:COUNT or KIND:SHAPE, e.g. "h100:8", "v5e:2x4", "cpu:8". `rows_per_step` are
+    the rows of data.max_seq_length tokens that the train.batch_size examples of a step fill; None:
+    one micro-batch, train.rows_per_device on every device. `tuned_experts` are those per layer to
+    assume of a run whose data decide which they are; None: TUNED_EXPERTS.
 
     Raises:
       UserError: a mistake in the configuration, an unknown topology or architecture, or the
@@ -149,8 +153,8 @@ def plan(
     # The update reads gradients, weights and moments, and writes weights and moments.
     traffic += sum(gradients.values()) + 2 * device_bytes(shapes.state)
     sent = [(p.runs_per_step, p.communication) for p in programs if p.communication]
-    wire = sum(runs * found.wire_bytes for runs, found in sent)
-    exposed = sum(runs * found.exposed_wire_bytes for runs, found in sent)
+    wire = sum(runs * found.total("wire_bytes") for runs, found in sent)
+    exposed = sum(runs * found.total("exposed_wire_bytes") for runs, found in sent)
 
     counts = count_parameters(shapes.trained | shapes.frozen)
     trained = sum(counts[name] for name in shapes.trained)
@@ -182,10 +186,9 @@ def _architecture(config: Config) -> ModelConfig:
         # A converted checkpoint or a run keeps the model's files in a directory of its own.
         inner = path / MODEL_DIRECTORY
         return read_model_config(inner if inner.is_dir() else path)
-    if known := known_config(name):
-        return known
-    published = ", ".join(f"{beginning}*" for beginning in KNOWN)
+    if name.startswith(_PUBLISHED):
+        return OLMOE_1B_7B
     raise UserError(
         f"{name}: no such directory, and the architecture of this hub id is not known here (only "
-        f"that of {published}); write a directory that holds the model's config.json"
+        f"that of {_PUBLISHED}*); write a directory that holds the model's config.json"
     )

@@ -29,7 +29,7 @@ from olmoe_jax.parallel.batch import DeviceBatch
 from olmoe_jax.plan.collectives import Communication, communication
 from olmoe_jax.training.parameters import kept_dtype
 from olmoe_jax.training.program import StepFunctions, step_functions
-from olmoe_jax.training.step import Accumulated, TrainState, initial_state
+from olmoe_jax.training.step import Accumulated, TrainState
 
 _STEPS = 1000
 """Length of the learning rate schedule: any number will do, no shape depends on it."""
@@ -37,20 +37,14 @@ _STEPS = 1000
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of one device while a program runs.
-
-    Attributes:
-      arguments, outputs, temporaries, code: what the compiler allocates for the program.
-      aliased: outputs that take the place of donated arguments, and so count once.
-      resident: the run's arrays that the program does not touch but that stay in memory.
-    """
+    """Bytes of one device while a program runs; the compiler allocates all but `resident`."""
 
     arguments: int
     outputs: int
-    aliased: int
+    aliased: int  # outputs that take the place of donated arguments, and so count once
     temporaries: int
     code: int
-    resident: int
+    resident: int  # the run's arrays that the program does not touch but that stay in memory
 
     @property
     def peak(self) -> int:
@@ -61,21 +55,13 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class CompiledProgram:
-    """One program of a run.
+    """One program of a run."""
 
-    Attributes:
-      name: "expert_load", "accumulate", "update", "hold_tuned" or "evaluate".
-      runs_per_step: how often a training step runs the program.
-      memory: None if the compiler refused the program for its size.
-      needs: bytes of one device at the peak, known for a refused program too.
-      communication: of one run of the program; None if the compiler does not show it.
-    """
-
-    name: str
-    runs_per_step: int
-    memory: Memory | None
-    needs: int
-    communication: Communication | None
+    name: str  # "expert_load", "accumulate", "update", "hold_tuned" or "evaluate"
+    runs_per_step: int  # how often a training step runs the program
+    memory: Memory | None  # None: the compiler refused the program for its size
+    needs: int  # bytes of one device at the peak, known for a refused program too
+    communication: Communication | None  # of one run; None: the compiler does not show it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +107,7 @@ class StepPrograms:
         self.shapes = _shapes(self.functions, config, trained, frozen, mesh)
 
     def compile(self, name: str, runs_per_step: int) -> CompiledProgram:
-        """Compiles the program `name` for the mesh's devices."""
+        """Compiles the program `name` and reads what it needs."""
         _, arguments, untouched = self._program(name)
         resident = sum(map(device_bytes, untouched))
         try:
@@ -145,9 +131,23 @@ class StepPrograms:
         return CompiledProgram(name, runs_per_step, memory, memory.peak, shown)
 
     def executable(self, name: str) -> tuple[Any, str | None]:
-        """Returns the compiled program, and its optimised HLO if the compiler shows it."""
+        """Compiles a program for the mesh's devices; returns it, and its optimised HLO if shown."""
         function, arguments, _ = self._program(name)
-        return _compile(function, arguments, self.mesh)
+        device = self.mesh.devices.flat[0]
+        # Both say which devices to compile for: the lowering, and kernels that ask for the default
+        # device. Otherwise jax takes the devices of this process.
+        platform = "cuda" if device.platform == "gpu" else device.platform
+        with jax.set_mesh(self.mesh), jax.default_device(device):
+            lowered = function.trace(*arguments).lower(lowering_platforms=(platform,))
+            if platform != "tpu":
+                compiled = lowered.compile()
+                return compiled, compiled.as_text()
+            # libtpu does not return the text of some programs, but writes all of them to files.
+            with tempfile.TemporaryDirectory() as directory:
+                dump = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True}
+                compiled = lowered.compile(compiler_options=dump)
+                files = list(Path(directory).glob("*.after_optimizations.txt"))
+                return compiled, files[0].read_text() if files else None
 
     def _program(self, name: str) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...]]:
         """Returns a jitted function, its arguments, and the run's arrays that it leaves alone."""
@@ -186,47 +186,18 @@ def _shapes(
     functions: StepFunctions, config: Config, trained: Parameters, frozen: Parameters, mesh: Mesh
 ) -> Shapes:
     """Returns the shapes and shardings of everything that a step reads or writes."""
-    trainer = functions.trainer
     by_device, everywhere = NamedSharding(mesh, sharding.BATCH), NamedSharding(mesh, P())
     rows = (config.train.rows_per_device * mesh.size, config.data.max_seq_length)
     integers = jax.ShapeDtypeStruct(rows, jnp.int32, sharding=by_device)
     weights = jax.ShapeDtypeStruct(rows, jnp.float32, sharding=by_device)
-
-    def place(shape: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
-
-    state = jax.eval_shape(lambda p: initial_state(p, trainer.optimizer), trained)
-    _, *sums = jax.eval_shape(trainer.zero_sums, trained)
-    sums = jax.tree.map(lambda shape: place(shape, everywhere), sums)
     return Shapes(
         trained=trained,
         frozen=frozen,
-        state=jax.tree.map(place, state, functions.state_shardings),
-        accumulated=Accumulated(trained, *sums),
+        state=functions.initial.eval_shape(trained),
+        accumulated=functions.zero_sums.eval_shape(),
         batch=DeviceBatch(*[integers] * 4, weights),
         position=jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=everywhere),
     )
-
-
-def _compile(
-    function: Callable[..., Any], arguments: tuple[Any, ...], mesh: Mesh
-) -> tuple[Any, str | None]:
-    """Returns a jitted function compiled for the mesh's devices, and its optimised HLO."""
-    device = mesh.devices.flat[0]
-    # Both say which devices to compile for: the lowering, and kernels that ask for the default
-    # device. Otherwise jax takes the devices of this process.
-    platform = "cuda" if device.platform == "gpu" else device.platform
-    with jax.set_mesh(mesh), jax.default_device(device):
-        lowered = function.trace(*arguments).lower(lowering_platforms=(platform,))
-        if platform != "tpu":
-            compiled = lowered.compile()
-            return compiled, compiled.as_text()
-        # libtpu does not return the text of some programs, but writes all of them to files.
-        with tempfile.TemporaryDirectory() as directory:
-            dump = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True}
-            compiled = lowered.compile(compiler_options=dump)
-            files = list(Path(directory).glob("*.after_optimizations.txt"))
-            return compiled, files[0].read_text() if files else None
 
 
 def _refused_bytes(message: str) -> int | None:

@@ -76,12 +76,12 @@ def _memory(program: CompiledProgram) -> dict[str, int]:
     return {**(vars(program.memory) if program.memory else {}), "peak": program.needs}
 
 
-def _collective_bytes(plan: RunPlan, part: str) -> int | None:
+def _collective_bytes(plan: RunPlan, part: str) -> float | None:
     """Returns bytes of a step's collectives; None if the compiler does not show some of them."""
     running = [program for program in plan.programs if program.runs_per_step]
     if any(program.communication is None for program in running):
         return None
-    return sum(program.runs_per_step * getattr(program.communication, part) for program in running)
+    return sum(program.runs_per_step * program.communication.total(part) for program in running)
 
 
 def _assumptions(plan: RunPlan) -> Iterator[str]:
@@ -113,15 +113,16 @@ def to_text(facts: Mapping[str, Any]) -> str:
 
 
 _IN_VERDICT = (
-    *("peak_gib_per_device", "peak_program", "capacity_gib", "reserve_gib", "headroom_gib"),
-    *("fits", "advice"),
+    "peak_gib_per_device",
+    "peak_program",
+    "capacity_gib",
+    "reserve_gib",
+    "headroom_gib",
+    "fits",
+    "advice",
 )
-_BYTES = (
-    *(field.name for field in dataclasses.fields(Memory)),
-    *("peak", "bytes", "wire_bytes", "hidden_bytes", "exposed_wire_bytes"),
-    *("collective_bytes_per_step", "collective_bytes_hidden_per_step"),
-)
-"""Facts and columns of tables that `to_text` prints in GiB."""
+_MEMORY = {"peak", *(field.name for field in dataclasses.fields(Memory))}
+"""Columns of the table `memory`, all in bytes."""
 
 
 def _lines(name: str, value: Any) -> Iterator[str]:
@@ -158,7 +159,7 @@ def _cell(name: str, value: Any) -> str:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if name in _BYTES:
+    if name in _MEMORY or "bytes" in name:
         return f"{value / GIB:.3f} GiB"
     if isinstance(value, float):
         return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"

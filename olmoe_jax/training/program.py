@@ -29,15 +29,14 @@ from olmoe_jax.training.step import Accumulated, StepMetrics, Trainer, TrainStat
 
 @dataclasses.dataclass(frozen=True)
 class StepFunctions:
-    """The jitted functions of a step and the shardings of their results.
+    """The jitted functions of a step.
 
     Training calls them with arrays; `olmoe_jax.plan` compiles them for shapes.
     """
 
     trainer: Trainer
-    state_shardings: TrainState  # of NamedSharding
-    accumulated_shardings: Accumulated  # of NamedSharding; one for all router statistics
-    zero_sums: Callable[[], Accumulated]
+    initial: Any  # jitted `initial_state` of the trained parameters, which are donated
+    zero_sums: Any  # jitted: () -> Accumulated
     expert_load: Callable[..., jax.Array]
     accumulate: Callable[..., Accumulated]
     update: Callable[..., tuple[TrainState, StepMetrics]]
@@ -49,7 +48,7 @@ class StepFunctions:
 class Program(StepFunctions):
     """The functions of a run's steps and the arrays that they start from.
 
-    The experts among `frozen` change where some of them are tuned: see `hold`.
+    If experts are tuned, `hold` changes the experts among `frozen`.
     """
 
     mesh: Mesh
@@ -65,9 +64,9 @@ class Program(StepFunctions):
         return state, metrics
 
     def hold(self, trained: Parameters) -> None:
-        """Brings the tuned experts, if there are any, to where the model reads them: `frozen`.
+        """Copies the tuned experts, if there are any, into `frozen`, where the model reads them.
 
-        An update does so; whoever takes other trained parameters calls this first.
+        `step` does it after each update. Call it after any other change of trained parameters.
         """
         if self.hold_tuned:
             held = self.hold_tuned({name: self.frozen[name] for name in HOLDERS}, trained)
@@ -95,8 +94,7 @@ def build_program(config: Config, model: BaseModel, mesh: Mesh, total_steps: int
     """Loads or draws the parameters and prepares the functions of a step (compiled when called)."""
     trained, frozen = initial_parameters(config, model, mesh)
     functions = step_functions(config, model.config, model.settings, trained, mesh, total_steps)
-    make = functools.partial(initial_state, optimizer=functions.trainer.optimizer)
-    state = jax.jit(make, out_shardings=functions.state_shardings, donate_argnums=0)(trained)
+    state = functions.initial(trained)
     program = Program(**vars(functions), mesh=mesh, state=state, frozen=frozen)
     program.hold(state.parameters)
     return program
@@ -112,13 +110,8 @@ def step_functions(
 ) -> StepFunctions:
     """Returns the functions of a step.
 
-    Args:
-      config: of the run.
-      model_config: the architecture.
-      settings: how the model computes, the method's decisions included.
-      trained: the parameters that train, or their shapes and dtypes.
-      mesh: the devices.
-      total_steps: of the run, for the learning rate.
+    `settings` include the method's decisions, and `trained` may be shapes and dtypes. The learning
+    rate needs `total_steps`, the run's.
     """
     options = config.optimizer
     trainer = Trainer(
@@ -145,8 +138,8 @@ def step_functions(
     replicated: Any = NamedSharding(mesh, P())
     by_name = sharding.parameter_shardings(parameter_specs(model_config, settings), mesh)
     gradients: Any = {name: by_name[name] for name in trained}
-    accumulated_shardings = Accumulated(gradients, replicated, replicated)
-    places = state_shardings(trainer, trained, by_name, mesh)
+    sums = Accumulated(gradients, replicated, replicated)
+    state = _state_shardings(trainer, trained, by_name, mesh)
     platform, ahead = mesh.devices.flat[0].platform, overlap.serves(mesh, settings.remat)
     jit: Any = functools.partial(jax.jit, compiler_options=compiler_options(platform, ahead))
     # Not the arrays: what a function closes over stays alive.
@@ -160,29 +153,26 @@ def step_functions(
         )
     return StepFunctions(
         trainer,
-        places,
-        accumulated_shardings,
-        zero_sums=jit(
-            functools.partial(trainer.zero_sums, shapes), out_shardings=accumulated_shardings
+        initial=jax.jit(
+            functools.partial(initial_state, optimizer=trainer.optimizer),
+            donate_argnums=0,
+            out_shardings=state,
         ),
+        zero_sums=jit(functools.partial(trainer.zero_sums, shapes), out_shardings=sums),
         expert_load=jit(trainer.expert_load, out_shardings=replicated),
-        accumulate=jit(trainer.accumulate, donate_argnums=2, out_shardings=accumulated_shardings),
-        update=jit(trainer.update, donate_argnums=0, out_shardings=(places, replicated)),
+        accumulate=jit(trainer.accumulate, donate_argnums=2, out_shardings=sums),
+        update=jit(trainer.update, donate_argnums=0, out_shardings=(state, replicated)),
         evaluate=jit(trainer.evaluate),
         hold_tuned=hold,
     )
 
 
-def state_shardings(
+def _state_shardings(
     trainer: Trainer, trained: Parameters, by_name: dict[str, NamedSharding], mesh: Mesh
 ) -> TrainState:
-    """Returns the shardings of a run's state; moments lie with their parameters.
+    """Returns the shardings of a run's state, a tree of `NamedSharding`.
 
-    Args:
-      trainer: holds the optimizer, whose state it is.
-      trained: the parameters that train, or their shapes and dtypes.
-      by_name: the parameters' shardings.
-      mesh: the devices.
+    Moments lie with their parameters. `by_name` are the parameters' shardings.
     """
     replicated = NamedSharding(mesh, P())
 

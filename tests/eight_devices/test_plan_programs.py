@@ -67,7 +67,7 @@ def trained(config):
         "outputs": stats.output_size_in_bytes,
         "aliased": stats.alias_size_in_bytes,
         "temporaries": stats.temp_size_in_bytes,
-        "communicated": communication(compiled.as_text()).bytes,
+        "communicated": communication(compiled.as_text()).total("bytes"),
     }
 
 

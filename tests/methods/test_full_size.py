@@ -16,7 +16,7 @@ from olmoe_jax.config.load import load_config
 from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.model.decoder import parameter_specs
 from olmoe_jax.parallel.batch import DeviceBatch
-from olmoe_jax.plan.known import OLMOE_1B_7B
+from olmoe_jax.plan.planning import OLMOE_1B_7B
 from olmoe_jax.training.introduction import parameter_table
 from olmoe_jax.training.optimizer import adamw, schedule
 from olmoe_jax.training.step import Trainer, initial_state

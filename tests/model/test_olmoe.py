@@ -17,7 +17,7 @@ from olmoe_jax.model.lora import LoraSettings
 from olmoe_jax.model.parameters import merge, split
 from olmoe_jax.ops.cross_entropy import weighted_cross_entropy
 from olmoe_jax.ops.routing import RouterStatistics, load_balancing_loss
-from olmoe_jax.plan.known import OLMOE_1B_7B
+from olmoe_jax.plan.planning import OLMOE_1B_7B
 
 TOKENS = np.random.default_rng(0).integers(2, 61, (2, 12))
 

@@ -131,8 +131,8 @@ COMPUTATIONS = (
 def test_what_a_kernel_hides(collective, before, beside, hidden):
     start, done = collective
     result = communication(module(before + start + beside + done, COMPUTATIONS))
-    assert result.hidden_bytes == hidden * result.bytes
-    assert result.exposed_wire_bytes == (not hidden) * result.wire_bytes
+    assert result.total("hidden_bytes") == hidden * result.total("bytes")
+    assert result.total("exposed_wire_bytes") == (not hidden) * result.total("wire_bytes")
 
 
 def test_a_chain_of_fusions_is_one_collective():

@@ -20,7 +20,7 @@ from olmoe_jax.config import from_dict
 from olmoe_jax.parallel import sharding
 from olmoe_jax.plan.devices import open_devices, parse_topology, prepare_environment
 from olmoe_jax.plan.hlo import Computation, Instruction, parse
-from olmoe_jax.plan.known import OLMOE_1B_7B
+from olmoe_jax.plan.planning import OLMOE_1B_7B
 from olmoe_jax.plan.programs import StepPrograms
 from olmoe_jax.training.base_model import compute_settings, with_backends
 
