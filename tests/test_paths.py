@@ -48,12 +48,12 @@ COMMANDS = [
         "--data --tokenizer",
     ),
     (
-        "olmoe_jax.methods.esft_command",
+        "olmoe_jax.esft",
         "score --model MODEL --data ROWS --output OUT",
         "--model --data --tokenizer --output",
     ),
     (
-        "olmoe_jax.methods.esft_command",
+        "olmoe_jax.esft",
         "select --scores FILE --function gate --top_p 0.1 --output OUT",
         "--scores --output",
     ),

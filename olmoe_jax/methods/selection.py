@@ -83,19 +83,6 @@ def scores_to_json(scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
     }
 
 
-def check_top_p(top_p: float, name: str) -> None:
-    """Checks the share of a layer's score to reach; `name` is what the user calls the share.
-
-    Accepts up to 1.1: rounded scores may sum to a little less than 1, and a share above 1 then
-    still selects every expert. The published scripts are used so.
-
-    Raises:
-      UserError: the share is out of range.
-    """
-    if not 0 < top_p <= 1.1:
-        raise UserError(f"{name}={top_p}: must be above 0 and at most 1; write e.g. 0.2")
-
-
 def select(
     scores: np.ndarray, top_p: float, normalization: Normalization = "within_layer"
 ) -> ExpertConfig:

@@ -209,7 +209,7 @@ KINDS = {
         _batch,
     ),
     "scores": Kind(
-        "olmoe_jax.methods.esft_command",
+        "olmoe_jax.esft",
         (
             *("select", "--scores", "{case}/scores.json", "--function", "gate"),
             *("--top_p", "0.5", "--output", "{out}"),

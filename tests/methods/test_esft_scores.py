@@ -9,9 +9,9 @@ from helpers import message_of, relative_error
 from tiny import BYTES, LENGTHS, ROWS, make_examples, tiny_config, write_base
 
 from olmoe_jax import data
+from olmoe_jax import esft as command
 from olmoe_jax.checkpoints.huggingface import HFCheckpoint
 from olmoe_jax.checkpoints.loading import load_parameters
-from olmoe_jax.methods import esft_command as command
 from olmoe_jax.methods.scoring import expert_scores
 from olmoe_jax.model.config import ModelSettings
 from olmoe_jax.model.decoder import graph_of

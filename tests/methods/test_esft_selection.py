@@ -7,10 +7,10 @@ import pytest
 from helpers import assert_user_error, run_module
 from tiny import tiny_config
 
+from olmoe_jax import esft as command
 from olmoe_jax.checkpoints.expert_config import ExpertConfig, read_expert_config
 from olmoe_jax.checkpoints.safetensors_file import load
 from olmoe_jax.errors import UserError
-from olmoe_jax.methods import esft_command as command
 from olmoe_jax.methods.selection import read_scores, scores_to_json, select
 
 CONFIG = tiny_config()
