@@ -17,6 +17,7 @@ from olmoe_jax.config.options import (
 from olmoe_jax.config.values import (
     apply_overrides,
     first_difference,
+    flatten,
     from_dict,
     to_dict,
     validate,
@@ -34,6 +35,7 @@ __all__ = [
     "TrainOptions",
     "apply_overrides",
     "first_difference",
+    "flatten",
     "from_dict",
     "to_dict",
     "validate",

@@ -91,8 +91,8 @@ def first_difference(
     Returns None if they agree. A field that `old` lacks had its default: the run started before
     the field existed.
     """
-    had = {path: field.default for path, field in FIELDS.items()} | _flatten(old)
-    says = _flatten(new)
+    had = {path: field.default for path, field in FIELDS.items()} | flatten(old)
+    says = flatten(new)
     for path, value in had.items():
         if (gone := REMOVED.get(path)) and (gone.free or value == gone.default):
             continue
@@ -103,7 +103,8 @@ def first_difference(
     return None
 
 
-def _flatten(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def flatten(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns a `to_dict` result as {"section.field": value}."""
     return {
         f"{section}.{name}": v for section, inside in values.items() for name, v in inside.items()
     }

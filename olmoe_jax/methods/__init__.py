@@ -13,11 +13,7 @@ __all__ = ["Base", "Method", "Preparation", "build", "implementation"]
 
 
 def build(options: MethodOptions, config: ModelConfig) -> Method:
-    """Makes the method that a run's options ask for.
-
-    Args:
-      options: a validated section `method`.
-      config: the model's architecture.
+    """Makes the method that a run's validated options ask for.
 
     Raises:
       UserError: the options do not fit the model, or an expert config cannot be read.

@@ -28,14 +28,6 @@ class ExpertTuning(Method):
 
     A subclass says which experts are tuned: `choose`, or `choose_by_data`. An expert config may say
     that all modules but the experts train too (`non_expert_modules`), the router among them.
-
-    Args:
-      options: see `Method`.
-      config: see `Method`.
-
-    Attributes:
-      experts: the tuned experts, from method.experts_path; None: the method chooses them when the
-        run is prepared.
     """
 
     trains_head = False
@@ -44,6 +36,7 @@ class ExpertTuning(Method):
     def __init__(self, options: MethodOptions, config: ModelConfig):
         super().__init__(options, config)
         path = options.experts_path
+        # The tuned experts; None: the method chooses them when the run is prepared.
         self.experts = read_expert_config(Path(path), config) if path else None
 
     def choose(self, seed: int) -> ExpertConfig | None:

@@ -20,12 +20,10 @@ from olmoe_jax.model.parameters import ROUTER
 
 
 class Lora(Method):
-    """Adapters of another method's run: only they train, and the router at full rank.
+    """Another method with adapters: they train, and the router at full rank if it trains there.
 
-    Args:
-      full: says how the router learns.
-      lora: the adapters.
-      router_trains: whether the router trains; None: as `full` says.
+    `full` is the other method, which says how the router learns; `router_trains` overrides whether
+    it trains.
     """
 
     export_name = "adapter"

@@ -34,35 +34,21 @@ class Base(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Preparation:
-    """The things that a method may look at before a run's parameters are made.
+    """The things that a method may look at before a run's parameters are made."""
 
-    Attributes:
-      output: the run's directory.
-      source: the base's checkpoint; None: random weights of `seed`.
-      settings: how the model computes.
-      mesh: the devices.
-      dataset: the training examples.
-      layout: how examples become rows (`olmoe_jax.training.datasets.row_layout`).
-      seed: of the run.
-    """
-
-    output: Path
-    source: Source | None
-    settings: ModelSettings
+    output: Path  # the run's directory
+    source: Source | None  # the base's checkpoint; None: random weights of `seed`
+    settings: ModelSettings  # how the model computes
     mesh: Mesh
-    dataset: TokenizedDataset
-    layout: dict[str, Any]
-    seed: int
+    dataset: TokenizedDataset  # the training examples
+    layout: dict[str, Any]  # how examples become rows (`olmoe_jax.training.datasets.row_layout`)
+    seed: int  # of the run
 
 
 class Method:
     """Conventional full fine-tuning: every weight trains, the router through the top-k experts.
 
     A subclass says what differs.
-
-    Args:
-      options: the section `method` of the run's configuration.
-      config: the model's architecture.
     """
 
     dense_router_gradient = False
@@ -103,14 +89,10 @@ class Method:
         return self
 
     def for_plan(self, seed: int, experts_per_layer: int) -> tuple[Self, int | None]:
-        """Returns the method as a plan sees it, which prepares nothing.
+        """Returns the method as a plan sees it, and how many tuned experts per layer it assumes.
 
-        Args:
-          seed: the run's.
-          experts_per_layer: tuned experts to assume where only data can tell which they are.
-
-        Returns:
-          The method, and how many tuned experts per layer are assumed; None: nothing is assumed.
+        A plan prepares nothing. Where only data can tell which experts are tuned, it assumes
+        `experts_per_layer` of them. None: nothing is assumed.
         """
         return self, None
 

@@ -39,15 +39,8 @@ def expert_scores(
     An expert's gate score is the mean of its softmax probability. Its token score is the share of
     the tokens whose probability for the expert is at least THRESHOLD, divided by K.
 
-    Args:
-      graph: the model's structure.
-      parameters: the base's parameters.
-      config: the architecture.
-      mesh: the devices that hold the parameters.
-      dataset: the task's examples.
-      max_tokens: how many tokens to score; takes whole examples until they hold this many.
-      seed: seeds the order in which examples are taken.
-      layout: how examples become rows, as keyword arguments of `data.evaluation_batches`.
+    Whole examples are taken, in an order by `seed`, until they hold `max_tokens`. `layout` says how
+    they become rows, as keyword arguments of `data.evaluation_batches`.
 
     Returns:
       {"gate": [L, E], "token": [L, E]} float64, and the number of scored tokens.

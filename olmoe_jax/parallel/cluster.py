@@ -51,18 +51,14 @@ _TPU_DEVICES = ("accel*", "vfio/[0-9]*")
 class Cluster:
     """The processes of a run, and which of them this one is.
 
-    `jax.distributed.initialize()` finds what is None.
-
-    coordinator_address: HOST:PORT at which process 0 serves the others.
-    local_device_ids: the GPUs that this process takes; an empty list: all that it sees.
-    heartbeat_timeout: seconds.
+    None: `jax.distributed.initialize()` finds the value.
     """
 
-    coordinator_address: str | None = None
+    coordinator_address: str | None = None  # HOST:PORT at which process 0 serves the others
     num_processes: int | None = None
     process_id: int | None = None
-    local_device_ids: list[int] | None = None
-    heartbeat_timeout: int = HEARTBEAT_TIMEOUT
+    local_device_ids: list[int] | None = None  # GPUs of this process; empty: all that it sees
+    heartbeat_timeout: int = HEARTBEAT_TIMEOUT  # seconds
 
 
 def find_cluster(

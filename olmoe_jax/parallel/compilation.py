@@ -28,12 +28,10 @@ _ONE_SCATTER = {"xla_gpu_reduce_scatter_combine_threshold_bytes": 2**32}
 
 
 def compiler_options(platform: str, layers_ahead: bool) -> dict[str, bool | int] | None:
-    """Returns XLA's options for the programs of a step.
+    """Returns XLA's options for the programs of a step on a platform ("cpu", "gpu" or "tpu").
 
-    Args:
-      platform: "cpu", "gpu" or "tpu".
-      layers_ahead: whether the layers run as in `olmoe_jax.model.overlap`, where all gradients of a
-        layer are there before the first is scattered.
+    `layers_ahead`: the layers run as in `olmoe_jax.model.overlap`, where all gradients of a layer
+    are there before the first is scattered.
     """
     if platform != "gpu":
         return None

@@ -23,23 +23,14 @@ from olmoe_jax.parallel import distributed, sharding
 
 @dataclasses.dataclass(frozen=True)
 class BaseModel:
-    """The base model of a run, and the method that fine-tunes it.
+    """The base model of a run, and the method that fine-tunes it."""
 
-    Attributes:
-      config: the architecture.
-      compute: how the model computes, without the method's decisions.
-      method: what trains, and how the router learns.
-      source: the base's checkpoint; None: random weights.
-      files: the directory with config.json and the generation config.
-      tokenizer_files: the directory with the tokenizer.
-    """
-
-    config: ModelConfig
-    compute: ModelSettings
-    method: Method
-    source: Source | None
-    files: Path
-    tokenizer_files: Path
+    config: ModelConfig  # the architecture
+    compute: ModelSettings  # how the model computes, without the method's decisions
+    method: Method  # what trains, and how the router learns
+    source: Source | None  # the base's checkpoint; None: random weights
+    files: Path  # the directory with config.json and the generation config
+    tokenizer_files: Path  # the directory with the tokenizer
 
     @property
     def settings(self) -> ModelSettings:

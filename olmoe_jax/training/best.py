@@ -24,11 +24,7 @@ def score_of(metrics: Mapping[str, float]) -> float:
 
 
 class Best:
-    """The best number of a run so far.
-
-    Args:
-      options: with the best_metric to compare.
-    """
+    """The best number of a run so far, by train.best_metric."""
 
     def __init__(self, options: TrainOptions):
         self._metric = options.best_metric

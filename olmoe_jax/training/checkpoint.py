@@ -61,12 +61,9 @@ class Restored:
 
 
 class Checkpointer:
-    """Saves checkpoints in the background; keeps the latest few and the best.
+    """Saves checkpoints in the background; keeps the latest `keep` and the best.
 
-    Args:
-      output: the run's directory.
-      keep: latest checkpoints to keep.
-      identity: what a checkpoint must agree on to be continued (JSON: architecture, data).
+    `identity` is what a checkpoint must agree on to be continued (JSON: architecture, data).
     """
 
     def __init__(self, output: Path, keep: int, identity: dict[str, Any]):
@@ -84,8 +81,8 @@ class Checkpointer:
             (output / CHECKPOINTS).absolute(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=AnyPreservationPolicy([preservation.LatestN(keep), best]),
-                # The policy alone would forget the best when the run is continued: without this,
-                # a checkpoint's metrics are not written.
+                # Without best_fn Orbax does not write the metrics, and a continued run would not
+                # know its best.
                 best_fn=score_of,
                 cleanup_tmp_directories=True,
                 # Making the directories in the background, too, would have threads wait for each
@@ -102,7 +99,7 @@ class Checkpointer:
         self,
         step: int,
         state: TrainState,
-        kept_with_it: Parameters,
+        frozen: Parameters,
         data: dict[str, Any],
         report: dict[str, Any],
         best: dict[str, float] | None,
@@ -112,13 +109,13 @@ class Checkpointer:
         Args:
           step: the number of finished steps, which names the checkpoint: `state.step`, which the
             host knows without waiting for the devices.
-          state: what the checkpoint holds.
-          kept_with_it: frozen parameters that exist nowhere else.
+          state: the trained parameters, the optimizer's state and the counters.
+          frozen: frozen parameters that exist nowhere else.
           data: the state of the Grain iterator.
           report: what `Reporter.flush` returned.
           best: what `Best.improvement` returned; None: the checkpoint is not the best so far.
         """
-        tree = {**state._asdict(), "frozen": kept_with_it}
+        tree = {**state._asdict(), "frozen": frozen}
         save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
         with self._saving():
             self._manager.wait_until_finished()  # until its checksums are written, too

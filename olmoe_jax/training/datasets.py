@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from olmoe_jax import data
+from olmoe_jax.checkpoints import directory
 from olmoe_jax.checkpoints.turn_ends import read_turn_ends, write_turn_ends
 from olmoe_jax.config import Config, first_difference, to_dict
 from olmoe_jax.data.chat_template import write_template
@@ -20,21 +21,13 @@ from olmoe_jax.training.base_model import BaseModel
 
 @dataclasses.dataclass(frozen=True)
 class Datasets:
-    """Tokenised examples.
-
-    Attributes:
-      train: the training examples.
-      evaluation: the evaluation examples.
-      pad_id: the token id of padding.
-      rules: how rows became text.
-      ends: the token ids that end a turn.
-    """
+    """Tokenised examples."""
 
     train: data.TokenizedDataset
     evaluation: data.TokenizedDataset | None
-    pad_id: int
-    rules: data.RowRules
-    ends: list[int]
+    pad_id: int  # the token id of padding
+    rules: data.RowRules  # how rows became text
+    ends: list[int]  # the token ids that end a turn
 
     def identity(self) -> dict[str, Any]:
         """Returns what a continued run must find unchanged."""
@@ -106,12 +99,15 @@ def check_same_everywhere(config: Config, datasets: Datasets) -> None:
             )
 
 
-def write_format(config: Config, datasets: Datasets, files: Path) -> None:
-    """Makes the files that the exports carry say how the examples are: chat template, end ids."""
+def write_model_files(config: Config, model: BaseModel, datasets: Datasets, target: Path) -> None:
+    """Writes all files of an export but its weights: the base's, with this run's chat format."""
+    names = (*directory.MODEL_FILES, directory.CARD, *directory.LICENSE_FILES)
+    directory.copy_files(model.files, target, names)
+    directory.copy_files(model.tokenizer_files, target, directory.TOKENIZER_FILES)
     # With auto, the template is in the files already.
     if config.data.chat_template != "auto":
-        write_template(files, datasets.rules.template)
-    write_turn_ends(files, datasets.ends)
+        write_template(target, datasets.rules.template)
+    write_turn_ends(target, datasets.ends)
 
 
 def training_data(config: Config, datasets: Datasets, mesh: Mesh) -> data.TrainingData:

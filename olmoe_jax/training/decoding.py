@@ -25,52 +25,33 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BATCH_SIZE = 16
-"""Prompts decoded together, before this is rounded up to a multiple of the devices."""
+"""Prompts decoded together; on more devices than this, one on each."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """An answer of the model beside the answer in the data.
+    """An answer of the model beside the answer in the data."""
 
-    Attributes:
-      prompt: the text that the model continued.
-      expected: the answer in the data.
-      output: what the model wrote.
-      right: whether `output` matches `expected`.
-    """
-
-    prompt: str
-    expected: str
-    output: str
-    right: bool
+    prompt: str  # the text that the model continued
+    expected: str  # the answer in the data
+    output: str  # what the model wrote
+    right: bool  # whether `output` matches `expected`
 
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """A sample of the evaluation examples as texts, the longest prompt first.
-
-    Attributes:
-      tokenizer: the tokenizer of the run.
-      texts: (prompt, expected answer) of each example.
-      scorer: how an answer is compared.
-      max_new_tokens: the length at which an answer is cut.
-      ends: the token ids that end an answer.
-    """
+    """A sample of the evaluation examples as texts, the longest prompt first."""
 
     tokenizer: "PreTrainedTokenizerBase"
-    texts: list[tuple[str, str]]
-    scorer: Scorer
-    max_new_tokens: int
-    ends: list[int]
+    texts: list[tuple[str, str]]  # (prompt, expected answer) of each example
+    scorer: Scorer  # how an answer is compared
+    max_new_tokens: int  # the length at which an answer is cut
+    ends: list[int]  # the token ids that end an answer
 
     def answers(self, program: Program, parameters: Parameters) -> list[Answer]:
-        """Returns the model's answer to each prompt; call under the run's mesh.
+        """Returns the answer to each prompt of the model with these trained parameters.
 
-        Decoding changes nothing of the run.
-
-        Args:
-          program: the run's program, for its graph and its frozen parameters.
-          parameters: the trainable parameters at the current step.
+        Decoding changes nothing of the run. Call it under the run's mesh.
         """
         dtype = program.trainer.settings.compute_dtype
         # Decoding reads every weight once per token, so cast the weights once, not at each read.
@@ -79,24 +60,19 @@ class HeldOut:
             name: value if name == ROUTER or isinstance(value, Quantized) else value.astype(dtype)
             for name, value in (parameters | program.frozen).items()
         }
-        prompts = [prompt for prompt, _ in self.texts]
-        # Each device decodes as many rows as the others: repeat the last prompt to fill the batch.
-        devices = program.mesh.size
-        size = -(-min(_BATCH_SIZE, len(prompts)) // devices) * devices
-        filled = prompts + [prompts[-1]] * (-len(prompts) % size)
         outputs = generate(
             merge(program.trainer.graph, values),
             self.tokenizer,
-            filled,
+            [prompt for prompt, _ in self.texts],
             max_new_tokens=self.max_new_tokens,
-            batch_size=size,
+            batch_size=max(_BATCH_SIZE, program.mesh.size),
             ends=self.ends,
             # `held_out_sample` chose these examples; as texts they may have other tokens.
             allow_extrapolation=True,
         )
         return [
             Answer(prompt, expected, output, exact_match(self.scorer, output, expected))
-            for (prompt, expected), output in zip(self.texts, outputs, strict=False)
+            for (prompt, expected), output in zip(self.texts, outputs, strict=True)
         ]
 
 
@@ -120,7 +96,7 @@ def held_out_sample(config: Config, model: BaseModel, datasets: Datasets) -> Hel
     if room < 1:
         raise UserError(
             f"generate.max_new_tokens={options.max_new_tokens}: the model has {positions} "
-            f"positions, prompt included; write fewer, or generate.every=none"
+            "positions, prompt included; write fewer, or generate.every=none"
         )
     found: list[tuple[np.ndarray, np.ndarray]] = []
     for index in np.random.RandomState(config.train.seed).permutation(len(evaluation)):

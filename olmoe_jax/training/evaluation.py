@@ -15,27 +15,17 @@ from olmoe_jax.training.step import changed_choices
 
 
 class Evaluated(NamedTuple):
-    """The result of an evaluation.
-
-    Attributes:
-      loss: the mean loss per trained target.
-      changed: the share of the first batch's routing choices that were not there before training.
-      sets: the mean loss per trained target of each set that has a name.
-    """
+    """The result of an evaluation. Losses are means per trained target."""
 
     loss: float
-    changed: float
-    sets: dict[str, float]
+    changed: float  # the share of the first batch's routing choices that training changed
+    sets: dict[str, float]  # the loss of each set that has a name
 
 
 class Evaluation:
     """The evaluation of a run's held-out examples.
 
-    Args:
-      config: of the run.
-      examples: the held-out examples.
-      datasets: of the run.
-      program: with the parameters that the run starts from, whose routing is remembered.
+    `program` has the parameters that the run starts from, whose routing is remembered.
     """
 
     def __init__(

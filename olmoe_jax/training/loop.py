@@ -10,15 +10,18 @@ import jax
 import numpy as np
 
 from olmoe_jax import data
+from olmoe_jax.checkpoints.metrics import read_metrics
+from olmoe_jax.checkpoints.opening import RunCheckpoint
 from olmoe_jax.config import Config, to_dict, validate
 from olmoe_jax.errors import UserError
-from olmoe_jax.methods import Preparation
+from olmoe_jax.methods import Method, Preparation
 from olmoe_jax.model.flops import step_flops_per_token
 from olmoe_jax.parallel import distributed, sharding
 from olmoe_jax.parallel.preemption import Preemption
+from olmoe_jax.plots import plot_losses
 from olmoe_jax.training import run_directory
 from olmoe_jax.training.base_model import BaseModel, open_model
-from olmoe_jax.training.best import Best
+from olmoe_jax.training.best import Best, best_step
 from olmoe_jax.training.checkpoint import Checkpointer, Restored
 from olmoe_jax.training.datasets import (
     Datasets,
@@ -26,32 +29,32 @@ from olmoe_jax.training.datasets import (
     load_datasets,
     row_layout,
     training_data,
-    write_format,
+    write_model_files,
 )
 from olmoe_jax.training.decoding import HeldOut, held_out_sample
 from olmoe_jax.training.evaluation import Evaluation
-from olmoe_jax.training.finishing import finish
 from olmoe_jax.training.introduction import introduction
 from olmoe_jax.training.program import Program, build_program
 from olmoe_jax.training.proofs import with_proven_kernels
-from olmoe_jax.training.reporting import TENSORBOARD, Reporter, Silence, finite, step_scalars
+from olmoe_jax.training.reporting import (
+    TENSORBOARD,
+    Reporter,
+    Silence,
+    check_wandb,
+    finite,
+    step_scalars,
+)
 from olmoe_jax.training.step import StepMetrics
-from olmoe_jax.training.telemetry import Breakdown, Profile, check_wandb
+from olmoe_jax.training.telemetry import Breakdown, Profile
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """The result of a run.
-
-    Attributes:
-      output_dir: the run's directory.
-      step: the last step's number, from 1.
-      finished: False if SIGTERM stopped the run, which the same command continues.
-    """
+    """The result of a run."""
 
     output_dir: Path
-    step: int
-    finished: bool
+    step: int  # the last step's number, from 1
+    finished: bool  # False: SIGTERM stopped the run, which the same command continues
 
 
 def train(config: Config) -> TrainResult:
@@ -74,12 +77,8 @@ def train(config: Config) -> TrainResult:
     check_same_everywhere(config, datasets)
     config, model = with_proven_kernels(config, model, steps.row_length)
     try:
-        with run_directory.opened(
-            config,
-            model.files,
-            model.tokenizer_files,
-            functools.partial(write_format, config, datasets),
-        ) as output:
+        write_model = functools.partial(write_model_files, config, model, datasets)
+        with run_directory.opened(config, write_model) as output:
             preparation = Preparation(
                 output=output,
                 source=model.source,
@@ -95,10 +94,27 @@ def train(config: Config) -> TrainResult:
                 run = _Run(config, model, datasets, held_out, steps, program, output)
                 result = run.execute()
             if result.finished and distributed.is_writer():
-                finish(config, model.method, output, result.step)
+                _finish(config, model.method, output, result.step)
     except OSError as error:
-        raise run_directory.refused(Path(config.train.output_dir), error) from error
+        raise run_directory.write_error(Path(config.train.output_dir), error) from error
     return result
+
+
+def _finish(config: Config, method: Method, output: Path, step: int) -> None:
+    """Draws the loss curve and writes the exports of a finished run, from its checkpoints."""
+    plot_losses(read_metrics(output), output.name, output / run_directory.LOSS_PLOT)
+    options = config.train
+    wanted = {"": step} if options.export_hf else {}
+    if options.export_best:
+        wanted["_best"] = best_step(output)
+    for suffix, wanted_step in wanted.items():
+        target = output / f"{method.export_name}{suffix}"
+        # A directory under its final name is complete: see checkpoints.directory.new_directory.
+        if target.exists():
+            print(f"{target} is there already; remove it to export again")
+            continue
+        method.export(RunCheckpoint(output, wanted_step), target)
+        print(f"exported step {wanted_step} to {target}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,14 +50,13 @@ class SplitState(NamedTuple):
 class Optimizer:
     """A direction of descent, computed in float32, and how weights and moments are stored.
 
-    Attributes:
-      direction: gives what to subtract from the weights, before the learning rate scales it.
-      moments_dtype: float32; or bfloat16 or int8 (`EightBits`), both rounded stochastically.
-      master_dtype: the dtype in which updates of bfloat16 parameters add up. float32 keeps the
-        parameters' lower halves in the state; bfloat16 rounds the parameters stochastically.
+    Updates of bfloat16 parameters add up in `master_dtype`: float32 keeps the parameters' lower
+    halves in the state, bfloat16 rounds the parameters stochastically.
     """
 
+    # Gives what to subtract from the weights, before the learning rate scales it.
     direction: optax.GradientTransformation
+    # float32; or bfloat16 or int8 (`EightBits`), both rounded stochastically.
     moments_dtype: DTypeLike = jnp.float32
     master_dtype: DTypeLike = jnp.float32
 
@@ -89,12 +88,8 @@ class Optimizer:
     ) -> tuple[Parameters, Any]:
         """Makes an update; returns the parameters and the state in the dtypes that they have.
 
-        Args:
-          gradients: float32, one for each parameter.
-          state: what `init` or the update before returned.
-          parameters: the trained parameters.
-          learning_rate: [] float32.
-          key: a scalar random key for this update alone; only rounding reads it.
+        `gradients` are float32, and so is the scalar `learning_rate`. `key` is a random key for
+        this update alone, which only rounding reads.
         """
         # Widen everything to float32.
         is_split = isinstance(state, SplitState)
@@ -163,11 +158,8 @@ def _stored_as(
 ) -> Any:
     """Returns `new` with each leaf in the dtype of the same leaf of `old`, rounded stochastically.
 
-    Args:
-      old: the tree whose dtypes to take.
-      new: the tree of float32 values; leaves that are not floats stay as they are.
-      key: a scalar random key.
-      scales: the scales of each leaf in 8 bits, and None for other leaves; None: no leaf has any.
+    The leaves of `new` are float32, or no floats and stay as they are. `scales` has the scales of
+    each leaf in 8 bits and None for the others, or is None if no leaf is in 8 bits.
     """
     leaves, tree = jax.tree.flatten(new)
     keys = jax.random.bits(key, (len(leaves), 2), jnp.uint32)

@@ -29,14 +29,8 @@ MOST_ROWS = 32_768
 def prove_kernels(config: ModelConfig, settings: ModelSettings, rows: int, length: int) -> str:
     """Compares the backends of a run with plain XLA: forward and every gradient.
 
-    Args:
-      config: the architecture.
-      settings: how the model computes, its adapters included.
-      rows: rows of a micro-batch on this device.
-      length: positions of a row.
-
-    Returns:
-      A line with the largest error of each.
+    `rows` are those of a micro-batch on this device, `length` their positions. Returns a line with
+    the largest error of each.
 
     Raises:
       UserError: a backend computes something else, or does not run. The line names it, the error
@@ -112,11 +106,7 @@ def fastest_grouped_matmul(
 ) -> str:
     """Returns the candidate whose forward and gradients take the least time; prints all times.
 
-    Args:
-      config: the architecture.
-      settings: how the model computes, its adapters included.
-      tokens: of a micro-batch on this device.
-      candidates: names of backends.
+    `tokens` are those of a micro-batch on this device, `candidates` names of backends.
 
     Raises:
       UserError: none of the candidates is right.
@@ -137,7 +127,7 @@ def fastest_grouped_matmul(
 
 def _kept_grouped_matmul(config: Config) -> str | None:
     """Returns the backend of the run that `config` continues, if it runs here."""
-    stored = run_directory.continued(config)
+    stored = run_directory.stored_config(config)
     if stored is None:
         return None
     with contextlib.suppress(UserError):  # the run began on another platform

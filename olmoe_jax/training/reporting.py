@@ -1,11 +1,13 @@
 """The reports of a run: metrics.jsonl, TensorBoard, Weights & Biases, the terminal."""
 
+import importlib.util
 import io
 import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,16 @@ import numpy as np
 from jax.typing import ArrayLike
 from tqdm import tqdm
 
+from olmoe_jax.config import flatten
 from olmoe_jax.data import Step
+from olmoe_jax.errors import UserError, first_line
 from olmoe_jax.plots import heat_maps
 from olmoe_jax.training.decoding import Answer
 from olmoe_jax.training.evaluation import Evaluated
 from olmoe_jax.training.event_file import EventFile
 from olmoe_jax.training.run_directory import METRICS, metrics_report
 from olmoe_jax.training.step import StepMetrics
-from olmoe_jax.training.telemetry import Pace, WandB, memory_scalars
+from olmoe_jax.training.telemetry import Pace, memory_scalars
 
 TENSORBOARD = "tensorboard"
 SECONDS_BETWEEN_LINES = 10.0
@@ -32,11 +36,8 @@ SHOWN_ANSWERS = 4
 class Reporter:
     """Everything that a run reports while it runs.
 
-    Args:
-      output: the run's directory.
-      first_step: updates already done.
-      total_steps: of the whole run.
-      config: the resolved configuration, {section: {field: value}}.
+    `first_step` counts the updates already done, `total_steps` those of the whole run. `config` is
+    the resolved configuration, {section: {field: value}}.
     """
 
     def __init__(
@@ -47,7 +48,8 @@ class Reporter:
         self._events = EventFile(output / TENSORBOARD)
         self._events.restart(first_step + 1)
         self._events.text("config", f"```json\n{json.dumps(config, indent=2)}\n```")
-        self._events.hyperparameters(hyperparameters(config), output.name)
+        fields = {path: "none" if v is None else v for path, v in flatten(config).items()}
+        self._events.hyperparameters(fields, output.name)
         project = config["train"]["wandb_project"]
         self._wandb = WandB(project, output, config) if project else None
         self._is_terminal = sys.stderr.isatty()
@@ -181,14 +183,9 @@ def finite(value: float | np.ndarray) -> float | None:
 def step_scalars(
     step: Step, steps_per_epoch: int, metrics: StepMetrics, seconds: float, flops_per_token: float
 ) -> dict[str, float]:
-    """Returns TensorBoard's scalars of a step.
+    """Returns TensorBoard's scalars of a step that took `seconds`; `metrics` are on the host.
 
-    Args:
-      step: its data.
-      steps_per_epoch: of the run.
-      metrics: its numbers, on the host.
-      seconds: its wall time.
-      flops_per_token: what the mathematics of a step needs for a token.
+    `flops_per_token` is what the mathematics of a step needs for a token.
     """
     speed, statistics = step.tokens / seconds, metrics.statistics
     scalars = {
@@ -248,10 +245,48 @@ def answers_text(answers: Sequence[Answer]) -> str:
     return "\n".join(parts)
 
 
-def hyperparameters(config: dict[str, dict[str, Any]]) -> dict[str, bool | float | str]:
-    """Returns the columns of TensorBoard's HPARAMS page: every field, None as text."""
-    return {
-        f"{section}.{name}": "none" if value is None else value
-        for section, fields in config.items()
-        for name, value in fields.items()
-    }
+class WandB:
+    """Weights & Biases: gets what TensorBoard gets, under the same names.
+
+    Raises:
+      UserError: the package is not installed, or does not begin a run: there is no key, say.
+    """
+
+    def __init__(self, project: str, output: Path, config: Mapping[str, Any]):
+        check_wandb(project)
+        import wandb
+
+        # All starts of a run are one run of W&B.
+        id_file = output / "wandb_run_id"
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex)
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=output.name,
+                id=id_file.read_text(),
+                resume="allow",
+                dir=str(output),
+                config=dict(config),
+            )
+        except Exception as error:  # wandb raises many unrelated types
+            raise UserError(
+                f"train.wandb_project={project}: Weights & Biases does not begin the run "
+                f"({first_line(error)}); set WANDB_API_KEY or WANDB_MODE=offline, or write none"
+            ) from error
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Adds scalars to a step."""
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def check_wandb(project: str | None) -> None:
+    """Raises a `UserError` if a project is given and the package is not installed."""
+    if project and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            f"train.wandb_project={project}: wandb is not installed; run pip install wandb, or "
+            "write none"
+        )

@@ -112,7 +112,7 @@ def _holds_files(output: Path) -> bool:
     return output.exists() and any(e.name not in UNFINISHED_START for e in output.iterdir())
 
 
-def continued(config: Config) -> dict[str, dict[str, Any]] | None:
+def stored_config(config: Config) -> dict[str, dict[str, Any]] | None:
     """Returns the stored configuration of the run that `config` continues; None: it begins."""
     output = Path(config.train.output_dir)
     if config.train.resume == "restart" or not opening.steps(output):
@@ -121,13 +121,11 @@ def continued(config: Config) -> dict[str, dict[str, Any]] | None:
 
 
 @contextlib.contextmanager
-def opened(
-    config: Config, model_files: Path, tokenizer_files: Path, adapt: Callable[[Path], None]
-) -> Iterator[Path]:
+def opened(config: Config, write_model: Callable[[Path], None]) -> Iterator[Path]:
     """Makes the run's directory with its small files, or takes the existing one; locks it.
 
-    Process 0 makes and locks it; the others wait. Yields the directory. `adapt` changes the copies
-    of the model's and the tokenizer's files, which the exports carry.
+    Process 0 makes and locks it; the others wait. Yields the directory. `write_model` writes the
+    files of model/, which the exports carry, into a directory.
 
     Raises:
       UserError: another run writes there, or the directory cannot be written.
@@ -135,7 +133,7 @@ def opened(
     output = Path(config.train.output_dir)
     lock = None
     if distributed.is_writer():
-        lock = _create(config, output, model_files, tokenizer_files, adapt)
+        lock = _create(config, output, write_model)
     try:
         distributed.barrier("output directory")
         if not (output / CONFIG).exists():
@@ -149,13 +147,7 @@ def opened(
             lock.close()
 
 
-def _create(
-    config: Config,
-    output: Path,
-    model_files: Path,
-    tokenizer_files: Path,
-    adapt: Callable[[Path], None],
-) -> TextIO:
+def _create(config: Config, output: Path, write_model: Callable[[Path], None]) -> TextIO:
     lock = _locked(output)
     if config.train.resume == "restart" and _holds_files(output):
         _set_aside(output)
@@ -163,7 +155,7 @@ def _create(
     # Until there is a checkpoint (be it a damaged one), nothing depends on the files of an earlier
     # attempt.
     if not any((output / CHECKPOINTS).glob("[0-9]*")):
-        _write_small_files(output, config, model_files, tokenizer_files, adapt)
+        _write_small_files(output, config, write_model)
     return lock
 
 
@@ -192,20 +184,10 @@ def _locked(output: Path) -> TextIO:
     return lock
 
 
-def _write_small_files(
-    output: Path,
-    config: Config,
-    model_files: Path,
-    tokenizer_files: Path,
-    adapt: Callable[[Path], None],
-) -> None:
+def _write_small_files(output: Path, config: Config, write_model: Callable[[Path], None]) -> None:
     model, partial = output / MODEL_DIRECTORY, output / PARTIAL_MODEL
     partial.mkdir(parents=True, exist_ok=True)
-    directory.copy_files(
-        model_files, partial, (*directory.MODEL_FILES, directory.CARD, *directory.LICENSE_FILES)
-    )
-    directory.copy_files(tokenizer_files, partial, directory.TOKENIZER_FILES)
-    adapt(partial)
+    write_model(partial)
     checksums.write(partial)
     for name in (checksums.FILE, EXPERTS):
         (output / name).unlink(missing_ok=True)
@@ -274,11 +256,8 @@ def metrics_report(output: Path) -> dict[str, Any]:
 def rewind_metrics(output: Path, report: dict[str, Any] | None) -> None:
     """Cuts metrics.jsonl back to its content at a checkpoint: a continued run does the rest again.
 
-    Sets the file aside if the content is another: a run does not depend on it.
-
-    Args:
-      output: the run's directory.
-      report: what `metrics_report` returned; None: the run begins.
+    Sets the file aside if the content is another: a run does not depend on it. `report` is what
+    `metrics_report` returned; None: the run begins.
     """
     file, content = output / METRICS, b""
     if report is not None and file.exists():
@@ -297,8 +276,8 @@ def _checksum(content: bytes) -> str:
     return xxhash.xxh3_128(content).hexdigest()
 
 
-def refused(output: Path, error: OSError) -> UserError:
-    """Returns what a run says that could not write, and which checkpoint it leaves."""
+def write_error(output: Path, error: OSError) -> UserError:
+    """Returns the error of a run that could not write; it names the checkpoint that is left."""
     saved = opening.steps(output)
     kept = f"the checkpoint of step {saved[-1]} is intact" if saved else "no checkpoint yet"
     return UserError(

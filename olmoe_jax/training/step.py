@@ -60,25 +60,15 @@ class StepMetrics(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """The functions to compile for one run; everything static is here.
-
-    Attributes:
-      config: the architecture.
-      settings: how the model computes, and how its router learns.
-      optimizer: makes the updates.
-      schedule: maps the number of an update to its learning rate.
-      max_grad_norm: the global norm to which gradients are clipped; None: no clipping.
-      aux_loss_coefficient: weight of the load-balancing loss in the objective; 0: none.
-      seed: seeds the adapters' dropout and stochastic rounding.
-    """
+    """The functions to compile for one run; everything static is here."""
 
     config: ModelConfig
-    settings: ModelSettings
+    settings: ModelSettings  # how the model computes, and how its router learns
     optimizer: Optimizer
-    schedule: Schedule
-    max_grad_norm: float | None
-    aux_loss_coefficient: float = 0.0
-    seed: int = 0
+    schedule: Schedule  # maps the number of an update to its learning rate
+    max_grad_norm: float | None  # the global norm to which gradients are clipped; None: no clipping
+    aux_loss_coefficient: float = 0.0  # weight of the load-balancing loss; 0: there is none
+    seed: int = 0  # seeds the adapters' dropout and stochastic rounding
 
     @functools.cached_property
     def graph(self) -> nnx.GraphDef:
@@ -130,15 +120,10 @@ class Trainer:
     ) -> Accumulated:
         """Adds a micro-batch's gradients, loss and statistics to the step's sums.
 
-        Args:
-          trained: the parameters that train.
-          frozen: the other parameters.
-          accumulated: `zero_sums`, or what this function returned for the micro-batch before.
-          batch: the micro-batch.
-          position: [2] uint32, the step and the micro-batch in it. With the seed, they fix what
-            dropout drops.
-          load: the sum of `expert_load` over the step's micro-batches, which the load-balancing
-            loss needs; None: this is the step's only micro-batch, or there is no such loss.
+        `accumulated` is `zero_sums`, or what this function returned for the micro-batch before.
+        `position` [2] uint32 is the step and the micro-batch in it: with the seed, they fix what
+        dropout drops. `load` is the sum of `expert_load` over the step's micro-batches, which the
+        load-balancing loss needs; None: this is the only one, or there is no such loss.
         """
         key = self._dropout_key(position)
         # The backward adds to the sums in place, layer by layer: a second copy of all gradients

@@ -1,20 +1,16 @@
-"""The time and memory of a run: parts of a step, time left, memory, a trace; Weights & Biases."""
+"""The time and memory of a run: parts of a step, time left, memory, a trace."""
 
 import collections
 import contextlib
 import datetime
-import importlib.util
 import os
 import time
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.monitoring
-
-from olmoe_jax.errors import UserError, first_line
 
 GIB = 2**30
 WARM_UP_STEPS = 2
@@ -81,8 +77,8 @@ class Pace:
 def memory_scalars() -> dict[str, float]:
     """Returns TensorBoard's scalars of memory, GiB.
 
-    They are this process's resident memory, and the memory of its first device that is in use now
-    and that was at most. CPUs do not tell the latter two.
+    They are this process's resident memory, its first device's memory in use, and the most that was
+    in use there. CPUs do not tell the last two.
     """
     scalars = {}
     with contextlib.suppress(OSError):
@@ -135,50 +131,3 @@ class Profile:
     @property
     def _end(self) -> int:
         return WARM_UP_STEPS + 1 + self._steps
-
-
-class WandB:
-    """Weights & Biases: gets what TensorBoard gets, under the same names.
-
-    Raises:
-      UserError: the package is not installed, or does not begin a run: there is no key, say.
-    """
-
-    def __init__(self, project: str, output: Path, config: Mapping[str, Any]):
-        check_wandb(project)
-        import wandb
-
-        # All starts of a run are one run of W&B.
-        name = output / "wandb_run_id"
-        if not name.exists():
-            name.write_text(uuid.uuid4().hex)
-        try:
-            self._run = wandb.init(
-                project=project,
-                name=output.name,
-                id=name.read_text(),
-                resume="allow",
-                dir=str(output),
-                config=dict(config),
-            )
-        except Exception as error:  # wandb raises many unrelated types
-            raise UserError(
-                f"train.wandb_project={project}: Weights & Biases does not begin the run "
-                f"({first_line(error)}); set WANDB_API_KEY or WANDB_MODE=offline, or write none"
-            ) from error
-
-    def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Adds scalars to a step."""
-        self._run.log(dict(values), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-def check_wandb(project: str | None) -> None:
-    """Raises a `UserError` if a project is given and the package is not installed."""
-    if project and importlib.util.find_spec("wandb") is None:
-        raise UserError(
-            f"train.wandb_project={project}: wandb is not installed; run pip install wandb, or "
-            "write none"
-        )

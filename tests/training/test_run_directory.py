@@ -47,7 +47,7 @@ def test_a_mount_point_is_not_set_aside(run, monkeypatch):
 def test_a_run_is_set_aside(run, tmp_path, name):
     config = config_of(tmp_path / name)
     run_directory.check(config)
-    with run_directory.opened(config, run, run, lambda files: None):
+    with run_directory.opened(config, lambda files: None):
         assert (tmp_path / "run.old-1" / "config.json").exists()
         assert not (tmp_path / name / "inner" / "config.json").exists()
 
@@ -57,7 +57,7 @@ def test_a_start_that_was_cut_off_is_taken_by_a_restart(tmp_path, monkeypatch):
     (tmp_path / run_directory.PARTIAL_MODEL).mkdir()
     monkeypatch.chdir(tmp_path)
     run_directory.check(config_of("."))
-    with run_directory.opened(config_of("."), tmp_path, tmp_path, lambda files: None):
+    with run_directory.opened(config_of("."), lambda files: None):
         assert (tmp_path / "config.json").exists()
 
 

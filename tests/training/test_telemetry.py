@@ -12,7 +12,8 @@ from training.tiny_run import metrics
 
 import olmoe_jax
 from olmoe_jax.errors import UserError
-from olmoe_jax.training.telemetry import Breakdown, Pace, WandB
+from olmoe_jax.training.reporting import WandB
+from olmoe_jax.training.telemetry import Breakdown, Pace
 
 
 def test_breakdown():

@@ -190,17 +190,13 @@ def test_another_configuration_is_refused(files, whole, changes, expected):
 def test_a_second_run_in_the_directory_is_refused(files, whole):
     """The first runs in this very process: its lock is another's to the second all the same."""
     for resume in ("auto", "restart"):
-        with run_directory.opened(
-            files.config(whole, **OPTIONS), files.model, files.tokenizer, lambda files: None
-        ):
+        with run_directory.opened(files.config(whole, **OPTIONS), lambda files: None):
             message = refused(files.config(whole, **OPTIONS, train__resume=resume))
         assert f"process {os.getpid()} on " in message
         assert "is running in it; wait until it has ended, or write another" in message
     # The lock ended with the run, although its file is still there.
     assert (whole / ".lock").exists()
-    with run_directory.opened(
-        files.config(whole, **OPTIONS), files.model, files.tokenizer, lambda files: None
-    ):
+    with run_directory.opened(files.config(whole, **OPTIONS), lambda files: None):
         pass
 
 
