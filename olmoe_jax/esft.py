@@ -8,7 +8,7 @@ import numpy as np
 
 from olmoe_jax.checkpoints import directory
 from olmoe_jax.checkpoints.expert_config import ExpertConfig
-from olmoe_jax.data.arguments import add_row_arguments
+from olmoe_jax.data.arguments import add_row_arguments, naming_flags
 from olmoe_jax.errors import SEED, ArgumentParser, UserError, run_command, whole_number
 from olmoe_jax.files import NEW_DIRECTORY, PATH_OR_ID, user_path
 from olmoe_jax.methods.selection import FUNCTIONS, read_scores, select, write_scores
@@ -22,6 +22,7 @@ EXAMPLE = """examples:
 """
 
 
+@naming_flags()
 def main(arguments: Sequence[str]) -> None:
     """Runs the command."""
     parser = ArgumentParser(prog="python -m olmoe_jax.esft", description=__doc__, epilog=EXAMPLE)

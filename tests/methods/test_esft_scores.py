@@ -143,3 +143,11 @@ def test_a_tokenizer_of_another_model(run_files, tmp_path):
     assert message.startswith(f"the tokenizer of {run_files.tokenizer} gives token ")
     assert message.endswith("the model's vocabulary has 20; write the model's as --tokenizer")
     assert not output.exists()
+
+
+def test_advice_names_the_flags_of_the_command(run_files, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b", "mood": "c"}')
+    arguments = ["--data", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out")]
+    arguments += ["--model", str(write_base(tmp_path / "small"))]
+    message = message_of(command.main, ["score", *arguments, f"--tokenizer={run_files.tokenizer}"])
+    assert "remove it, or set --ignore_fields=dataset," in message
