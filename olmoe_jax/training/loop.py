@@ -102,7 +102,7 @@ def train(config: Config) -> TrainResult:
 
 def _finish(config: Config, method: Method, output: Path, step: int) -> None:
     """Draws the loss curve and writes the exports of a finished run, from its checkpoints."""
-    plot_losses(read_metrics(output), output.name, output / run_directory.LOSS_PLOT)
+    plot_losses(read_metrics(output), output.absolute().name, output / run_directory.LOSS_PLOT)
     options = config.train
     wanted = {"": step} if options.export_hf else {}
     if options.export_best:

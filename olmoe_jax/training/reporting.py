@@ -49,7 +49,7 @@ class Reporter:
         self._events.restart(first_step + 1)
         self._events.text("config", f"```json\n{json.dumps(config, indent=2)}\n```")
         fields = {path: "none" if v is None else v for path, v in flatten(config).items()}
-        self._events.hyperparameters(fields, output.name)
+        self._events.hyperparameters(fields, output.absolute().name)
         project = config["train"]["wandb_project"]
         self._wandb = WandB(project, output, config) if project else None
         self._is_terminal = sys.stderr.isatty()
@@ -263,7 +263,7 @@ class WandB:
         try:
             self._run = wandb.init(
                 project=project,
-                name=output.name,
+                name=output.absolute().name,
                 id=id_file.read_text(),
                 resume="allow",
                 dir=str(output),

@@ -189,8 +189,7 @@ def test_padding_counts_nowhere(request, auxiliary):
     batch = step.batches[0]
     padding = batch.segment_ids == 0
     noise = np.random.default_rng(0).integers(2, 258, batch.tokens.shape, dtype=np.int32)
-    other = dataclasses.replace(
-        batch,
+    other = batch._replace(
         tokens=np.where(padding, noise, batch.tokens),
         positions=np.where(padding, 7, batch.positions),
     )

@@ -77,7 +77,7 @@ def test_disk_full_during_a_save(tmp_path, tokenizer_dir, environment, small_dis
     filler.write_bytes(b"x" * (free - 256 * 1024))
     result = run_train(train_command(files, output, **options), environment)
     check_failed_save(result, output)
-    assert "no space left on the disk" in result.stderr
+    assert "No space left on device" in result.stderr
     filler.unlink()
     capsys.readouterr()
     assert olmoe_jax.train(files.config(output, **options)).finished
