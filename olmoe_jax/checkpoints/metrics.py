@@ -24,7 +24,7 @@ _Number = Annotated[
 @pydantic.with_config(STRICT)
 @dataclasses.dataclass(frozen=True)
 class Metrics:
-    """What later readers need of a line, which a step or an evaluation wrote."""
+    """The numbers of one line of metrics.jsonl, which a step or an evaluation wrote."""
 
     step: Annotated[int, pydantic.Field(ge=0, lt=2**31)]
     loss: _Number = None

@@ -42,7 +42,7 @@ _REMEDIES = {
     errno.EPERM: "give this user write permission and ",
     errno.EROFS: "make the file system writable and ",
 }
-"""What helps against the operating system's refusals."""
+"""The advice for each error number of the operating system."""
 
 
 @dataclasses.dataclass(frozen=True)

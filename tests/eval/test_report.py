@@ -2,20 +2,17 @@
 
 import html
 import json
-import os
 import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers import message_of
-from tiny_report import write_evaluation, write_json, write_result, write_run
+from tiny_report import report, write_evaluation, write_harness, write_json, write_result, write_run
 
 from eval.published import EVALUATIONS, is_published_data, published
-from eval.report.__main__ import main
 from eval.report.comparison import pairs, remarks
 from eval.report.document import Heading, Output, Strong, Table, to_html, to_markdown
 from eval.report.harness import _metric
@@ -29,7 +26,6 @@ from eval.statistics import (
     permutation_test,
     wilson,
 )
-from olmoe_jax.checkpoints.metrics import Metrics
 
 RIGHT = {
     "base": [0, 0, 0, 1, 0, 0, 0, 0, 0, 0],
@@ -51,11 +47,6 @@ def runs(tmp_path):
     base = write_evaluation(tmp_path / "first", "allenai/OLMoE-1B-7B-0125")
     write_result(base, "gsm", "exact_match", RIGHT["base"], data=EVALUATIONS["gsm"].data)
     return [str(base), *map(str, paths)]
-
-
-def report(output: Path, *arguments: str) -> tuple[str, str]:
-    main([*arguments, "--output", str(output)])
-    return (output / "report.md").read_text(), (output / "report.html").read_text()
 
 
 class Page(HTMLParser):
@@ -84,49 +75,6 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if self.open and {"td", "th"} & {*self.open}:
             self.tables[-1][-1][-1] += data
-
-
-def write_harness(path: Path, groups: dict, date: str = "1", limit=None, **tasks) -> Path:
-    """Writes lm_eval's files: {task or group: its metric "m", or its rows' scores "acc"}."""
-    results, hashes = {}, {}
-    for name, scores in tasks.items():
-        if isinstance(scores, list):
-            mean = sum(scores) / len(scores)
-            results[name] = {"alias": name, "acc,none": mean, "acc_stderr,none": 0.1}
-        else:
-            results[name] = {"m,none": scores, "m_stderr,none": "N/A"}
-        if groups.get(name):
-            continue
-        hashes[name] = f"hash of {name}"
-        samples = [
-            {
-                "doc_id": index,
-                "arguments": {
-                    "gen_args_0": {"arg_0": f"{index}?", "arg_1": " yes"},
-                    "gen_args_1": {"arg_0": f"{index}?", "arg_1": " no"},
-                },
-                "resps": [[["-2.5", "False"]], [["-1.5", "True"]]],
-                "target": "0",
-                "filter": "none",
-                "metrics": ["acc"],
-                "acc": score,
-            }
-            for index, score in enumerate(scores if isinstance(scores, list) else [None])
-        ]
-        path.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps(sample) + "\n" for sample in samples)
-        (path / f"samples_{name}_{date}.jsonl").write_text(lines)
-    stored = {
-        "results": results,
-        "group_subtasks": groups,
-        "higher_is_better": {name: {"m": False, "acc": True} for name in tasks},
-        "n-shot": {},
-        "task_hashes": hashes,
-        "lm_eval_version": "0.4.13",
-        "config": {"model": "olmoe_jax", "model_args": {"pretrained": path.name}, "limit": limit},
-    }
-    write_json(path / f"results_{date}.json", stored)
-    return path
 
 
 def test_results_of_lm_eval(tmp_path):
@@ -375,86 +323,6 @@ def test_errors_are_one_line(tmp_path, runs):
     message = message_of(read_inputs, [*runs, str(twice)])
     assert f"frozen_2={twice}" in message
     assert read_inputs([*runs, f"frozen_2={twice}"]).methods[-1] == "frozen_2"
-
-
-def line(**changes) -> str:
-    row = {"id": "0", "prompt": "p", "output": "o", "answer": 1, "reference": [], "rouge_l": 1}
-    return json.dumps(row | changes)
-
-
-@pytest.mark.parametrize(
-    ("file", "content", "words"),
-    [
-        ("a/model.json", "{}", "field model is missing"),
-        ("a/model.json", '{"model": ""}', 'model is ""; it must have at least 1 character'),
-        ("a/model.json", '{"model": "m", "adapter": true}', "adapter is true; it must be text"),
-        ("a/gsm/result.json", '{"metrics": {}}', "settings is missing; the same eval.run command"),
-        ("a/gsm/result.json", '{"settings": {"data": {}}, "metrics": {}}', "data: is a list or an"),
-        (
-            "a/gsm/result.json",
-            '{"settings": {}, "metrics": {"m": {"value": NaN}}}',
-            "m.value is NaN; it must be a finite number",
-        ),
-        ("a/gsm/rows.jsonl", line(output=None), "line 1: output is null; it must be text"),
-        ("a/gsm/rows.jsonl", line(other="x"), 'line 1: other is "x"; it must be a number'),
-        ("a/gsm/rows.jsonl", line(other=7), "line 1: other is 7; it must be less than"),
-        ("r/config.json", '{"method": {"name": []}, "train": {}}', "method.name is []; it must be"),
-        ("r/metrics.jsonl", '{"loss": 1}\n', "line 1: field step is missing"),
-        ("r/metrics.jsonl", '{"step": -1}\n', "line 1: step is -1; it must be greater"),
-        ("r/metrics.jsonl", '{"step": 1, "loss": 1e308}\n', "line 1: loss is 1e+308; it must be"),
-        ("r/metrics.jsonl", '{"step": 1, "eval_loss": "a"}\n', 'eval_loss is "a"; it must be a'),
-        ("h/results_1.json", "[]", "the content is []; it must be an object"),
-        ("h/results_1.json", "{}", "field config.model is missing"),
-        ("h/samples_t_1.jsonl", '{"doc_id": 0}\n', "line 1: field arguments is missing"),
-    ],
-)
-def test_a_damaged_file_is_named_with_its_field(tmp_path, file, content, words):
-    write_evaluation(tmp_path / "a", gsm=[1.0])
-    write_run(tmp_path / "r", "frozen")
-    write_harness(tmp_path / "h", {}, t=[1.0])
-    (tmp_path / file).write_text(content)
-    argument = str(tmp_path / file[0])
-    message = message_of(read_inputs, [argument])
-    assert message.startswith(f"{tmp_path / file}: ")
-    assert words in message
-    (tmp_path / file).unlink()
-    os.mkfifo(tmp_path / file)
-    if "model.json" not in file and "config.json" not in file:
-        message = message_of(read_inputs, [argument])
-        assert f"{tmp_path / file}: a FIFO or device" in message
-
-
-def test_a_killed_run_and_what_is_no_number(tmp_path):
-    run = write_run(tmp_path / "r", "frozen")
-    lines = '{"step": 1, "loss": NaN, "other": []}\n\n{"step": 2, "loss": 2}\n'
-    (run / "metrics.jsonl").write_text(lines + '{"step": 3, "lo')
-    ((_, opened),) = read_inputs([str(run)]).runs
-    assert opened.metrics == [Metrics(1), Metrics(2, 2)]
-    (run / "metrics.jsonl").unlink()
-    assert read_inputs([str(run)]).runs[0][1].metrics == []
-
-
-def test_pictures_and_event_files_are_files(tmp_path):
-    run = write_run(tmp_path / "r", "frozen")
-    os.mkfifo(run / "scores.png")
-    arguments = [str(run), "--output", str(tmp_path / "report")]
-    assert "scores.png: a FIFO" in message_of(main, arguments)
-    (run / "scores.png").unlink()
-    (run / "tensorboard").mkdir()
-    (run / "tensorboard/events.out.tfevents.1").write_bytes(b"\xff" * 100)
-    main(arguments)
-    os.mkfifo(run / "tensorboard/events.out.tfevents.2")
-    assert "tfevents.2: a FIFO" in message_of(main, arguments)
-
-
-def test_every_picture_has_a_file_of_its_own(tmp_path):
-    data = ("法律", "摘要", "a b", "a-b", "x" * 200)
-    runs = [write_run(tmp_path / str(i), "frozen", f"{name}.jsonl") for i, name in enumerate(data)]
-    markdown, _ = report(tmp_path / "report", *map(str, runs))
-    links = re.findall(r"!\[.*?\]\((loss_.*?)\)", markdown)
-    assert len(set(links)) == 5
-    assert all((tmp_path / "report" / link).exists() for link in links)
-    assert "loss_a-b.svg" in links
 
 
 def test_groups_of_lm_eval_in_a_circle(tmp_path):

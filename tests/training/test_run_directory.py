@@ -53,7 +53,7 @@ def test_a_run_is_set_aside(run, tmp_path, name):
 
 
 def test_a_start_that_was_cut_off_is_taken_by_a_restart(tmp_path, monkeypatch):
-    """Of the current directory, too, which cannot be set aside."""
+    """A restart refuses the current directory, which cannot be set aside."""
     (tmp_path / run_directory.PARTIAL_MODEL).mkdir()
     monkeypatch.chdir(tmp_path)
     run_directory.check(config_of("."))
