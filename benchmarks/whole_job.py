@@ -95,7 +95,7 @@ def ours(inputs: Path, args: argparse.Namespace) -> list[str | Path]:
     fields = {
         "model.path": inputs / "model",
         "model.compute_dtype": "float32",
-        "model.remat": "none",
+        "model.remat": "selective",
         "data.train_path": inputs / "rows.jsonl",
         "data.eval_path": None,
         "data.eval_fraction": 0.0,

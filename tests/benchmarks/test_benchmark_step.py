@@ -92,7 +92,7 @@ def test_comparison_takes_the_best_of_all_rounds(monkeypatch):
     result = compare_pytorch.compare("densemixer", args, None)
     assert [side["seconds"] for side in result] == [2.0, 1.0, 4.0]
     assert [side["ratio"] for side in result] == [1.0, 0.5, 2.0]
-    assert "| densemixer | densemixer 1.0.1 | 4.000 | 2.00 |" in compare_pytorch.table(
+    assert "| densemixer | densemixer 1.0.1 | 4.000 | 2.00 | 2.50, 1.60 |" in compare_pytorch.table(
         {"densemixer": result}
     )
 
