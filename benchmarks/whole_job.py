@@ -37,6 +37,7 @@ VENV = "transformers5"
 def main(arguments: Sequence[str]) -> None:
     parser = ArgumentParser(prog="python -m benchmarks.whole_job", description=__doc__)
     add_shape_flags(parser)
+    parser.set_defaults(vocab=50304)  # that of OLMoE's tokenizer
     parser.add_argument("--data", type=user_path, required=True, help="GSM8K's train.jsonl")
     parser.add_argument("--tokenizer", type=user_path, required=True, help="its directory")
     parser.add_argument("--steps", type=whole_number(1), default=20)

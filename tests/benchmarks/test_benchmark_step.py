@@ -12,6 +12,7 @@ from benchmarks import (
     attention,
     compare_pytorch,
     cross_entropy,
+    matmul_limit,
     packing,
     reproduce_hours,
     scaling,
@@ -23,6 +24,8 @@ from benchmarks import (
 from benchmarks.comparison import __main__ as comparison
 from benchmarks.shapes import SHAPES
 from olmoe_jax.errors import ArgumentParser, UserError
+from olmoe_jax.model.config import ModelSettings, model_config_from_hf
+from olmoe_jax.model.flops import step_flops_per_token
 
 
 @pytest.fixture(scope="module")
@@ -152,3 +155,13 @@ def test_a_text_too_short_to_draw_from_is_refused(tmp_path, tokenizer_dir):
     text.write_text("word " * tokenization.WORDS)
     with pytest.raises(UserError, match=r"text\.txt: write a text of more than 30 words"):
         tokenization.main([f"--tokenizer={tokenizer_dir}", f"--text={text}"])
+
+
+def test_matmuls_are_those_that_a_step_is_said_to_need():
+    shape = dataclasses.replace(SHAPES["mid"], rows=1)
+    flops = sum(count * size.flops for size, count in matmul_limit.matmuls(shape).items())
+    config = model_config_from_hf(shape.hf_config(), "mid")
+    needed = step_flops_per_token(config, ModelSettings(), lambda _: True, shape.length / 2)
+    # The backward pass computes the scores again, which the count of a step leaves out.
+    scores = shape.layers * shape.tokens * shape.length * shape.hidden
+    assert flops - scores == pytest.approx(needed.model * shape.tokens, rel=1e-3)
