@@ -17,7 +17,7 @@ from benchmarks.machine import machine
 from benchmarks.shapes import Shape, shape_of
 from benchmarks.step import make_parser, make_step
 from benchmarks.timing import in_turns
-from olmoe_jax.errors import run_command, whole_number
+from olmoe_jax.errors import UserError, run_command, whole_number
 from olmoe_jax.parallel import sharding
 from olmoe_jax.parallel.cpu import restart_with_huge_pages
 
@@ -41,6 +41,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.set_defaults(method="conventional", remat="selective")
     parser.add_argument("--runs", type=whole_number(1), default=5, help="timed runs of each")
     args = parser.parse_args(arguments)
+    if args.method != "conventional" or args.lora_rank is not None:
+        raise UserError("--method, --lora_rank: only a conventional step counts; leave them out")
     mesh, counts = sharding.make_mesh(), matmuls(shape_of(args))
     with jax.set_mesh(mesh):
         step = make_step(args, mesh)[0]

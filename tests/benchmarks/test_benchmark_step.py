@@ -157,6 +157,12 @@ def test_a_text_too_short_to_draw_from_is_refused(tmp_path, tokenizer_dir):
         tokenization.main([f"--tokenizer={tokenizer_dir}", f"--text={text}"])
 
 
+@pytest.mark.parametrize("flag", ["--method=densemixer", "--lora_rank=4"])
+def test_the_limit_is_that_of_a_conventional_step(flag):
+    with pytest.raises(UserError, match="only a conventional step counts"):
+        matmul_limit.main([flag])
+
+
 def test_matmuls_are_those_that_a_step_is_said_to_need():
     shape = dataclasses.replace(SHAPES["mid"], rows=1)
     flops = sum(count * size.flops for size, count in matmul_limit.matmuls(shape).items())

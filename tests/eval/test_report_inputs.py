@@ -1,4 +1,4 @@
-"""What the report reads of runs and evaluations: damaged, cut off, or no plain files."""
+"""The report reads runs and evaluations that are damaged, cut off, or no plain files."""
 
 import json
 import os
