@@ -100,11 +100,9 @@ def ours(inputs: Path, args: argparse.Namespace) -> list[str | Path]:
         "data.train_path": inputs / "rows.jsonl",
         "data.eval_path": None,
         "data.eval_fraction": 0.0,
-        "data.max_seq_length": 512,
         "optimizer.learning_rate": RATE,
         "train.output_dir": inputs / "output",
         "train.batch_size": args.batch_size,
-        "train.rows_per_device": max(1, args.batch_size // 2),
         "train.microbatch_examples": args.batch_size,
         "train.max_steps": args.steps,
     }

@@ -17,12 +17,17 @@ from olmoe_jax.files import cache_directory
 _DAMAGE = re.compile(r"Error reading persistent compilation cache entry for '([\w.-]+)'")
 """jax's warning about a program that it cannot read and compiles again."""
 
-_GPU_OPTIONS: dict[str, bool | int] = {
-    # Kernels read a layer's weights where they lie in the stack of all layers. jax 0.12 does this
-    # by default; without it a scan over layers copies each layer's weights first.
-    "xla_gpu_enable_dynamic_slice_fusion": True,
-    # Several transfers run beside the kernels; at XLA's own limit, 1, kernels wait for the others.
-    "xla_gpu_experimental_parallel_collective_overlap_limit": 8,
+_OPTIONS: dict[str, dict[str, bool | int]] = {
+    # Without it, an update copies both moments before it overwrites them.
+    "cpu": {"xla_cpu_copy_insertion_use_region_analysis": True},
+    "gpu": {
+        # Kernels read a layer's weights where they lie in the stack of all layers. jax 0.12 does
+        # this by default; without it a scan over layers copies each layer's weights first.
+        "xla_gpu_enable_dynamic_slice_fusion": True,
+        # Several transfers run beside the kernels; at XLA's own limit, 1, kernels wait for the
+        # others.
+        "xla_gpu_experimental_parallel_collective_overlap_limit": 8,
+    },
 }
 _ONE_SCATTER = {"xla_gpu_reduce_scatter_combine_threshold_bytes": 2**32}
 
@@ -33,9 +38,8 @@ def compiler_options(platform: str, layers_ahead: bool) -> dict[str, bool | int]
     `layers_ahead`: the layers run as in `olmoe_jax.model.overlap`, where all gradients of a layer
     are there before the first is scattered.
     """
-    if platform != "gpu":
-        return None
-    return _GPU_OPTIONS | (_ONE_SCATTER if layers_ahead else {})
+    options = _OPTIONS.get(platform, {})
+    return options | _ONE_SCATTER if platform == "gpu" and layers_ahead else options or None
 
 
 def keep_programs() -> None:

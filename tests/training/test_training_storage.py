@@ -15,7 +15,9 @@ from olmoe_jax.config import Config, OptimizerOptions
 from olmoe_jax.model.config import ModelSettings, model_config_from_hf
 from olmoe_jax.model.decoder import parameter_specs
 from olmoe_jax.training.optimizer import Optimizer, SplitState, adamw
+from olmoe_jax.parallel.sharding import make_mesh
 from olmoe_jax.training.parameters import kept_dtype
+from olmoe_jax.training.program import step_functions
 from olmoe_jax.training.rounding import join_float32
 from olmoe_jax.training.step import Accumulated, Trainer, initial_state
 
@@ -178,6 +180,23 @@ def test_bytes_per_trained_parameter(moments, summed, master, expected):
     state = jax.eval_shape(lambda p: initial_state(p, optimizer), parameters)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state, parameters)))
     assert size / sum(p.size for p in parameters.values()) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+def test_an_update_copies_no_state(moments):
+    shape = model_config_from_hf({**MODEL, "intermediate_size": 4096}, "test")
+    settings, mesh = ModelSettings(), make_mesh(devices=jax.devices()[:1])
+    config = Config(optimizer=OptimizerOptions(moments_dtype=moments))
+    parameters = {
+        name: jax.ShapeDtypeStruct(spec.shape, FLOAT32)
+        for name, spec in parameter_specs(shape).items()
+    }
+    with jax.set_mesh(mesh):
+        step = step_functions(config, shape, settings, parameters, mesh, 10)
+        arguments = step.initial.eval_shape(parameters), step.zero_sums.eval_shape()
+        update = step.update.lower(*arguments).compile()
+    elements = sum(p.size for p in parameters.values())
+    assert update.memory_analysis().temp_size_in_bytes < elements / 100
 
 
 def test_the_defaults_are_float32():
