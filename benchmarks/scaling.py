@@ -2,8 +2,9 @@
 
 Times forward and backward of a small model while its tokens, experts, layers, adapters' rank, m or
 (virtual CPU) devices grow, for conventional training, DenseMixer, and DenseMixer with m experts per
-token. Each round measures every point once, and a point's best step counts. Draws six curves and
-prints them as a Markdown table. Takes minutes on two cores.
+token. Each round runs each of the different steps once, and the best time of a step counts wherever
+the curves have it. Draws six curves and prints them as a Markdown table. The first round compiles
+41 steps: a quarter of an hour on two cores. The others take a minute.
 """
 
 import functools
@@ -22,34 +23,44 @@ from olmoe_jax.errors import ArgumentParser, run_command, whole_number
 from olmoe_jax.files import user_path
 from olmoe_jax.parallel import sharding
 
-BASE = ("--shape=mid", "--layers=2", "--hidden=256", "--intermediate=128", "--heads=4")
-BASE += ("--experts=32", "--vocab=512", "--rows=4", "--length=128")
+BASE = {"shape": "mid", "layers": 2, "hidden": 256, "intermediate": 128, "heads": 4}
+BASE |= {"experts": 32, "vocab": 512, "rows": 4, "length": 128}
+
+
+class Step(NamedTuple):
+    """What is timed. Points of several series may have the same step."""
+
+    devices: int  # they share the cores
+    flags: tuple[str, ...]
 
 
 class Point(NamedTuple):
-    """A point of a curve: `flags` override BASE, and the devices share the cores."""
+    """A point of all curves, with other values of BASE."""
 
-    flags: tuple[str, ...] = ()
+    values: tuple[tuple[str, int], ...] = ()
     m: int = 16
     devices: int = 1
 
-    def steps(self) -> dict[str, tuple[str, ...]]:
-        """Returns the flags of each curve's step."""
-        densemixer = ("--method=densemixer",)
+    def steps(self) -> dict[str, Step]:
+        """Returns the step of each curve."""
         methods = {
-            "conventional": ("--method=conventional",),
-            "densemixer": densemixer,
-            "densemixer, m": (*densemixer, f"--router_gradient_experts={self.m}"),
+            "conventional": {"method": "conventional"},
+            "densemixer": {"method": "densemixer"},
+            "densemixer, m": {"method": "densemixer", "router_gradient_experts": self.m},
         }
-        return {name: (*BASE, *self.flags, *method) for name, method in methods.items()}
+        steps = {}
+        for name, method in methods.items():
+            flags = BASE | dict(self.values) | method
+            steps[name] = Step(self.devices, tuple(f"--{n}={value}" for n, value in flags.items()))
+        return steps
 
 
 METHODS = tuple(Point().steps())
 SERIES = {
-    "tokens": {tokens: Point((f"--rows={tokens // 128}",)) for tokens in (128, 512, 2048)},
-    "experts": {experts: Point((f"--experts={experts}",)) for experts in (16, 32, 64, 128)},
-    "layers": {layers: Point((f"--layers={layers}",)) for layers in (1, 2, 4)},
-    "rank": {rank: Point((f"--lora_rank={rank}",)) for rank in (4, 16, 64)},
+    "tokens": {tokens: Point((("rows", tokens // 128),)) for tokens in (128, 512, 2048)},
+    "experts": {experts: Point((("experts", experts),)) for experts in (16, 32, 64, 128)},
+    "layers": {layers: Point((("layers", layers),)) for layers in (1, 2, 4)},
+    "rank": {rank: Point((("lora_rank", rank),)) for rank in (4, 16, 64)},
     "m": {m: Point(m=m) for m in (8, 16, 24)},
     "devices": {devices: Point(devices=devices) for devices in (1, 2, 4)},
 }
@@ -64,42 +75,62 @@ def main(arguments: Sequence[str]) -> None:
     parser = ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
     parser.add_argument("--output", type=user_path, required=True, help="PNG file to write")
     parser.add_argument("--rounds", type=whole_number(1), default=3)
-    parser.add_argument("--steps", type=whole_number(1), default=3, help="of a point in a round")
+    parser.add_argument("--steps", type=whole_number(1), default=3, help="runs of one in a round")
     parser.add_argument("--series", nargs="+", choices=SERIES, default=list(SERIES))
     args = parser.parse_args(arguments)
     jax.config.update("jax_num_cpu_devices", 4)
     start = time.monotonic()
-    curves: Curves = {name: {value: {} for value in SERIES[name]} for name in args.series}
+    points = [point for name in args.series for point in SERIES[name].values()]
+    best: dict[Step, float] = {}
     for turn in range(args.rounds):
-        for name, points in curves.items():
-            for value, best in points.items():
-                for method, seconds in measure(SERIES[name][value], args.steps).items():
-                    best[method] = min(seconds, best.get(method, seconds))
+        for steps in distinct(points):
+            for step, seconds in measure(steps, args.steps).items():
+                best[step] = min(seconds, best.get(step, seconds))
         taken = time.monotonic() - start
         print(f"round {turn + 1} of {args.rounds}: done after {taken:.0f} s", flush=True)
+    curves: Curves = {
+        name: {
+            value: {method: best[step] for method, step in point.steps().items()}
+            for value, point in SERIES[name].items()
+        }
+        for name in args.series
+    }
     print(f"{machine()}\n\n{table(curves)}")
     plot(curves, args.output)
 
 
-def measure(point: Point, steps: int) -> dict[str, float]:
-    """Returns the seconds per token of each method, the best of `steps`."""
-    # The methods take turns, so that a slow moment of the machine hits all of them.
-    programs = {name: program(point.devices, flags) for name, flags in point.steps().items()}
-    rounds = [{name: timed(step)[0] for name, step in programs.items()} for _ in range(steps)]
-    tokens = shape_of(make_parser().parse_args([*BASE, *point.flags])).tokens
-    return {name: min(turn[name] for turn in rounds) / tokens for name in METHODS}
+def distinct(points: Sequence[Point]) -> list[list[Step]]:
+    """Returns the steps of each point that no point before it has."""
+    seen: set[Step] = set()
+    of_points = []
+    for point in points:
+        of_points.append([step for step in point.steps().values() if step not in seen])
+        seen.update(of_points[-1])
+    return of_points
+
+
+def measure(steps: Sequence[Step], count: int) -> dict[Step, float]:
+    """Returns the seconds per token of each step, the best of `count` runs."""
+    # The steps take turns, so that a slow moment of the machine hits all of them.
+    programs = {step: program(step) for step in steps}
+    rounds = [{step: timed(run)[0] for step, run in programs.items()} for _ in range(count)]
+    return {
+        step: min(turn[step] for turn in rounds)
+        / shape_of(make_parser().parse_args(step.flags)).tokens
+        for step in steps
+    }
 
 
 @functools.cache
-def program(devices: int, flags: tuple[str, ...]) -> Callable[[], Any]:
-    """Returns a step that is compiled."""
-    mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+def program(step: Step) -> Callable[[], Any]:
+    """Returns a function that runs the step, which is compiled."""
+    mesh = sharding.make_mesh(devices=jax.devices()[: step.devices])
     with jax.set_mesh(mesh):
-        step = make_step(make_parser().parse_args(flags), mesh)[0]
+        compiled = make_step(make_parser().parse_args(step.flags), mesh)[0]
 
     def run() -> Any:
         with jax.set_mesh(mesh):
-            return step()
+            return compiled()
 
     jax.block_until_ready(run())
     return run

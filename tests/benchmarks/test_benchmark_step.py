@@ -102,15 +102,18 @@ def test_comparison_takes_the_best_of_all_rounds(monkeypatch):
 
 @pytest.mark.exhaustive
 def test_scaling_measures_and_draws(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(scaling, "BASE", ("--shape=tiny", "--rows=2"))
-    points = {m: scaling.Point(("--layers=1",), m) for m in (3, 4)}
-    monkeypatch.setattr(scaling, "SERIES", {"m": points})
+    monkeypatch.setattr(scaling, "BASE", {"shape": "tiny", "rows": 2, "layers": 1})
+    points = {m: scaling.Point(m=m) for m in (3, 4)}
+    layers = {1: scaling.Point((("layers", 1),), 3)}
+    monkeypatch.setattr(scaling, "SERIES", {"layers": layers, "m": points})
     monkeypatch.setattr(scaling.jax.config, "update", lambda *_: None)  # jax has started
     scaling.main([f"--output={tmp_path / 'scaling.png'}", "--rounds=2", "--steps=1"])
-    # The curves without m are the same program at both points.
+    # The point of the layers is the first of m, and the curves without m are the same at both.
     assert scaling.program.cache_info().currsize == 4
-    rows = capsys.readouterr().out.splitlines()[-2:]
-    assert [row.split(" | ")[:2] for row in rows] == [["| m", "3"], ["| m", "4"]]
+    rows = capsys.readouterr().out.splitlines()[-3:]
+    heads = [["| layers", "1"], ["| m", "3"], ["| m", "4"]]
+    assert [row.split(" | ")[:2] for row in rows] == heads
+    assert rows[0].split(" | ")[2:] == rows[1].split(" | ")[2:]
     assert all(0 < float(cell) < 1e6 for row in rows for cell in row.strip(" |").split(" | ")[2:])
     assert (tmp_path / "scaling.png").stat().st_size > 1000
 

@@ -14,8 +14,8 @@ from training.tiny_run import MODEL
 from olmoe_jax.config import Config, OptimizerOptions
 from olmoe_jax.model.config import ModelSettings, model_config_from_hf
 from olmoe_jax.model.decoder import parameter_specs
-from olmoe_jax.training.optimizer import Optimizer, SplitState, adamw
 from olmoe_jax.parallel.sharding import make_mesh
+from olmoe_jax.training.optimizer import Optimizer, SplitState, adamw
 from olmoe_jax.training.parameters import kept_dtype
 from olmoe_jax.training.program import step_functions
 from olmoe_jax.training.rounding import join_float32
