@@ -28,7 +28,7 @@ BASE |= {"experts": 32, "vocab": 512, "rows": 4, "length": 128}
 
 
 class Step(NamedTuple):
-    """What is timed. Points of several series may have the same step."""
+    """Names what is timed. Points of several series may have the same step."""
 
     devices: int  # they share the cores
     flags: tuple[str, ...]
